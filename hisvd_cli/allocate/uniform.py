@@ -1,0 +1,17 @@
+"""The same share for every sublayer (SVD-LLM, Wang et al. 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hisvd_cli.allocate import ALLOCATORS, Allocation
+from hisvd_cli.budget import Budget, break_even
+from hisvd_cli.spectrum import Spectrum
+
+
+@ALLOCATORS.register("uniform")
+def uniform(spectra: Sequence[Spectrum], budget: Budget) -> Allocation:
+    """Return ``r = ρ·k*`` for each sublayer, rounded within the budget."""
+    real = budget.scaled([break_even(s.shape) for s in spectra])
+    ranks = budget.rounded(real, [s.energy for s in spectra])
+    return Allocation(ranks, list(ranks))

@@ -1,0 +1,1 @@
+"""Builders: settings stop here and become plain arguments of the library."""

@@ -1,0 +1,141 @@
+"""Settings ─► plans."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hisvd_cli.allocate import ALLOCATORS, Allocation, Allocator
+from hisvd_cli.blocks import build_meta_model, decoder_blocks, tensor_names
+from hisvd_cli.budget import Budget, full_rank
+from hisvd_cli.calibrate import Calibration
+from hisvd_cli.device import pick_device
+from hisvd_cli.errors import BudgetError
+from hisvd_cli.plan import ModelSize, Plan, assemble
+from hisvd_cli.profile import Resolved
+from hisvd_cli.reporter import Reporter
+from hisvd_cli.settings import PlanSettings
+from hisvd_cli.source import Source
+from hisvd_cli.spectra_cache import load_spectra
+from hisvd_cli.spectrum import Spectrum
+from hisvd_cli.sublayers import Sublayer, find_sublayers, select
+from hisvd_cli.versions import versions
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's structure: all its sublayers, its size, and its tensors' names on disk."""
+
+    sublayers: list[Sublayer]
+    total_parameters: int
+    names: dict[str, str]
+
+
+def dissect(source: Source) -> Anatomy:
+    """Find the sublayers of a model without reading a weight. Raises UnsupportedModelError."""
+    model = build_meta_model(source)
+    prefix, layers = decoder_blocks(model)
+    names = tensor_names(model, source)
+    shapes = model.state_dict()
+    total = sum(shapes[name].numel() for name in names)
+    return Anatomy(find_sublayers(prefix, list(layers)), total, names)
+
+
+def make_plans(
+    resolved: Resolved,
+    source: Source,
+    calibration: Calibration | None,
+    reporter: Reporter,
+    ratios: Sequence[float] | None = None,
+) -> list[Plan]:
+    """Plan a model at each ratio of the settings (or of ``ratios``).
+
+    Raises:
+        UsageError: an unknown allocator, or a pattern that matches nothing.
+        BudgetError: the ratio cannot be met.
+    """
+    knobs = resolved.settings.plan
+    allocator = ALLOCATORS.get(knobs.allocator)
+    anatomy = dissect(source)
+    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
+    device = resolved.settings.model.device
+    by_name = {
+        s.name: s
+        for s in load_spectra(
+            source,
+            anatomy.sublayers,
+            anatomy.names,
+            calibration,
+            str(pick_device(device)),
+            reporter,
+        )
+    }
+    spectra = [by_name[s.name] for s in chosen]
+    return [
+        _plan(ratio, allocator, knobs, spectra, chosen, anatomy, source, calibration)
+        for ratio in ratios or knobs.ratio
+    ]
+
+
+def _plan(
+    ratio: float,
+    allocator: Allocator,
+    knobs: PlanSettings,
+    spectra: Sequence[Spectrum],
+    sublayers: Sequence[Sublayer],
+    anatomy: Anatomy,
+    source: Source,
+    calibration: Calibration | None,
+) -> Plan:
+    size = ModelSize(anatomy.total_parameters, sum(s.shape[0] * s.shape[1] for s in sublayers))
+    budget = _budget(ratio, knobs, sublayers, size)
+    allocation: Allocation = allocator(spectra, budget, **accepted_knobs(allocator, knobs))
+    return assemble(
+        ratio=ratio,
+        allocator=knobs.allocator,
+        allocation=allocation,
+        spectra=spectra,
+        layers=[s.layer for s in sublayers],
+        size=size,
+        budget_parameters=budget.parameters,
+        settings={**knobs.model_dump(mode="json"), "ratio": ratio},
+        provenance={
+            "model": {
+                "name": source.name,
+                "revision": source.revision,
+                "fingerprint": source.fingerprint,
+            },
+            "calibration": calibration.key if calibration else None,
+            "versions": versions(),
+        },
+    )
+
+
+def _budget(
+    ratio: float, knobs: PlanSettings, sublayers: Sequence[Sublayer], size: ModelSize
+) -> Budget:
+    parameters = size.budget(ratio, knobs.ratio_of)
+    if parameters <= 0:
+        rest = (size.total - size.sublayers) / size.total
+        raise BudgetError(
+            f"Ratio {ratio:g} of the whole model cannot be met: {rest:.1%} of it are embeddings "
+            "and other parameters that stay.",
+            f"Use a ratio above {rest:.2f}, or --ratio-of sublayers.",
+        )
+    step = knobs.multiple_of
+    floors = []
+    for s in sublayers:
+        least = max(1, round(knobs.min_rank_ratio * full_rank(s.shape)))
+        floors.append(-(-least // step) * step)
+    return Budget([s.shape for s in sublayers], parameters, floors, step)
+
+
+def accepted_knobs(allocator: Allocator, knobs: PlanSettings) -> dict[str, Any]:
+    """Return those settings that an allocator names as keyword-only parameters."""
+    values = knobs.model_dump()
+    parameters = inspect.signature(allocator).parameters.values()
+    return {
+        p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in values
+    }

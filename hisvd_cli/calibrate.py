@@ -1,0 +1,261 @@
+"""Blocks × moments ─► ``calibration/``: one walk over the model, resumable after each block."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hisvd_cli.artifact import building
+from hisvd_cli.blocks import BlockWalk
+from hisvd_cli.collector import Collector
+from hisvd_cli.errors import NumericalError, SourceError, StaleArtifactError
+from hisvd_cli.moments import Moment, Side
+from hisvd_cli.paths import digest
+from hisvd_cli.reporter import Reporter
+from hisvd_cli.source import Source
+from hisvd_cli.sublayers import Sublayer, find_sublayers
+from hisvd_cli.tensorfile import read_header, write_json, write_tensors
+from hisvd_cli.versions import versions
+
+MANIFEST = "calibration.json"
+FORMAT_VERSION = 1
+STATE_SECONDS = 60.0
+"""Hidden states are stored at most this often: a rerun repeats at most so much, and a large model's
+states (gigabytes) are not written after every block."""
+_STATE = "hidden.safetensors"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Calibration tokens and where they came from."""
+
+    tokens: Tensor  # [S, L]
+    dataset: str
+    split: str
+    text_digest: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """sha256 of the token windows themselves."""
+        return digest(str(list(self.tokens.shape)), self.tokens.numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Second moments on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Hash of what the moments depend on: model, tokens, dtype."""
+        return str(self.manifest["key"])
+
+    @cached_property
+    def _owners(self) -> dict[str, dict[str, str]]:
+        return {
+            path.name: json.loads(read_header(path).metadata["moments"])
+            for path in sorted(self.folder.glob("block-*.safetensors"))
+        }
+
+    def moments(self, layer: int) -> dict[str, Moment]:
+        """Read the moments of one block: sublayer name → moment (shared inputs are one object).
+
+        Raises:
+            SourceError: the block's file is missing or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.folder / block_file(layer)
+        if path.name not in self._owners:
+            raise SourceError(f"{self.folder} lacks {path.name}.", "Calibrate again.")
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"Cannot read {path}: {error}.", "Calibrate again.") from error
+        shared = {key: Moment(t, _side(key)) for key, t in tensors.items()}
+        return {name: shared[key] for name, key in self._owners[path.name].items()}
+
+
+def _side(key: str) -> Side:
+    return "output" if key.endswith(".output") else "input"
+
+
+def block_file(layer: int) -> str:
+    """Return the name of a block's file."""
+    return f"block-{layer:05d}.safetensors"
+
+
+def calibration_key(source: Source, sample: Sample, dtype: torch.dtype) -> str:
+    """Return the hash of everything that moments depend on."""
+    return digest(str(FORMAT_VERSION), source.fingerprint, sample.key, str(dtype))
+
+
+def open_calibration(folder: Path, source: Source | None = None) -> Calibration:
+    """Open a calibration folder.
+
+    Raises:
+        SourceError: no calibration there, or a damaged one.
+        StaleArtifactError: it was made for another model than ``source``.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        made_for = manifest["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{folder} holds no calibration (no readable {MANIFEST}).", "Run: hisvd calibrate"
+        ) from error
+    if source is not None and made_for["fingerprint"] != source.fingerprint:
+        raise StaleArtifactError(
+            f"{folder} was calibrated for {made_for['name']}, not for the weights of "
+            f"{source.name}.",
+            "Calibrate this model, or name the calibration that was made for it.",
+        )
+    return Calibration(folder, manifest)
+
+
+def calibrate(
+    source: Source,
+    sample: Sample,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    settings: Mapping[str, object],
+    reporter: Reporter,
+    state_seconds: float = STATE_SECONDS,
+) -> Calibration:
+    """Accumulate the second moments of every sublayer, block by block.
+
+    A run that was interrupted goes on after its last finished block; the result is the same to the
+    byte.
+
+    Args:
+        source: the model.
+        sample: calibration tokens.
+        folder: where the calibration goes; built beside it and renamed when complete.
+        device: where blocks run and moments are accumulated.
+        dtype: in which blocks run; moments are accumulated in float32 products, float64 sums.
+        batch: sequences per forward pass.
+        settings: the resolved settings, recorded as they are.
+        reporter: told of each block.
+        state_seconds: how often hidden states are stored for a resumed run.
+
+    Raises:
+        SourceError, UnsupportedModelError, NumericalError, OutputError: see each.
+    """
+    key = calibration_key(source, sample, dtype)
+    walk = BlockWalk(source, device, dtype, batch)
+    sublayers = find_sublayers(walk.prefix, list(walk.layers))
+    with building(folder, key) as partial:
+        _walk_blocks(walk, sublayers, sample, partial, state_seconds, reporter)
+        (partial / _STATE).unlink(missing_ok=True)
+        write_json(partial / MANIFEST, _manifest(source, sample, key, dtype, settings))
+    return open_calibration(folder)
+
+
+def _manifest(
+    source: Source, sample: Sample, key: str, dtype: torch.dtype, settings: Mapping[str, object]
+) -> dict[str, object]:
+    samples, seqlen = sample.tokens.shape
+    return {
+        "kind": "calibration",
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "model": {
+            "name": source.name,
+            "revision": source.revision,
+            "fingerprint": source.fingerprint,
+        },
+        "data": {
+            "dataset": sample.dataset,
+            "split": sample.split,
+            "text_sha256": sample.text_digest,
+            "tokens_sha256": sample.key,
+            "samples": samples,
+            "seqlen": seqlen,
+            "tokens": samples * seqlen,
+            "seed": sample.seed,
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "settings": settings,
+        "versions": versions(),
+    }
+
+
+def _walk_blocks(
+    walk: BlockWalk,
+    sublayers: Sequence[Sublayer],
+    sample: Sample,
+    partial: Path,
+    state_seconds: float,
+    reporter: Reporter,
+) -> None:
+    count = len(walk.layers)
+    done = {i for i in range(count) if (partial / block_file(i)).is_file()}
+    first = _resume_state(walk, sample, partial)
+    saved = time.monotonic()
+    with reporter.stage("Calibrating blocks", count) as step:
+        for index in range(count):
+            if len(done) == count or index < first:
+                step()
+                continue
+            walk.load(index)
+            if index in done:
+                walk.advance(index)
+            else:
+                mine = [s for s in sublayers if s.layer == index]
+                _measure_block(walk, index, mine, partial / block_file(index))
+            walk.free(index)
+            if time.monotonic() - saved >= state_seconds and index + 1 < count:
+                state = {"hidden": walk.hidden}
+                write_tensors(partial / _STATE, state, {"next": str(index + 1)})
+                saved = time.monotonic()
+            step()
+
+
+def _resume_state(walk: BlockWalk, sample: Sample, partial: Path) -> int:
+    """Prepare the walk's hidden states; return the block that they are the input of."""
+    from safetensors.torch import load_file
+
+    path = partial / _STATE
+    walk.embed(sample.tokens, compute_hidden=not path.is_file())
+    if not path.is_file():
+        return 0
+    walk.hidden = load_file(path)["hidden"].to(walk.device)
+    return int(read_header(path).metadata["next"])
+
+
+def _measure_block(walk: BlockWalk, index: int, sublayers: Sequence[Sublayer], path: Path) -> None:
+    """Run one block over all sequences and write its moments."""
+    collector = Collector(walk.device)
+    linears = {s.name: walk.model.get_submodule(s.name) for s in sublayers}
+    with collector.attached(walk.layers[index], linears):
+        walk.advance(index)
+    moments = {key: total.mean() for key, total in collector.sums.items()}
+    for key, moment in moments.items():
+        if not bool(moment.isfinite().all()):
+            raise NumericalError(
+                f"The activations of {key.rpartition('.')[0]} are NaN or infinite.",
+                "Use --dtype bfloat16 or float32; float16 overflows on many models.",
+            )
+    if missing := sorted(set(linears) - set(collector.owners)):
+        raise NumericalError(
+            f"{missing[0]} saw no token during calibration.",
+            "It is not part of the model's forward pass: leave it out with --exclude.",
+        )
+    owners = json.dumps(collector.owners, sort_keys=True)
+    write_tensors(path, moments, {"moments": owners})

@@ -1,0 +1,228 @@
+"""Compressed folders: their files, how they are written, and how they are opened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hisvd_cli.errors import SourceError
+from hisvd_cli.source import read_config
+from hisvd_cli.tensorfile import write_json, write_tensors
+from hisvd_cli.weights import INDEX, SINGLE, Weights, open_weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+PROVENANCE = "hisvd.json"
+PLAN_FILE = "plan.json"
+FORMAT_VERSION = 1
+QUANT_METHOD = "hisvd"
+SHARD_BYTES = 5 * 10**9
+_METADATA = {"format": "pt"}  # transformers refuses safetensors files without it
+_COMPANION_NAMES = (
+    "token",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "added_tokens",
+    "chat_template",
+    "generation_config",
+    "spiece",
+    "sentencepiece",
+    "preprocessor",
+    "LICENSE",
+    "NOTICE",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A compressed folder on disk."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Name → rank of each low-rank sublayer, as the config says."""
+        return dict(self.config["quantization_config"]["ranks"])
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What ``hisvd.json`` records, empty where the file is missing. Raises SourceError."""
+        path = self.folder / PROVENANCE
+        if not path.is_file():
+            return {}
+        try:
+            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{path} is no valid JSON file.", "Compress again.") from error
+        return document
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The tensors. Raises SourceError."""
+        return open_weights(self.folder)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder holds a model that hisvd compressed."""
+    if not (folder / "config.json").is_file():
+        return False
+    quantization = read_config(folder).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a compressed folder. Raises SourceError where it is none."""
+    if not is_checkpoint(folder):
+        raise SourceError(
+            f"{folder} is no compressed model.", "Give a folder that 'hisvd compress' wrote."
+        )
+    return Checkpoint(folder, read_config(folder))
+
+
+def compressed_config(
+    config: Mapping[str, Any], architecture: str, ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return config.json of the compressed model: the base model's, ranks, and how to load it."""
+    from hisvd_cli.transformers_plugin import AUTO_MAP, HiSVDConfig
+
+    return {
+        **config,
+        "architectures": [architecture],
+        "auto_map": dict(AUTO_MAP),
+        "quantization_config": HiSVDConfig(ranks=dict(ranks)).to_dict(),
+    }
+
+
+def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json without anything that hisvd added."""
+    added = {"quantization_config", "auto_map"}
+    return {key: value for key, value in config.items() if key not in added}
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return the files that travel with the weights: tokenizer, generation config, licence."""
+    return [
+        p for p in sorted(folder.iterdir()) if p.is_file() and p.name.startswith(_COMPANION_NAMES)
+    ]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer and other small files."""
+    for path in companions(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def write_loader(folder: Path) -> None:
+    """Put the code beside the weights that ``trust_remote_code=True`` needs where hisvd is not
+    installed."""
+    from hisvd_cli.transformers_plugin import remote_code_files
+
+    for name, path in remote_code_files().items():
+        shutil.copyfile(path, folder / name)
+
+
+def shard_names(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Split names, in order, into groups of at most ``limit`` bytes (one item may exceed it)."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def shard_file(index: int, count: int) -> str:
+    """Return the file name of shard ``index`` of ``count``."""
+    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, files: Mapping[str, Iterable[str]], total_bytes: int) -> None:
+    """Write the index of a sharded checkpoint (file → tensor names); a single file needs none."""
+    if len(files) == 1:
+        return
+    weight_map = {name: file for file, names in files.items() for name in names}
+    write_json(
+        folder / INDEX,
+        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def write_shards(
+    folder: Path,
+    sizes: Mapping[str, int],
+    tensors: Iterator[tuple[str, Tensor]],
+    limit: int = SHARD_BYTES,
+) -> None:
+    """Write tensors as they come into shards of at most ``limit`` bytes; one shard is in memory.
+
+    Args:
+        folder: where to.
+        sizes: name → bytes, in the order in which ``tensors`` yields them.
+        tensors: name and tensor.
+        limit: bytes per shard.
+    """
+    groups = shard_names(sizes, limit)
+    files = {shard_file(i, len(groups)): names for i, names in enumerate(groups)}
+    for file, names in files.items():
+        shard = dict(next(tensors) for _ in names)
+        write_tensors(folder / file, shard, _METADATA)
+    write_index(folder, files, sum(sizes.values()))
+
+
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a dense or compressed folder with transformers, strictly.
+
+    Raises:
+        SourceError: tensors are missing, superfluous or misshapen.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import hisvd_cli.transformers_plugin  # noqa: F401  (registers the loader)
+
+    open_weights(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            # A compressed folder's own copy of the loader is not needed where hisvd runs.
+            trust_remote_code=trust_remote_code and not is_checkpoint(folder),
+        )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise SourceError(
+            f"transformers cannot load {folder}: {_summary(error)}",
+            f"Look closer with: hisvd inspect {folder}",
+        ) from error
+    _check_loading(folder, loaded[1])
+    model: PreTrainedModel = loaded[0].to(device)
+    model.eval()
+    return model
+
+
+def _check_loading(folder: Path, report: Mapping[str, Sequence[Any]]) -> None:
+    for kind, word in (("missing_keys", "lacks"), ("mismatched_keys", "holds misshapen")):
+        if keys := sorted(str(key) for key in report.get(kind, ())):
+            raise SourceError(
+                f"{folder} {word} {len(keys)} tensors: {', '.join(keys[:3])}.",
+                f"Look closer with: hisvd inspect {folder}",
+            )
+
+
+def _summary(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

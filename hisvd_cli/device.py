@@ -1,0 +1,40 @@
+"""Names of devices and dtypes ─► torch's, with a word on what ``auto`` means."""
+
+from __future__ import annotations
+
+import torch
+
+from hisvd_cli.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` is the GPU where there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"There is no device '{name}' here.", "Use --device cpu, cuda, cuda:1, mps or auto."
+        ) from error
+    return device
+
+
+def pick_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for forward passes.
+
+    ``auto`` is the dtype of the weights on disk, but float32 for float16 on a CPU, where half
+    precision overflows and is slow.
+    """
+    if name == "auto":
+        name = "float32" if stored == "float16" and device.type == "cpu" else stored
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

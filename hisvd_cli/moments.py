@@ -1,0 +1,70 @@
+"""Second moments of what flows through a sublayer, accumulated as a stream.
+
+Legend: m outputs, n inputs, T tokens; G = E[x xᵀ] ``[n, n]`` of the input, M = E[y yᵀ] ``[m, m]``
+of the output without its bias, M = W G Wᵀ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A second moment, of a sublayer's input or of its output.
+
+    Attributes:
+        matrix: ``[n, n]`` (input) or ``[m, m]`` (output), symmetric, positive semidefinite.
+        side: which of the two it is.
+    """
+
+    matrix: Tensor
+    side: Side
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The symmetric square root in float64, of the same shape; a singular moment has one."""
+        values, vectors = torch.linalg.eigh(self.matrix.double())
+        root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        return root
+
+    def to(self, device: torch.device | str) -> Moment:
+        """Return this moment on another device."""
+        return Moment(self.matrix.to(device), self.side)
+
+    def of_output(self, weight: Tensor) -> Tensor:
+        """Return M = W G Wᵀ ``[m, m]`` in float64 for ``weight`` ``[m, n]``."""
+        if self.side == "output":
+            return self.matrix.double()
+        wide = weight.double()
+        return wide @ self.matrix.double() @ wide.T
+
+
+class MomentSum:
+    """Running Σ x xᵀ: products in float32, their sum in float64.
+
+    Args:
+        width: length of x.
+        device: where the sum is kept.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add activations ``[..., width]``; all leading dimensions count as tokens."""
+        rows = x.reshape(-1, x.shape[-1]).float()  # [T, width]
+        self._sum += rows.T @ rows
+        self._tokens += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        """Return E[x xᵀ] ``[width, width]`` in float32 on the CPU."""
+        return (self._sum / self._tokens).float().cpu()

@@ -1,0 +1,50 @@
+"""Where hisvd keeps what it makes when the user names no place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+CHUNK = 1 << 20
+
+
+def cache_root() -> Path:
+    """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if named := os.environ.get("HISVD_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hisvd"
+
+
+def slug(text: str) -> str:
+    """Return ``text`` as a short file name: letters, digits, dots and dashes."""
+    stem = Path(text.rstrip("/")).name or text
+    return re.sub(r"[^A-Za-z0-9.]+", "-", stem.removesuffix(".gguf")).strip("-.") or "model"
+
+
+def digest(*parts: str | bytes) -> str:
+    """Return the sha256 of ``parts``, each behind its length so that none runs into the next."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(f"{len(data)}:".encode() + data)
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, remembered in the cache until its size or time changes."""
+    stat = path.stat()
+    identity = digest(str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns))
+    record = cache_root() / "digests" / identity
+    if record.is_file() and len(known := record.read_text()) == 64:
+        return known
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            state.update(chunk)
+    value = state.hexdigest()
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(value)
+    return value

@@ -1,0 +1,223 @@
+"""A plan: which rank every sublayer gets, as data, with what led to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hisvd_cli.allocate import Allocation
+from hisvd_cli.budget import Shape, cost, full_rank, is_dense
+from hisvd_cli.errors import SourceError
+from hisvd_cli.spectrum import Spectrum, tail_share
+from hisvd_cli.tensorfile import write_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SublayerPlan:
+    """One sublayer's row; ``rank`` is full where ``dense``; ``loss`` is Σ_{j>rank} σ_j²."""
+
+    name: str
+    layer: int
+    cluster: str
+    shape: Shape
+    density: float | None
+    baseline_rank: int
+    rank: int
+    full_rank: int
+    dense: bool
+    parameters: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """One sublayer type: how many, mean density, tail share T_c, stage-2 factor, share kept."""
+
+    cluster: str
+    sublayers: int
+    density: float | None
+    tail_share: float
+    factor: float | None
+    kept_ratio: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks for a model at one ratio.
+
+    Attributes:
+        ratio: the keep ratio asked for.
+        model_ratio: parameters kept of the whole model, embeddings and all.
+        allocator: name of the method.
+        settings: the plan's resolved settings.
+        budget_parameters: what the sublayers may keep.
+        kept_parameters: what they keep.
+        predicted_loss: Σ of the sublayers' losses.
+        clusters: a row per sublayer type.
+        sublayers: a row per sublayer.
+        provenance: model, calibration (None: from weights alone) and versions.
+    """
+
+    ratio: float
+    model_ratio: float
+    allocator: str
+    settings: dict[str, Any]
+    budget_parameters: int
+    kept_parameters: int
+    predicted_loss: float
+    clusters: list[ClusterPlan]
+    sublayers: list[SublayerPlan]
+    provenance: dict[str, Any]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Name → rank, truncated sublayers only."""
+        return {s.name: s.rank for s in self.sublayers if not s.dense}
+
+    @property
+    def full_parameters(self) -> int:
+        """Parameters of the planned sublayers before compression."""
+        return sum(s.shape[0] * s.shape[1] for s in self.sublayers)
+
+    @property
+    def kept_ratio(self) -> float:
+        """Share of the planned sublayers' parameters that is kept."""
+        return self.kept_parameters / self.full_parameters
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the plan knows activations, or weights alone."""
+        return self.provenance["calibration"] is not None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the totals that a checkpoint's provenance repeats."""
+        names = ("ratio", "model_ratio", "allocator", "budget_parameters", "kept_parameters")
+        return {name: getattr(self, name) for name in names}
+
+    def document(self) -> dict[str, Any]:
+        """Return the plan as JSON data."""
+        return {"kind": "plan", "format_version": FORMAT_VERSION, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write ``plan.json``. Raises OutputError."""
+        write_json(path, self.document())
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan back. Raises SourceError for a file that is no plan."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["kind"] != "plan" or document["format_version"] != FORMAT_VERSION:
+            raise ValueError(document["kind"])
+        return plan_from(document)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{path} is no plan of this version of hisvd.",
+            "Make one with: hisvd plan --output plan.json",
+        ) from error
+
+
+def plan_from(document: Mapping[str, Any]) -> Plan:
+    """Build a Plan from its JSON data. Raises KeyError or TypeError where it is malformed."""
+    names = Plan.__dataclass_fields__
+    data = {name: document[name] for name in names}
+    data["clusters"] = [ClusterPlan(**row) for row in data["clusters"]]
+    data["sublayers"] = [
+        SublayerPlan(**{**row, "shape": tuple(row["shape"])}) for row in data["sublayers"]
+    ]
+    return Plan(**data)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of the whole model, and of its compressible sublayers."""
+
+    total: int
+    sublayers: int
+
+    def budget(self, ratio: float, ratio_of: str) -> int:
+        """Return what the sublayers may keep so that ``ratio`` of them, or of the model, remains.
+
+        It is negative where the rest of the model alone exceeds the ratio.
+        """
+        if ratio_of == "model":
+            return int(ratio * self.total) - (self.total - self.sublayers)
+        return int(ratio * self.sublayers)
+
+
+def assemble(
+    *,
+    ratio: float,
+    allocator: str,
+    allocation: Allocation,
+    spectra: Sequence[Spectrum],
+    layers: Sequence[int],
+    size: ModelSize,
+    budget_parameters: int,
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> Plan:
+    """Put an allocation into rows and totals."""
+    rows = [
+        _row(spectrum, layer, allocation, i)
+        for i, (spectrum, layer) in enumerate(zip(spectra, layers, strict=True))
+    ]
+    kept = sum(row.parameters for row in rows)
+    return Plan(
+        ratio=ratio,
+        model_ratio=(size.total - size.sublayers + kept) / size.total,
+        allocator=allocator,
+        settings=dict(settings),
+        budget_parameters=budget_parameters,
+        kept_parameters=kept,
+        predicted_loss=sum(row.loss for row in rows),
+        clusters=_cluster_rows(rows, spectra, allocation),
+        sublayers=rows,
+        provenance=dict(provenance),
+    )
+
+
+def _row(spectrum: Spectrum, layer: int, allocation: Allocation, i: int) -> SublayerPlan:
+    rank = allocation.ranks[i]
+    dense = is_dense(rank, spectrum.shape)
+    return SublayerPlan(
+        name=spectrum.name,
+        layer=layer,
+        cluster=spectrum.cluster,
+        shape=spectrum.shape,
+        density=allocation.densities[i] if allocation.densities else None,
+        baseline_rank=allocation.baselines[i],
+        rank=rank,
+        full_rank=full_rank(spectrum.shape),
+        dense=dense,
+        parameters=int(cost(rank, spectrum.shape)),
+        loss=0.0 if dense else float(spectrum.energy[rank:].sum()),
+    )
+
+
+def _cluster_rows(
+    rows: Sequence[SublayerPlan], spectra: Sequence[Spectrum], allocation: Allocation
+) -> list[ClusterPlan]:
+    table = []
+    for cluster in dict.fromkeys(row.cluster for row in rows):
+        mine = [(r, s) for r, s in zip(rows, spectra, strict=True) if r.cluster == cluster]
+        densities = [row.density for row, _ in mine if row.density is not None]
+        tails = [0.0 if row.dense else tail_share(s.energy, row.rank) for row, s in mine]
+        full = sum(row.shape[0] * row.shape[1] for row, _ in mine)
+        table.append(
+            ClusterPlan(
+                cluster=cluster,
+                sublayers=len(mine),
+                density=fmean(densities) if densities else None,
+                tail_share=allocation.tail_shares.get(cluster, fmean(tails)),
+                factor=allocation.factors.get(cluster),
+                kept_ratio=sum(row.parameters for row, _ in mine) / full,
+            )
+        )
+    return table

@@ -1,0 +1,185 @@
+"""A model as the user names it: hub id, folder, ``.gguf`` file or ``demo`` ─► files on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.paths import digest, file_digest
+from hisvd_cli.weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo"
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.py", "*.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    Attributes:
+        name: what the user wrote.
+        folder: local folder with config, tokenizer and weights.
+        revision: the hub's commit, or None for a local model.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The config. Raises UnsupportedModelError for a type that transformers does not know."""
+        from transformers import AutoConfig
+
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise UnsupportedModelError(
+                f"transformers cannot read the config of {self.name}: {_first_line(error)}",
+                "Update transformers, or pass --trust-remote-code if the model ships its own code "
+                "and you trust it.",
+            ) from error
+        return config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises SourceError where it is missing."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+        except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
+            raise SourceError(
+                f"{self.name} has no tokenizer that loads: {_first_line(error)}",
+                "Put the tokenizer's files beside the weights.",
+            ) from error
+        return tokenizer
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The tensors on disk, read one at a time. Raises SourceError."""
+        return open_weights(self.folder)
+
+    @cached_property
+    def quantization(self) -> dict[str, Any]:
+        """``quantization_config`` of config.json, empty for a model in full precision."""
+        return dict(read_config(self.folder).get("quantization_config") or {})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 that names config and weights: by commit on the hub, by content elsewhere."""
+        if self.revision:
+            return digest("hub", self.name, self.revision)
+        parts = [digest((self.folder / "config.json").read_bytes())]
+        parts += [f"{path.name} {file_digest(path)}" for path in self.weights.files]
+        return digest(*parts)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the parsed config.json of a folder. Raises SourceError."""
+    path = folder / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"{folder} holds no config.json, so it is no Hugging Face model.",
+            "Give the folder that holds config.json and the weights.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} is no valid JSON file.", "Fetch the model again.") from error
+    if not isinstance(document, dict):
+        raise SourceError(f"{path} holds no JSON object.", "Fetch the model again.")
+    return document
+
+
+def open_source(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Find a model: an existing path wins, then ``demo``, then the hub.
+
+    Raises:
+        SourceError: nothing by that name, or it cannot be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        read_config(path)
+        return Source(name, path, trust_remote_code=trust_remote_code)
+    if path.is_file():
+        return _from_file(name, path)
+    if name == DEMO:
+        return Source(name, DEMO_FOLDER)
+    if not _HUB_ID.fullmatch(name) or path.suffix in {".gguf", ".pt", ".safetensors"}:
+        raise SourceError(
+            f"No model at '{name}': it is no folder, no .gguf file and no hub id.",
+            "Check the path, or give a hub id such as 'HuggingFaceTB/SmolLM2-135M', or 'demo'.",
+        )
+    return _from_hub(name, revision, trust_remote_code)
+
+
+def _from_file(name: str, path: Path) -> Source:
+    if path.suffix != ".gguf":
+        raise SourceError(
+            f"'{name}' is a file, but no .gguf file.",
+            "Give the folder that holds config.json and the weights.",
+        )
+    from hisvd_cli.gguf_input import unpack_gguf
+
+    return Source(name, unpack_gguf(path))
+
+
+def _from_hub(name: str, revision: str | None, trust_remote_code: bool) -> Source:
+    """Fetch config and tokenizer first, so that an unsupported model fails before its weights."""
+    folder = _snapshot(name, revision, _SMALL_FILES)
+    read_config(folder)
+    source = Source(name, folder, folder.name, trust_remote_code)
+    from hisvd_cli.blocks import build_meta_model
+
+    build_meta_model(source)
+    for patterns in (["*.safetensors"], ["*.bin"]):
+        folder = _snapshot(name, revision, patterns)
+        if any(folder.glob(patterns[0])):
+            return source
+    raise SourceError(
+        f"'{name}' holds neither .safetensors nor .bin weights.", "Try another model."
+    )
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise SourceError(
+            f"'{name}' is gated on the hub.",
+            "Accept its terms on the hub's page, then set HF_TOKEN or run 'hf auth login'.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"No model '{name}': no such folder here and no such model on the hub.",
+            "Check the spelling; for a private model set HF_TOKEN.",
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SourceError(
+            f"'{name}' is no folder here, and cannot be fetched from the hub: {_first_line(error)}",
+            "Check the name and the network, or give the path of a downloaded model.",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

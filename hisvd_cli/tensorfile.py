@@ -1,0 +1,197 @@
+"""The safetensors file format: headers without tensors, and files joined without memory.
+
+A file is an 8-byte little-endian header length, a JSON header ``{name: {dtype, shape,
+data_offsets}}``, and the tensors' bytes. Only what the ``safetensors`` package does not offer is
+here; tensors themselves are read and written by it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from hisvd_cli.errors import OutputError, SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPE_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""safetensors' name of a dtype → torch's."""
+
+_MAX_HEADER = 100_000_000
+_DAMAGED = "Fetch or write the file again; it is damaged or was not written to its end."
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; ``start`` and ``end`` are absolute byte positions."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of a file in file order, and its string metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a safetensors file.
+
+    Raises:
+        SourceError: the file is missing, truncated, or no safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            return _parse_header(path, file, size)
+    except OSError as error:
+        raise SourceError(f"Cannot read {path}: {error.strerror}.", _DAMAGED) from error
+
+
+def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER
+    if length > min(_MAX_HEADER, size - 8):
+        raise SourceError(f"{path} is no complete safetensors file ({size} bytes).", _DAMAGED)
+    try:
+        entries = json.loads(file.read(length))
+        metadata = entries.pop("__metadata__", {})
+        base = 8 + length
+        tensors = {
+            name: TensorInfo(
+                DTYPE_NAMES.get(entry["dtype"], entry["dtype"]),
+                tuple(entry["shape"]),
+                base + entry["data_offsets"][0],
+                base + entry["data_offsets"][1],
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SourceError(f"{path} has no valid safetensors header.", _DAMAGED) from error
+    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].start))
+    end = max((info.end for info in ordered.values()), default=base)
+    if end != size:
+        raise SourceError(f"{path} holds {size} bytes where its header names {end}.", _DAMAGED)
+    return Header(ordered, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: complete under its name, or not at all.
+
+    Raises:
+        OutputError: the file cannot be written, for example on a full disk.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OutputError(f"Cannot write {path}: {error}.", SPACE_HINT) from error
+
+
+SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its name once the body has succeeded.
+
+    Raises:
+        OutputError: the operating system refuses the write.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner reads
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}.", SPACE_HINT) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # The only portable way to read the umask is to set it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises OutputError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write an indented JSON document whole or not at all. Raises OutputError."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file that holds the tensors of all ``parts``, byte for byte.
+
+    The bytes are copied from file to file, so memory does not grow with the files' size.
+
+    Raises:
+        OutputError: the file cannot be written.
+        SourceError: a part is damaged.
+    """
+    headers = [read_header(part) for part in parts]
+    names = {torch_name: name for name, torch_name in DTYPE_NAMES.items()}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for header in headers:
+        for name, info in header.tensors.items():
+            entries[name] = {
+                "dtype": names.get(info.dtype, info.dtype),
+                "shape": list(info.shape),
+                "data_offsets": [offset, offset + info.nbytes],
+            }
+            offset += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as the format asks
+    with replacing(path) as temporary, temporary.open("wb") as target:
+        target.write(struct.pack("<Q", len(text)) + text)
+        for part, header in zip(parts, headers, strict=True):
+            with part.open("rb") as source:
+                source.seek(min((i.start for i in header.tensors.values()), default=0))
+                if header.tensors:
+                    shutil.copyfileobj(source, target, 1 << 20)

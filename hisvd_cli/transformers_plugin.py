@@ -1,0 +1,477 @@
+"""Loads low-rank checkpoints in plain transformers: ``from_pretrained``, unchanged.
+
+To transformers, ``hisvd`` is a quantization method that the checkpoint's ``config.json`` names:
+``{"quant_method": "hisvd", "format_version": 1, "ranks": {name: rank}}``. While the model is still
+without memory (on the meta device), each ``nn.Linear`` X that ``ranks`` names becomes a
+``LowRankLinear`` with the tensors ``X.weight`` = V ``[r, n]``, ``X.weight_u`` = U ``[m, r]`` and
+``X.bias`` ``[m]``; transformers then loads them like any others.
+
+Importing this file registers the method. It is also the code that travels with a checkpoint, as
+``modeling_hisvd.py``, for ``trust_remote_code=True`` where hisvd is not installed; so it imports
+nothing of hisvd but the file that travels along, and raises plain ``ValueError`` (a wrong
+``config.json``) and ``RuntimeError`` (wrong tensors). It serves transformers 4.57 and 5 alike.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .lowrank import LowRankLinear
+
+if TYPE_CHECKING:  # at run time transformers may be in the middle of importing these
+    from transformers import PretrainedConfig, PreTrainedModel
+
+QUANT_METHOD = "hisvd"
+FORMAT_VERSION = 1
+MODELING_FILE = "modeling_hisvd.py"
+AUTO_CLASS = "AutoModelForCausalLM"
+AUTO_MAP = {AUTO_CLASS: "modeling_hisvd.HiSVDForCausalLM"}
+
+# Where transformers, having loaded, sorts out which keys were missing and which were unexpected.
+_REPORT_METHOD = "_adjust_missing_and_unexpected_keys"
+
+
+class HiSVDConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a low-rank checkpoint.
+
+    Args:
+        ranks: the rank of each low-rank layer, by module name.
+        format_version: of the checkpoint's layout; this code knows version 1.
+        kwargs: what transformers hands back from ``config.json``; not used.
+
+    Raises:
+        ValueError: an unknown format version, or a rank that is no positive integer.
+    """
+
+    quant_method: Any  # a plain string: transformers' enumeration knows only its own methods
+
+    def __init__(
+        self,
+        ranks: Mapping[str, int] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,  # noqa: ARG002 (``quant_method`` itself comes back here)
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has the hisvd format version {format_version!r}, and this code "
+                f"reads version {FORMAT_VERSION}; it needs another version of hisvd."
+            )
+        ranks = {} if ranks is None else ranks
+        if not isinstance(ranks, Mapping):
+            raise ValueError(f"quantization_config.ranks must map names to ranks: {ranks!r}.")
+        wrong = [f"{name}: {rank!r}" for name, rank in ranks.items() if not _is_rank(rank)]
+        if wrong:
+            raise ValueError(
+                f"quantization_config.ranks holds what is no positive integer: {_listed(wrong)}."
+            )
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.ranks = dict(ranks)
+
+
+class HiSVDQuantizer(HfQuantizer):
+    """Puts low-rank layers into a model before its weights are loaded, and checks them after.
+
+    A missing, extra or misshapen low-rank tensor stops the load with a ``RuntimeError``, where
+    transformers by itself would warn and go on with random numbers.
+    """
+
+    requires_calibration = True  # only checkpoints that are low-rank already can be loaded
+    quantization_config: HiSVDConfig
+
+    def __init__(self, quantization_config: HiSVDConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._report_seen = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Swap the layers of a model that is on the meta device, and have the load watched."""
+        replace_linears(model, self.quantization_config.ranks)
+        files = kwargs.get("checkpoint_files")  # transformers 5 only
+        _check_file_shapes(model, files or ())
+        self._watch_report(model)
+
+    def _watch_report(self, model: PreTrainedModel) -> None:
+        """Check the loading report of this one load.
+
+        Transformers shows a quantizer no report, so this steps into the method of this one model
+        that makes it. If a future version stops calling that method, the load is refused.
+        """
+        original = getattr(model, _REPORT_METHOD)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            delattr(model, _REPORT_METHOD)  # adapters that are loaded later are none of ours
+            result = original(*args, **kwargs)
+            # 5.3 and later amend a report in place; earlier versions return two lists of keys.
+            report = next(iter((*args, *kwargs.values())))
+            if hasattr(report, "missing_keys"):
+                missing, unexpected = report.missing_keys, report.unexpected_keys
+            else:
+                missing, unexpected = result[:2]
+            _refuse_missing(model, missing)
+            _refuse_extra(model, self.quantization_config.ranks, unexpected)
+            self._report_seen = True
+            return result
+
+        setattr(model, _REPORT_METHOD, checked)
+
+    def update_expected_keys(
+        self, model: PreTrainedModel, expected_keys: list[str], loaded_keys: list[str]
+    ) -> list[str]:
+        """Refuse low-rank tensors that will not be loaded (transformers 4 only).
+
+        This is called once with all keys of the checkpoint and again without those that
+        ``ignore_mismatched_sizes=True`` leaves out.
+        """
+        present = set(loaded_keys)
+        absent = sorted(name for name in _low_rank_tensors(model) if name not in present)
+        if absent:
+            raise RuntimeError(
+                f"The checkpoint lacks low-rank tensors, or has them in another shape than the "
+                f"ranks in config.json say: {_listed(absent)}."
+            )
+        return expected_keys
+
+    def _process_model_after_weight_loading(
+        self,
+        model: PreTrainedModel,
+        **kwargs: Any,  # noqa: ARG002 (transformers 4 passes the config)
+    ) -> PreTrainedModel:
+        """Check the layers as they now are, and have them saved with the code that loads them."""
+        if not self._report_seen:
+            raise RuntimeError(
+                "This version of transformers loads models in a way that hisvd does not know, so "
+                "it could not check that every low-rank tensor was found."
+            )
+        _refuse_misshapen(
+            (name, tuple(tensor.shape), shape)
+            for name, (tensor, shape) in _low_rank_tensors(model).items()
+        )
+        _carry_code(model)
+        return model
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
+    ) -> PreTrainedModel:
+        """Multiply the factors: ``model.dequantize()`` gives a plain dense model.
+
+        Transformers 5 passes a dtype: the caller's, or else that of the model's config, which is
+        a string once the model has been saved.
+
+        Raises:
+            ValueError: some layers are offloaded, so that their tensors are not in memory.
+        """
+        layers = low_rank_layers(model)
+        absent = [name for name, layer in layers.items() if layer.weight.is_meta]
+        if absent:
+            raise ValueError(
+                f"Cannot multiply factors that are offloaded: {_listed(absent)}. Load the model "
+                "with a device_map that keeps them in memory."
+            )
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, layer in layers.items():
+            _set_module(model, name, _dense_linear(layer, dtype))
+        if dtype is not None and dtype != model.dtype:
+            nn.Module.to(model, dtype)  # the other layers too: a model of two dtypes does not run
+        _drop_code(model)
+        return model
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:  # noqa: ARG002
+        """Low-rank models can be saved: their tensors are plain ones."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Low-rank models can be trained: their tensors are plain parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As ``is_trainable``; without it the Trainer asks for adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """``torch.compile`` sees two matrix products."""
+        return True
+
+
+class HiSVDForCausalLM:
+    """What ``auto_map`` names: hands over to the model's own class, with low-rank layers.
+
+    It is no model itself; ``from_pretrained`` gives a ``LlamaForCausalLM`` or whatever the
+    checkpoint's architecture is. An architecture that is remote code itself cannot be served.
+    """
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Load a low-rank checkpoint; takes what ``AutoModelForCausalLM.from_pretrained`` does."""
+        from transformers import AutoModelForCausalLM
+
+        kwargs["trust_remote_code"] = False  # this call is the remote code
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
+        return model
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """Build a model of random weights in the checkpoint's low-rank shape."""
+        from transformers import AutoModelForCausalLM
+
+        kwargs["trust_remote_code"] = False
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
+        replace_linears(model, HiSVDConfig(**dict(config.quantization_config)).ranks)
+        _carry_code(model)
+        return model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = AUTO_CLASS) -> None:
+        """Do nothing: transformers calls this to have a class's own file saved with the model."""
+
+
+def remote_code_files() -> dict[str, Path]:
+    """Return the code that a checkpoint carries: file name in the folder, path of the source."""
+    here = Path(__file__)
+    return {MODELING_FILE: here, "lowrank.py": here.with_name("lowrank.py")}
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Return the low-rank layers of a model by their names."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
+def replace_linears(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
+    """Put low-rank layers, of unset or random numbers, in the place of dense ones.
+
+    Args:
+        model: a model, on the meta device or not.
+        ranks: rank by module name. A model without a head (``AutoModel``) takes the names of the
+            one with a head, and leaves out those that belong to the head.
+
+    Raises:
+        ValueError: a name is no ``nn.Linear`` of the model.
+    """
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    headless = _is_headless(model)
+    wrong = []
+    for name, rank in ranks.items():
+        local = name.removeprefix(prefix) if headless and name not in modules else name
+        linear = modules.get(local)
+        if isinstance(linear, nn.Linear):
+            _set_module(model, local, _low_rank_like(linear, rank))
+        elif not headless or name.startswith(prefix):
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"quantization_config.ranks names what is no nn.Linear of {type(model).__name__}: "
+            f"{_listed(wrong)}."
+        )
+
+
+def register() -> None:
+    """Make the method known to transformers; the first registration in a process stays.
+
+    A second copy of this file in the process (the installed one, or one from each checkpoint
+    loaded with ``trust_remote_code=True``) is no error.
+    """
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(HiSVDConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(HiSVDQuantizer)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _listed(items: Iterable[str], limit: int = 5) -> str:
+    """Join the first few items, and count the others."""
+    shown = list(items)
+    rest = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + rest
+
+
+def _is_headless(model: PreTrainedModel) -> bool:
+    """Tell whether this is the base model itself, as ``AutoModel`` gives it."""
+    return not hasattr(model, model.base_model_prefix)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _low_rank_like(linear: nn.Linear, rank: int) -> LowRankLinear:
+    """Return a low-rank layer with the sizes, device and dtype of a dense one."""
+    layer = LowRankLinear(
+        linear.in_features,
+        linear.out_features,
+        rank,
+        bias=linear.bias is not None,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
+    )
+    return layer.train(linear.training)
+
+
+def _dense_linear(layer: LowRankLinear, dtype: torch.dtype | None) -> nn.Linear:
+    """Return the dense layer that computes what a low-rank one does."""
+    has_bias = layer.bias is not None
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
+    with torch.no_grad():
+        dense.weight = nn.Parameter(layer.dense_weight(dtype), layer.weight.requires_grad)
+        if layer.bias is not None:
+            dense.bias = nn.Parameter(layer.bias.detach().to(dtype), layer.bias.requires_grad)
+    return dense.train(layer.training)
+
+
+def _low_rank_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
+    """Return the tensors of all low-rank layers, each with the shape that it must have."""
+    tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
+    for name, layer in low_rank_layers(model).items():
+        tensors[f"{name}.weight"] = layer.weight, (layer.rank, layer.in_features)
+        tensors[f"{name}.weight_u"] = layer.weight_u, (layer.out_features, layer.rank)
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = layer.bias, (layer.out_features,)
+    return tensors
+
+
+def _check_file_shapes(model: PreTrainedModel, files: Iterable[str]) -> None:
+    """Compare the shapes of low-rank tensors in safetensors files with those of the model.
+
+    Transformers looks at shapes itself, but not in every version, not for layers that go to disk,
+    and it goes on where ``ignore_mismatched_sizes=True``.
+
+    Raises:
+        RuntimeError: a shape differs.
+    """
+    expected = {name: shape for name, (_, shape) in _low_rank_tensors(model).items()}
+    prefix = f"{model.base_model_prefix}."
+    found = []
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is no dict)
+                # A file may have been saved with a head and be loaded without, or the reverse.
+                for name in (key, key.removeprefix(prefix), prefix + key):
+                    if name in expected:
+                        found.append((name, tuple(tensors.get_slice(key).get_shape())))
+                        break
+    _refuse_misshapen((name, shape, expected[name]) for name, shape in found)
+
+
+def _refuse_misshapen(
+    shapes: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Raise ``RuntimeError`` if, of (name, shape, expected shape), any two shapes differ."""
+    wrong = [
+        f"{name} is {list(shape)} and should be {list(expected)}"
+        for name, shape, expected in shapes
+        if shape != expected
+    ]
+    if wrong:
+        raise RuntimeError(
+            "The checkpoint has low-rank tensors in another shape than the ranks in config.json "
+            f"say: {_listed(wrong)}."
+        )
+
+
+def _refuse_missing(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raise ``RuntimeError`` if a low-rank tensor was not in the checkpoint.
+
+    Nor may anything else be missing, but the head of a class that is not the checkpoint's own (a
+    classifier on top of a language model), which is new, as always in transformers.
+    """
+    own = type(model).__name__ in (model.config.architectures or ())
+    required = own or _is_headless(model)
+    body = f"{model.base_model_prefix}."
+    tensors = _low_rank_tensors(model)
+    lacking = sorted(k for k in missing if required or k.startswith(body) or k in tensors)
+    if lacking:
+        raise RuntimeError(
+            f"The checkpoint lacks tensors of {type(model).__name__}: {_listed(lacking)}."
+        )
+
+
+def _refuse_extra(
+    model: PreTrainedModel, ranks: Mapping[str, int], unexpected: Iterable[str]
+) -> None:
+    """Raise ``RuntimeError`` if the checkpoint holds a low-rank tensor that has no place."""
+    layers = low_rank_layers(model)
+    prefix = f"{model.base_model_prefix}."
+    extra = []
+    for key in sorted(unexpected):
+        stem, _, leaf = key.rpartition(".")
+        of_layer = stem in layers or stem.removeprefix(prefix) in layers
+        # A rank without a layer is that of a head, which a model without a head leaves out.
+        if of_layer or (leaf == "weight_u" and stem not in ranks):
+            extra.append(key)
+    if extra:
+        raise RuntimeError(
+            f"The checkpoint holds low-rank tensors for which the ranks in config.json leave no "
+            f"place: {_listed(extra)}."
+        )
+
+
+def _names_our_code(config: PretrainedConfig) -> bool:
+    """Tell whether ``auto_map`` names this file, in the folder or in a hub repository."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    return str(auto_map.get(AUTO_CLASS, "")).split("--")[-1] == AUTO_MAP[AUTO_CLASS]
+
+
+def _carry_code(model: PreTrainedModel) -> None:
+    """Have ``model.save_pretrained`` write the code that ``auto_map`` names.
+
+    Transformers keeps ``auto_map`` when it saves, and copies code only for classes that are
+    remote code themselves, which the real model classes here are not.
+    """
+    if _names_our_code(model.config):
+        # A partial, unlike a closure, is copied and pickled together with the model.
+        model.__dict__["save_pretrained"] = partial(_save_with_code, model)
+
+
+def _save_with_code(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save as the model's class does, then add the code that loads the result."""
+    with_code = _names_our_code(model.config)
+    if with_code:  # from now on the code is in the folder, and not in some hub repository
+        model.config.auto_map = {**model.config.auto_map, **AUTO_MAP}
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    folder = Path(save_directory)
+    # No config.json is written for a model with adapters, of which only the adapters are saved.
+    if with_code and is_main_process and (folder / "config.json").is_file():
+        for name, source in remote_code_files().items():
+            shutil.copyfile(source, folder / name)
+
+
+def _drop_code(model: PreTrainedModel) -> None:
+    """Undo ``_carry_code``, for a model that is dense again."""
+    model.__dict__.pop("save_pretrained", None)
+    if _names_our_code(model.config):
+        del model.config.auto_map[AUTO_CLASS]
+        if not model.config.auto_map:
+            del model.config.auto_map
+
+
+register()

@@ -1,0 +1,243 @@
+"""What results look like in a terminal: readable at 80 columns, with and without colour."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from hisvd_cli.build.compression import Outcome
+    from hisvd_cli.build.evaluation import Evaluation
+    from hisvd_cli.calibrate import Calibration
+    from hisvd_cli.evaluate import PerplexityResult
+    from hisvd_cli.inspection import Audit
+    from hisvd_cli.plan import Plan
+
+_MAX_PROBLEMS = 20
+
+
+def size_text(count: float) -> str:
+    """Return bytes in the unit that people use: 538.1 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return seconds as 12.3 s, 4 min 05 s or 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+    return table
+
+
+def _facts(facts: dict[str, str]) -> Table:
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def calibration_view(calibration: Calibration, seconds: float) -> RenderableType:
+    """Show where a calibration lies and what it was taken from."""
+    data = calibration.manifest["data"]
+    return _facts(
+        {
+            "calibration": str(calibration.folder),
+            "text": f"{data['dataset']} ({data['split']})",
+            "tokens": f"{data['samples']} × {data['seqlen']} = {data['tokens']:,}",
+            "time": duration_text(seconds),
+        }
+    )
+
+
+def estimate_view(estimate: dict[str, Any]) -> RenderableType:
+    """Show what a run would take."""
+    facts = {"time": f"about {duration_text(estimate['seconds'])}"}
+    facts["peak memory"] = f"about {size_text(estimate['peak_memory_bytes'])}"
+    if "dense_bytes" in estimate:
+        dense, size = estimate["dense_bytes"], estimate["bytes"]
+        facts["checkpoint"] = f"{size_text(size)} (now {size_text(dense)}): {estimate['output']}"
+        facts["calibration"] = size_text(estimate["calibration_bytes"])
+    else:
+        facts["calibration"] = size_text(estimate["bytes"])
+    return Group(Text("Dry run: nothing was done.", style="bold"), _facts(facts))
+
+
+def rank_table(rows: list[Any], width: int) -> RenderableType:
+    """Show ranks, a line per layer and a column per sublayer type.
+
+    Args:
+        rows: anything with ``layer``, ``cluster``, ``rank`` and ``dense``.
+        width: columns of the terminal; types that do not fit go into a further table.
+    """
+    clusters = list(dict.fromkeys(row.cluster for row in rows))
+    cells = {(row.layer, row.cluster): row for row in rows}
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    fit = max(1, (width - 7) // (max(len(_short(c)) for c in clusters) + 3))
+    tables: list[RenderableType] = []
+    for start in range(0, len(clusters), fit):
+        shown = clusters[start : start + fit]
+        table = _table("layer", *map(_short, shown), left=0)
+        for layer in layers:
+            table.add_row(str(layer), *(_rank_cell(cells.get((layer, c))) for c in shown))
+        tables.append(table)
+    return Group(*tables)
+
+
+def _short(cluster: str) -> str:
+    return cluster.removesuffix("_proj")
+
+
+def _rank_cell(row: Any) -> Text:
+    if row is None:
+        return Text("-", style="dim")
+    return Text("dense", style="dim") if row.dense else Text(str(row.rank))
+
+
+def plan_view(plan: Plan, width: int) -> RenderableType:
+    """Show a plan: ranks per layer and type, then a line per type."""
+    return Group(
+        Text(f"Ranks at keep {plan.ratio:g} ({plan.allocator})", style="bold"),
+        rank_table(plan.sublayers, width),
+        Text(),
+        _cluster_table(plan),
+        Text(),
+        _plan_totals(plan),
+    )
+
+
+def _cluster_table(plan: Plan) -> Table:
+    table = _table("sublayer type", "count", "density", "tail share", "factor", "kept")
+    for row in plan.clusters:
+        table.add_row(
+            row.cluster,
+            str(row.sublayers),
+            "-" if row.density is None else f"{row.density:.3f}",
+            f"{row.tail_share:.4f}",
+            "-" if row.factor is None else f"{row.factor:.4f}",
+            f"{row.kept_ratio:.1%}",
+        )
+    return table
+
+
+def _plan_totals(plan: Plan) -> RenderableType:
+    unspent = plan.budget_parameters - plan.kept_parameters
+    facts = {
+        "kept": f"{plan.kept_parameters:,} of {plan.full_parameters:,} parameters "
+        f"({plan.kept_ratio:.3%}); {unspent:,} of the budget unspent",
+        "whole model": f"{plan.model_ratio:.2%} kept",
+        "predicted loss": f"{plan.predicted_loss:.6g} "
+        + ("(mean squared output error)" if plan.calibrated else "(energy of the weights)"),
+    }
+    if plan.settings["multiple_of"] > 1:
+        facts["rounding"] = f"ranks are multiples of {plan.settings['multiple_of']}"
+    return _facts(facts)
+
+
+def compressed_view(outcome: Outcome) -> RenderableType:
+    """Show what a compression made, and what it cost."""
+    seconds = outcome.seconds
+    stages = ", ".join(f"{name} {duration_text(value)}" for name, value in seconds.items())
+    facts = {
+        "checkpoint": str(outcome.output),
+        "size": f"{size_text(outcome.bytes)} (dense {size_text(outcome.dense_bytes)})",
+        "kept": f"{outcome.plan.kept_ratio:.2%} of the sublayers, "
+        f"{outcome.plan.model_ratio:.2%} of the model",
+        "time": stages,
+        "peak memory": size_text(outcome.peak_memory_bytes),
+    }
+    if outcome.perplexity:
+        before, after = outcome.perplexity
+        facts["perplexity"] = (
+            f"{perplexity_text(before)} before, {perplexity_text(after)} after "
+            f"({before.windows} windows of {before.seqlen} tokens, {before.dataset})"
+        )
+    return _facts(facts)
+
+
+def perplexity_text(result: PerplexityResult) -> str:
+    """Return a perplexity with four significant figures, or what is wrong with it."""
+    if result.perplexity is None:
+        windows = result.nonfinite_windows
+        return f"not finite (window {windows[0]})" if windows else "not finite"
+    return f"{result.perplexity:.4g}" if result.perplexity < 1e4 else f"{result.perplexity:.3e}"
+
+
+def audit_view(audit: Audit, width: int) -> RenderableType:
+    """Show an audit: totals, ranks, problems."""
+    facts = {"what": audit.kind, **audit.table, "on disk": size_text(audit.bytes)}
+    if audit.parameters:
+        facts["parameters"] = f"{audit.parameters:,} (dense {audit.dense_parameters:,})"
+    if audit.ratio is not None and audit.model_ratio is not None:
+        facts["kept"] = f"{audit.ratio:.3%} of the sublayers, {audit.model_ratio:.3%} of the model"
+    parts: list[RenderableType] = [Text(audit.target, style="bold"), _facts(facts)]
+    if audit.sublayers:
+        parts += [Text(), rank_table(audit.sublayers, width), Text(), _kept_table(audit)]
+    parts += [Text(), *_problems(audit.problems)]
+    return Group(*parts)
+
+
+def _kept_table(audit: Audit) -> Table:
+    table = _table("sublayer type", "count", "shape", "low rank", "mean rank", "kept")
+    for cluster in dict.fromkeys(row.cluster for row in audit.sublayers):
+        rows = [row for row in audit.sublayers if row.cluster == cluster]
+        low = [row.rank for row in rows if not row.dense]
+        full = sum(row.shape[0] * row.shape[1] for row in rows)
+        table.add_row(
+            cluster,
+            str(len(rows)),
+            "×".join(map(str, rows[0].shape)),
+            str(len(low)),
+            f"{sum(low) / len(low):.1f}" if low else "-",
+            f"{sum(row.parameters for row in rows) / full:.1%}",
+        )
+    return table
+
+
+def _problems(problems: list[str]) -> list[Text]:
+    if not problems:
+        return [Text("No problems found.", style="green")]
+    lines = [Text(f"{len(problems)} problem{'s' * (len(problems) > 1)}:", style="bold red")]
+    lines += [Text(f"  {problem}") for problem in problems[:_MAX_PROBLEMS]]
+    if len(problems) > _MAX_PROBLEMS:
+        lines.append(Text(f"  and {len(problems) - _MAX_PROBLEMS} more (--json lists all)"))
+    return lines
+
+
+def evaluation_view(evaluation: Evaluation) -> RenderableType:
+    """Show perplexities, a line per text, the baseline's beside them."""
+    beside = evaluation.baseline
+    names = ["dataset", "perplexity"] + (["baseline", "ratio"] if beside else [])
+    table = _table(*names, "tokens", "windows")
+    for i, result in enumerate(evaluation.results):
+        cells = [result.dataset.rpartition("/")[2], perplexity_text(result)]
+        if beside:
+            cells += [perplexity_text(beside[i]), _times(result, beside[i])]
+        table.add_row(*cells, f"{result.tokens:,}", f"{result.windows} × {result.seqlen}")
+    first = evaluation.results[0]
+    note = Text(f"BOS: {first.bos}. Text {first.dataset_hash[:12]}.", style="dim")
+    return Group(Text(evaluation.model, style="bold"), table, note)
+
+
+def _times(result: PerplexityResult, baseline: PerplexityResult) -> str:
+    if result.perplexity is None or baseline.perplexity is None:
+        return "-"
+    return f"{result.perplexity / baseline.perplexity:.2f} ×"

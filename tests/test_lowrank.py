@@ -1,0 +1,125 @@
+"""The low-rank layer against the product of its factors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hisvd_cli.lowrank import LowRankLinear
+
+M, N, RANK = 12, 20, 5  # y = W x, W [12, 20]
+
+
+def factors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U ``[m, r]``, V ``[r, n]`` and b ``[m]``."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((M, RANK), (RANK, N), (M,))
+    u, v, b = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    return u, v, b
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(N,), (3, N), (2, 3, N), (0, N)])
+def test_forward_equals_the_dense_product(shape: tuple[int, ...], with_bias: bool) -> None:
+    u, v, b = factors()
+    layer = LowRankLinear.from_factors(u, v, b if with_bias else None)
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = x @ (u @ v).T + (b if with_bias else 0)
+    assert layer(x).shape == (*shape[:-1], M)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_tensors_have_the_names_and_shapes_of_the_format() -> None:
+    state = LowRankLinear(N, M, RANK).state_dict()
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == {
+        "weight": [RANK, N],
+        "weight_u": [M, RANK],
+        "bias": [M],
+    }
+    assert set(LowRankLinear(N, M, RANK, bias=False).state_dict()) == {"weight", "weight_u"}
+
+
+def test_device_and_dtype_reach_every_tensor() -> None:
+    layer = LowRankLinear(N, M, RANK, device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in layer.parameters())
+
+
+def test_new_layers_hold_finite_numbers() -> None:
+    layer = LowRankLinear(N, M, RANK)
+    assert all(torch.isfinite(p).all() and p.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_from_factors_shares_the_memory_and_drops_the_history() -> None:
+    u, v, b = factors()
+    u.requires_grad_()
+    layer = LowRankLinear.from_factors(u, v, b)
+    assert (layer.in_features, layer.out_features, layer.rank) == (N, M, RANK)
+    assert layer.weight_u.data_ptr() == u.data_ptr()
+    assert layer.weight.data_ptr() == v.data_ptr()
+    assert layer.weight_u.is_leaf
+    assert layer.weight_u.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("u_shape", "v_shape", "b_shape"),
+    [((M, 4), (5, N), None), ((M,), (1, N), None), ((M, 5), (5, N), (N,)), ((M, 5), (N,), None)],
+)
+def test_from_factors_refuses_shapes_that_do_not_fit(
+    u_shape: tuple[int, ...], v_shape: tuple[int, ...], b_shape: tuple[int, ...] | None
+) -> None:
+    bias = None if b_shape is None else torch.zeros(b_shape)
+    with pytest.raises(ValueError, match="do not fit each other: U "):
+        LowRankLinear.from_factors(torch.zeros(u_shape), torch.zeros(v_shape), bias)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one_is_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 1, and is {rank}"):
+        LowRankLinear(N, M, rank)
+    with pytest.raises(ValueError, match="at least 1"):
+        LowRankLinear.from_factors(torch.zeros(M, 0), torch.zeros(0, N))
+
+
+def test_dense_weight_is_the_product() -> None:
+    u, v, b = factors()
+    torch.testing.assert_close(LowRankLinear.from_factors(u, v, b).dense_weight(), u @ v)
+
+
+def test_dense_weight_of_half_precision_is_rounded_once() -> None:
+    u, v, _ = factors(torch.bfloat16)
+    weight = LowRankLinear.from_factors(u, v).dense_weight()
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight, (u.float() @ v.float()).bfloat16())
+    weight = LowRankLinear.from_factors(u, v).dense_weight(torch.float32)
+    assert torch.equal(weight, u.float() @ v.float())
+
+
+def test_repr_shows_the_rank() -> None:
+    assert repr(LowRankLinear(N, M, RANK, bias=False)) == (
+        "LowRankLinear(in_features=20, out_features=12, rank=5, bias=False)"
+    )
+
+
+def test_gradients_reach_all_tensors() -> None:
+    layer = LowRankLinear.from_factors(*factors())
+    dense = nn.Linear(N, M, dtype=torch.float64)
+    x = torch.randn(4, N, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    dense.load_state_dict({"weight": layer.dense_weight().detach(), "bias": layer.bias})
+    dense(x).square().sum().backward()
+    u, v, b = (p.detach() for p in (layer.weight_u, layer.weight, layer.bias) if p is not None)
+    assert dense.weight.grad is not None
+    torch.testing.assert_close(layer.weight_u.grad, dense.weight.grad @ v.T)
+    torch.testing.assert_close(layer.weight.grad, u.T @ dense.weight.grad)
+    assert layer.bias is not None
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    assert b.shape == (M,)
+
+
+def test_compiles_into_one_graph() -> None:
+    layer = LowRankLinear.from_factors(*factors())
+    # The eager backend traces as any other does and needs no compiler on the machine.
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(3, N, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), layer(x))
