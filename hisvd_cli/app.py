@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
-from typing import Annotated, Any
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -17,69 +22,109 @@ from hisvd_cli.commands.eval import evaluate
 from hisvd_cli.commands.inspect import inspect
 from hisvd_cli.commands.plan import plan
 from hisvd_cli.console import Console
-from hisvd_cli.errors import HisvdError
+from hisvd_cli.errors import HisvdError, MemoryLimitError, OutputError, StoppedError, UsageError
+from hisvd_cli.tensorfile import reason
 
 _MEMORY_HINT = (
-    "Lower --batch, --samples or --seqlen, or use --device cpu; finished blocks are kept."
+    "Lower --batch, --seqlen or --samples, or use --dtype bfloat16 or --device cpu; "
+    "finished blocks are kept."
 )
+_RESUME_HINT = "Run the same command again: it goes on after the last finished block."
 
 
-class _Group(TyperGroup):
-    """Turns every failure of a command into two lines and an exit code."""
+class _Edge(TyperGroup):
+    """Turns every failure into two lines on stderr and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
 
     def invoke(self, ctx: Any) -> Any:
-        if os.environ.get("HISVD_DEBUG") == "1":
-            return super().invoke(ctx)
-        try:
-            return super().invoke(ctx)
-        except HisvdError as error:
-            Console().error(error)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            hint = "Run the same command again to go on after the last finished block."
-            Console().error(HisvdError("Interrupted.", hint))
-            raise typer.Exit(130) from error
-        except MemoryError as error:
-            Console().error(HisvdError("Out of memory.", _MEMORY_HINT))
-            raise typer.Exit(1) from error
-        except (
-            RuntimeError,
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            AssertionError,
-            AttributeError,
-            ImportError,
-        ) as error:
-            if isinstance(error, RuntimeError) and _is_exit(error):
+        with _watched_interrupts() as interrupted:
+            try:
+                return super().invoke(ctx)
+            except (KeyboardInterrupt, Exception) as error:
+                # Native code may put an error of its own in the place of KeyboardInterrupt.
+                if interrupted() or isinstance(error, KeyboardInterrupt):
+                    raise StoppedError("Interrupted.", _RESUME_HINT) from error
                 raise
-            Console().error(_unforeseen(error))
-            raise typer.Exit(1) from error
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        """Run the command line and exit."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except Exception as error:
+            told = _explain(error)
+            debugging = os.environ.get("HISVD_DEBUG") == "1"
+            Console().error(told, error if debugging else None)
+            code = told.exit_code
+        sys.exit(code)
 
 
-def _is_exit(error: RuntimeError) -> bool:
-    """Typer's own way out is a RuntimeError with an exit code."""
-    return hasattr(error, "exit_code")
+@contextmanager
+def _watched_interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed while the body ran."""
+    seen = threading.Event()
+
+    def note(_signal: int, _frame: object) -> NoReturn:
+        seen.set()
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield seen.is_set
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _unforeseen(error: Exception) -> HisvdError:
-    text = (str(error).strip().splitlines() or [""])[0]
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return HisvdError(f"Out of memory: {text}", _MEMORY_HINT)
+def _explain(error: Exception) -> HisvdError:
+    """Return what the user is told of any failure."""
+    for cause in _chain(error):
+        if _is_memory(cause):
+            return MemoryLimitError(_memory_message(cause), _MEMORY_HINT)
+    if isinstance(error, HisvdError):
+        return error
+    if hasattr(error, "format_message"):  # Typer found a flag or an argument wrong
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "hisvd"
+        return UsageError(" ".join(error.format_message().split()), f"Run: {command} --help")
+    if isinstance(error, OSError) and error.filename:
+        return OutputError(
+            f"Cannot use {error.filename}: {reason(error)}",
+            "Check that path, its permissions, and the space left on its disk.",
+        )
     return HisvdError(
-        f"Unforeseen {type(error).__name__}: {text}",
+        f"Unforeseen {type(error).__name__}: {reason(error)}",
         "Run again with HISVD_DEBUG=1 for the traceback, and please report it.",
     )
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Tell torch's CUDA error, its CPU allocator's and Python's own from all others."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _memory_message(error: BaseException) -> str:
+    size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    return f"Out of memory: {size[1]} more were asked for." if size else "Out of memory."
+
+
 app = typer.Typer(
-    cls=_Group,
+    cls=_Edge,
     name="hisvd",
     help="Make a causal language model smaller by low-rank factorisation, without training it.",
     epilog="Start with: hisvd compress --model demo --ratio 0.6",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -99,20 +144,20 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[  # noqa: ARG001  (handled by its callback)
+    version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
+            "--version",
+            help="Print the version.",
+            metavar="",
+            callback=_print_version,
+            is_eager=True,
         ),
     ] = False,
 ) -> None:
-    # Libraries that draw progress bars of their own would draw over ours.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    """Has no work of its own: the options above belong to no command."""
 
 
 def main() -> None:
     """Run the command line."""
     app()
-    sys.exit(0)

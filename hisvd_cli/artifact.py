@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from hisvd_cli.errors import OutputError
-from hisvd_cli.tensorfile import SPACE_HINT, write_text
-
-_KEY = "key"
+from hisvd_cli.tensorfile import SPACE_HINT, TEMPORARY, reason, write_text
 
 
 def partial_path(folder: Path) -> Path:
     """Return where ``folder`` is built before it takes its name."""
-    return folder.with_name(f".{folder.name}.partial")
+    return _beside(folder, "partial")
 
 
 @contextmanager
@@ -34,34 +32,46 @@ def building(folder: Path, key: str) -> Iterator[Path]:
     Raises:
         OutputError: another run is building the same folder, or it cannot be written.
     """
-    partial = partial_path(folder)
+    folder = folder.resolve()  # a link stays a link to what is built, and '.' has a name
+    partial, lock = partial_path(folder), _beside(folder, "lock")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(partial.with_suffix(".lock"), timeout=0):
-            _prepare(partial, key)
-            yield partial
-            (partial / _KEY).unlink()
-            _swap(partial, folder)
-        partial.with_suffix(".lock").unlink(missing_ok=True)
+        with FileLock(lock, timeout=0):
+            try:
+                _prepare(partial, _beside(folder, "key"), key)
+                yield partial
+                _swap(partial, folder)
+                _beside(folder, "key").unlink()
+            finally:
+                # Removed while it is held: whoever gets it next has made a new one.
+                with suppress(OSError):
+                    lock.unlink()
     except Timeout as error:
         raise OutputError(
             f"Another hisvd run is writing {folder}.", "Wait for it, or choose another folder."
         ) from error
     except OSError as error:
-        raise OutputError(f"Cannot write {folder}: {error.strerror}.", SPACE_HINT) from error
+        raise OutputError(f"Cannot write {folder}: {reason(error)}", SPACE_HINT) from error
 
 
-def _prepare(partial: Path, key: str) -> None:
-    record = partial / _KEY
-    if partial.is_dir() and (not record.is_file() or record.read_text() != key):
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def _prepare(partial: Path, record: Path, key: str) -> None:
+    # The key stands beside the folder, not in it: a run that is killed while the folder takes its
+    # name then leaves either everything to go on with, or a complete folder and nothing else in it.
+    if partial.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8") != key):
+        record.unlink(missing_ok=True)  # first: a folder that is half removed is nobody's
         shutil.rmtree(partial)
-    if not partial.is_dir():
-        partial.mkdir()
-        write_text(record, key)
+    write_text(record, key)
+    partial.mkdir(exist_ok=True)
+    for leftover in partial.glob(TEMPORARY):  # a killed run may have been writing a file
+        leftover.unlink()
 
 
 def _swap(partial: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
+    old = _beside(folder, "old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

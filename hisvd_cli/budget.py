@@ -88,8 +88,9 @@ class Budget:
     def rounded(self, ranks: Sequence[float], energies: Sequence[Tensor]) -> list[int]:
         """Return whole ranks within the budget, the remainder spent where it saves most loss.
 
-        Real-valued ranks are rounded down (to dense at break-even), then one step at a time goes
-        to the sublayer whose next components hold the most energy per parameter.
+        Real-valued ranks are rounded down (to dense at break-even), then up again, one step each,
+        in the order of the energy that a step keeps per parameter. What that leaves (a sublayer
+        that snaps to dense frees some) is spent in the same order without that bound.
 
         Args:
             ranks: real-valued ranks that meet the budget.
@@ -103,32 +104,39 @@ class Budget:
             full_rank(s) if is_dense(r + 1e-9, s) else max(int(r + 1e-9) // step * step, floor)
             for r, s, floor in zip(ranks, self.shapes, self.floors, strict=True)
         ]
-        return self._fill(whole, energies)
-
-    def _fill(self, ranks: list[int], energies: Sequence[Tensor]) -> list[int]:
-        left = self.parameters - sum(
-            int(cost(r, s)) for r, s in zip(ranks, self.shapes, strict=True)
-        )
         tails = [_tail_sums(energy) for energy in energies]
+        nearest = self._fill(whole, tails, steps=1)
+        return self._fill(nearest, tails, steps=max(map(full_rank, self.shapes)))
+
+    def _fill(
+        self, ranks: Sequence[int], tails: Sequence[Sequence[float]], steps: int
+    ) -> list[int]:
+        """Return ranks with the unspent budget given out, at most ``steps`` steps to each."""
+        filled = list(ranks)
+        taken = [0] * len(filled)
+        left = self.parameters - sum(
+            int(cost(r, s)) for r, s in zip(filled, self.shapes, strict=True)
+        )
         heap: list[tuple[float, int]] = []
 
         def offer(i: int) -> None:
-            if ranks[i] < full_rank(self.shapes[i]):
-                following, price = self._step(ranks[i], self.shapes[i])
-                gain = tails[i][ranks[i]] - tails[i][following]
+            if filled[i] < full_rank(self.shapes[i]) and taken[i] < steps:
+                following, price = self._step(filled[i], self.shapes[i])
+                gain = tails[i][filled[i]] - tails[i][following]
                 heapq.heappush(heap, (-gain / price, i))
 
-        for i in range(len(ranks)):
+        for i in range(len(filled)):
             offer(i)
         while heap:
             _, i = heapq.heappop(heap)
-            following, price = self._step(ranks[i], self.shapes[i])
+            following, price = self._step(filled[i], self.shapes[i])
             # What does not fit now never will: the budget only falls, and steps do not shrink
             # before the last one, to dense, which no longer step precedes.
             if price <= left:
-                ranks[i], left = following, left - price
+                filled[i], left = following, left - price
+                taken[i] += 1
                 offer(i)
-        return ranks
+        return filled
 
     def _step(self, rank: int, shape: Shape) -> tuple[int, int]:
         """Return the next rank above ``rank`` and what it costs more."""

@@ -6,23 +6,27 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hisvd_cli.artifact import building
-from hisvd_cli.blocks import BlockWalk
+from hisvd_cli.blocks import BlockWalk, overflow_hint
 from hisvd_cli.collector import Collector
-from hisvd_cli.errors import NumericalError, SourceError, StaleArtifactError
+from hisvd_cli.errors import (
+    NumericalError,
+    SourceError,
+    StaleArtifactError,
+    UnsupportedModelError,
+)
 from hisvd_cli.moments import Moment, Side
 from hisvd_cli.paths import digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import Sublayer, find_sublayers
-from hisvd_cli.tensorfile import read_header, write_json, write_tensors
+from hisvd_cli.tensorfile import read_tensors, write_json, write_tensors
 from hisvd_cli.versions import versions
 
 MANIFEST = "calibration.json"
@@ -61,31 +65,20 @@ class Calibration:
         """Hash of what the moments depend on: model, tokens, dtype."""
         return str(self.manifest["key"])
 
-    @cached_property
-    def _owners(self) -> dict[str, dict[str, str]]:
-        return {
-            path.name: json.loads(read_header(path).metadata["moments"])
-            for path in sorted(self.folder.glob("block-*.safetensors"))
-        }
-
     def moments(self, layer: int) -> dict[str, Moment]:
         """Read the moments of one block: sublayer name → moment (shared inputs are one object).
 
         Raises:
             SourceError: the block's file is missing or damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = self.folder / block_file(layer)
-        if path.name not in self._owners:
-            raise SourceError(f"{self.folder} lacks {path.name}.", "Calibrate again.")
+        tensors, metadata = read_tensors(path, "Calibrate again.")
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise SourceError(f"Cannot read {path}: {error}.", "Calibrate again.") from error
-        shared = {key: Moment(t, _side(key)) for key, t in tensors.items()}
-        return {name: shared[key] for name, key in self._owners[path.name].items()}
+            owners: dict[str, str] = json.loads(metadata["moments"])
+            shared = {key: Moment(t, _side(key)) for key, t in tensors.items()}
+            return {name: shared[key] for name, key in owners.items()}
+        except (KeyError, ValueError, AttributeError) as error:
+            raise SourceError(f"{path} holds no moments.", "Calibrate again.") from error
 
 
 def _side(key: str) -> Side:
@@ -107,20 +100,26 @@ def open_calibration(folder: Path, source: Source | None = None) -> Calibration:
 
     Raises:
         SourceError: no calibration there, or a damaged one.
-        StaleArtifactError: it was made for another model than ``source``.
+        StaleArtifactError: it was made for another model than ``source``, or in another format.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        made_for = manifest["model"]
+        version = manifest["format_version"]
+        made_for, fingerprint = manifest["model"]["name"], manifest["model"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             f"{folder} holds no calibration (no readable {MANIFEST}).", "Run: hisvd calibrate"
         ) from error
-    if source is not None and made_for["fingerprint"] != source.fingerprint:
+    if version != FORMAT_VERSION:
         raise StaleArtifactError(
-            f"{folder} was calibrated for {made_for['name']}, not for the weights of "
-            f"{source.name}.",
+            f"{folder} was calibrated by another version of hisvd (format {version}, here "
+            f"{FORMAT_VERSION}).",
+            "Calibrate again.",
+        )
+    if source is not None and fingerprint != source.fingerprint:
+        raise StaleArtifactError(
+            f"{folder} was calibrated for {made_for}, not for the weights of {source.name}.",
             "Calibrate this model, or name the calibration that was made for it.",
         )
     return Calibration(folder, manifest)
@@ -205,57 +204,56 @@ def _walk_blocks(
     reporter: Reporter,
 ) -> None:
     count = len(walk.layers)
-    done = {i for i in range(count) if (partial / block_file(i)).is_file()}
-    first = _resume_state(walk, sample, partial)
+    done = [i for i in range(count) if (partial / block_file(i)).is_file()]
+    first = count if len(done) == count else _resume_state(walk, sample, partial)
     saved = time.monotonic()
     with reporter.stage("Calibrating blocks", count) as step:
         for index in range(count):
-            if len(done) == count or index < first:
-                step()
-                continue
-            walk.load(index)
-            if index in done:
-                walk.advance(index)
-            else:
-                mine = [s for s in sublayers if s.layer == index]
-                _measure_block(walk, index, mine, partial / block_file(index))
-            walk.free(index)
-            if time.monotonic() - saved >= state_seconds and index + 1 < count:
-                state = {"hidden": walk.hidden}
-                write_tensors(partial / _STATE, state, {"next": str(index + 1)})
-                saved = time.monotonic()
+            if index >= first:
+                walk.load(index)
+                if index in done:
+                    walk.advance(index)
+                else:
+                    mine = [s.name for s in sublayers if s.layer == index]
+                    _measure_block(walk, index, mine, partial / block_file(index))
+                walk.free(index)
+                if time.monotonic() - saved >= state_seconds and index + 1 < count:
+                    state = {"hidden": walk.hidden}
+                    write_tensors(partial / _STATE, state, {"next": str(index + 1)})
+                    saved = time.monotonic()
             step()
 
 
 def _resume_state(walk: BlockWalk, sample: Sample, partial: Path) -> int:
     """Prepare the walk's hidden states; return the block that they are the input of."""
-    from safetensors.torch import load_file
-
     path = partial / _STATE
-    walk.embed(sample.tokens, compute_hidden=not path.is_file())
     if not path.is_file():
+        walk.embed(sample.tokens)
         return 0
-    walk.hidden = load_file(path)["hidden"].to(walk.device)
-    return int(read_header(path).metadata["next"])
+    tensors, metadata = read_tensors(path, f"Remove {partial} and run again.")
+    walk.embed(sample.tokens, compute_hidden=False)
+    walk.hidden = tensors["hidden"].to(walk.device)
+    return int(metadata["next"])
 
 
-def _measure_block(walk: BlockWalk, index: int, sublayers: Sequence[Sublayer], path: Path) -> None:
-    """Run one block over all sequences and write its moments."""
-    collector = Collector(walk.device)
-    linears = {s.name: walk.model.get_submodule(s.name) for s in sublayers}
-    with collector.attached(walk.layers[index], linears):
+def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path) -> None:
+    """Run one block over all sequences and write the moments of its linears ``names``."""
+    linears = {name: cast(nn.Linear, walk.model.get_submodule(name)) for name in names}
+    collector = Collector(linears, walk.device)
+    with collector.grouping():
+        walk.probe(index)
+    if unseen := [name for name in names if name not in collector.owners]:
+        raise UnsupportedModelError(
+            f"{unseen[0]} takes no part in the forward pass, so nothing is known of its inputs.",
+            "Supported: decoders that run every linear of a block on every token.",
+        )
+    with collector.summing():
         walk.advance(index)
     moments = {key: total.mean() for key, total in collector.sums.items()}
     for key, moment in moments.items():
         if not bool(moment.isfinite().all()):
             raise NumericalError(
                 f"The activations of {key.rpartition('.')[0]} are NaN or infinite.",
-                "Use --dtype bfloat16 or float32; float16 overflows on many models.",
+                overflow_hint(walk.dtype),
             )
-    if missing := sorted(set(linears) - set(collector.owners)):
-        raise NumericalError(
-            f"{missing[0]} saw no token during calibration.",
-            "It is not part of the model's forward pass: leave it out with --exclude.",
-        )
-    owners = json.dumps(collector.owners, sort_keys=True)
-    write_tensors(path, moments, {"moments": owners})
+    write_tensors(path, moments, {"moments": json.dumps(collector.owners, sort_keys=True)})

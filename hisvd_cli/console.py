@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -19,9 +22,13 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from hisvd_cli.errors import HisvdError
+
+_UNBOUNDED = 500  # columns of a file or a pipe, which need no line breaks
+_LOG_SECONDS = 30.0  # between two lines on a stage where no progress bar can be drawn
 
 
 class _RateColumn(ProgressColumn):
@@ -47,63 +54,110 @@ class Console:
         self.as_json = as_json
         self.quiet = quiet
         self.verbose = verbose
-        self._out = RichConsole(highlight=False, soft_wrap=False)
-        self._err = RichConsole(stderr=True, highlight=False)
+        self._stdout = sys.stdout
+        bounded = self._stdout.isatty() or "COLUMNS" in os.environ
+        self._out = RichConsole(
+            file=self._stdout,
+            width=None if bounded else _UNBOUNDED,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        self._err = RichConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
     @property
     def width(self) -> int:
         """Columns of the terminal that results go to."""
         return self._out.width
 
+    def alone(self) -> AbstractContextManager[object]:
+        """Keep stdout to this console while the body runs: what others print goes to stderr."""
+        return redirect_stdout(sys.stderr)
+
     def show(self, renderable: RenderableType) -> None:
         """Print a table or text for a person; nothing with --json or --quiet."""
         if not (self.as_json or self.quiet):
-            self._out.print(renderable)
+            with self._out.capture() as captured:
+                self._out.print(renderable)
+            self.text(captured.get())
 
     def result(self, document: dict[str, Any], line: str) -> None:
         """Print the result as JSON (--json), or as one plain line (--quiet)."""
         if self.as_json:
-            json.dump(document, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-            sys.stdout.write("\n")
+            self.text(json.dumps(document, indent=2, allow_nan=False) + "\n")
         elif self.quiet:
-            sys.stdout.write(f"{line}\n")
+            self.text(f"{line}\n")
 
     def text(self, text: str) -> None:
-        """Print a text as it is on stdout."""
-        sys.stdout.write(text)
+        """Print a text as it is on stdout. Raises BrokenPipeError where nobody reads it."""
+        self._stdout.write(text)
+        self._stdout.flush()
 
     def note(self, message: str) -> None:
         """Tell something worth knowing (--verbose)."""
         if self.verbose:
-            self._err.print(Text(message, style="dim"))
+            self._tell(Text(message, style="dim"))
 
     def warn(self, message: str) -> None:
         """Tell something that may change a result."""
-        self._err.print(Text.assemble(("Warning: ", "yellow"), message))
+        self._tell(Text.assemble(("Warning: ", "yellow"), message))
 
     def next_command(self, command: str) -> None:
         """End with what a user would run next."""
         if not (self.quiet or self.as_json):
-            self._err.print(Text.assemble(("Next: ", "dim"), (command, "bold")), soft_wrap=True)
+            self._tell(Text.assemble(("Next: ", "dim"), (command, "bold")))
 
-    def error(self, error: HisvdError) -> None:
-        """Print an error: what is wrong, and what to do."""
-        self._err.print(Text.assemble(("Error: ", "bold red"), error.message), soft_wrap=True)
+    def error(self, error: HisvdError, cause: BaseException | None = None) -> None:
+        """Print an error: what is wrong (a line per problem), and what to do.
+
+        Args:
+            error: what the user is told.
+            cause: print this one's traceback above it.
+        """
+        if cause is not None:
+            self._tell(Text("".join(traceback.format_exception(cause)).rstrip()))
+        for line in error.message.splitlines():
+            self._tell(Text.assemble(("Error: ", "bold red"), line))
         if error.hint:
-            self._err.print(Text.assemble(("Hint: ", "cyan"), error.hint), soft_wrap=True)
+            self._tell(Text.assemble(("Hint: ", "cyan"), error.hint))
+
+    def _tell(self, text: Text) -> None:
+        # Lines are left to the terminal to break, so that a command in them can be copied.
+        self._err.print(text, soft_wrap=True)
+
+    def stage(self, label: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """Show progress through ``total`` steps; the function it yields counts one.
+
+        A terminal gets a bar with rate and time left, a log file a line now and then.
+        """
+        draw = self._bar if self._err.is_terminal and not self.quiet else self._log
+        return draw(label, total)
 
     @contextmanager
-    def stage(self, label: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show a progress bar with rate and time left; the yielded function counts one step."""
+    def _bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
         progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False, table_column=Column(min_width=18)),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             _RateColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
             console=self._err,
-            disable=self.quiet or not self._err.is_terminal,
         )
         with progress:
             task = progress.add_task(label, total=total)
             yield lambda: progress.advance(task)
+
+    @contextmanager
+    def _log(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        started = told = time.monotonic()
+        done = 0
+
+        def step() -> None:
+            nonlocal done, told
+            done += 1
+            now = time.monotonic()
+            if not self.quiet and (done == total or now - told >= _LOG_SECONDS):
+                self._tell(Text(f"{label}: {done}/{total} in {now - started:.1f} s", style="dim"))
+                told = now
+
+        yield step

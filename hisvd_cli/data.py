@@ -7,13 +7,17 @@ overlap. No window gets a BOS of its own; the text gets one where the tokenizer 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hisvd_cli.errors import DataError, suggest
 from hisvd_cli.paths import digest
 from hisvd_cli.source import DEMO, DEMO_FOLDER
+from hisvd_cli.tensorfile import reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,39 +26,53 @@ if TYPE_CHECKING:
 
 Purpose = Literal["calibration", "evaluation"]
 _JOIN = "\n\n"
-_FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")
 _TEXT_COLUMNS = ("text", "sentence", "content", "document")
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A set on the hub: its id, configuration, the split of each purpose, and how much of it."""
+    """A set on the hub.
+
+    Attributes:
+        repo: its id.
+        splits: the split of each purpose.
+        config: its configuration, where it has several.
+        revision: branch, tag or commit.
+        files: the file of each purpose, where not the whole set is wanted or described.
+        limit: read only the first so many documents, as a stream.
+    """
 
     repo: str
-    config: str | None
     splits: dict[Purpose, str]
+    config: str | None = None
+    revision: str | None = None
     files: dict[Purpose, str] | None = None
     limit: int | None = None
 
 
+_TRAIN_AND_TEST: dict[Purpose, str] = {"calibration": "train", "evaluation": "test"}
 NAMED = {
-    "wikitext2": HubSet(
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        {"calibration": "train", "evaluation": "test"},
-    ),
+    "wikitext2": HubSet("Salesforce/wikitext", _TRAIN_AND_TEST, config="wikitext-2-raw-v1"),
     "c4": HubSet(
         "allenai/c4",
-        None,
         {"calibration": "train", "evaluation": "validation"},
-        {
+        files={
             "calibration": "en/c4-train.00000-of-01024.json.gz",
             "evaluation": "en/c4-validation.00000-of-00008.json.gz",
         },
         limit=20_000,
     ),
+    # The set itself is a script, which datasets no longer runs; the hub's own conversion of it
+    # lies on a branch.
     "ptb": HubSet(
-        "ptb-text-only/ptb_text_only", None, {"calibration": "train", "evaluation": "test"}
+        "ptb-text-only/ptb_text_only",
+        _TRAIN_AND_TEST,
+        revision="refs/convert/parquet",
+        files={
+            "calibration": "penn_treebank/train/*.parquet",
+            "evaluation": "penn_treebank/test/*.parquet",
+        },
     ),
 }
 
@@ -90,8 +108,11 @@ def load_text(name: str, purpose: Purpose) -> Text:
     elif name == DEMO:
         content = (DEMO_FOLDER / f"{purpose}.txt").read_text(encoding="utf-8")
         text = Text(name, purpose, content)
-    elif path.suffix in {".txt", *_FILE_KINDS} or name.startswith((".", "/", "~")):
-        raise DataError(f"There is no file '{name}'.", "Check the path.")
+    elif path.suffix in _FILE_KINDS or path.is_dir() or name.startswith((".", "/", "~")):
+        raise DataError(
+            f"There is no file '{name}'{', only a folder' if path.is_dir() else ''}.",
+            f"Give the path of a {', '.join(_FILE_KINDS)} file.",
+        )
     elif name in NAMED or "/" in name:
         text = _load_hub(name, NAMED.get(name) or _custom(name), purpose)
     else:
@@ -106,26 +127,58 @@ def load_text(name: str, purpose: Purpose) -> Text:
 
 def _custom(name: str) -> HubSet:
     repo, _, config = name.partition(":")
-    return HubSet(repo, config or None, {"calibration": "train", "evaluation": "test"})
+    return HubSet(repo, _TRAIN_AND_TEST, config=config or None)
 
 
 def _read_file(path: Path) -> str:
-    if kind := _FILE_KINDS.get(path.suffix):
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            raise DataError(
-                f"{path} is no readable {path.suffix} file.", "Check its content."
-            ) from error
-        return _join_rows(rows, str(path), None)
+    """Read a file of text, or of rows. Read here, not by ``datasets``, whose cache keeps copies."""
     try:
-        return path.read_text(encoding="utf-8")
+        if path.suffix == ".parquet":
+            return _join_rows(_parquet_rows(path), str(path))
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text.", "Convert the file to UTF-8.") from error
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.", "Check the file.") from error
+        raise DataError(
+            f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
+        ) from error
+    if path.suffix in {".json", ".jsonl"}:
+        return _join_rows(_json_rows(path, content), str(path))
+    return content
+
+
+def _parquet_rows(path: Path) -> Iterator[object]:
+    # pyarrow comes with datasets, which is made on top of it.
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise DataError(
+            f"{path} is no readable parquet file: {reason(error)}", "Write or fetch it again."
+        ) from error
+
+
+def _json_rows(path: Path, content: str) -> Iterator[object]:
+    """Yield the objects of JSON lines, or of one list."""
+    if path.suffix == ".json" and content.lstrip().startswith("["):
+        yield from _parse(path, content, 1)
+        return
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            yield _parse(path, line, number)
+
+
+def _parse(path: Path, text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is no JSON in line {line + error.lineno - 1}: {error.msg}.",
+            "A .jsonl file holds an object per line, a .json file also a list of objects.",
+        ) from error
 
 
 def _load_hub(name: str, hub: HubSet, purpose: Purpose) -> Text:
@@ -133,12 +186,16 @@ def _load_hub(name: str, hub: HubSet, purpose: Purpose) -> Text:
     from huggingface_hub.errors import HfHubHTTPError
 
     split = hub.splits[purpose]
-    files = {"data_files": {split: hub.files[purpose]}} if hub.files else {}
     try:
         rows = datasets.load_dataset(
-            hub.repo, hub.config, split=split, streaming=hub.limit is not None, **files
+            hub.repo,
+            hub.config,
+            split=split,
+            revision=hub.revision,
+            data_files={split: hub.files[purpose]} if hub.files else None,
+            streaming=hub.limit is not None,
         )
-        content = _join_rows(rows, name, hub.limit)
+        content = _join_rows(islice(rows, hub.limit), name)
     except (
         datasets.exceptions.DatasetsError,
         HfHubHTTPError,
@@ -146,24 +203,28 @@ def _load_hub(name: str, hub: HubSet, purpose: Purpose) -> Text:
         ValueError,
         RuntimeError,
     ) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"Cannot fetch '{name}' ({hub.repo}, split {split}) from the hub: {first}",
+            f"Cannot fetch '{name}' ({hub.repo}, split {split}) from the hub: {reason(error)}",
             "Check name and network, or give a local .txt, .jsonl or .parquet file instead.",
         ) from error
     return Text(name, split, content)
 
 
-def _join_rows(rows: Any, name: str, limit: int | None) -> str:
-    names = list(rows.column_names or [])
-    column = next((c for c in _TEXT_COLUMNS if c in names), None)
-    if column is None:
-        raise DataError(
-            f"'{name}' has no text column; it has {', '.join(names) or 'none'}.",
-            f"Name the column one of: {', '.join(_TEXT_COLUMNS)}.",
-        )
-    chosen = rows.take(limit) if limit is not None else rows
-    return _JOIN.join(str(row[column]) for row in chosen)
+def _join_rows(rows: Iterable[object], name: str) -> str:
+    """Join the texts of rows; the first row says which column holds them, and empty ones count."""
+    texts: list[str] = []
+    column = None
+    for row in rows:
+        known = row if isinstance(row, dict) else {}
+        column = column or next((c for c in _TEXT_COLUMNS if c in known), None)
+        if column is None:
+            raise DataError(
+                f"'{name}' has no text column; it has {', '.join(map(str, known)) or 'none'}.",
+                f"Name the column one of: {', '.join(_TEXT_COLUMNS)}.",
+            )
+        if (text := known.get(column)) is not None:
+            texts.append(str(text))
+    return _JOIN.join(texts)
 
 
 def tokenize(text: Text, source: Source) -> Tensor:
@@ -189,7 +250,9 @@ def sample_windows(tokens: Tensor, samples: int, seqlen: int, seed: int, name: s
     if available == 0:
         raise DataError(
             f"'{name}' holds {len(tokens):,} tokens, too few for one window of {seqlen}.",
-            f"Lower --seqlen to {len(tokens)} or less, or give a longer text.",
+            f"Lower --seqlen to {len(tokens)} or less, or give a longer text."
+            if len(tokens) > 1
+            else "Give a longer text.",
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:samples]

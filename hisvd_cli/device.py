@@ -6,6 +6,13 @@ import torch
 
 from hisvd_cli.errors import UsageError
 
+_RUNNABLE = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
 
 def pick_device(name: str) -> torch.device:
     """Return the device called ``name``; ``auto`` is the GPU where there is one.
@@ -19,7 +26,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # 'meta' is a device too, but holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"There is no device '{name}' here.", "Use --device cpu, cuda, cuda:1, mps or auto."
@@ -31,10 +38,8 @@ def pick_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
     """Return the dtype for forward passes.
 
     ``auto`` is the dtype of the weights on disk, but float32 for float16 on a CPU, where half
-    precision overflows and is slow.
+    precision overflows and is slow, and for anything that no forward pass runs in.
     """
     if name == "auto":
         name = "float32" if stored == "float16" and device.type == "cpu" else stored
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    return _RUNNABLE.get(name, torch.float32)

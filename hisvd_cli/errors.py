@@ -56,8 +56,19 @@ class OutputError(HisvdError):
     """An output path that is in the way, or cannot be written."""
 
 
+class MemoryLimitError(HisvdError):
+    """More memory was asked for than there is."""
+
+
+class StoppedError(HisvdError):
+    """The user interrupted the run."""
+
+    exit_code = 130
+
+
 def suggest(value: str, known: Iterable[str]) -> str:
     """Return a sentence with the nearest known name, or all of them where none is near."""
     names = sorted(known)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.6)
+    near = near or [name for name in names if value and name.startswith(value)]
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."

@@ -1,22 +1,29 @@
-"""What a run would take: bytes, memory and time, from shapes and one short measurement."""
+"""What a run would take: bytes, memory and time, from shapes and one short measurement.
+
+Legend: m outputs and n inputs of a sublayer; T tokens; d hidden width.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import torch
 
-from hisvd_cli.blocks import build_meta_model, decoder_blocks
-from hisvd_cli.sublayers import Sublayer, find_sublayers
-
-if TYPE_CHECKING:
-    from hisvd_cli.build.calibration import CalibrationRequest
-    from hisvd_cli.source import Source
+from hisvd_cli.sublayers import Sublayer
 
 _IMPORTS_BYTES = 400_000_000  # resident after importing torch and transformers
 _EIGH_FLOPS = 25  # of an eigendecomposition with vectors, in units of size³ at a product's rate
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a calibration takes: bytes on disk, peak memory in bytes, seconds."""
+
+    bytes: int
+    peak_memory_bytes: int
+    seconds: float
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
@@ -31,52 +38,45 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
     return count * 2 * size**3 / (time.perf_counter() - started)
 
 
-def estimate_calibration(source: Source, request: CalibrationRequest, batch: int) -> dict[str, Any]:
-    """Return bytes on disk, peak memory and seconds of a calibration.
+def estimate_calibration(
+    sublayers: Sequence[Sublayer],
+    outside_parameters: int,
+    width: int,
+    *,
+    samples: int,
+    seqlen: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Estimate:
+    """Estimate a calibration from above: a moment is counted for each sublayer, at its smaller
+    side, though sublayers that read the same tensor share one.
 
-    Moments are counted at their input side, the larger of the two, so this is an upper estimate.
+    Args:
+        sublayers: all of them.
+        outside_parameters: parameters outside the sublayers: embeddings, norms, head.
+        width: d.
+        samples: windows of text.
+        seqlen: tokens per window.
+        batch: windows per forward pass.
+        dtype: of forward passes.
+        device: where they run.
     """
-    model = build_meta_model(source)
-    prefix, layers = decoder_blocks(model)
-    sublayers = find_sublayers(prefix, list(layers))
-    width = model.config.get_text_config().hidden_size
-    dtype: torch.dtype = getattr(torch, request.dtype)
-    device = torch.device(request.device)
-    tokens = request.samples * request.seqlen
-    per_block = _moment_sizes([s for s in sublayers if s.layer == 0])
-    parameters = sum(s.shape[0] * s.shape[1] for s in sublayers)
-    forward = 2 * parameters * tokens
-    moments = 2 * sum(size**2 for size in per_block) * tokens * len(layers)
-    block_bytes = 4 * sum(p.numel() for p in layers[0].parameters())
-    hidden = tokens * width * dtype.itemsize
-    widest = max(max(s.shape) for s in sublayers)
-    activations = batch * request.seqlen * (12 * width + 4 * widest) * 4
-    seconds = forward / product_rate(device, dtype) + moments / product_rate(device, torch.float32)
-    outside = source.weights.total_bytes - 2 * parameters
-    return {
-        "tokens": tokens,
-        "bytes": 4 * sum(size**2 for size in per_block) * len(layers),
-        "peak_memory_bytes": _IMPORTS_BYTES
-        + block_bytes
-        + 8 * sum(size**2 for size in per_block)
-        + hidden
-        + activations
-        + max(outside, 0),
-        "seconds": seconds,
-    }
-
-
-def _moment_sizes(sublayers: Sequence[Sublayer]) -> list[int]:
-    """Return the widths of a block's moments: sublayers of equal input width, next to each other,
-    share one in every architecture that is known here."""
-    sizes: list[int] = []
-    previous = 0
-    for s in sublayers:
-        m, n = s.shape
-        if n != previous:
-            sizes.append(min(m, n))
-        previous = n
-    return sizes
+    tokens = samples * seqlen
+    first = [s for s in sublayers if s.layer == sublayers[0].layer]
+    squares = sum(min(s.shape) ** 2 for s in sublayers)
+    block_squares = sum(min(s.shape) ** 2 for s in first)
+    widest = max(max(s.shape) for s in first)
+    memory = (
+        _IMPORTS_BYTES
+        + (outside_parameters + _size(first)) * dtype.itemsize
+        + (8 + 4) * block_squares  # sums in float64, and their mean in float32
+        + tokens * width * dtype.itemsize  # hidden states
+        + batch * seqlen * (12 * width + 4 * widest) * 4  # activations of one forward pass
+    )
+    forward = 2 * _size(sublayers) * tokens / product_rate(device, dtype)
+    products = 2 * squares * tokens / product_rate(device, torch.float32)
+    return Estimate(4 * squares, memory, forward + products)
 
 
 def estimate_decomposition(sublayers: Sequence[Sublayer]) -> float:
@@ -86,3 +86,7 @@ def estimate_decomposition(sublayers: Sequence[Sublayer]) -> float:
         for s in sublayers
     )
     return flops / product_rate(torch.device("cpu"), torch.float64, 512)
+
+
+def _size(sublayers: Sequence[Sublayer]) -> int:
+    return sum(s.shape[0] * s.shape[1] for s in sublayers)

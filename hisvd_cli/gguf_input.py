@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hisvd_cli.artifact import building
 from hisvd_cli.errors import SourceError
 from hisvd_cli.paths import cache_root, file_digest, slug
+from hisvd_cli.tensorfile import reason
 
 if TYPE_CHECKING:
     import torch
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 def unpack_gguf(path: Path) -> Path:
     """Return a Hugging Face folder with the dequantized weights of a ``.gguf`` file.
 
-    The folder lies in the cache under the file's hash, so each file is unpacked once. Weights are
-    stored in bfloat16, whose rounding is far below that of any quantized type; a file in float32
-    stays in float32.
+    The folder lies in the cache under the file's hash, so each file is unpacked once. Matrices in
+    float32, float16 or bfloat16 keep their precision; quantized ones are stored in bfloat16.
 
     Raises:
         SourceError: the extra ``gguf`` is not installed, or the file cannot be read.
+        OutputError: the cache cannot be written.
     """
-    folder = cache_root() / "gguf" / f"{slug(path.name)}-{file_digest(path)[:16]}"
+    content = file_digest(path)
+    folder = cache_root() / "gguf" / f"{slug(path.name)}-{content[:16]}"
     if folder.is_dir():
         return folder
     try:
@@ -32,15 +34,12 @@ def unpack_gguf(path: Path) -> Path:
         raise SourceError(
             f"Reading {path.name} needs the package 'gguf'.", "Run: pip install 'hisvd[gguf]'"
         ) from error
-    except (ValueError, OSError, KeyError) as error:
-        raise SourceError(f"{path} is no complete GGUF file: {error}", "Fetch it again.") from error
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _dequantize(path, temporary, dtype)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise SourceError(
+            f"{path} is no complete GGUF file: {reason(error)}", "Fetch it again."
+        ) from error
+    with building(folder, content) as partial:
+        _dequantize(path, partial, dtype)
     return folder
 
 
@@ -48,26 +47,36 @@ def _stored_dtype(path: Path) -> torch.dtype:
     import torch
     from gguf import GGMLQuantizationType, GGUFReader
 
-    matrices = [t.tensor_type for t in GGUFReader(path).tensors if len(t.shape) > 1]
-    full = all(kind == GGMLQuantizationType.F32 for kind in matrices)
-    return torch.float32 if full else torch.bfloat16
+    kinds = {t.tensor_type for t in GGUFReader(path).tensors if len(t.shape) > 1}
+    if kinds == {GGMLQuantizationType.F32}:
+        return torch.float32
+    return torch.float16 if kinds == {GGMLQuantizationType.F16} else torch.bfloat16
 
 
 def _dequantize(path: Path, folder: Path, dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(**where, **_unpacking(), dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise SourceError(
-            f"transformers cannot read {path}: {str(error).strip().splitlines()[0]}",
+            f"transformers cannot read {path}: {reason(error)}",
             "Use the model's safetensors version.",
         ) from error
     # The dequantized model still says that it is quantized, and save_pretrained would refuse it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.__dict__.update(hf_quantizer=None, is_quantized=False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _unpacking() -> dict[str, Any]:
+    """Return what tells transformers to dequantize: newer ones otherwise keep the weights packed
+    where the package ``kernels`` is installed, and older ones know nothing else."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}

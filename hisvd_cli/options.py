@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import types
-import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from hisvd_cli.console import Console
 from hisvd_cli.profile import Key, Resolved, resolve
-from hisvd_cli.settings import SECTIONS, Settings, flag_of
+from hisvd_cli.settings import SECTIONS, Settings, flag_of, kind_of
+
+Command = Callable[..., None]
+
+_METAVARS = {int: "N", float: "X", str: "NAME", bool: ""}
+"""What stands behind a flag in ``--help``, short so that an 80-column terminal shows all flags."""
 
 
 @dataclass(frozen=True)
@@ -31,102 +34,83 @@ class Run:
         return self.resolved.settings
 
 
-CALIBRATION_KEYS: list[Key] = [
-    *(("model", key) for key in SECTIONS["model"].model_fields),
-    *(("calibration", key) for key in SECTIONS["calibration"].model_fields),
-]
-PLAN_KEYS: list[Key] = [("plan", key) for key in SECTIONS["plan"].model_fields]
-COMPRESS_KEYS: list[Key] = [("compress", key) for key in SECTIONS["compress"].model_fields]
-MODEL_KEYS: list[Key] = [("model", key) for key in SECTIONS["model"].model_fields]
-EVAL_KEYS: list[Key] = [("eval", key) for key in SECTIONS["eval"].model_fields]
+def keys_of(*sections: str) -> list[Key]:
+    """Return (section, key) of every setting of ``sections``."""
+    return [(section, key) for section in sections for key in SECTIONS[section].model_fields]
 
-_COMMON: dict[str, Any] = {
-    "profile": Annotated[
+
+def option(*flags: str, text: str, metavar: str = "", panel: str | None = None) -> Any:
+    """Return a flag of a command; without a ``metavar`` it takes no value."""
+    return typer.Option(
+        *flags, help=text, metavar=metavar, show_default=False, rich_help_panel=panel
+    )
+
+
+def _common(*flags: str, text: str, metavar: str = "") -> Any:
+    return option(*flags, text=text, metavar=metavar, panel="Settings and output")
+
+
+def _take_common(
+    profile: Annotated[
         Path | None,
-        typer.Option(
+        _common(
             "--profile",
-            help="Profile to read (default: the nearest hisvd.toml upward from here).",
+            text="Profile to read; by default the nearest hisvd.toml upward from here. Paths in "
+            "it are relative to the current folder.",
             metavar="FILE",
-            rich_help_panel="Settings and output",
         ),
-    ],
-    "overrides": Annotated[
+    ] = None,
+    overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            help="Any setting: section.key=value.",
-            metavar="KEY=VALUE",
-            rich_help_panel="Settings and output",
-        ),
-    ],
-    "show_profile": Annotated[
+        _common("--set", text="Any setting: section.key=value (repeatable).", metavar="SETTING"),
+    ] = None,
+    show_profile: Annotated[
         bool,
-        typer.Option(
+        _common(
             "--show-profile",
-            help="Print the resolved settings as TOML, each with its origin, and stop.",
-            rich_help_panel="Settings and output",
+            text="Print the resolved settings as TOML, each with its origin, and stop.",
         ),
-    ],
-    "as_json": Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="One JSON document on stdout, nothing else there.",
-            rich_help_panel="Settings and output",
-        ),
-    ],
-    "quiet": Annotated[
-        bool,
-        typer.Option(
-            "--quiet",
-            "-q",
-            help="Only the result's line, and errors.",
-            rich_help_panel="Settings and output",
-        ),
-    ],
-    "verbose": Annotated[
-        bool,
-        typer.Option("--verbose", "-v", help="More notes.", rich_help_panel="Settings and output"),
-    ],
-}
+    ] = False,
+    as_json: Annotated[
+        bool, _common("--json", text="One JSON document on stdout, nothing else there.")
+    ] = False,
+    quiet: Annotated[
+        bool, _common("--quiet", "-q", text="Only the result in a line, warnings and errors.")
+    ] = False,
+    verbose: Annotated[
+        bool, _common("--verbose", "-v", text="More notes, and the warnings of libraries.")
+    ] = False,
+) -> tuple[Console, Path | None, list[str], bool]:
+    """The flags of every command; returns them as :func:`with_settings` uses them."""
+    return Console(as_json, quiet, verbose), profile, overrides or [], show_profile
 
 
-def with_settings(keys: Iterable[Key]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(keys: Iterable[Key]) -> Callable[[Command], Command]:
     """Return a decorator that gives a command the flags of ``keys`` and the common ones.
 
     The command is called with a :class:`Run` and its own parameters.
     """
-    names = {f"{section}__{key}": (section, key) for section, key in keys}
+    settings = {f"{section}__{key}": (section, key) for section, key in keys}
+    common = inspect.signature(_take_common, eval_str=True).parameters
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**given: Any) -> None:
-            flags = {
-                key: given.pop(name) or None if name == "model__name" else given.pop(name)
-                for name, key in names.items()
-            }
-            common = {name: given.pop(name) for name in _COMMON}
-            console = Console(common["as_json"], common["quiet"], common["verbose"])
-            flags = {key: list(v) if isinstance(v, tuple) else v for key, v in flags.items()}
-            flags = {key: None if v == [] else v for key, v in flags.items()}
-            resolved = resolve(flags, common["profile"], common["overrides"] or ())
-            if common["show_profile"]:
-                console.text(resolved.toml())
+            # Typer gives an empty list for a repeatable flag that was not given.
+            flags = {key: given.pop(name) for name, key in settings.items()}
+            flags = {key: None if value == [] else value for key, value in flags.items()}
+            console, profile, overrides, show = _take_common(**{n: given.pop(n) for n in common})
+            resolved = resolve(flags, profile, overrides)
+            if show:
+                _show_settings(resolved, console)
                 return
-            command(Run(resolved, console), **given)
+            _prepare_libraries(console)
+            with console.alone():
+                command(Run(resolved, console), **given)
 
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        parameters = own + [_parameter(name, *key) for name, key in names.items()]
-        parameters += [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=False if _is_switch(annotation) else None,
-                annotation=annotation,
-            )
-            for name, annotation in _COMMON.items()
-        ]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        shown = [*own, *(_parameter(name, *key) for name, key in settings.items())]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in [*shown, *common.values()]]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -134,40 +118,73 @@ def with_settings(keys: Iterable[Key]) -> Callable[[Callable[..., None]], Callab
     return decorate
 
 
-def _is_switch(annotation: Any) -> bool:
-    return typing.get_args(annotation)[0] is bool
+def _show_settings(resolved: Resolved, console: Console) -> None:
+    if console.as_json:
+        console.result(resolved.document(), "")
+    else:
+        console.text(resolved.toml())
+
+
+def _prepare_libraries(console: Console) -> None:
+    from hisvd_cli.libraries import calm_libraries
+
+    calm_libraries(console.quiet, console.verbose)
 
 
 def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
+    """Return the parameter, and so the flag, of one setting.
+
+    It takes texts (or is a switch): all layers of settings are parsed and checked in one place.
+    """
     field = SECTIONS[section].model_fields[key]
-    default = field.default
+    kind = kind_of(section, key)
     flag = flag_of(section, key)
-    kind = _plain(field.annotation)
-    shown = "" if default in (None, "", []) else f" (default {_shown(default)})"
-    flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-    option = typer.Option(
-        *flags,
-        help=f"{field.description}{shown}",
+    text = str(field.description)
+    taken: Any = str
+    if kind is bool:
+        taken = bool
+        if field.default is None:  # neither on nor off where it is not given
+            flag += f"/--no-{flag[2:]}"
+    elif get_origin(kind) is list:
+        taken = list[str]
+        text = text.removesuffix(".") + " (repeatable)."
+    annotation = typer.Option(
+        flag,
+        help=text + _default_text(field.default),
+        metavar=_metavar(kind),
         show_default=False,
-        rich_help_panel=section.capitalize(),
+        rich_help_panel=_panel(section),
+        autocompletion=_completer(kind),
     )
     # Subscripted by hand: the type is known only here, so no annotation can be written down.
-    annotation = Annotated.__class_getitem__((kind | None, option))  # type: ignore[attr-defined]
+    annotated = Annotated.__class_getitem__((taken | None, annotation))  # type: ignore[attr-defined]
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotated
     )
 
 
-def _shown(default: Any) -> str:
-    return ", ".join(map(str, default)) if isinstance(default, list) else str(default)
+def _completer(kind: Any) -> Callable[[str], list[str]] | None:
+    """Return what completes the value of a flag that takes one of a few words."""
+    if get_origin(kind) is not Literal:
+        return None
+    words: tuple[str, ...] = get_args(kind)
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
-def _plain(annotation: Any) -> Any:
-    """Return the type that the command line parses: bounds are checked once, with the profile."""
-    if typing.get_origin(annotation) is Annotated:
-        return _plain(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return next(_plain(a) for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is list:
-        return list[_plain(typing.get_args(annotation)[0])]  # type: ignore[misc]
-    return annotation
+def _panel(section: str) -> str:
+    return {"eval": "Evaluation"}.get(section, section.capitalize())
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "NAME"
+    return _METAVARS[get_args(kind)[0] if get_origin(kind) is list else kind]
+
+
+def _default_text(default: Any) -> str:
+    if default in (None, "", []):
+        return ""
+    if isinstance(default, bool):
+        return f" (default {'on' if default else 'off'})"
+    values = default if isinstance(default, list) else [default]
+    return f" (default {', '.join(map(str, values))})"

@@ -7,7 +7,10 @@ import os
 import re
 from pathlib import Path
 
-CHUNK = 1 << 20
+from hisvd_cli.errors import SourceError
+from hisvd_cli.tensorfile import reason, write_text
+
+_CHUNK = 1 << 20
 
 
 def cache_root() -> Path:
@@ -34,17 +37,30 @@ def digest(*parts: str | bytes) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file, remembered in the cache until its size or time changes."""
+    """Return the sha256 of a file, remembered in the cache until the file changes.
+
+    Raises:
+        SourceError: the file cannot be read.
+        OutputError: the cache cannot be written.
+    """
+    try:
+        record = _digest_record(path)
+        if record.is_file() and len(known := record.read_text(encoding="ascii")) == 64:
+            return known
+        state = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                state.update(chunk)
+    except OSError as error:
+        raise SourceError(
+            f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
+        ) from error
+    write_text(record, state.hexdigest())
+    return state.hexdigest()
+
+
+def _digest_record(path: Path) -> Path:
+    # The change time counts too: unlike the modification time, nothing can set it back.
     stat = path.stat()
-    identity = digest(str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns))
-    record = cache_root() / "digests" / identity
-    if record.is_file() and len(known := record.read_text()) == 64:
-        return known
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            state.update(chunk)
-    value = state.hexdigest()
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(value)
-    return value
+    times = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    return cache_root() / "digests" / digest(str(path.resolve()), times)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import tomli
 import tomli_w
@@ -14,48 +16,91 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hisvd_cli.errors import UsageError, suggest
-from hisvd_cli.settings import SECTIONS, Settings, flag_of
+from hisvd_cli.settings import SECTIONS, Settings, flag_of, kind_of
 
 PROFILE_NAME = "hisvd.toml"
 Key = tuple[str, str]
 
+_OTHER_VARIABLES = {"HISVD_CACHE", "HISVD_DEBUG"}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_RATIO_HINT = "The ratio is the share to keep, above 0 and at most 1: 0.6 keeps 60 %."
+_SETTINGS_HINT = "The --help of the command lists its settings, their values and defaults."
+
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings, and where each came from (``default`` where nothing set it)."""
+    """Settings, and where each came from (no entry: a default).
+
+    Attributes:
+        settings: the validated settings.
+        origins: (section, key) → a flag, an environment variable, or the path of a profile.
+    """
 
     settings: Settings
     origins: dict[Key, str]
+
+    def value(self, section: str, key: str) -> Any:
+        """Return one setting."""
+        return getattr(getattr(self.settings, section), key)
+
+    def is_flag(self, section: str, key: str) -> bool:
+        """Tell whether a setting was given on the command line."""
+        return self.origins.get((section, key), "").startswith("--")
+
+    def flags(self, *sections: str, without: Key | None = None) -> str:
+        """Return the settings of ``sections`` that were given as flags, as text to paste."""
+        words: list[str] = []
+        for section, key in self.origins:
+            if section in sections and self.is_flag(section, key) and (section, key) != without:
+                words += _as_flag(section, key, self.value(section, key))
+        return shlex.join(words)
 
     def toml(self) -> str:
         """Return the settings as a profile, each line with its origin as a comment."""
         lines: list[str] = []
         for section, model in SECTIONS.items():
             lines.append(f"[{section}]")
-            values = getattr(self.settings, section)
             for key in model.model_fields:
-                value = getattr(values, key)
-                origin = self.origins.get((section, key), "default")
-                if value is None:  # TOML has no null: an unset key is shown as a comment
-                    lines.append(f"# {key} is unset")
-                else:
-                    lines.append(f"{tomli_w.dumps({key: value}, indent=0).strip()}  # {origin}")
+                value = self.value(section, key)
+                origin = " ".join(self.origins.get((section, key), "default").splitlines())
+                # TOML has no null: an unset key is shown as a comment.
+                setting = f"# {key} is unset" if value is None else f"{key} = {_toml(value)}"
+                lines.append(f"{setting}  # {origin}")
             lines.append("")
-        return "\n".join(_one_line_lists(lines))
+        return "\n".join(lines)
 
-    def recorded(self) -> dict[str, Any]:
-        """Return what artifacts record: every setting that can change a result."""
-        document = self.settings.model_dump(mode="json")
-        for key in ("path", "batch"):
-            document["calibration"].pop(key)
-        for section in ("eval",):
-            document.pop(section)
-        document["compress"].pop("evaluate")
+    def document(self) -> dict[str, Any]:
+        """Return the settings and their origins as JSON data."""
+        origins = {f"{section}.{key}": origin for (section, key), origin in self.origins.items()}
+        return {"settings": self.settings.model_dump(mode="json"), "origins": origins}
+
+    def recorded(self, *sections: str) -> dict[str, Any]:
+        """Return what artifacts record of ``sections`` (all but ``eval`` where none is named):
+        every setting that can change a result."""
+        chosen = set(sections) or set(SECTIONS) - {"eval"}
+        document = self.settings.model_dump(mode="json", include=chosen)
+        for section, key in (("calibration", "path"), ("calibration", "batch")):
+            document.get(section, {}).pop(key, None)
+        document.get("compress", {}).pop("evaluate", None)
         return document
 
 
-def _one_line_lists(lines: list[str]) -> list[str]:
-    return [" ".join(part.strip() for part in line.splitlines()) for line in lines]
+def _as_flag(section: str, key: str, value: Any) -> list[str]:
+    flag = flag_of(section, key)
+    if value is True:
+        return [flag]
+    if value is False:
+        return ["--set", f"{section}.{key}=false"]
+    values = value if isinstance(value, list) else [value]
+    return [word for v in values for word in (flag, str(v))]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {_toml(item)}' for key, item in value.items())}}}"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
 
 
 def resolve(
@@ -79,7 +124,7 @@ def resolve(
     """
     path = profile or find_profile(start or Path.cwd())
     document = read_profile(path) if path else {}
-    problems = _profile_problems(document, path)
+    problems = _profile_problems(document, str(path))
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     origins: dict[Key, str] = {}
     layers = [
@@ -91,15 +136,30 @@ def resolve(
     for (section, key), value, origin in layers:
         merged[section][key] = value
         origins[section, key] = origin
+    settings = _validate(merged, origins, str(path), problems)
+    if settings is None:
+        lines = dict.fromkeys(line for _, line in problems)
+        ratio_only = all(key == ("plan", "ratio") for key, _ in problems)
+        raise UsageError("\n".join(lines), _RATIO_HINT if ratio_only else _SETTINGS_HINT)
+    return Resolved(settings, origins)
+
+
+_Problems = list[tuple[Key, str]]
+"""What is wrong, a line each, with the setting that it is about."""
+
+
+def _validate(
+    merged: Mapping[str, Any], origins: Mapping[Key, str], profile: str, problems: _Problems
+) -> Settings | None:
+    """Return the settings, or None where there is a problem; add those found here."""
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
-        told = {problem.partition(":")[0] for problem in problems}
-        found = [_describe(detail, origins) for detail in error.errors()]
-        problems += [p for p in found if p.partition(":")[0] not in told]
-    if problems:
-        raise UsageError("\n".join(dict.fromkeys(problems)), "See every setting: --show-profile")
-    return Resolved(settings, origins)
+        told = {key for key, _ in problems}
+        found = [_describe(detail, origins, profile) for detail in error.errors()]
+        problems += [(key, line) for key, line in found if key not in told]
+        return None
+    return None if problems else settings
 
 
 def find_profile(start: Path) -> Path | None:
@@ -119,7 +179,8 @@ def read_profile(path: Path) -> dict[str, Any]:
             f"Cannot read the profile {path}: {error.strerror}.", "Check the path."
         ) from error
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no valid TOML: {error}.", "Mend that line.") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} is no valid TOML: {reason}.", "Mend that line.") from error
 
 
 def _flatten(document: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
@@ -130,61 +191,105 @@ def _flatten(document: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
                     yield (section, key), value
 
 
-def _profile_problems(document: Mapping[str, Any], path: Path | None) -> list[str]:
+def _profile_problems(document: Mapping[str, Any], profile: str) -> _Problems:
     """Validate a profile by itself, and strictly: "0.6" in quotes is a text, not a number."""
     try:
         Settings.model_validate(document, strict=True)
     except ValidationError as error:
-        origins = {key: str(path) for key, _ in _flatten(document)}
-        return [_describe(detail, origins, str(path)) for detail in error.errors()]
+        return [_describe(detail, {}, profile) for detail in error.errors()]
     return []
 
 
+def _variable(section: str, key: str) -> str:
+    return f"HISVD_{section}_{key}".upper()
+
+
 def _from_environment(
-    environ: Mapping[str, str], problems: list[str]
+    environ: Mapping[str, str], problems: _Problems
 ) -> Iterator[tuple[Key, Any, str]]:
+    """Yield the settings of the environment. An empty variable counts as unset, and a list is
+    written with commas."""
+    known = {_variable(s, k): (s, k) for s, model in SECTIONS.items() for k in model.model_fields}
     for variable, text in sorted(environ.items()):
-        prefix, _, rest = variable.partition("_")
-        section, _, key = rest.lower().partition("_")
-        if prefix != "HISVD" or section not in SECTIONS or not key:
-            continue
-        fields = SECTIONS[section].model_fields
-        if key not in fields:
-            known = (f"HISVD_{section.upper()}_{k.upper()}" for k in fields)
-            problems.append(f"{variable}: no such setting. {suggest(variable, known)}")
-            continue
-        many = isinstance(fields[key].default, list)
-        value = [part.strip() for part in text.split(",")] if many else text
-        yield (section, key), value, variable
+        if key := known.get(variable):
+            many = isinstance(SECTIONS[key[0]].model_fields[key[1]].default, list)
+            value = [part.strip() for part in text.split(",")] if many else text
+            if text:
+                yield key, value, variable
+        elif near := _near_variable(variable, known):
+            line = f"{variable}: no such setting. Did you mean '{near}'?"
+            problems.append((("environment", variable), line))
+
+
+def _near_variable(variable: str, known: Iterable[str]) -> str | None:
+    """Return the setting that a misspelt variable means; one that resembles none may belong to
+    another program."""
+    if not variable.startswith("HISVD_") or variable in _OTHER_VARIABLES:
+        return None
+    return next(iter(difflib.get_close_matches(variable, known, n=1, cutoff=0.75)), None)
 
 
 def _from_overrides(
-    overrides: Sequence[str], problems: list[str]
+    overrides: Sequence[str], problems: _Problems
 ) -> Iterator[tuple[Key, Any, str]]:
     for text in overrides:
         name, equals, value = text.partition("=")
         section, _, key = name.strip().partition(".")
         if not equals or section not in SECTIONS or key not in SECTIONS[section].model_fields:
             known = [f"{s}.{k}" for s, model in SECTIONS.items() for k in model.model_fields]
-            problems.append(f"--set {text}: no such setting. {suggest(name.strip(), known)}")
+            reason = suggest(name.strip(), known) if equals else "Write section.key=value."
+            problems.append((("--set", name), f"--set {text}: no such setting. {reason}"))
             continue
-        yield (section, key), _toml_value(value.strip()), f"--set {section}.{key}"
+        yield (section, key), _override(value.strip(), section, key), f"--set {section}.{key}"
 
 
-def _toml_value(text: str) -> Any:
+def _override(text: str, section: str, key: str) -> Any:
+    """Read a value as TOML, or as it stands where it is none (a name needs no quotes)."""
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        value = tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
         return text
+    return text if kind_of(section, key) is str and not isinstance(value, str) else value
 
 
-def _describe(detail: ErrorDetails, origins: Mapping[Key, str], where: str = "") -> str:
-    """Turn one of pydantic's findings into a line: which setting, from where, what is wrong."""
-    parts = [str(part) for part in detail["loc"]]
-    name = ".".join(part for part in parts if not part.isdigit())
+def _describe(detail: ErrorDetails, origins: Mapping[Key, str], profile: str) -> tuple[Key, str]:
+    """Turn one of pydantic's findings into a line: from where, which setting, what is wrong."""
+    section, key = (*(str(part) for part in detail["loc"]), "")[:2]
+    name = f"{section}.{key}" if key else section
+    origin = origins.get((section, key), profile)
     if detail["type"] == "extra_forbidden":
-        known = SECTIONS[parts[0]].model_fields if len(parts) > 1 else SECTIONS
-        return f"{name}: unknown key in {where}. {suggest(parts[-1], known)}"
-    origin = origins.get((parts[0], parts[1]) if len(parts) > 1 else ("", ""), where)
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{name}: {detail['input']!r} from {origin}: {message}"
+        return (section, key), f"{profile}: {name}: no such setting. {_place(section, key)}"
+    if origin == profile:
+        line = f"{profile}: {name} = {_toml(detail['input'])}"
+    else:
+        line = f"{origin}{' ' if origin == flag_of(section, key) else '='}{detail['input']}"
+    return (section, key), f"{line} {_reason(detail, section, key)}"
+
+
+def _place(section: str, key: str) -> str:
+    """Say where a key that the profile may not hold there was meant to stand."""
+    if key:
+        return suggest(key, SECTIONS[section].model_fields)
+    homes = [f"[{name}]" for name, model in SECTIONS.items() if section in model.model_fields]
+    return f"It belongs to {' or '.join(homes)}." if homes else suggest(section, SECTIONS)
+
+
+def _reason(detail: ErrorDetails, section: str, key: str) -> str:
+    """Say what a value must be."""
+    kind, value = detail["type"], detail["input"]
+    if not key:
+        return f"is no table: write [{section}] above its keys."
+    if (section, key) == ("plan", "ratio") and kind in ("greater_than", "less_than_equal"):
+        return "must be above 0 and at most 1."
+    if kind == "literal_error":
+        choices = str(detail["ctx"]["expected"])
+        near = difflib.get_close_matches(str(value), choices.split("'")[1::2], n=1)
+        return f"must be {choices}." + (f" Did you mean '{near[0]}'?" if near else "")
+    if kind == "too_short":
+        return "must name at least one."
+    if kind == "int_from_float" or kind.endswith(("_type", "_parsing")):
+        wanted = kind_of(section, key)
+        wanted = get_args(wanted)[0] if get_origin(wanted) is list else wanted
+        quoted = isinstance(value, str) and kind.endswith("_type")
+        return f"must be {_TYPES[wanted]}{', without quotes' * quoted}."
+    return f"must be {detail['msg'].removeprefix('Input should be ')}."

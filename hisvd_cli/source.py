@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.paths import digest, file_digest
-from hisvd_cli.weights import Weights, open_weights
+from hisvd_cli.tensorfile import reason
+from hisvd_cli.weights import LAYOUTS, Weights, open_weights, shard_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class Source:
             )
         except (ValueError, KeyError, OSError) as error:
             raise UnsupportedModelError(
-                f"transformers cannot read the config of {self.name}: {_first_line(error)}",
+                f"transformers cannot read the config of {self.name}: {reason(error)}",
                 "Update transformers, or pass --trust-remote-code if the model ships its own code "
                 "and you trust it.",
             ) from error
@@ -65,7 +66,7 @@ class Source:
             )
         except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
             raise SourceError(
-                f"{self.name} has no tokenizer that loads: {_first_line(error)}",
+                f"{self.name} has no tokenizer that loads: {reason(error)}",
                 "Put the tokenizer's files beside the weights.",
             ) from error
         return tokenizer
@@ -107,11 +108,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return document
 
 
-def open_source(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+def open_source(
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    compressible: bool = True,
+) -> Source:
     """Find a model: an existing path wins, then ``demo``, then the hub.
+
+    Args:
+        name: folder, ``.gguf`` file, ``demo`` or hub id.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run the Python code that the model ships.
+        compressible: of a hub model, refuse one that cannot be compressed before its weights are
+            fetched; False takes every causal language model, compressed ones too.
 
     Raises:
         SourceError: nothing by that name, or it cannot be fetched.
+        UnsupportedModelError: a hub model that cannot be worked on.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -126,7 +140,7 @@ def open_source(name: str, revision: str | None = None, trust_remote_code: bool 
             f"No model at '{name}': it is no folder, no .gguf file and no hub id.",
             "Check the path, or give a hub id such as 'HuggingFaceTB/SmolLM2-135M', or 'demo'.",
         )
-    return _from_hub(name, revision, trust_remote_code)
+    return _from_hub(name, revision, trust_remote_code, compressible)
 
 
 def _from_file(name: str, path: Path) -> Source:
@@ -140,21 +154,44 @@ def _from_file(name: str, path: Path) -> Source:
     return Source(name, unpack_gguf(path))
 
 
-def _from_hub(name: str, revision: str | None, trust_remote_code: bool) -> Source:
+def _from_hub(
+    name: str, revision: str | None, trust_remote_code: bool, compressible: bool
+) -> Source:
     """Fetch config and tokenizer first, so that an unsupported model fails before its weights."""
     folder = _snapshot(name, revision, _SMALL_FILES)
     read_config(folder)
     source = Source(name, folder, folder.name, trust_remote_code)
-    from hisvd_cli.blocks import build_meta_model
-
-    build_meta_model(source)
-    for patterns in (["*.safetensors"], ["*.bin"]):
-        folder = _snapshot(name, revision, patterns)
-        if any(folder.glob(patterns[0])):
+    _check_structure(source, compressible)
+    for files in _weight_files(folder):
+        # By commit, so that weights and config stay of one kind if the branch moves meanwhile.
+        _snapshot(name, source.revision, files)
+        if (folder / files[0]).is_file():
             return source
     raise SourceError(
-        f"'{name}' holds neither .safetensors nor .bin weights.", "Try another model."
+        f"'{name}' holds neither {LAYOUTS[0][1]} nor {LAYOUTS[1][1]}, whole or in shards.",
+        "Try another model; without a network, one that was fetched to its end before.",
     )
+
+
+def _check_structure(source: Source, compressible: bool) -> None:
+    from hisvd_cli.blocks import build_meta_model, decoder_blocks
+    from hisvd_cli.sublayers import find_sublayers
+
+    model = build_meta_model(source, compressed=not compressible)
+    if compressible:
+        prefix, layers = decoder_blocks(model)
+        find_sublayers(prefix, list(layers))
+
+
+def _weight_files(folder: Path) -> list[list[str]]:
+    """Return which files may hold the weights, exactly, in the order of preference.
+
+    A repository may hold the same weights several times, in other formats and folders.
+    """
+    return [
+        shard_files(folder / index) if (folder / index).is_file() else [single]
+        for index, single in LAYOUTS
+    ]
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -175,11 +212,6 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise SourceError(
-            f"'{name}' is no folder here, and cannot be fetched from the hub: {_first_line(error)}",
+            f"'{name}' is no folder here, and cannot be fetched from the hub: {reason(error)}",
             "Check the name and the network, or give the path of a downloaded model.",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

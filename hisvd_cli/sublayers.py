@@ -44,49 +44,61 @@ def find_sublayers(prefix: str, layers: Sequence[nn.Module]) -> list[Sublayer]:
     Raises:
         UnsupportedModelError: a block holds a weight that is no plain linear's.
     """
-    found: list[Sublayer] = []
+    found: list[tuple[int, str, nn.Linear]] = []
     for index, layer in enumerate(layers):
         block = f"{prefix}.{index}"
-        _check_block(block, layer)
-        linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        _check_experts(block, layer)
+        _check_matrices(block, layer)
+        linears = [(index, n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
         if not linears:
             raise UnsupportedModelError(f"{block} holds no torch.nn.Linear.", _HINT)
-        types = _cluster_names(list(linears))
-        found += [
-            Sublayer(f"{block}.{n}", index, types[n], (m.out_features, m.in_features))
-            for n, m in linears.items()
-        ]
-    return found
+        found += linears
+    clusters = _cluster_names(list(dict.fromkeys(name for _, name, _ in found)))
+    return [
+        Sublayer(f"{prefix}.{i}.{name}", i, clusters[name], (m.out_features, m.in_features))
+        for i, name, m in found
+    ]
 
 
-def _check_block(block: str, layer: nn.Module) -> None:
+def _check_experts(block: str, layer: nn.Module) -> None:
+    """Refuse a mixture of experts: a list of modules with linears, or one stacked tensor."""
     for name, module in layer.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.ModuleList) and any(
-            isinstance(part, nn.Linear) for part in module.modules()
-        ):
+        parts = list(module) if isinstance(module, nn.ModuleList) else []
+        if any(isinstance(m, nn.Linear) for part in parts for m in part.modules()):
             raise UnsupportedModelError(
-                f"{block}.{name} holds a list of {len(module)} experts: "
-                "mixture-of-experts blocks are not supported.",
+                f"{block}.{name} is a list of {len(parts)} modules with weights of their own: "
+                "mixtures of experts are not supported.",
                 _HINT,
             )
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            where = f"{block}.{name}.{parameter_name}".replace("..", ".")
             if parameter.ndim > 2:
                 raise UnsupportedModelError(
-                    f"{where} ({kind}) has {parameter.ndim} dimensions: stacked experts and "
-                    "convolutions are not supported.",
+                    f"{_join(block, name, parameter_name)} ({type(module).__name__}) has "
+                    f"{parameter.ndim} dimensions: stacked experts and convolutions are not "
+                    "supported.",
                     _HINT,
                 )
+
+
+def _check_matrices(block: str, layer: nn.Module) -> None:
+    """Refuse a matrix that is no linear's: it could not be found, and would stay as it is."""
+    for name, module in layer.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 2 and not isinstance(module, nn.Linear):
                 raise UnsupportedModelError(
-                    f"{where} is a matrix of a {kind}, which is no torch.nn.Linear.", _HINT
+                    f"{_join(block, name, parameter_name)} is a matrix of a "
+                    f"{type(module).__name__}, which is no torch.nn.Linear.",
+                    _HINT,
                 )
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
 
 
 def _cluster_names(names: Sequence[str]) -> dict[str, str]:
     """Return the shortest distinct ending of each name: ``q_proj``, or ``mlp.dense`` where the
-    last part alone stands twice in a block."""
+    last part alone stands for several."""
     last = Counter(name.rpartition(".")[2] for name in names)
     return {
         name: name if last[name.rpartition(".")[2]] > 1 else name.rpartition(".")[2]

@@ -8,11 +8,11 @@ here; tensors themselves are read and written by it.
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -38,8 +38,20 @@ DTYPE_NAMES = {
 }
 """safetensors' name of a dtype → torch's."""
 
+SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
+TEMPORARY = ".*.tmp"
+"""Matches what a killed run may leave of a file that it was writing."""
+
 _MAX_HEADER = 100_000_000
+_CHUNK = 1 << 20
 _DAMAGED = "Fetch or write the file again; it is damaged or was not written to its end."
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line what an error of the operating system or of a library says."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    line = str(text).splitlines()[0].strip()
+    return line if line.endswith((".", "!", "?", ":")) else f"{line}."
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,12 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size on disk in bytes."""
         return self.end - self.start
+
+    @property
+    def width(self) -> float:
+        """Bytes of one element; infinite where there is none."""
+        count = math.prod(self.shape)
+        return self.nbytes / count if count else math.inf
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,9 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             return _parse_header(path, file, size)
     except OSError as error:
-        raise SourceError(f"Cannot read {path}: {error.strerror}.", _DAMAGED) from error
+        raise SourceError(
+            f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
+        ) from error
 
 
 def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
@@ -106,6 +126,25 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
     return Header(ordered, metadata)
 
 
+def read_tensors(path: Path, hint: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a whole safetensors file: its tensors and its metadata.
+
+    Args:
+        path: the file.
+        hint: what to do where it is missing or damaged.
+
+    Raises:
+        SourceError: the file is missing, truncated, or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path), read_header(path).metadata
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"Cannot read {path}: {reason(error)}", hint) from error
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: complete under its name, or not at all.
 
@@ -120,10 +159,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         try:
             save_file(contiguous, temporary, metadata=dict(metadata))
         except SafetensorError as error:
-            raise OutputError(f"Cannot write {path}: {error}.", SPACE_HINT) from error
-
-
-SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
+            raise OutputError(f"Cannot write {path}: {reason(error)}", SPACE_HINT) from error
 
 
 @contextmanager
@@ -133,7 +169,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the operating system refuses the write.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Two processes may write the same file of a cache: each has a temporary name of its own.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -142,9 +179,10 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error.strerror or error}.", SPACE_HINT) from error
+        raise OutputError(f"Cannot write {path}: {reason(error)}", SPACE_HINT) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a path that cannot be written may be one that cannot be looked at
+            temporary.unlink()
 
 
 def _umask() -> int:
@@ -174,24 +212,33 @@ def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -
         OutputError: the file cannot be written.
         SourceError: a part is damaged.
     """
-    headers = [read_header(part) for part in parts]
+    placed = [(part, *item) for part in parts for item in read_header(part).tensors.items()]
+    # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
+    placed.sort(key=lambda item: item[2].width, reverse=True)
     names = {torch_name: name for name, torch_name in DTYPE_NAMES.items()}
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for header in headers:
-        for name, info in header.tensors.items():
-            entries[name] = {
-                "dtype": names.get(info.dtype, info.dtype),
-                "shape": list(info.shape),
-                "data_offsets": [offset, offset + info.nbytes],
-            }
-            offset += info.nbytes
+    for _, name, info in placed:
+        entries[name] = {
+            "dtype": names.get(info.dtype, info.dtype),
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as the format asks
     with replacing(path) as temporary, temporary.open("wb") as target:
         target.write(struct.pack("<Q", len(text)) + text)
-        for part, header in zip(parts, headers, strict=True):
-            with part.open("rb") as source:
-                source.seek(min((i.start for i in header.tensors.values()), default=0))
-                if header.tensors:
-                    shutil.copyfileobj(source, target, 1 << 20)
+        for part, _, info in placed:
+            _copy_bytes(part, info, target)
+
+
+def _copy_bytes(part: Path, info: TensorInfo, target: BinaryIO) -> None:
+    with part.open("rb") as source:
+        source.seek(info.start)
+        left = info.nbytes
+        while left:
+            data = source.read(min(left, _CHUNK))
+            if not data:
+                raise SourceError(f"{part} became shorter while it was read.", _DAMAGED)
+            left -= target.write(data)

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from hisvd_cli.audit import Audit
     from hisvd_cli.build.compression import Outcome
     from hisvd_cli.build.evaluation import Evaluation
     from hisvd_cli.calibrate import Calibration
     from hisvd_cli.evaluate import PerplexityResult
-    from hisvd_cli.inspection import Audit
     from hisvd_cli.plan import Plan
 
 _MAX_PROBLEMS = 20
+
+
+class Ranked(Protocol):
+    """What the rank table needs to know of a sublayer."""
+
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def cluster(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def dense(self) -> bool: ...
 
 
 def size_text(count: float) -> str:
@@ -68,34 +84,37 @@ def calibration_view(calibration: Calibration, seconds: float) -> RenderableType
     )
 
 
-def estimate_view(estimate: dict[str, Any]) -> RenderableType:
+def forecast_view(forecast: dict[str, Any]) -> RenderableType:
     """Show what a run would take."""
-    facts = {"time": f"about {duration_text(estimate['seconds'])}"}
-    facts["peak memory"] = f"about {size_text(estimate['peak_memory_bytes'])}"
-    if "dense_bytes" in estimate:
-        dense, size = estimate["dense_bytes"], estimate["bytes"]
-        facts["checkpoint"] = f"{size_text(size)} (now {size_text(dense)}): {estimate['output']}"
-        facts["calibration"] = size_text(estimate["calibration_bytes"])
+    facts = {"time": f"about {duration_text(forecast['seconds'])}"}
+    facts["peak memory"] = f"about {size_text(forecast['peak_memory_bytes'])}"
+    if "dense_bytes" in forecast:
+        dense, size = forecast["dense_bytes"], forecast["bytes"]
+        facts["checkpoint"] = f"{size_text(size)} (now {size_text(dense)}): {forecast['output']}"
+        facts["calibration"] = size_text(forecast["calibration_bytes"])
     else:
-        facts["calibration"] = size_text(estimate["bytes"])
+        facts["calibration"] = size_text(forecast["bytes"])
     return Group(Text("Dry run: nothing was done.", style="bold"), _facts(facts))
 
 
-def rank_table(rows: list[Any], width: int) -> RenderableType:
-    """Show ranks, a line per layer and a column per sublayer type.
+def rank_table(rows: Sequence[Ranked], width: int) -> RenderableType:
+    """Show ranks, a line per layer and a column per sublayer type, below the full ranks.
 
     Args:
-        rows: anything with ``layer``, ``cluster``, ``rank`` and ``dense``.
+        rows: the sublayers of a plan or an audit.
         width: columns of the terminal; types that do not fit go into a further table.
     """
     clusters = list(dict.fromkeys(row.cluster for row in rows))
     cells = {(row.layer, row.cluster): row for row in rows}
+    full = {row.cluster: str(min(row.shape)) for row in rows}
     layers = sorted({row.layer for row in rows if row.layer is not None})
-    fit = max(1, (width - 7) // (max(len(_short(c)) for c in clusters) + 3))
+    widest = max(len(_short(cluster)) for cluster in clusters)
+    fit = max(1, (width - 7) // (max(widest, 5) + 2))
     tables: list[RenderableType] = []
     for start in range(0, len(clusters), fit):
         shown = clusters[start : start + fit]
         table = _table("layer", *map(_short, shown), left=0)
+        table.add_row("full", *(full[cluster] for cluster in shown), style="dim")
         for layer in layers:
             table.add_row(str(layer), *(_rank_cell(cells.get((layer, c))) for c in shown))
         tables.append(table)
@@ -106,7 +125,7 @@ def _short(cluster: str) -> str:
     return cluster.removesuffix("_proj")
 
 
-def _rank_cell(row: Any) -> Text:
+def _rank_cell(row: Ranked | None) -> Text:
     if row is None:
         return Text("-", style="dim")
     return Text("dense", style="dim") if row.dense else Text(str(row.rank))
@@ -178,7 +197,7 @@ def perplexity_text(result: PerplexityResult) -> str:
     if result.perplexity is None:
         windows = result.nonfinite_windows
         return f"not finite (window {windows[0]})" if windows else "not finite"
-    return f"{result.perplexity:.4g}" if result.perplexity < 1e4 else f"{result.perplexity:.3e}"
+    return f"{result.perplexity:#.4g}" if result.perplexity < 1e4 else f"{result.perplexity:.3e}"
 
 
 def audit_view(audit: Audit, width: int) -> RenderableType:

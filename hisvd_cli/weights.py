@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hisvd_cli.errors import NumericalError, SourceError
-from hisvd_cli.tensorfile import TensorInfo, read_header
+from hisvd_cli.tensorfile import TensorInfo, read_header, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LAYOUTS = ((INDEX, SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+"""(index of shards, single file) in the order of preference."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Weights:
             NumericalError: the tensor holds NaN or infinity.
         """
         path = self.where[name]
-        known = self._legacy.get(path)
-        tensor = known[name] if known else _read_safetensor(path, name)
+        mapped = self._legacy.get(path)
+        tensor = _read_safetensor(path, name) if mapped is None else mapped[name]
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             raise NumericalError(
@@ -73,7 +75,9 @@ def _read_safetensor(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise SourceError(f"Cannot read {name} from {path}: {error}.", "Fetch it again.") from error
+        raise SourceError(
+            f"Cannot read {name} from {path}: {reason(error)}", "Fetch the file again."
+        ) from error
     return tensor
 
 
@@ -86,7 +90,7 @@ def open_weights(folder: Path) -> Weights:
     files = _weight_files(folder)
     if not files:
         raise SourceError(
-            f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).",
+            f"{folder} holds no weights ({SINGLE} or pytorch_model.bin, or an index of shards).",
             "Give the folder that holds the weights.",
         )
     infos: dict[str, TensorInfo] = {}
@@ -104,7 +108,7 @@ def open_weights(folder: Path) -> Weights:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for index, single in ((INDEX, SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
+    for index, single in LAYOUTS:
         if (folder / index).is_file():
             return _indexed(folder / index)
         if (folder / single).is_file():
@@ -112,12 +116,17 @@ def _weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def _indexed(index: Path) -> list[Path]:
+def shard_files(index: Path) -> list[str]:
+    """Return the names of the shards that an index lists. Raises SourceError."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({Path(name).as_posix() for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index} is no valid index of shards.", "Fetch it again.") from error
-    files = [index.parent / name for name in sorted(names)]
+
+
+def _indexed(index: Path) -> list[Path]:
+    files = [index.parent / name for name in shard_files(index)]
     if missing := [path.name for path in files if not path.is_file()]:
         raise SourceError(
             f"{index.parent} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}.",
@@ -129,17 +138,27 @@ def _indexed(index: Path) -> list[Path]:
 def _map_bin(path: Path) -> dict[str, Tensor]:
     """Map a pickled state dict into memory; ``weights_only`` refuses any code in it."""
     import pickle
+    import zipfile
 
     import torch
 
+    # Files from before PyTorch 1.6 are no archives, and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
     try:
-        state: dict[str, Tensor] = torch.load(path, "cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
         raise SourceError(
-            f"Cannot read {path}: {str(error).splitlines()[0]}",
+            f"{path} is damaged, or holds more than tensors; no code in it was run.",
             "Fetch it again, or convert the model to safetensors.",
         ) from error
-    return state
+    except (RuntimeError, OSError, ValueError, EOFError) as error:
+        raise SourceError(
+            f"Cannot read {path}: {reason(error)}",
+            "Fetch it again, or convert the model to safetensors.",
+        ) from error
+    if not isinstance(state, dict):
+        raise SourceError(f"{path} holds no state dict.", "Convert the model to safetensors.")
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _info(tensor: Tensor) -> TensorInfo:

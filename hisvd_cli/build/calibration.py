@@ -19,10 +19,11 @@ from hisvd_cli.calibrate import (
 )
 from hisvd_cli.data import check_seqlen, load_text, model_positions, sample_windows, tokenize
 from hisvd_cli.device import pick_device, pick_dtype
-from hisvd_cli.errors import SourceError, StaleArtifactError, UsageError
+from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError, UsageError
 from hisvd_cli.paths import cache_root, digest, file_digest, slug
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.settings import flag_of
 from hisvd_cli.source import DEMO, Source, open_source
 
 DEFAULT_SEQLEN = 2048
@@ -114,19 +115,47 @@ def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> 
     where the settings ask for nothing in particular, the model's newest.
 
     Raises:
-        StaleArtifactError: the folder named was made for another model.
+        StaleArtifactError: the folder named was made for another model, or of another text than
+            the settings name.
     """
     if named := resolved.settings.calibration.path:
         folder = Path(named).expanduser()
-        return open_calibration(folder, source) if (folder / MANIFEST).is_file() else None
+        if not (folder / MANIFEST).is_file():
+            return None
+        found = open_calibration(folder, source)
+        _check_asked(resolved, found)
+        return found
     exact = calibration_home(source) / request_calibration(resolved, source).key[:16]
     if (exact / MANIFEST).is_file():
         return open_calibration(exact, source)
     if any(section == "calibration" for section, _ in resolved.origins):
         return None
-    made = sorted(
-        calibration_home(source).glob(f"[!.]*/{MANIFEST}"), key=lambda p: p.stat().st_mtime
-    )
+    return _newest(source, reporter)
+
+
+def _check_asked(resolved: Resolved, found: Calibration) -> None:
+    """Refuse a calibration that differs from what was asked for beside its folder."""
+    data = found.manifest["data"]
+    wanted = found.manifest["settings"].get("calibration", {})
+    made = {**data, "samples": wanted.get("samples", data["samples"])}  # a text may hold fewer
+    for key in ("dataset", "samples", "seqlen", "seed"):
+        asked = resolved.value("calibration", key)
+        if resolved.is_flag("calibration", key) and _bare(asked) != _bare(made[key]):
+            flag = flag_of("calibration", key)
+            raise StaleArtifactError(
+                f"{found.folder} was calibrated with {flag} {made[key]}, not {asked}.",
+                f"Leave out {flag}, or name another folder with --calibration.",
+            )
+
+
+def _bare(value: str | int) -> str | int:
+    """A file may be named from another folder than it was at first."""
+    return Path(value).name if isinstance(value, str) else value
+
+
+def _newest(source: Source, reporter: Reporter) -> Calibration | None:
+    manifests = calibration_home(source).glob(f"[!.]*/{MANIFEST}")
+    made = sorted(manifests, key=lambda path: path.stat().st_mtime)
     if not made:
         return None
     found = open_calibration(made[-1].parent, source)
@@ -166,36 +195,53 @@ def ensure_calibration(
     Raises:
         StaleArtifactError: the folder named holds a calibration of another model, or (without
             ``reuse_any``) of other settings.
+        OutputError: the folder named holds something else.
     """
     started = time.monotonic()
-    request = request_calibration(resolved, source)
-    named = resolved.settings.calibration.path
     if reuse_any and (found := find_calibration(resolved, source, reporter)):
         return found, time.monotonic() - started
+    made = _calibrate(resolved, source, reporter)
+    return made, time.monotonic() - started
+
+
+def _calibrate(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration:
+    request = request_calibration(resolved, source)
+    named = resolved.settings.calibration.path
     folder = Path(named).expanduser() if named else calibration_home(source) / request.key[:16]
     if not named and (folder / MANIFEST).is_file():
-        return open_calibration(folder, source), time.monotonic() - started
+        return open_calibration(folder, source)
+    present = _present(folder, source)
     sample = draw_sample(request, source, reporter)
     dtype: torch.dtype = getattr(torch, request.dtype)
-    if folder.exists() and any(folder.iterdir()):
-        present = open_calibration(folder, source)
+    if present is not None:
         if present.key != calibration_key(source, sample, dtype):
             raise StaleArtifactError(
                 f"{folder} holds a calibration of other data or settings.",
                 "Name another folder with --calibration, or remove that one.",
             )
-        return present, time.monotonic() - started
-    made = calibrate(
+        return present
+    return calibrate(
         source,
         sample,
         folder,
         device=torch.device(request.device),
         dtype=dtype,
         batch=resolved.settings.calibration.batch,
-        settings=resolved.recorded(),
+        settings=resolved.recorded("model", "calibration"),
         reporter=reporter,
     )
-    return made, time.monotonic() - started
+
+
+def _present(folder: Path, source: Source) -> Calibration | None:
+    """Return the calibration that stands in a folder; refuse anything else there."""
+    if (folder / MANIFEST).is_file():
+        return open_calibration(folder, source)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise OutputError(
+            f"{folder} holds something that is no calibration.",
+            "Name another folder with --calibration.",
+        )
+    return None
 
 
 def require_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,25 @@ import torch
 from hisvd_cli.build.calibration import (
     default_dataset,
     ensure_calibration,
-    find_calibration,
     named_source,
-    request_calibration,
+    window_length,
 )
-from hisvd_cli.build.evaluation import measure
-from hisvd_cli.build.plans import dissect, make_plans
+from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
+from hisvd_cli.build.plans import check_knobs, make_plans, open_plan
 from hisvd_cli.calibrate import Calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint, open_checkpoint
-from hisvd_cli.compress import Compressed, compress, lay_out
+from hisvd_cli.compress import Compressed, compress
 from hisvd_cli.convert import to_pt
+from hisvd_cli.data import Text
 from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.device import pick_device
 from hisvd_cli.errors import OutputError, UsageError
-from hisvd_cli.estimate import estimate_calibration, estimate_decomposition
-from hisvd_cli.evaluate import PerplexityResult
+from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
 from hisvd_cli.paths import slug
-from hisvd_cli.plan import Plan, load_plan
+from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.settings import SECTIONS, flag_of
 from hisvd_cli.source import Source
 
 
@@ -50,13 +51,16 @@ class Outcome:
     plan_path: Path
     bytes: int
     dense_bytes: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_bytes: int = 0
-    perplexity: tuple[PerplexityResult, PerplexityResult] | None = None
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    perplexity: tuple[PerplexityResult, PerplexityResult] | None
 
     def document(self) -> dict[str, Any]:
         """Return the outcome as JSON data."""
-        measured = self.perplexity
+        perplexity = None
+        if self.perplexity is not None:
+            before, after = self.perplexity
+            perplexity = {"before": before.perplexity, "after": after.perplexity}
         return {
             "output": str(self.output),
             "ratio": self.plan.ratio,
@@ -66,9 +70,7 @@ class Outcome:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "plan": str(self.plan_path),
-            "perplexity": None
-            if measured is None
-            else {"before": measured[0].perplexity, "after": measured[1].perplexity},
+            "perplexity": perplexity,
         }
 
 
@@ -106,6 +108,49 @@ def check_output(path: Path, overwrite: bool) -> None:
         )
 
 
+def check_request(
+    resolved: Resolved,
+    source: Source,
+    output: Path | None,
+    plan_file: Path | None,
+    overwrite: bool,
+) -> None:
+    """Find out before any work whether a compression can succeed.
+
+    Raises:
+        UsageError: several ratios, an unknown method, or flags that a given plan has decided.
+        BudgetError: a ratio that cannot be met.
+        OutputError: something stands at the output.
+    """
+    DECOMPOSERS.get(resolved.settings.compress.decomposer)
+    if plan_file is None:
+        if len(resolved.settings.plan.ratio) > 1:
+            raise UsageError("compress takes one --ratio.", "Run it once per ratio.")
+        check_knobs(resolved, source)
+    else:
+        _refuse_knobs(resolved)
+    path = output_path(resolved, output)
+    check_output(path, overwrite)
+    sidecar = _plan_beside(path)
+    if path.suffix == ".pt" and sidecar.exists() and not overwrite and sidecar != plan_file:
+        raise OutputError(f"{sidecar} exists.", "Pass --overwrite, or name another --output.")
+
+
+def _refuse_knobs(resolved: Resolved) -> None:
+    for key in SECTIONS["plan"].model_fields:
+        if resolved.is_flag("plan", key):
+            flag = flag_of("plan", key)
+            raise UsageError(
+                f"{flag} cannot change the plan that --plan names.",
+                f"Leave out {flag}, or make the plan anew without --plan.",
+            )
+
+
+def _plan_beside(path: Path) -> Path:
+    """Return where the plan of a single-file checkpoint goes."""
+    return path.with_suffix(".plan.json")
+
+
 def compress_model(
     resolved: Resolved,
     output: Path | None,
@@ -116,36 +161,34 @@ def compress_model(
     """Calibrate, plan and compress, reusing what is there.
 
     Raises:
-        UsageError: several ratios, or an unknown method.
-        OutputError: something stands at the output.
+        HisvdError: see :func:`check_request`; nothing is written then.
     """
-    if len(resolved.settings.plan.ratio) > 1 and plan_file is None:
-        raise UsageError("compress takes one --ratio.", "Run it once per ratio.")
-    DECOMPOSERS.get(resolved.settings.compress.decomposer)
     source = named_source(resolved)
-    plan = load_plan(plan_file) if plan_file else None
-    path = output or output_path(resolved, None)
-    check_output(path, overwrite)
+    check_request(resolved, source, output, plan_file, overwrite)
+    plan = open_plan(plan_file, source) if plan_file else None
+    path = output_path(resolved, output)
+    text = _evaluation_text(resolved, source)
     calibration, calibrating = ensure_calibration(resolved, source, reporter)
+    if text is not None:
+        check_texts([text], calibration.manifest, source.name)
     started = time.monotonic()
     plan = plan or make_plans(resolved, source, calibration, reporter)[0]
     planning = time.monotonic() - started
     made, plan_path = _write(resolved, source, plan, calibration, path, reporter)
-    seconds = {
-        "calibrate": calibrating,
-        "plan": planning,
-        "decompose": made.decompose_seconds,
-        "write": made.write_seconds,
-    }
     return Outcome(
         output=path,
         plan=plan,
         plan_path=plan_path,
         bytes=made.bytes,
         dense_bytes=source.weights.total_bytes,
-        seconds=seconds,
+        seconds={
+            "calibrate": calibrating,
+            "plan": planning,
+            "decompose": made.decompose_seconds,
+            "write": made.write_seconds,
+        },
         peak_memory_bytes=peak_memory(),
-        perplexity=_before_and_after(resolved, source, path, reporter),
+        perplexity=_before_and_after(resolved, source, path, text, reporter),
     )
 
 
@@ -157,6 +200,7 @@ def _write(
     path: Path,
     reporter: Reporter,
 ) -> tuple[Compressed, Path]:
+    """Write the checkpoint; return what it took, and a file that holds its plan."""
     knobs = resolved.settings.compress
     single = path.suffix == ".pt"
     folder = path.with_name(f".{path.name}.folder") if single else path
@@ -168,65 +212,53 @@ def _write(
         decomposer=knobs.decomposer,
         device=pick_device(resolved.settings.model.device),
         shard_bytes=int(knobs.max_shard_size * 1e9),
-        settings=resolved.recorded(),
+        settings=resolved.recorded("model", "calibration", "plan", "compress"),
         reporter=reporter,
     )
     if not single:
         return made, path / PLAN_FILE
+    started = time.monotonic()
     to_pt(open_checkpoint(folder), path)
-    plan_path = path.with_suffix(".plan.json")
-    plan.save(plan_path)
+    plan.save(_plan_beside(path))
     shutil.rmtree(folder)
+    writing = made.write_seconds + time.monotonic() - started
     size = path.stat().st_size
-    return Compressed(path, size, made.decompose_seconds, made.write_seconds), plan_path
+    return Compressed(path, size, made.decompose_seconds, writing), _plan_beside(path)
 
 
-def _before_and_after(
-    resolved: Resolved, source: Source, path: Path, reporter: Reporter
-) -> tuple[PerplexityResult, PerplexityResult] | None:
+def _evaluation_text(resolved: Resolved, source: Source) -> Text | None:
+    """Return the text to measure before and after, read before the work; None for no measuring."""
     wanted = resolved.settings.compress.evaluate
     if wanted is False or (wanted is None and default_dataset(source) != source.name):
         return None
-    before = measure(resolved, source.name, reporter, source=source)[0]
-    return before, measure(resolved, str(path), reporter, dataset_of=source)[0]
+    text = pick_texts(resolved, source)[0]
+    settings = resolved.settings.eval
+    # For the error that too short a text raises: now, not after the compression.
+    evaluation_windows(text, source, window_length(settings.seqlen, source), settings.windows)
+    return text
+
+
+def _before_and_after(
+    resolved: Resolved, source: Source, path: Path, text: Text | None, reporter: Reporter
+) -> tuple[PerplexityResult, PerplexityResult] | None:
+    if text is None:
+        return None
+    before = measure(resolved, source, [text], reporter)[0]
+    with open_target(resolved, str(path)) as made:
+        return before, measure(resolved, made, [text], reporter)[0]
 
 
 def peak_memory() -> int:
     """Return the process's peak memory in bytes: resident, plus what CUDA allocated."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-
-
-def estimate_model(
-    resolved: Resolved, output: Path | None, plan_file: Path | None, reporter: Reporter
-) -> dict[str, Any]:
-    """Return what a compression would take: bytes, memory, seconds. Does no work."""
-    source = named_source(resolved)
-    plan = load_plan(plan_file) if plan_file else None
-    knobs = resolved.settings.plan
-    anatomy = dissect(source)
-    full = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
-    each = source.weights.total_bytes / anatomy.total_parameters
-    ratio = plan.ratio if plan else knobs.ratio[0]
-    kept = plan.kept_parameters if plan else int(ratio * full)
-    size = (
-        lay_out(source, plan.ranks).total_bytes
-        if plan
-        else int(source.weights.total_bytes - (full - kept) * each)
+    return _peak_resident() + (
+        torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     )
-    found = find_calibration(resolved, source, reporter)
-    request = request_calibration(resolved, source)
-    calibrating = estimate_calibration(source, request, resolved.settings.calibration.batch)
-    decomposing = estimate_decomposition(anatomy.sublayers)
-    stages = {"calibrate": 0.0 if found else calibrating["seconds"], "decompose": decomposing}
-    return {
-        "output": str(output or output_path(resolved, None)),
-        "ratio": ratio,
-        "bytes": size,
-        "dense_bytes": source.weights.total_bytes,
-        "calibration_bytes": 0 if found else calibrating["bytes"],
-        "peak_memory_bytes": calibrating["peak_memory_bytes"],
-        "stages": stages,
-        "seconds": sum(stages.values()),
-    }
+
+
+def _peak_resident() -> int:
+    status = Path("/proc/self/status")
+    # What getrusage reports on Linux includes the process that started this one.
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,83 +60,100 @@ def evaluate_model(resolved: Resolved, target: str, reporter: Reporter) -> Evalu
     """
     if not target:
         raise UsageError("No model is named.", "Name a checkpoint folder or a model.")
-    baseline = resolved.settings.eval.baseline
-    source = open_source(baseline) if baseline else None
-    results = measure(resolved, target, reporter, dataset_of=source)
-    if source is None:
+    named = resolved.settings.eval.baseline
+    baseline = open_source(named, compressible=False) if named else None
+    with open_target(resolved, target) as source:
+        texts = pick_texts(resolved, source, baseline)
+        check_texts(texts, calibration_of(source), target)
+        # Both in windows of one length, or their perplexities could not be compared.
+        models = [source] if baseline is None else [source, baseline]
+        seqlen = min(window_length(resolved.settings.eval.seqlen, model) for model in models)
+        results = measure(resolved, source, texts, reporter, seqlen)
+    if baseline is None:
         return Evaluation(target, results)
-    beside = measure(resolved, source.name, reporter, source=source)
-    return Evaluation(target, results, source.name, beside)
+    beside = measure(resolved, baseline, texts, reporter, seqlen)
+    return Evaluation(target, results, baseline.name, beside)
+
+
+@contextmanager
+def open_target(resolved: Resolved, target: str) -> Iterator[Source]:
+    """Open a model, a checkpoint folder, or a ``.pt`` file (unpacked while the body runs)."""
+    path = Path(target).expanduser()
+    if path.is_file() and path.suffix == ".pt":
+        with tempfile.TemporaryDirectory(prefix="hisvd-") as scratch:
+            yield Source(target, unpacked(path, Path(scratch) / "unpacked"))
+    else:
+        model = resolved.settings.model
+        yield open_source(target, model.revision, model.trust_remote_code, compressible=False)
+
+
+def pick_texts(resolved: Resolved, source: Source, baseline: Source | None = None) -> list[Text]:
+    """Load the texts of the settings; where they name none, the default of the model."""
+    fallback = DEMO if _is_demo(source) or (baseline and _is_demo(baseline)) else None
+    names = resolved.settings.eval.dataset or [fallback or default_dataset(source)]
+    return [load_text(name, "evaluation") for name in names]
+
+
+def _is_demo(source: Source) -> bool:
+    """Tell the demo model, and what was made from it."""
+    if is_checkpoint(source.folder):
+        made_from = open_checkpoint(source.folder).provenance.get("model", {})
+        return bool(made_from.get("name") == DEMO)
+    return source.name == DEMO
+
+
+def calibration_of(source: Source) -> Mapping[str, Any]:
+    """Return the manifest of the calibration that a checkpoint was made with, or nothing."""
+    if not is_checkpoint(source.folder):
+        return {}
+    return open_checkpoint(source.folder).provenance.get("calibration") or {}
+
+
+def check_texts(texts: Sequence[Text], calibration: Mapping[str, Any], model: str) -> None:
+    """Refuse a text that a model was calibrated on.
+
+    Raises:
+        DataError: one of ``texts`` is the text of ``calibration`` (a manifest).
+    """
+    for text in texts:
+        if calibration.get("data", {}).get("text_sha256") == text.digest:
+            raise DataError(
+                f"{model} is calibrated on '{text.name}' itself: its perplexity there says "
+                "nothing.",
+                "Evaluate on another text or split.",
+            )
 
 
 def measure(
     resolved: Resolved,
-    target: str,
+    source: Source,
+    texts: Sequence[Text],
     reporter: Reporter,
-    source: Source | None = None,
-    dataset_of: Source | None = None,
+    seqlen: int | None = None,
 ) -> list[PerplexityResult]:
-    """Measure the perplexity of ``target`` on each text of the settings.
+    """Measure the perplexity of a model on each text.
 
     Args:
         resolved: the settings.
-        target: folder, ``.pt`` file, or any model name.
+        source: the model.
+        texts: what it is measured on.
         reporter: told of progress.
-        source: ``target`` where it is open already.
-        dataset_of: the model whose default text is used where the settings name none.
+        seqlen: tokens per window; by default that of the settings.
     """
-    with tempfile.TemporaryDirectory(prefix="hisvd-") as scratch:
-        opened = source or _open(resolved, target, Path(scratch) / "unpacked")
-        texts = _texts(resolved, dataset_of or opened, opened)
-        settings = resolved.settings.eval
-        seqlen = window_length(settings.seqlen, opened)
-        device = pick_device(resolved.settings.model.device)
-        dtype = pick_dtype(resolved.settings.model.dtype, stored_dtype(opened), device)
-        model = load_model(opened.folder, device, dtype, opened.trust_remote_code)
-        return [
-            perplexity(
-                model,
-                opened,
-                text,
-                seqlen=seqlen,
-                windows=settings.windows,
-                batch=settings.batch,
-                reporter=reporter,
-            )
-            for text in texts
-        ]
-
-
-def _open(resolved: Resolved, target: str, scratch: Path) -> Source:
-    path = Path(target).expanduser()
-    if path.is_file() and path.suffix == ".pt":
-        return Source(target, unpacked(path, scratch))
-    model = resolved.settings.model
-    return open_source(target, model.revision, model.trust_remote_code)
-
-
-def _texts(resolved: Resolved, chooser: Source, source: Source) -> list[Text]:
-    fallback = default_dataset(chooser)
-    if is_checkpoint(source.folder) and _base_model(source) == DEMO:
-        fallback = DEMO
-    texts = [load_text(name, "evaluation") for name in resolved.settings.eval.dataset or [fallback]]
-    for text in texts:
-        _refuse_calibration_text(text, source)
-    return texts
-
-
-def _base_model(source: Source) -> str | None:
-    name: str | None = open_checkpoint(source.folder).provenance.get("model", {}).get("name")
-    return name
-
-
-def _refuse_calibration_text(text: Text, source: Source) -> None:
-    if not is_checkpoint(source.folder):
-        return
-    manifest = open_checkpoint(source.folder).provenance.get("calibration") or {}
-    if manifest.get("data", {}).get("text_sha256") == text.digest:
-        raise DataError(
-            f"{source.name} was calibrated on '{text.name}' itself: its perplexity there says "
-            "nothing.",
-            "Evaluate on another text or split.",
+    settings = resolved.settings.eval
+    device = pick_device(resolved.settings.model.device)
+    dtype = pick_dtype(resolved.settings.model.dtype, stored_dtype(source), device)
+    length = seqlen or window_length(settings.seqlen, source)
+    model = load_model(source.folder, device, dtype, source.trust_remote_code)
+    return [
+        perplexity(
+            model,
+            source,
+            text,
+            seqlen=length,
+            windows=settings.windows,
+            batch=settings.batch,
+            reporter=reporter,
         )
+        for text in texts
+    ]

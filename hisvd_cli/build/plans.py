@@ -5,15 +5,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Allocator
 from hisvd_cli.blocks import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.budget import Budget, full_rank
+from hisvd_cli.build.calibration import find_calibration, named_source, require_calibration
 from hisvd_cli.calibrate import Calibration
 from hisvd_cli.device import pick_device
-from hisvd_cli.errors import BudgetError
-from hisvd_cli.plan import ModelSize, Plan, assemble
+from hisvd_cli.errors import (
+    BudgetError,
+    OutputError,
+    SourceError,
+    StaleArtifactError,
+    UsageError,
+)
+from hisvd_cli.plan import ModelSize, Plan, assemble, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import PlanSettings
@@ -32,6 +40,11 @@ class Anatomy:
     total_parameters: int
     names: dict[str, str]
 
+    def size(self, include: Sequence[str], exclude: Sequence[str]) -> ModelSize:
+        """Return the size of the whole, and of the sublayers that a plan covers."""
+        chosen = select(self.sublayers, include, exclude)
+        return ModelSize(self.total_parameters, sum(s.shape[0] * s.shape[1] for s in chosen))
+
 
 def dissect(source: Source) -> Anatomy:
     """Find the sublayers of a model without reading a weight. Raises UnsupportedModelError."""
@@ -41,6 +54,81 @@ def dissect(source: Source) -> Anatomy:
     shapes = model.state_dict()
     total = sum(shapes[name].numel() for name in names)
     return Anatomy(find_sublayers(prefix, list(layers)), total, names)
+
+
+def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
+    """Plan the model of the settings at each of their ratios, from its calibration where there is
+    one and from its weights alone where there is none.
+
+    Raises:
+        UsageError, BudgetError: see :func:`check_knobs`.
+        SourceError: a calibration is named, but not there.
+    """
+    source = named_source(resolved)
+    check_knobs(resolved, source)
+    named = resolved.settings.calibration.path is not None
+    find = require_calibration if named else find_calibration
+    calibration = find(resolved, source, reporter)
+    if calibration is None:
+        reporter.warn(
+            f"{source.name} is not calibrated with these settings: planned from its weights alone."
+        )
+    return make_plans(resolved, source, calibration, reporter)
+
+
+def check_plan_file(path: Path, ratios: Sequence[float]) -> None:
+    """Refuse a file that a plan cannot go to, before any work.
+
+    Raises:
+        UsageError: several plans for one file, or a name that is no ``.json``.
+        OutputError: something else than a plan stands there.
+    """
+    if len(ratios) > 1:
+        raise UsageError(
+            f"--output takes one plan, but {len(ratios)} ratios were given.",
+            "Give one --ratio, or use --json.",
+        )
+    if path.suffix != ".json":
+        raise UsageError(f"--output {path} does not end in .json.", "Name it plan.json, say.")
+    if path.exists():
+        try:
+            load_plan(path)
+        except SourceError as error:
+            raise OutputError(
+                f"{path} exists, and is no plan.", "Name another --output, or remove it yourself."
+            ) from error
+
+
+def open_plan(path: Path, source: Source) -> Plan:
+    """Read a plan that was made for ``source``.
+
+    Raises:
+        SourceError: no plan there.
+        StaleArtifactError: it was made for another model.
+    """
+    plan = load_plan(path)
+    made_for = plan.provenance["model"]
+    if made_for["fingerprint"] != source.fingerprint:
+        raise StaleArtifactError(
+            f"{path} was made for {made_for['name']}, not for the weights of {source.name}.",
+            "Plan again for this model.",
+        )
+    return plan
+
+
+def check_knobs(resolved: Resolved, source: Source) -> None:
+    """Find out before any work whether the settings can be planned at all.
+
+    Raises:
+        UsageError: an unknown allocator, or a pattern that matches nothing.
+        BudgetError: a ratio that cannot be met.
+    """
+    knobs = resolved.settings.plan
+    ALLOCATORS.get(knobs.allocator)
+    anatomy = dissect(source)
+    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
+    for ratio in knobs.ratio:
+        _budget(ratio, knobs, chosen, anatomy.size(knobs.include, knobs.exclude))
 
 
 def make_plans(
@@ -59,19 +147,12 @@ def make_plans(
     knobs = resolved.settings.plan
     allocator = ALLOCATORS.get(knobs.allocator)
     anatomy = dissect(source)
+    device = str(pick_device(resolved.settings.model.device))
+    everything = load_spectra(
+        source, anatomy.sublayers, anatomy.names, calibration, device, reporter
+    )
+    by_name = {spectrum.name: spectrum for spectrum in everything}
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
-    device = resolved.settings.model.device
-    by_name = {
-        s.name: s
-        for s in load_spectra(
-            source,
-            anatomy.sublayers,
-            anatomy.names,
-            calibration,
-            str(pick_device(device)),
-            reporter,
-        )
-    }
     spectra = [by_name[s.name] for s in chosen]
     return [
         _plan(ratio, allocator, knobs, spectra, chosen, anatomy, source, calibration)
@@ -89,7 +170,7 @@ def _plan(
     source: Source,
     calibration: Calibration | None,
 ) -> Plan:
-    size = ModelSize(anatomy.total_parameters, sum(s.shape[0] * s.shape[1] for s in sublayers))
+    size = anatomy.size(knobs.include, knobs.exclude)
     budget = _budget(ratio, knobs, sublayers, size)
     allocation: Allocation = allocator(spectra, budget, **accepted_knobs(allocator, knobs))
     return assemble(
@@ -106,6 +187,7 @@ def _plan(
                 "name": source.name,
                 "revision": source.revision,
                 "fingerprint": source.fingerprint,
+                "parameters": size.total,
             },
             "calibration": calibration.key if calibration else None,
             "versions": versions(),

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from hisvd_cli.options import Run, with_settings
+from hisvd_cli.options import Run, option, with_settings
 
 
 @with_settings([("compress", "max_shard_size")])
 def convert(
     run: Run,
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a .pt file of hisvd.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Checkpoint folder, or a .pt file of hisvd.", metavar="CHECKPOINT"),
+    ],
     to: Annotated[
         Literal["hf", "pt", "dense"],
-        typer.Option(
-            "--to", help="hf: low-rank folder; pt: one file; dense: plain model, pairs multiplied."
+        option(
+            "--to",
+            text="hf: low-rank folder; pt: one file; dense: plain model, pairs multiplied.",
+            metavar="FORM",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder or file to write.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what stands there.")
-    ] = False,
+    output: Annotated[
+        Path, option("--output", "-o", text="Folder or file to write.", metavar="PATH")
+    ],
+    overwrite: Annotated[bool, option("--overwrite", text="Replace what stands there.")] = False,
 ) -> None:
     """Write a checkpoint in another form, shard by shard.
 
@@ -36,4 +42,5 @@ def convert(
     size = convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes)
     run.console.show(f"{output}: {size_text(size)}")
     run.console.result({"output": str(output), "to": to, "bytes": size}, str(output))
-    run.console.next_command(f"hisvd eval {output}" if to != "pt" else f"hisvd inspect {output}")
+    following = "inspect" if to == "pt" else "eval"
+    run.console.next_command(f"hisvd {following} {shlex.quote(str(output))}")

@@ -6,17 +6,19 @@ from typing import Annotated
 
 import typer
 
-from hisvd_cli.options import EVAL_KEYS, MODEL_KEYS, Run, with_settings
+from hisvd_cli.options import Run, keys_of, with_settings
 
-_KEYS = [key for key in MODEL_KEYS if key[1] != "name"]
+_MODEL = [key for key in keys_of("model") if key[1] != "name"]
 
 
-@with_settings([*EVAL_KEYS, *_KEYS])
+@with_settings([*keys_of("eval"), *_MODEL])
 def evaluate(
     run: Run,
     target: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint folder, .pt file, or any model.", show_default=False),
+        typer.Argument(
+            help="Checkpoint folder, .pt file, or any model.", metavar="MODEL", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Measure perplexity, of a compressed or of any model.

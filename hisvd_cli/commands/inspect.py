@@ -6,28 +6,30 @@ from typing import Annotated
 
 import typer
 
-from hisvd_cli.options import MODEL_KEYS, Run, with_settings
-
-_KEYS = [key for key in MODEL_KEYS if key[1] in ("revision", "trust_remote_code")]
+from hisvd_cli.options import Run, option, with_settings
 
 
-@with_settings(_KEYS)
+@with_settings([("model", "revision"), ("model", "trust_remote_code")])
 def inspect(
     run: Run,
     target: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint, .pt file (ours or foreign), plan.json, calibration, or model."
+            help="Checkpoint, .pt file (ours or foreign), plan.json, calibration, or model.",
+            metavar="TARGET",
         ),
     ],
     check_values: Annotated[
         bool,
-        typer.Option(
-            "--check-values/--no-check-values", help="Read every tensor and look for NaN."
+        option(
+            "--check-values/--no-check-values",
+            text="Read every tensor and look for NaN (default on).",
         ),
     ] = True,
 ) -> None:
     """Audit what is on disk: ranks, true sizes, provenance, problems. Runs no code from a file.
+
+    Exits with 1 where it finds a problem.
 
     Example: hisvd inspect demo-0.6
     """
@@ -37,6 +39,6 @@ def inspect(
     model = run.settings.model
     found = audit(target, model.revision, model.trust_remote_code, check_values, run.console)
     run.console.show(audit_view(found, run.console.width))
-    run.console.result(found.document(), found.kind)
+    run.console.result(found.document(), found.line())
     if found.problems:
         raise typer.Exit(1)

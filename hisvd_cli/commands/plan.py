@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from hisvd_cli.options import CALIBRATION_KEYS, PLAN_KEYS, Run, with_settings
+from hisvd_cli.options import Run, keys_of, option, with_settings
 
 
-@with_settings([*PLAN_KEYS, *CALIBRATION_KEYS])
+@with_settings(keys_of("plan", "model", "calibration"))
 def plan(
     run: Run,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the plan to this .json file.")
+        Path | None,
+        option("--output", "-o", text="Write the plan to this .json file.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Show which rank every sublayer would get, before any decomposition.
@@ -23,29 +23,12 @@ def plan(
 
     Example: hisvd plan --model demo --ratio 0.8 --ratio 0.6
     """
-    from hisvd_cli.build.calibration import (
-        find_calibration,
-        named_source,
-        require_calibration,
-    )
-    from hisvd_cli.build.plans import make_plans
-    from hisvd_cli.errors import UsageError
+    from hisvd_cli.build.plans import check_plan_file, plan_model
     from hisvd_cli.views import plan_view
 
-    if output is not None and len(run.settings.plan.ratio) > 1:
-        raise UsageError(
-            "--output takes one plan, but several ratios were given.",
-            "Give one --ratio, or use --json.",
-        )
-    source = named_source(run.resolved)
-    named = run.settings.calibration.path is not None
-    find = require_calibration if named else find_calibration
-    calibration = find(run.resolved, source, run.console)
-    if calibration is None:
-        run.console.warn(
-            f"{source.name} is not calibrated with these settings: planned from its weights alone."
-        )
-    plans = make_plans(run.resolved, source, calibration, run.console)
+    if output is not None:
+        check_plan_file(output, run.settings.plan.ratio)
+    plans = plan_model(run.resolved, run.console)
     for made in plans:
         run.console.show(plan_view(made, run.console.width))
     if output is not None:
@@ -53,5 +36,10 @@ def plan(
     documents = [made.document() for made in plans]
     document = documents[0] if len(documents) == 1 else {"plans": documents}
     run.console.result(document, " ".join(f"{made.model_ratio:.4f}" for made in plans))
-    arguments = f"--plan {output}" if output else f"--ratio {plans[0].ratio:g}"
-    run.console.next_command(f"hisvd compress --model {source.name} {arguments}")
+    if output is not None:
+        chosen = f"--plan {shlex.quote(str(output))}"
+    else:
+        knobs = run.resolved.flags("plan", without=("plan", "ratio"))
+        chosen = f"--ratio {plans[0].ratio:g} {knobs}"
+    flags = run.resolved.flags("model", "calibration")
+    run.console.next_command(f"hisvd compress {flags} {chosen}")

@@ -1,0 +1,1 @@
+complete --command hisvd --no-files --arguments "(env _HISVD_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) hisvd)" --condition "env _HISVD_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) hisvd"

@@ -1,0 +1,91 @@
+"""Settings ─► what a run would take, for ``--dry-run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hisvd_cli.build.calibration import find_calibration, named_source, request_calibration
+from hisvd_cli.build.compression import check_request, output_path
+from hisvd_cli.build.plans import Anatomy, dissect, open_plan
+from hisvd_cli.compress import lay_out
+from hisvd_cli.estimate import Estimate, estimate_calibration, estimate_decomposition
+from hisvd_cli.plan import Plan
+from hisvd_cli.profile import Resolved
+from hisvd_cli.reporter import Reporter
+from hisvd_cli.source import Source
+
+
+def forecast_calibration(resolved: Resolved, source: Source) -> dict[str, Any]:
+    """Return the tokens, bytes, memory and seconds of a calibration. Does no work."""
+    request = request_calibration(resolved, source)
+    estimate = _calibration(resolved, source, dissect(source))
+    return {
+        "tokens": request.samples * request.seqlen,
+        "bytes": estimate.bytes,
+        "peak_memory_bytes": estimate.peak_memory_bytes,
+        "seconds": estimate.seconds,
+    }
+
+
+def _calibration(resolved: Resolved, source: Source, anatomy: Anatomy) -> Estimate:
+    request = request_calibration(resolved, source)
+    inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
+    return estimate_calibration(
+        anatomy.sublayers,
+        anatomy.total_parameters - inside,
+        source.config.get_text_config().hidden_size,
+        samples=request.samples,
+        seqlen=request.seqlen,
+        batch=resolved.settings.calibration.batch,
+        dtype=getattr(torch, request.dtype),
+        device=torch.device(request.device),
+    )
+
+
+def forecast_compression(
+    resolved: Resolved,
+    output: Path | None,
+    plan_file: Path | None,
+    overwrite: bool,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Return the bytes, memory and seconds of a compression. Does no work.
+
+    Raises:
+        HisvdError: whatever would stop the real run before its work.
+    """
+    source = named_source(resolved)
+    check_request(resolved, source, output, plan_file, overwrite)
+    plan = open_plan(plan_file, source) if plan_file else None
+    anatomy = dissect(source)
+    found = find_calibration(resolved, source, reporter)
+    calibrating = _calibration(resolved, source, anatomy)
+    stages = {
+        "calibrate": 0.0 if found else calibrating.seconds,
+        "decompose": estimate_decomposition(anatomy.sublayers),
+    }
+    return {
+        "output": str(output_path(resolved, output)),
+        "ratio": plan.ratio if plan else resolved.settings.plan.ratio[0],
+        "bytes": _checkpoint_bytes(resolved, source, anatomy, plan),
+        "dense_bytes": source.weights.total_bytes,
+        "calibration_bytes": 0 if found else calibrating.bytes,
+        "peak_memory_bytes": calibrating.peak_memory_bytes,
+        "stages": stages,
+        "seconds": sum(stages.values()),
+    }
+
+
+def _checkpoint_bytes(
+    resolved: Resolved, source: Source, anatomy: Anatomy, plan: Plan | None
+) -> int:
+    if plan is not None:
+        return lay_out(source, plan.ranks).total_bytes
+    knobs = resolved.settings.plan
+    size = anatomy.size(knobs.include, knobs.exclude)
+    dropped = size.sublayers - size.budget(knobs.ratio[0], knobs.ratio_of)
+    total = source.weights.total_bytes
+    return int(total - dropped * total / anatomy.total_parameters)

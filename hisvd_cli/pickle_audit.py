@@ -1,0 +1,121 @@
+"""Audit a pickle, ours or another tool's, without running anything in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from hisvd_cli.audit import (
+    Audit,
+    Row,
+    factor_shapes,
+    plan_problems,
+    provenance_table,
+    rows_of,
+    tensor_problems,
+)
+from hisvd_cli.checkpoint import PLAN_FILE
+from hisvd_cli.convert import load_pt
+from hisvd_cli.errors import SourceError
+from hisvd_cli.foreign import ForeignCheckpoint, ForeignTensor, find_pairs, read_foreign
+from hisvd_cli.plan import plan_from
+from hisvd_cli.sublayers import Sublayer
+
+PICKLES = {".pt", ".pth", ".bin", ".pkl"}
+
+_PLAIN = re.compile(
+    r"torch\.(\w+Storage|storage\.\w+Storage|_utils\._rebuild_\w+)|collections\.OrderedDict"
+)
+_MAX_CLASSES = 6
+
+
+def audit_pickle(target: str, path: Path, check_values: bool) -> Audit:
+    """Audit a pickle: first without running a thing, then, where it names nothing but tensors and
+    is one of ours, its config and provenance as well.
+
+    Raises:
+        SourceError: the file is damaged, or no pickle of torch.
+    """
+    found = read_foreign(path)
+    if not found.classes and all(map(_PLAIN.fullmatch, found.globals_seen)):
+        try:
+            document = load_pt(path)
+        except SourceError:  # a plain state dict
+            return _audit_foreign(target, found)
+        return _audit_own(target, path, document, check_values)
+    return _audit_foreign(target, found)
+
+
+def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_values: bool) -> Audit:
+    try:
+        tensors = document["tensors"]
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
+        ranks = dict(document["config"]["quantization_config"]["ranks"])
+        plan = plan_from(json.loads(document["files"][PLAN_FILE].numpy().tobytes()))
+        provenance = dict(document["provenance"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(f"{path} is damaged: its parts do not fit.", "Write it again.") from error
+    sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
+    rows = rows_of(sublayers, ranks, dtypes)
+    problems = tensor_problems(factor_shapes(sublayers, ranks), shapes) + plan_problems(plan, rows)
+    if check_values:
+        problems += [
+            f"{name}: holds values that are NaN or infinite."
+            for name, tensor in tensors.items()
+            if not bool(tensor.isfinite().all())
+        ]
+    held = sum(map(prod, shapes.values()))
+    return Audit(
+        "pt",
+        target,
+        parameters=held,
+        dense_parameters=held + _saved(rows),
+        bytes=path.stat().st_size,
+        sublayers=rows,
+        provenance=provenance,
+        problems=problems,
+        table=provenance_table(provenance),
+    )
+
+
+def _audit_foreign(target: str, found: ForeignCheckpoint) -> Audit:
+    pairs, dense = find_pairs(found)
+    rows = [Row(p.name, p.layer, p.cluster, p.shape, p.rank, False, p.dtype) for p in pairs]
+    rows += map(_dense_row, dense)
+    rows.sort(key=lambda row: (-1 if row.layer is None else row.layer, row.name))
+    held = sum(prod(tensor.shape) for tensor in found.tensors.values())
+    classes = sorted(set(found.classes.values()))
+    more = len(classes) - _MAX_CLASSES
+    shown = classes[:_MAX_CLASSES] + [f"{more} more"] * (more > 0)
+    return Audit(
+        "pt",
+        target,
+        parameters=held,
+        dense_parameters=held + _saved(rows),
+        bytes=found.file_bytes,
+        sublayers=rows,
+        provenance={"classes": classes, "globals": list(found.globals_seen)},
+        problems=list(found.problems),
+        table={
+            "format": "pickle of another tool; nothing in it was run",
+            "tensors": f"{len(found.tensors)} of {found.tensor_bytes:,} bytes",
+            "classes": ", ".join(shown) or "none: a plain state dict",
+        },
+    )
+
+
+def _dense_row(tensor: ForeignTensor) -> Row:
+    m, n = tensor.shape
+    name = tensor.name.removesuffix(".weight")
+    layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return Row(name, layer, name.rpartition(".")[2], (m, n), min(m, n), True, tensor.dtype)
+
+
+def _saved(rows: list[Row]) -> int:
+    """Return how many parameters the dense matrices would hold more."""
+    return sum(prod(row.shape) - row.parameters for row in rows)

@@ -1,0 +1,142 @@
+"""Running the command line in tests: in this process, and through the installed script."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+from typer.testing import CliRunner, Result
+
+from hisvd_cli.app import app
+from tests.models import random_text
+
+SCRIPT = str(Path(sys.executable).with_name("hisvd"))
+QUICK = ("--model", "demo", "--samples", "8", "--seqlen", "64")
+"""The demo model, calibrated on as little as will do."""
+
+
+def hisvd(*words: object, env: Mapping[str, str] | None = None) -> Result:
+    """Run the command line in this process, and take back what it sets in libraries."""
+    verbosity = logging.get_verbosity()
+    with warnings.catch_warnings():
+        result = CliRunner().invoke(app, [str(word) for word in words], env=dict(env or {}))
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+    return result
+
+
+def succeed(*words: object, env: Mapping[str, str] | None = None) -> Result:
+    """Run the command line, and fail the test where it fails."""
+    result = hisvd(*words, env=env)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def as_json(*words: object) -> Any:
+    """Return the document that a command prints with ``--json``."""
+    return json.loads(succeed(*words, "--json").stdout)
+
+
+def fail(*words: object, code: int = 1, env: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """Run what must fail in two lines on stderr; return them (what is wrong, what to do)."""
+    result = hisvd(*words, env=env)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    return two_lines(result.stderr)
+
+
+def two_lines(stderr: str) -> tuple[str, str]:
+    """Return the message and the hint of an error; notes and warnings may stand above."""
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith(("Error: ", "Hint: "))]
+    assert lines == stderr.splitlines()[-2:], stderr
+    assert [line.split(":")[0] for line in lines] == ["Error", "Hint"]
+    assert "Unforeseen" not in lines[0], lines
+    return lines[0].removeprefix("Error: "), lines[1].removeprefix("Hint: ")
+
+
+def script(
+    *words: object,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed script; ``before`` runs in the new process, ahead of it."""
+    return subprocess.run(
+        [SCRIPT, *(str(word) for word in words)],
+        cwd=cwd,
+        env=environment(env),
+        preexec_fn=before,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a script: one thread, so that sums are the same everywhere."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **(extra or {})}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return every file below a folder, hidden ones too, with the sha256 of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def text_file(folder: Path, words: int = 2000, seed: int = 0) -> Path:
+    """Write a text that the tiny models' tokenizer knows."""
+    path = folder / f"text-{seed}.txt"
+    path.write_text(random_text(words, seed), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def running(*words: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start the installed script, able to be interrupted, and kill it if it still runs at last."""
+    process = subprocess.Popen(
+        [SCRIPT, *(str(word) for word in words)],
+        cwd=cwd,
+        env=environment(),
+        # A test run in the background ignores the signal, and its children would as well.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stop_at(
+    process: subprocess.Popen[str], pattern: str, folder: Path, count: int, sig: int
+) -> str:
+    """Send a signal as soon as ``count`` files match below ``folder``; return what stderr says.
+
+    Fails the test where the run ends before it gets there.
+    """
+    deadline = time.monotonic() + 240
+    while sum(1 for _ in folder.glob(pattern)) < count:
+        assert process.poll() is None, f"ended too early: {process.communicate()[1]}"
+        assert time.monotonic() < deadline, "never got there"
+        time.sleep(0.001)
+    process.send_signal(sig)
+    return process.communicate(timeout=60)[1]

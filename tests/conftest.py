@@ -1,0 +1,34 @@
+"""What all tests share: an own cache, no network, and tiny models."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+# Read by the libraries when they are imported: so set first, and nothing above imports them.
+_HOME = tempfile.TemporaryDirectory(prefix="hisvd-tests-")  # removed when Python ends
+os.environ["HF_HOME"] = _HOME.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MakeModel = Callable[[str], Path]
+CACHE = "hisvd-cache"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a test leaves in hisvd's cache is seen by another one, or by the user."""
+    monkeypatch.setenv("HISVD_CACHE", str(tmp_path / CACHE))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Return folders with a tiny random model by architecture, each made once; do not edit them."""
+    from tests.models import save_model
+
+    return cache(lambda arch: save_model(arch, tmp_path_factory.mktemp("models") / arch))

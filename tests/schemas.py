@@ -1,0 +1,213 @@
+"""What every ``--json`` document holds: the keys of design.md section 6, and no others unsaid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string", "minLength": 1}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+NUMBER: Schema = {"type": "number", "minimum": 0}
+SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+RATIO: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+FLAG: Schema = {"type": "boolean"}
+SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+SHAPE: Schema = {"type": "array", "items": COUNT, "minItems": 2, "maxItems": 2}
+
+
+def strict(**properties: Schema) -> Schema:
+    """An object with these keys, all of them, and no other."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def rows(**properties: Schema) -> Schema:
+    """A list of such objects, not empty."""
+    return {"type": "array", "items": strict(**properties), "minItems": 1}
+
+
+def maybe(schema: Schema) -> Schema:
+    """Null as well."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+VERSIONS = strict(hisvd=TEXT, torch=TEXT, transformers=TEXT)
+MODEL = strict(name=TEXT, revision=maybe(TEXT), fingerprint=SHA256)
+PLANNED_MODEL = strict(name=TEXT, revision=maybe(TEXT), fingerprint=SHA256, parameters=COUNT)
+DATA = strict(
+    dataset=TEXT,
+    split=TEXT,
+    text_sha256=SHA256,
+    tokens_sha256=SHA256,
+    samples=COUNT,
+    seqlen=COUNT,
+    tokens=COUNT,
+    seed=COUNT,
+)
+MODEL_SETTINGS = strict(
+    name={"type": "string"},
+    revision=maybe(TEXT),
+    trust_remote_code=FLAG,
+    device=TEXT,
+    dtype={"enum": ["auto", "float32", "bfloat16", "float16"]},
+)
+CALIBRATION_SETTINGS = strict(dataset=TEXT, samples=COUNT, seqlen=maybe(COUNT), seed=COUNT)
+_KNOBS: dict[str, Schema] = {
+    "ratio_of": {"enum": ["sublayers", "model"]},
+    "allocator": TEXT,
+    "rank_method": {"enum": ["stable", "effective", "mathematical"]},
+    "alpha": NUMBER,
+    "spectrum": {"enum": ["whitened", "weight"]},
+    "modulation": {"enum": ["logarithmic", "power", "exponential", "linear"]},
+    "lwe_strength": NUMBER,
+    "tail_redundancy_weight": NUMBER,
+    "min_rank_ratio": SHARE,
+    "multiple_of": COUNT,
+    "include": {"type": "array", "items": TEXT},
+    "exclude": {"type": "array", "items": TEXT},
+}
+PLAN_SETTINGS = strict(ratio=RATIO, **_KNOBS)
+RECORDED = strict(
+    model=MODEL_SETTINGS,
+    calibration=CALIBRATION_SETTINGS,
+    plan=strict(ratio={"type": "array", "items": RATIO}, **_KNOBS),
+    compress=strict(decomposer=TEXT, max_shard_size=NUMBER),
+)
+
+PLAN = strict(
+    kind={"const": "plan"},
+    format_version=COUNT,
+    ratio=RATIO,
+    model_ratio=RATIO,
+    allocator=TEXT,
+    settings=PLAN_SETTINGS,
+    budget_parameters=COUNT,
+    kept_parameters=COUNT,
+    predicted_loss=NUMBER,
+    clusters=rows(
+        cluster=TEXT,
+        sublayers=COUNT,
+        density=maybe(SHARE),
+        tail_share=SHARE,
+        factor=maybe(NUMBER),
+        kept_ratio=RATIO,
+    ),
+    sublayers=rows(
+        name=TEXT,
+        layer=COUNT,
+        cluster=TEXT,
+        shape=SHAPE,
+        density=maybe(SHARE),
+        baseline_rank=COUNT,
+        rank=COUNT,
+        full_rank=COUNT,
+        dense=FLAG,
+        parameters=COUNT,
+        loss=NUMBER,
+    ),
+    provenance=strict(model=PLANNED_MODEL, calibration=maybe(SHA256), versions=VERSIONS),
+)
+PLANS = strict(plans={"type": "array", "items": PLAN, "minItems": 2})
+
+INSPECT = strict(
+    kind={"enum": ["checkpoint", "pt", "plan", "calibration", "model"]},
+    ratio=maybe(RATIO),
+    model_ratio=maybe(RATIO),
+    parameters=maybe(COUNT),
+    dense_parameters=maybe(COUNT),
+    bytes=COUNT,
+    sublayers={
+        "type": "array",
+        "items": strict(
+            name=TEXT,
+            layer=maybe(COUNT),
+            cluster=TEXT,
+            shape=SHAPE,
+            rank=COUNT,
+            dense=FLAG,
+            dtype={"type": "string"},
+        ),
+    },
+    provenance={"type": "object"},
+    problems={"type": "array", "items": TEXT},
+)
+
+RESULTS = rows(
+    dataset=TEXT,
+    split=TEXT,
+    perplexity=maybe(NUMBER),
+    tokens=COUNT,
+    windows=COUNT,
+    seqlen=COUNT,
+    bos=TEXT,
+    dataset_hash=SHA256,
+    nonfinite_windows={"type": "array", "items": COUNT},
+)
+EVAL = strict(
+    model=TEXT,
+    results=RESULTS,
+    baseline=maybe(strict(model=TEXT, results=RESULTS)),
+    efficiency={"type": "null"},
+    tasks={"type": "null"},
+)
+
+COMPRESS = strict(
+    output=TEXT,
+    ratio=RATIO,
+    model_ratio=RATIO,
+    kept_parameters=COUNT,
+    bytes=COUNT,
+    seconds=strict(calibrate=NUMBER, plan=NUMBER, decompose=NUMBER, write=NUMBER),
+    peak_memory_bytes=COUNT,
+    plan=TEXT,
+    perplexity=maybe(strict(before=maybe(NUMBER), after=maybe(NUMBER))),
+)
+COMPRESS_FORECAST = strict(
+    dry_run={"const": True},
+    output=TEXT,
+    ratio=RATIO,
+    bytes=COUNT,
+    dense_bytes=COUNT,
+    calibration_bytes=COUNT,
+    peak_memory_bytes=COUNT,
+    stages=strict(calibrate=NUMBER, decompose=NUMBER),
+    seconds=NUMBER,
+)
+
+CALIBRATE = strict(
+    output=TEXT,
+    seconds=NUMBER,
+    kind={"const": "calibration"},
+    format_version=COUNT,
+    key=SHA256,
+    model=MODEL,
+    data=DATA,
+    dtype=TEXT,
+    settings=strict(model=MODEL_SETTINGS, calibration=CALIBRATION_SETTINGS),
+    versions=VERSIONS,
+)
+CALIBRATE_FORECAST = strict(
+    dry_run={"const": True}, tokens=COUNT, bytes=COUNT, peak_memory_bytes=COUNT, seconds=NUMBER
+)
+
+CONVERT = strict(output=TEXT, to={"enum": ["hf", "pt", "dense"]}, bytes=COUNT)
+
+PROVENANCE = strict(
+    kind={"const": "checkpoint"},
+    format_version=COUNT,
+    model=PLANNED_MODEL,
+    decomposer=TEXT,
+    calibration=maybe({"type": "object"}),
+    ratio=RATIO,
+    model_ratio=RATIO,
+    allocator=TEXT,
+    budget_parameters=COUNT,
+    kept_parameters=COUNT,
+    settings=RECORDED,
+    versions=VERSIONS,
+)

@@ -1,0 +1,86 @@
+"""Budgets: never above, hardly below, and the remainder where it saves most."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from hisvd_cli.budget import Budget, break_even, cost, full_rank, is_dense
+from hisvd_cli.errors import BudgetError
+
+SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 6
+
+
+def _energies(shapes: list[tuple[int, int]], seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.rand(min(s), generator=generator, dtype=torch.float64) for s in shapes]
+    return [draw.sort(descending=True).values for draw in draws]
+
+
+def test_a_pair_at_break_even_costs_what_the_matrix_does() -> None:
+    for shape in [(576, 192), (7, 7), (30, 1000)]:
+        m, n = shape
+        assert cost(break_even(shape), shape) == pytest.approx(m * n)
+        below = int(break_even(shape) - 1e-9)
+        assert not is_dense(below, shape)
+        assert is_dense(below + 1, shape)
+        assert cost(full_rank(shape), shape) == m * n
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.4, 0.6, 0.8, 0.97, 1.0])
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_plans_meet_the_budget(ratio: float, multiple_of: int) -> None:
+    total = sum(m * n for m, n in SHAPES)
+    budget = Budget(SHAPES, int(ratio * total), [multiple_of] * len(SHAPES), multiple_of)
+    generator = torch.Generator().manual_seed(3)
+    wishes = [float(x) + 0.1 for x in torch.rand(len(SHAPES), generator=generator)]
+    baselines = [w * break_even(s) for w, s in zip(wishes, SHAPES, strict=True)]
+    ranks = budget.rounded(budget.scaled(baselines), _energies(SHAPES, 4))
+    spent = sum(int(cost(r, s)) for r, s in zip(ranks, SHAPES, strict=True))
+    assert spent <= budget.parameters
+    truncated = [(r, s) for r, s in zip(ranks, SHAPES, strict=True) if not is_dense(r, s)]
+    if multiple_of == 1:
+        assert budget.parameters - spent <= 0.0005 * total
+    elif truncated:
+        # No further step fits: that is all that rounding may leave.
+        assert budget.parameters - spent < multiple_of * max(sum(s) for _, s in truncated)
+    assert all(r % multiple_of == 0 for r, _ in truncated)
+    assert all(r == full_rank(s) for r, s in zip(ranks, SHAPES, strict=True) if is_dense(r, s))
+
+
+def test_ratio_one_keeps_everything_dense() -> None:
+    budget = Budget(SHAPES, sum(m * n for m, n in SHAPES), [1] * len(SHAPES))
+    ranks = budget.rounded(budget.scaled([1.0] * len(SHAPES)), _energies(SHAPES, 0))
+    assert ranks == [full_rank(s) for s in SHAPES]
+
+
+def test_the_remainder_goes_where_it_saves_most() -> None:
+    """Filling from floors is the best of all plans that cost as much, by exhaustive search.
+
+    The greedy choice is optimal here because energies fall and every step costs the same.
+    """
+    shapes = [(6, 6), (6, 6), (6, 6)]
+    energies = _energies(shapes, 5)
+    budget = Budget(shapes, 6 * 12, [1, 1, 1])
+    ranks = budget.rounded([1.0, 1.0, 1.0], energies)
+
+    def loss(choice: tuple[int, ...]) -> float:
+        return sum(
+            float(e[r:].sum()) if r < 3 else 0.0 for r, e in zip(choice, energies, strict=True)
+        )
+
+    affordable = [
+        c
+        for c in itertools.product([1, 2], repeat=3)
+        if sum(cost(r, s) for r, s in zip(c, shapes, strict=True)) <= budget.parameters
+    ]
+    if all(r < 3 for r in ranks):
+        assert loss(tuple(ranks)) == pytest.approx(min(map(loss, affordable)))
+    assert loss(tuple(ranks)) <= min(map(loss, affordable)) + 1e-12
+
+
+def test_floors_above_the_budget_say_by_how_much() -> None:
+    with pytest.raises(BudgetError, match="20 more than the budget of 100"):
+        Budget([(10, 10)] * 3, 100, [2] * 3)

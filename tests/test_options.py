@@ -1,0 +1,104 @@
+"""Flags made from the settings, and the help that shows them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from hisvd_cli.settings import SECTIONS, flag_of, kind_of
+from tests.cli_helpers import as_json, hisvd, succeed
+
+COMMANDS = {
+    "calibrate": ["model", "calibration"],
+    "plan": ["model", "calibration", "plan"],
+    "compress": ["model", "calibration", "plan", "compress"],
+    "eval": ["eval"],
+    "inspect": [],
+    "convert": [],
+}
+COMMON = ["--profile", "--set", "--show-profile", "--json", "--quiet", "--verbose", "--help"]
+
+
+def help_of(*words: str) -> str:
+    return succeed(*words, "--help", env={"COLUMNS": "80"}).stdout
+
+
+def flags_of(sections: list[str]) -> list[str]:
+    return [flag_of(section, key) for section in sections for key in SECTIONS[section].model_fields]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_flag_whole_at_80_columns(command: str) -> None:
+    text = help_of(command)
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    shown = set(re.findall(r"(?<![\w-])--[a-z-]+", text))
+    assert shown >= {*flags_of(COMMANDS[command]), *COMMON}
+
+
+def test_help_shows_the_defaults() -> None:
+    text = " ".join(re.sub(r"[│\s]+", " ", help_of("compress")).split())
+    for section in COMMANDS["compress"]:
+        for key, field in SECTIONS[section].model_fields.items():
+            if field.default not in (None, "", []) and kind_of(section, key) is not bool:
+                values = field.default if isinstance(field.default, list) else [field.default]
+                assert f"(default {', '.join(map(str, values))})" in text, key
+    assert "(default off)" in text
+
+
+def test_every_choice_is_named_in_the_help() -> None:
+    for section, model in SECTIONS.items():
+        for key, field in model.model_fields.items():
+            kind = kind_of(section, key)
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            assert all(word in str(field.description) for word in choices), key
+
+
+def test_top_help_is_short() -> None:
+    text = help_of()
+    assert len(text.splitlines()) <= 40
+    assert all(command in text for command in COMMANDS)
+
+
+def test_flags_reach_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = as_json(
+        *("compress", "--show-profile", "--model", "m", "--trust-remote-code", "--samples", 3),
+        *("--ratio", 0.5, "--ratio", 0.6, "--exclude", "a", "--no-evaluate", "--windows", 2),
+        *("--calibration", "folder", "--alpha", 1, "--set", "eval.batch=7"),
+    )["settings"]
+    assert settings["model"]["name"] == "m"
+    assert settings["model"]["trust_remote_code"] is True
+    assert settings["calibration"]["samples"] == 3
+    assert settings["calibration"]["path"] == "folder"
+    assert settings["plan"]["ratio"] == [0.5, 0.6]
+    assert settings["plan"]["exclude"] == ["a"]
+    assert settings["plan"]["include"] == []
+    assert settings["plan"]["alpha"] == 1
+    assert settings["compress"]["evaluate"] is False
+    assert settings["eval"]["windows"] == 2
+    assert settings["eval"]["batch"] == 7
+
+
+def test_switches_that_are_not_given_leave_the_profile_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hisvd.toml").write_text(
+        "[model]\ntrust_remote_code = true\n[compress]\nevaluate = true\n[plan]\ninclude = ['x']\n"
+    )
+    settings = as_json("compress", "--show-profile")["settings"]
+    assert settings["model"]["trust_remote_code"] is True
+    assert settings["compress"]["evaluate"] is True
+    assert settings["plan"]["include"] == ["x"]
+
+
+def test_show_profile_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = hisvd("compress", "--model", "absent/model", "--show-profile")
+    assert result.exit_code == 0
+    assert 'name = "absent/model"  # --model' in result.stdout
+    assert not any(tmp_path.iterdir())
