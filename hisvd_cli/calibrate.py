@@ -65,8 +65,12 @@ class Calibration:
         """Hash of what the moments depend on: model, tokens, dtype."""
         return str(self.manifest["key"])
 
-    def moments(self, layer: int) -> dict[str, Moment]:
+    def moments(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Moment]:
         """Read the moments of one block: sublayer name → moment (shared inputs are one object).
+
+        Args:
+            layer: the block.
+            device: where they go.
 
         Raises:
             SourceError: the block's file is missing or damaged.
@@ -75,7 +79,7 @@ class Calibration:
         tensors, metadata = read_tensors(path, "Calibrate again.")
         try:
             owners: dict[str, str] = json.loads(metadata["moments"])
-            shared = {key: Moment(t, _side(key)) for key, t in tensors.items()}
+            shared = {key: Moment(t.to(device), _side(key)) for key, t in tensors.items()}
             return {name: shared[key] for name, key in owners.items()}
         except (KeyError, ValueError, AttributeError) as error:
             raise SourceError(f"{path} holds no moments.", "Calibrate again.") from error

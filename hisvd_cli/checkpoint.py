@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.errors import SourceError
 from hisvd_cli.source import read_config
-from hisvd_cli.tensorfile import write_json, write_tensors
+from hisvd_cli.tensorfile import reason, write_json, write_tensors
 from hisvd_cli.weights import INDEX, SINGLE, Weights, open_weights
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def load_model(
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise SourceError(
-            f"transformers cannot load {folder}: {_summary(error)}",
+            f"transformers cannot load {folder}: {reason(error)}",
             f"Look closer with: hisvd inspect {folder}",
         ) from error
     _check_loading(folder, loaded[1])
@@ -221,8 +221,3 @@ def _check_loading(folder: Path, report: Mapping[str, Sequence[Any]]) -> None:
                 f"{folder} {word} {len(keys)} tensors: {', '.join(keys[:3])}.",
                 f"Look closer with: hisvd inspect {folder}",
             )
-
-
-def _summary(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

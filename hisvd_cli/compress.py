@@ -200,18 +200,12 @@ def _write_parts(
             if not path.is_file():
                 moments: dict[str, Moment] = {}
                 if calibration and part != _OUTSIDE:
-                    moments = _on_device(calibration.moments(int(part[-5:])), device)
+                    moments = calibration.moments(int(part[-5:]), device)
                 tensors = dict(
                     _part_tensors(source, ranks, moments, method, layout.parts[part], device)
                 )
                 write_tensors(path, tensors, {})
             step()
-
-
-def _on_device(moments: Mapping[str, Moment], device: torch.device) -> dict[str, Moment]:
-    """Move moments, keeping one object where sublayers share one (and its square root)."""
-    moved = {id(moment): moment.to(device) for moment in moments.values()}
-    return {name: moved[id(moment)] for name, moment in moments.items()}
 
 
 def _part_tensors(

@@ -35,10 +35,6 @@ class Moment:
         root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         return root
 
-    def to(self, device: torch.device | str) -> Moment:
-        """Return this moment on another device."""
-        return Moment(self.matrix.to(device), self.side)
-
     def of_output(self, weight: Tensor) -> Tensor:
         """Return M = W G Wᵀ ``[m, m]`` in float64 for ``weight`` ``[m, n]``."""
         if self.side == "output":
@@ -47,22 +43,28 @@ class Moment:
         return wide @ self.matrix.double() @ wide.T
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Return ``device``, or the CPU where it has no float64 (Apple's GPUs)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class MomentSum:
     """Running Σ x xᵀ: products in float32, their sum in float64.
 
     Args:
         width: length of x.
-        device: where the sum is kept.
+        device: where activations come from; the sum stays there if it has float64.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
+        home = exact_device(device)
+        self._sum = torch.zeros(width, width, dtype=torch.float64, device=home)
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add activations ``[..., width]``; all leading dimensions count as tokens."""
         rows = x.reshape(-1, x.shape[-1]).float()  # [T, width]
-        self._sum += rows.T @ rows
+        self._sum += (rows.T @ rows).to(self._sum.device)
         self._tokens += rows.shape[0]
 
     def mean(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hisvd_cli.calibrate import Calibration
@@ -14,7 +15,7 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.spectrum import Spectrum, weight_energy, whitened_energy
 from hisvd_cli.sublayers import Sublayer
-from hisvd_cli.tensorfile import read_header, write_tensors
+from hisvd_cli.tensorfile import read_tensors, write_tensors
 
 _FILE = "spectra.safetensors"
 
@@ -24,7 +25,7 @@ def load_spectra(
     sublayers: Sequence[Sublayer],
     names: dict[str, str],
     calibration: Calibration | None,
-    device: str,
+    device: torch.device,
     reporter: Reporter,
 ) -> list[Spectrum]:
     """Return a spectrum per sublayer, from the cache where it holds them.
@@ -57,15 +58,11 @@ def load_spectra(
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     try:
-        if read_header(path).metadata.get("key") != key:
-            return {}
+        tensors, metadata = read_tensors(path, "")
     except SourceError:  # absent, or damaged: both mean computing it again
         return {}
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
+    return tensors if metadata.get("key") == key else {}
 
 
 def _compute(
@@ -73,20 +70,18 @@ def _compute(
     sublayers: Sequence[Sublayer],
     names: dict[str, str],
     calibration: Calibration | None,
-    device: str,
+    device: torch.device,
     reporter: Reporter,
 ) -> dict[str, Tensor]:
     energies: dict[str, Tensor] = {}
     layers = sorted({s.layer for s in sublayers})
     with reporter.stage("Computing spectra", len(layers)) as step:
         for layer in layers:
-            moments = calibration.moments(layer) if calibration else {}
-            shared = {id(m): m.to(device) for m in moments.values()}
+            moments = calibration.moments(layer, device) if calibration else {}
             for s in (s for s in sublayers if s.layer == layer):
                 weight = source.weights.read(names[f"{s.name}.weight"]).to(device)
                 energies[f"{s.name}.weight"] = weight_energy(weight)
                 if calibration:
-                    moment = shared[id(moments[s.name])]
-                    energies[f"{s.name}.whitened"] = whitened_energy(weight, moment)
+                    energies[f"{s.name}.whitened"] = whitened_energy(weight, moments[s.name])
             step()
     return energies

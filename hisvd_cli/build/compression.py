@@ -30,6 +30,7 @@ from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.device import pick_device
 from hisvd_cli.errors import OutputError, UsageError
 from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
+from hisvd_cli.moments import exact_device
 from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
@@ -210,7 +211,7 @@ def _write(
         calibration,
         folder,
         decomposer=knobs.decomposer,
-        device=pick_device(resolved.settings.model.device),
+        device=exact_device(pick_device(resolved.settings.model.device)),
         shard_bytes=int(knobs.max_shard_size * 1e9),
         settings=resolved.recorded("model", "calibration", "plan", "compress"),
         reporter=reporter,

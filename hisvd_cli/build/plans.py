@@ -21,6 +21,7 @@ from hisvd_cli.errors import (
     StaleArtifactError,
     UsageError,
 )
+from hisvd_cli.moments import exact_device
 from hisvd_cli.plan import ModelSize, Plan, assemble, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
@@ -147,7 +148,7 @@ def make_plans(
     knobs = resolved.settings.plan
     allocator = ALLOCATORS.get(knobs.allocator)
     anatomy = dissect(source)
-    device = str(pick_device(resolved.settings.model.device))
+    device = exact_device(pick_device(resolved.settings.model.device))
     everything = load_spectra(
         source, anatomy.sublayers, anatomy.names, calibration, device, reporter
     )
