@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.artifact import building
-from hisvd_cli.blocks import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.calibrate import Calibration
 from hisvd_cli.checkpoint import (
     FORMAT_VERSION,
@@ -33,6 +32,7 @@ from hisvd_cli.moments import Moment
 from hisvd_cli.paths import digest
 from hisvd_cli.plan import Plan
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source, read_config
 from hisvd_cli.tensorfile import join_files, write_json, write_tensors
 from hisvd_cli.versions import versions
@@ -128,31 +128,22 @@ def compress(
         UsageError: an unknown decomposer.
         SourceError, NumericalError, OutputError: see each.
     """
-    if plan.provenance["model"]["fingerprint"] != source.fingerprint:
-        raise StaleArtifactError(
-            f"The plan was made for {plan.provenance['model']['name']}, not for the weights of "
-            f"{source.name}.",
-            "Plan again for this model.",
-        )
-    method = DECOMPOSERS.get(decomposer)
+    check_plan(plan, source)
     layout = lay_out(source, plan.ranks)
+    factory = _Factory(source, plan.ranks, calibration, DECOMPOSERS.get(decomposer), device)
     record = _provenance(plan, calibration, decomposer, settings)
-    started = time.monotonic()
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
+    started = time.monotonic()
     with building(output, key) as partial:
         groups = shard_names(layout.sizes, shard_bytes)
         shards = {shard_file(i, len(groups)): parts for i, parts in enumerate(groups)}
         missing = [p for f, parts in shards.items() if not (partial / f).is_file() for p in parts]
-        _write_parts(
-            source, plan.ranks, calibration, method, layout, partial, missing, device, reporter
-        )
+        with reporter.stage("Compressing blocks", len(missing)) as step:
+            for part in missing:
+                factory.write(partial / f"{part}.part", part, layout.parts[part])
+                step()
         decomposed = time.monotonic()
-        _join_shards(partial, shards)
-        names = {
-            file: [n for part in parts for n in layout.parts[part]]
-            for file, parts in shards.items()
-        }
-        write_index(partial, names, layout.total_bytes)
+        _join_shards(partial, shards, layout)
         config = compressed_config(read_config(source.folder), layout.architecture, plan.ranks)
         write_json(partial / "config.json", config)
         write_json(partial / PROVENANCE, record)
@@ -163,6 +154,16 @@ def compress(
     written = time.monotonic()
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Compressed(output, size, decomposed - started, written - decomposed)
+
+
+def check_plan(plan: Plan, source: Source) -> None:
+    """Raise StaleArtifactError where a plan was made for other weights than those of ``source``."""
+    made_for = plan.provenance["model"]
+    if made_for["fingerprint"] != source.fingerprint:
+        raise StaleArtifactError(
+            f"The plan was made for {made_for['name']}, not for the weights of {source.name}.",
+            "Plan again for this model.",
+        )
 
 
 def _provenance(
@@ -183,62 +184,59 @@ def _provenance(
     }
 
 
-def _write_parts(
-    source: Source,
-    ranks: Mapping[str, int],
-    calibration: Calibration | None,
-    method: Decomposer,
-    layout: Layout,
-    partial: Path,
-    parts: Sequence[str],
-    device: torch.device,
-    reporter: Reporter,
-) -> None:
-    with reporter.stage("Compressing blocks", len(parts)) as step:
-        for part in parts:
-            path = partial / f"{part}.part"
-            if not path.is_file():
-                moments: dict[str, Moment] = {}
-                if calibration and part != _OUTSIDE:
-                    moments = calibration.moments(int(part[-5:]), device)
-                tensors = dict(
-                    _part_tensors(source, ranks, moments, method, layout.parts[part], device)
-                )
-                write_tensors(path, tensors, {})
-            step()
+@dataclass(frozen=True)
+class _Factory:
+    """Writes the tensors of a part: as they are, or as the pair of factors that the plan asks."""
 
+    source: Source
+    ranks: Mapping[str, int]
+    calibration: Calibration | None
+    method: Decomposer
+    device: torch.device
 
-def _part_tensors(
-    source: Source,
-    ranks: Mapping[str, int],
-    moments: Mapping[str, Moment],
-    method: Decomposer,
-    names: Mapping[str, str],
-    device: torch.device,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of one part, each low-rank sublayer as its pair of factors."""
-    for name, stored in names.items():
-        if name.endswith(".weight_u"):
-            continue  # comes with its V
-        tensor = source.weights.read(stored)
-        sublayer = name.removesuffix(".weight")
-        if sublayer not in ranks or not name.endswith(".weight"):
-            yield name, tensor
-            continue
-        u, v = method(tensor.to(device), moments.get(sublayer), ranks[sublayer])
+    def write(self, path: Path, part: str, names: Mapping[str, str]) -> None:
+        """Write a part (name in the checkpoint → name on disk), unless it is there already."""
+        if path.is_file():
+            return
+        moments: dict[str, Moment] = {}
+        if self.calibration and part != _OUTSIDE:
+            moments = self.calibration.moments(int(part.rpartition("-")[2]), self.device)
+        tensors: dict[str, Tensor] = {}
+        for name, stored in names.items():
+            sublayer = name.removesuffix(".weight")
+            if name not in tensors:  # a factor U comes with its V
+                weight = self.source.weights.read(stored)
+                if name.endswith(".weight") and sublayer in self.ranks:
+                    u, v = self._factor(sublayer, weight, moments.get(sublayer))
+                    tensors |= {name: v, f"{name}_u": u}
+                else:
+                    tensors[name] = weight
+        write_tensors(path, tensors, {})
+
+    def _factor(
+        self, sublayer: str, weight: Tensor, moment: Moment | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return U and V on the CPU, in the dtype of the weight. Raises NumericalError."""
+        u, v = self.method(weight.to(self.device), moment, self.ranks[sublayer])
+        u, v = u.to(weight.dtype).cpu(), v.to(weight.dtype).cpu()
         if not bool(u.isfinite().all() and v.isfinite().all()):
             raise NumericalError(
-                f"The decomposition of {sublayer} is not finite.",
+                f"The decomposition of {sublayer} is not finite in {str(weight.dtype)[6:]}.",
                 "Check the model with 'hisvd inspect', and calibrate again.",
             )
-        yield name, v.to(tensor.dtype).cpu()
-        yield f"{name}_u", u.to(tensor.dtype).cpu()
+        return u, v
 
 
-def _join_shards(partial: Path, shards: Mapping[str, Sequence[str]]) -> None:
+def _join_shards(partial: Path, shards: Mapping[str, Sequence[str]], layout: Layout) -> None:
+    """Join finished parts into weight files, remove the parts, and write the index."""
     for file, parts in shards.items():
         pieces = [partial / f"{part}.part" for part in parts]
         if not (partial / file).is_file():
             join_files(pieces, partial / file, {"format": "pt"})
         for piece in pieces:
             piece.unlink(missing_ok=True)
+    names = {
+        file: [name for part in parts for name in layout.parts[part]]
+        for file, parts in shards.items()
+    }
+    write_index(partial, names, layout.total_bytes)

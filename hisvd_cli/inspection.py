@@ -14,13 +14,13 @@ from hisvd_cli.audit import (
     rows_of,
     tensor_problems,
 )
-from hisvd_cli.blocks import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.calibrate import MANIFEST, Calibration, open_calibration
 from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.errors import HisvdError, NumericalError, SourceError
 from hisvd_cli.pickle_audit import PICKLES, audit_pickle
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source, open_source
 from hisvd_cli.sublayers import Sublayer, find_sublayers
 from hisvd_cli.weights import Weights

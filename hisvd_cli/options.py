@@ -62,7 +62,12 @@ def _take_common(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        _common("--set", text="Any setting: section.key=value (repeatable).", metavar="SETTING"),
+        _common(
+            "--set",
+            text="Any setting: section.key=value (repeatable). In the environment, a setting is "
+            "HISVD_SECTION_KEY.",
+            metavar="SETTING",
+        ),
     ] = None,
     show_profile: Annotated[
         bool,

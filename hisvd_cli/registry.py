@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from hisvd_cli.errors import UsageError, suggest
+from hisvd_cli.errors import HisvdError, UsageError, suggest
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -32,7 +32,8 @@ class Registry(Generic[F]):
         """Return a decorator that adds a function under ``name``."""
 
         def add(method: F) -> F:
-            self._methods[name] = method
+            if self._methods.setdefault(name, method) is not method:
+                raise ValueError(f"Two {self._kind}s are called '{name}'.")
             return method
 
         return add
@@ -43,14 +44,29 @@ class Registry(Generic[F]):
         return sorted({*self._methods, *(point.name for point in entry_points(group=self._group))})
 
     def get(self, name: str) -> F:
-        """Return the method called ``name``. Raises UsageError with the nearest name."""
+        """Return the method called ``name``; a built-in one wins.
+
+        Raises:
+            UsageError: there is none; names the nearest.
+            HisvdError: the package that brings it cannot be loaded.
+        """
         self._load_builtin()
         if name not in self._methods:
             for point in entry_points(group=self._group, name=name):
-                self._methods[name] = point.load()
+                self._methods[name] = self._load(point)
         if name not in self._methods:
             raise UsageError(f"No {self._kind} is called '{name}'.", suggest(name, self.names()))
         return self._methods[name]
+
+    def _load(self, point: EntryPoint) -> F:
+        try:
+            method: F = point.load()
+        except (ImportError, AttributeError) as error:
+            raise HisvdError(
+                f"The {self._kind} '{point.name}' ({point.value}) cannot be loaded: {error}.",
+                "Update or remove the package that brings it.",
+            ) from error
+        return method
 
     def _load_builtin(self) -> None:
         package = importlib.import_module(self._package)

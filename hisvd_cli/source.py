@@ -174,7 +174,7 @@ def _from_hub(
 
 
 def _check_structure(source: Source, compressible: bool) -> None:
-    from hisvd_cli.blocks import build_meta_model, decoder_blocks
+    from hisvd_cli.skeleton import build_meta_model, decoder_blocks
     from hisvd_cli.sublayers import find_sublayers
 
     model = build_meta_model(source, compressed=not compressible)

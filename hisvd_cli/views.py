@@ -37,16 +37,18 @@ class Ranked(Protocol):
 
 def size_text(count: float) -> str:
     """Return bytes in the unit that people use: 538.1 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
         count /= 1000
-    return f"{count:.1f} TB"
+        if count < 999.95:  # where it would be rounded to 1000.0
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
 
 
 def duration_text(seconds: float) -> str:
     """Return seconds as 12.3 s, 4 min 05 s or 2 h 10 min."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

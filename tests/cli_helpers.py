@@ -29,8 +29,9 @@ QUICK = ("--model", "demo", "--samples", "8", "--seqlen", "64")
 def hisvd(*words: object, env: Mapping[str, str] | None = None) -> Result:
     """Run the command line in this process, and take back what it sets in libraries."""
     verbosity = logging.get_verbosity()
+    variables = {"COLUMNS": None, **(env or {})}
     with warnings.catch_warnings():
-        result = CliRunner().invoke(app, [str(word) for word in words], env=dict(env or {}))
+        result = CliRunner().invoke(app, [str(word) for word in words], env=variables)
     logging.set_verbosity(verbosity)
     logging.enable_progress_bar()
     return result
@@ -86,8 +87,10 @@ def script(
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a script: one thread, so that sums are the same everywhere."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **(extra or {})}
+    """Return the environment of a script: one thread, so that sums are the same everywhere, and
+    no columns, which the runner of the tests may have set."""
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return {**inherited, "OMP_NUM_THREADS": "1", **(extra or {})}
 
 
 def digests(folder: Path) -> dict[str, str]:

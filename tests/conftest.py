@@ -15,6 +15,8 @@ _HOME = tempfile.TemporaryDirectory(prefix="hisvd-tests-")  # removed when Pytho
 os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers run beside each other: threads of their own would only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeModel = Callable[[str], Path]
 CACHE = "hisvd-cache"

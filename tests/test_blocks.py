@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
-from hisvd_cli.blocks import BlockWalk, build_meta_model, decoder_blocks, tensor_names
+from hisvd_cli.blocks import BlockWalk
 from hisvd_cli.errors import NumericalError, SourceError, UnsupportedModelError
+from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import open_source
 from tests.conftest import MakeModel
 from tests.models import (

@@ -225,8 +225,8 @@ def test_a_pipe_gets_one_line_per_row(quick: tuple[object, ...], tmp_path: Path)
     assert str(long) in shown
 
 
-def test_the_first_command_of_the_readme(here: Path) -> None:
-    done = script("compress", "--model", "demo", "--ratio", 0.6, *QUICK[2:], cwd=here)
+def test_the_installed_script(here: Path) -> None:
+    done = script("compress", *QUICK, "--ratio", 0.6, "--windows", 4, cwd=here)
     assert done.returncode == 0, done.stderr
     for line in ("size", "kept", "time", "peak memory", "perplexity"):
         assert line in done.stdout

@@ -16,6 +16,11 @@ from hisvd_cli.errors import HisvdError
 Captured = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def test_results_by_mode(capsys: Captured) -> None:
     for console, expected in (
         (Console(), "table\n"),
@@ -86,7 +91,6 @@ def test_texts_are_printed_as_they_are(capsys: Captured) -> None:
 
 
 def test_width(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
     assert Console().width > 200  # a file has no columns
     table = Table("c")
     table.add_row("x" * 150)

@@ -243,7 +243,7 @@ def test_transformers_model_with_tokenizer(tmp_path: Path, zipped: bool) -> None
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    tokenizer: object = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer: object = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE())
     )
     value = {"model": model, "tokenizer": tokenizer}

@@ -104,7 +104,7 @@ def dense_model(architecture: str) -> Model:
     class_name, extra = CONFIGS[architecture]
     config = getattr(transformers, class_name)(**{**SIZES, **extra})
     torch.manual_seed(0)
-    model: Model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model: Model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

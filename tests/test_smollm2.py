@@ -20,7 +20,8 @@ import torch
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 GGUF = os.environ.get("HISVD_SMOLLM2", "")
-DENSE = 23.3
+DENSE = 23.3  # of the protocol, as measured by tests/benchmarks/smollm2.py
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +34,7 @@ pytestmark = [
 
 
 def _hisvd(folder: Path, *arguments: str) -> dict[str, Any]:
-    threads = {"OMP_NUM_THREADS": "2", "HISVD_CACHE": str(folder / "cache")}
+    threads = {"OMP_NUM_THREADS": THREADS, "HISVD_CACHE": str(folder / "cache")}
     done = subprocess.run(
         [str(Path(sys.executable).with_name("hisvd")), *arguments, "--json"],
         cwd=folder,
@@ -57,13 +58,26 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _perplexity(folder: Path, target: str) -> float:
-    options = ["--dataset", str(DATA / "test.raw.txt"), "--seqlen", "1024", "--windows", "20"]
-    return float(_hisvd(folder, "eval", target, *options)["results"][0]["perplexity"])
+def _perplexity(folder: Path, target: str, windows: int = 20) -> float:
+    options = ["--dataset", str(DATA / "test.raw.txt"), "--seqlen", "1024"]
+    result = _hisvd(folder, "eval", target, *options, "--windows", str(windows))
+    return float(result["results"][0]["perplexity"])
 
 
-def test_dense_perplexity_is_that_of_the_protocol(workspace: Path) -> None:
-    assert _perplexity(workspace, GGUF) == pytest.approx(DENSE, rel=0.01)
+def test_dense_perplexity_equals_an_independent_loop(workspace: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model_folder = next((workspace / "cache" / "gguf").iterdir())
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+    text = (DATA / "test.raw.txt").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(model_folder)(text, return_tensors="pt").input_ids
+    losses = []
+    for start in (0, 1024, 2048):
+        window = ids[:, start : start + 1024]
+        with torch.no_grad():
+            losses.append(float(model(window, labels=window).loss))
+    by_hand = math.exp(sum(losses) / len(losses))
+    assert _perplexity(workspace, GGUF, windows=3) == pytest.approx(by_hand, rel=1e-3)
 
 
 def test_plan_is_exact_and_quick_once_spectra_are_cached(workspace: Path) -> None:

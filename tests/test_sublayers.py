@@ -10,8 +10,8 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
-from hisvd_cli.blocks import build_meta_model, decoder_blocks
 from hisvd_cli.errors import UnsupportedModelError, UsageError
+from hisvd_cli.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.source import open_source
 from hisvd_cli.sublayers import Sublayer, find_sublayers, select
 from tests.conftest import MakeModel

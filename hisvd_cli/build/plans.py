@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Allocator
-from hisvd_cli.blocks import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.budget import Budget, full_rank
 from hisvd_cli.build.calibration import find_calibration, named_source, require_calibration
 from hisvd_cli.calibrate import Calibration
+from hisvd_cli.compress import check_plan
 from hisvd_cli.device import pick_device
 from hisvd_cli.errors import (
     BudgetError,
     OutputError,
     SourceError,
-    StaleArtifactError,
     UsageError,
 )
 from hisvd_cli.moments import exact_device
@@ -26,6 +25,7 @@ from hisvd_cli.plan import ModelSize, Plan, assemble, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import PlanSettings
+from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source
 from hisvd_cli.spectra_cache import load_spectra
 from hisvd_cli.spectrum import Spectrum
@@ -108,12 +108,7 @@ def open_plan(path: Path, source: Source) -> Plan:
         StaleArtifactError: it was made for another model.
     """
     plan = load_plan(path)
-    made_for = plan.provenance["model"]
-    if made_for["fingerprint"] != source.fingerprint:
-        raise StaleArtifactError(
-            f"{path} was made for {made_for['name']}, not for the weights of {source.name}.",
-            "Plan again for this model.",
-        )
+    check_plan(plan, source)
     return plan
 
 
