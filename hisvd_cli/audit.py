@@ -11,6 +11,12 @@ from hisvd_cli.plan import Plan
 from hisvd_cli.sublayers import Sublayer
 
 
+def part(document: object, name: str) -> dict[str, Any]:
+    """Return an object inside an object of JSON data, empty where a file holds something else."""
+    inner = document.get(name) if isinstance(document, dict) else None
+    return inner if isinstance(inner, dict) else {}
+
+
 @dataclass(frozen=True)
 class Row:
     """One sublayer as found: ``rank`` is the full rank where it is dense."""
@@ -148,13 +154,12 @@ def plan_problems(plan: Plan, rows: Iterable[Row]) -> list[str]:
     return problems
 
 
-def provenance_table(made: Mapping[str, Any]) -> dict[str, str]:
+def provenance_table(made: dict[str, Any]) -> dict[str, str]:
     """Return the lines that a person reads of how a checkpoint was made, as far as they are
     recorded."""
-    model = made.get("model") or {}
-    data = (made.get("calibration") or {}).get("data") or {}
+    data = part(part(made, "calibration"), "data")
     table = {
-        "made from": model.get("name"),
+        "made from": part(made, "model").get("name"),
         "allocator": made.get("allocator"),
         "decomposer": made.get("decomposer"),
     }

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from hisvd_cli.audit import (
     Audit,
     factor_shapes,
+    part,
     plan_problems,
     provenance_table,
     rows_of,
     tensor_problems,
 )
 from hisvd_cli.calibrate import MANIFEST, Calibration, open_calibration
-from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
+from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.errors import HisvdError, NumericalError, SourceError
 from hisvd_cli.pickle_audit import PICKLES, audit_pickle
 from hisvd_cli.plan import Plan, load_plan
@@ -62,7 +63,7 @@ def audit(
 
 
 def _audit_plan(target: str, plan: Plan, size: int) -> Audit:
-    made_for = plan.provenance.get("model") or {}
+    made_for = part(plan.provenance, "model")
     total = made_for.get("parameters")
     sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
     return Audit(
@@ -79,7 +80,7 @@ def _audit_plan(target: str, plan: Plan, size: int) -> Audit:
 
 def _audit_calibration(target: str, calibration: Calibration, check_values: bool) -> Audit:
     manifest = calibration.manifest
-    data = manifest.get("data") or {}
+    data = part(manifest, "data")
     files = sorted(calibration.folder.glob("block-*.safetensors"))
     layers = [int(path.stem.rpartition("-")[2]) for path in files]
     problems = [
@@ -97,9 +98,9 @@ def _audit_calibration(target: str, calibration: Calibration, check_values: bool
         provenance=manifest,
         problems=problems,
         table={
-            "model": str((manifest.get("model") or {}).get("name")),
+            "model": str(part(manifest, "model").get("name")),
             "text": f"{data.get('dataset')} ({data.get('split')})",
-            "tokens": f"{data.get('samples')} × {data.get('seqlen')} = {data.get('tokens', 0):,}",
+            "tokens": f"{data.get('samples')} × {data.get('seqlen')} = {data.get('tokens')}",
             "seed": str(data.get("seed")),
             "dtype": str(manifest.get("dtype")),
         },
@@ -145,9 +146,9 @@ def _audit_checkpoint(
         problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
     else:
         problems.append(f"{PLAN_FILE} is missing: ranks cannot be compared with their plan.")
-    made = checkpoint.provenance
-    if not made:
-        problems.append("hisvd.json is missing: nothing says how this was made.")
+    made = part({PROVENANCE: checkpoint.provenance}, PROVENANCE)
+    if not part(made, "model"):
+        problems.append(f"{PROVENANCE} is missing or empty: nothing says how this was made.")
     if check_values:
         problems += _value_problems(weights, reporter)
     return Audit(

@@ -46,6 +46,9 @@ def option(*flags: str, text: str, metavar: str = "", panel: str | None = None) 
     )
 
 
+DryRun = Annotated[bool, option("--dry-run", text="Print sizes, memory and time; do no work.")]
+
+
 def _common(*flags: str, text: str, metavar: str = "") -> Any:
     return option(*flags, text=text, metavar=metavar, panel="Settings and output")
 

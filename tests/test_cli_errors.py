@@ -254,6 +254,7 @@ def test_an_output_that_is_in_the_way(quick: tuple[object, ...], here: Path) -> 
     (here / "file").write_text("keep")
     before = digests(here)
     for words, told in (
+        (("file/below/it",), "Cannot write into"),
         (("mine",), "mine is not empty"),
         (("mine", "--overwrite"), "hisvd did not write"),
         (("taken.pt",), "taken.pt exists"),

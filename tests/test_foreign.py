@@ -243,9 +243,7 @@ def test_transformers_model_with_tokenizer(tmp_path: Path, zipped: bool) -> None
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    tokenizer: object = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE())
-    )
+    tokenizer: object = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     value = {"model": model, "tokenizer": tokenizer}
     checkpoint = read_foreign(_saved(tmp_path / "m.pt", value, zipped))
 

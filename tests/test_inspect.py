@@ -185,8 +185,18 @@ def test_records_that_are_missing(checkpoint: Path) -> None:
     (checkpoint / "hisvd.json").unlink()
     assert problems_of(checkpoint) == [
         "plan.json is missing: ranks cannot be compared with their plan.",
-        "hisvd.json is missing: nothing says how this was made.",
+        "hisvd.json is missing or empty: nothing says how this was made.",
     ]
+
+
+@pytest.mark.parametrize("record", ["[]", "3", "{}", '{"model": 3, "calibration": {"data": []}}'])
+def test_a_record_that_is_none(record: str, checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "hisvd.json").write_text(record)
+    assert problems_of(checkpoint) == [
+        "hisvd.json is missing or empty: nothing says how this was made."
+    ]
+    other = text_file(tmp_path, 300, seed=7)
+    succeed("eval", checkpoint, "--dataset", other, "--seqlen", 32)
 
 
 def test_a_config_without_ranks(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
@@ -88,8 +89,11 @@ def check_output(path: Path, overwrite: bool) -> None:
     ``--overwrite`` only ever replaces what hisvd wrote.
 
     Raises:
-        OutputError: something stands there.
+        OutputError: something stands there, or nothing can be written there.
     """
+    home = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK)):
+        raise OutputError(f"Cannot write into {home}.", "Name another --output.")
     if path.suffix == ".pt":
         if path.is_dir() or (path.exists() and not overwrite):
             raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hisvd_cli.audit import part
 from hisvd_cli.build.calibration import default_dataset, stored_dtype, window_length
 from hisvd_cli.checkpoint import is_checkpoint, load_model, open_checkpoint
 from hisvd_cli.convert import unpacked
@@ -97,26 +98,26 @@ def pick_texts(resolved: Resolved, source: Source, baseline: Source | None = Non
 def _is_demo(source: Source) -> bool:
     """Tell the demo model, and what was made from it."""
     if is_checkpoint(source.folder):
-        made_from = open_checkpoint(source.folder).provenance.get("model", {})
+        made_from = part(open_checkpoint(source.folder).provenance, "model")
         return bool(made_from.get("name") == DEMO)
     return source.name == DEMO
 
 
-def calibration_of(source: Source) -> Mapping[str, Any]:
+def calibration_of(source: Source) -> dict[str, Any]:
     """Return the manifest of the calibration that a checkpoint was made with, or nothing."""
     if not is_checkpoint(source.folder):
         return {}
-    return open_checkpoint(source.folder).provenance.get("calibration") or {}
+    return part(open_checkpoint(source.folder).provenance, "calibration")
 
 
-def check_texts(texts: Sequence[Text], calibration: Mapping[str, Any], model: str) -> None:
+def check_texts(texts: Sequence[Text], calibration: dict[str, Any], model: str) -> None:
     """Refuse a text that a model was calibrated on.
 
     Raises:
         DataError: one of ``texts`` is the text of ``calibration`` (a manifest).
     """
     for text in texts:
-        if calibration.get("data", {}).get("text_sha256") == text.digest:
+        if part(calibration, "data").get("text_sha256") == text.digest:
             raise DataError(
                 f"{model} is calibrated on '{text.name}' itself: its perplexity there says "
                 "nothing.",

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from hisvd_cli.options import Run, keys_of, option, with_settings
+from hisvd_cli.options import DryRun, Run, keys_of, with_settings
 
 
 @with_settings(keys_of("model", "calibration"))
-def calibrate(
-    run: Run,
-    dry_run: Annotated[
-        bool, option("--dry-run", text="Print sizes, memory and time; do no work.")
-    ] = False,
-) -> None:
+def calibrate(run: Run, dry_run: DryRun = False) -> None:
     """Run text through a model, block by block, and keep what its sublayers see.
 
     Example: hisvd calibrate --model HuggingFaceTB/SmolLM2-135M --samples 64 --seqlen 1024

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from hisvd_cli.options import Run, keys_of, option, with_settings
+from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
 
 @with_settings([*keys_of("plan", "compress", "model", "calibration"), ("eval", "windows")])
@@ -28,9 +28,7 @@ def compress(
     overwrite: Annotated[
         bool, option("--overwrite", text="Replace a checkpoint that stands there.")
     ] = False,
-    dry_run: Annotated[
-        bool, option("--dry-run", text="Print sizes, memory and time; do no work.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Compress a model: calibrate, plan and factor, reusing what is already there.
 
@@ -49,7 +47,6 @@ def compress(
     run.console.show(compressed_view(outcome))
     run.console.result(outcome.document(), str(outcome.output))
     made = shlex.quote(str(outcome.output))
-    model = shlex.quote(run.settings.model.name)
-    measured = outcome.perplexity is not None
-    following = f"inspect {made}" if measured else f"eval {made} --baseline {model}"
-    run.console.next_command(f"hisvd {following}")
+    baseline = shlex.quote(run.settings.model.name)
+    measuring = f"eval {made} --baseline {baseline}"
+    run.console.next_command(f"hisvd {f'inspect {made}' if outcome.perplexity else measuring}")
