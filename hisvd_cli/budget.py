@@ -85,16 +85,19 @@ class Budget:
         high = max(limit / b for limit, b in zip(limits, baselines, strict=True))
         return at(_bisect(spent, self.parameters, high))
 
-    def rounded(self, ranks: Sequence[float], energies: Sequence[Tensor]) -> list[int]:
+    def rounded(
+        self, ranks: Sequence[float], energies: Sequence[Tensor], nearest: bool = False
+    ) -> list[int]:
         """Return whole ranks within the budget, the remainder spent where it saves most loss.
 
-        Real-valued ranks are rounded down (to dense at break-even), then up again, one step each,
-        in the order of the energy that a step keeps per parameter. What that leaves (a sublayer
-        that snaps to dense frees some) is spent in the same order without that bound.
+        Real-valued ranks are rounded down (to dense at break-even); then one step at a time goes
+        to the sublayer whose next components hold the most energy per parameter.
 
         Args:
             ranks: real-valued ranks that meet the budget.
             energies: σ² of each sublayer's components ``[min(m, n)]``, falling.
+            nearest: give every sublayer at most one step first, so that ranks stay next to their
+                real values; only what that leaves is spent freely.
 
         Returns:
             Ranks; a dense sublayer has its full rank.
@@ -105,8 +108,9 @@ class Budget:
             for r, s, floor in zip(ranks, self.shapes, self.floors, strict=True)
         ]
         tails = [_tail_sums(energy) for energy in energies]
-        nearest = self._fill(whole, tails, steps=1)
-        return self._fill(nearest, tails, steps=max(map(full_rank, self.shapes)))
+        if nearest:
+            whole = self._fill(whole, tails, steps=1)
+        return self._fill(whole, tails, steps=max(map(full_rank, self.shapes)))
 
     def _fill(
         self, ranks: Sequence[int], tails: Sequence[Sequence[float]], steps: int

@@ -51,8 +51,13 @@ class Checkpoint:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Name → rank of each low-rank sublayer, as the config says."""
-        return dict(self.config["quantization_config"]["ranks"])
+        """Name → rank of each low-rank sublayer, as the config says. Raises SourceError."""
+        ranks = self.config["quantization_config"].get("ranks")
+        if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
+            raise SourceError(
+                f"config.json of {self.folder} names no ranks.", "Compress the model again."
+            )
+        return dict(ranks)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -61,9 +66,11 @@ class Checkpoint:
         if not path.is_file():
             return {}
         try:
-            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SourceError(f"{path} is no valid JSON file.", "Compress again.") from error
+        if not isinstance(document, dict):
+            raise SourceError(f"{path} holds no JSON object.", "Compress again.")
         return document
 
     @cached_property

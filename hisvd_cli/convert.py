@@ -141,6 +141,7 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
     with building(folder, digest("dense", json.dumps(checkpoint.config))) as partial:
         write_shards(partial, sizes, tensors(), shard_bytes)
         write_json(partial / "config.json", dense_config(checkpoint.config))
+        write_json(partial / PROVENANCE, {**checkpoint.provenance, "kind": "dense"})
         copy_companions(checkpoint.folder, partial)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from hisvd_cli.allocate import Allocation
 from hisvd_cli.budget import Shape, cost, full_rank, is_dense
 from hisvd_cli.errors import SourceError
@@ -124,14 +126,19 @@ def load_plan(path: Path) -> Plan:
 
 
 def plan_from(document: Mapping[str, Any]) -> Plan:
-    """Build a Plan from its JSON data. Raises KeyError or TypeError where it is malformed."""
-    names = Plan.__dataclass_fields__
-    data = {name: document[name] for name in names}
-    data["clusters"] = [ClusterPlan(**row) for row in data["clusters"]]
-    data["sublayers"] = [
-        SublayerPlan(**{**row, "shape": tuple(row["shape"])}) for row in data["sublayers"]
-    ]
-    return Plan(**data)
+    """Build a Plan from its JSON data.
+
+    Raises:
+        ValueError: a value of a wrong type, a rank that no matrix of that shape has.
+        KeyError: a key is missing.
+    """
+    plan = TypeAdapter(Plan).validate_python({n: document[n] for n in Plan.__dataclass_fields__})
+    for row in plan.sublayers:
+        if not 1 <= row.rank <= full_rank(row.shape):
+            raise ValueError(f"{row.name}: rank {row.rank}")
+    if not isinstance(plan.provenance["model"]["fingerprint"], str):
+        raise ValueError("provenance")
+    return plan
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class PlanSettings(Section):
     )
     allocator: str = _setting("hisvd", "Method that shares the budget: hisvd or uniform.")
     rank_method: Literal["stable", "effective", "mathematical"] = _setting(
-        "effective", "Rank measure of stage 1: stable, effective or mathematical."
+        "stable", "Rank measure of stage 1: stable, effective or mathematical."
     )
     alpha: float = _setting(0.5, "Exponent of the rank density in stage 1.", ge=0, le=8)
     spectrum: Literal["whitened", "weight"] = _setting(
@@ -87,12 +87,14 @@ class PlanSettings(Section):
         "logarithmic", "Form of stage 2's factor: logarithmic, power, exponential or linear."
     )
     lwe_strength: float = _setting(
-        1.0, "Strength β of stage 2; 0 leaves stage 1 as it is.", ge=0, le=100
+        2.0, "Strength β of stage 2; 0 leaves stage 1 as it is.", ge=0, le=100
     )
     tail_redundancy_weight: float = _setting(
-        1.0, "Weight of the tail share in stage 2.", ge=0, le=100
+        30.0, "Weight of the tail share in stage 2.", ge=0, le=100
     )
-    min_rank_ratio: float = _setting(0.0, "Smallest rank, as a share of the full rank.", ge=0, lt=1)
+    min_rank_ratio: float = _setting(
+        0.3, "Smallest rank, as a share of what equal shares would give.", ge=0, lt=1
+    )
     multiple_of: int = _setting(1, "Ranks are multiples of this.", ge=1)
     include: Names = _setting([], "Only sublayers that match this glob of a name or type.")
     exclude: Names = _setting([], "No sublayers that match; they stay dense and uncounted.")

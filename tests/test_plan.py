@@ -66,6 +66,19 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
         load_plan(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("rank", "x"), ("rank", -5), ("rank", 10**6), ("shape", [3]), ("dense", {})]
+)
+def test_a_plan_edited_by_hand_is_checked(
+    made: Bench, tmp_path: Path, key: str, value: object
+) -> None:
+    document = plan_at(made, 0.6).document()
+    document["sublayers"][3][key] = value
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(SourceError, match="no plan"):
+        load_plan(tmp_path / "plan.json")
+
+
 def test_a_plan_from_weights_alone_says_so(tmp_path: Path) -> None:
     resolved = resolve({("model", "name"): "demo"}, environ={}, start=tmp_path)
     plan = make_plans(resolved, open_source("demo"), None, Silent(), [0.6])[0]

@@ -13,5 +13,5 @@ from hisvd_cli.spectrum import Spectrum
 def uniform(spectra: Sequence[Spectrum], budget: Budget) -> Allocation:
     """Return ``r = ρ·k*`` for each sublayer, rounded within the budget."""
     real = budget.scaled([break_even(s.shape) for s in spectra])
-    ranks = budget.rounded(real, [s.energy for s in spectra])
+    ranks = budget.rounded(real, [s.energy for s in spectra], nearest=True)
     return Allocation(ranks, list(ranks))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Allocator
-from hisvd_cli.budget import Budget, full_rank
+from hisvd_cli.budget import Budget, break_even
 from hisvd_cli.build.calibration import find_calibration, named_source, require_calibration
 from hisvd_cli.calibrate import Calibration
 from hisvd_cli.compress import check_plan
@@ -202,10 +202,10 @@ def _budget(
             "and other parameters that stay.",
             f"Use a ratio above {rest:.2f}, or --ratio-of sublayers.",
         )
-    step = knobs.multiple_of
+    step, share = knobs.multiple_of, parameters / size.sublayers
     floors = []
     for s in sublayers:
-        least = max(1, round(knobs.min_rank_ratio * full_rank(s.shape)))
+        least = max(1, int(knobs.min_rank_ratio * share * break_even(s.shape)))
         floors.append(-(-least // step) * step)
     return Budget([s.shape for s in sublayers], parameters, floors, step)
 
