@@ -61,7 +61,11 @@ class Checkpoint:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What ``hisvd.json`` records, empty where the file is missing. Raises SourceError."""
+        """What ``hisvd.json`` records, empty where it is missing or holds no JSON object.
+
+        Raises:
+            SourceError: the file is no JSON.
+        """
         path = self.folder / PROVENANCE
         if not path.is_file():
             return {}
@@ -69,9 +73,7 @@ class Checkpoint:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SourceError(f"{path} is no valid JSON file.", "Compress again.") from error
-        if not isinstance(document, dict):
-            raise SourceError(f"{path} holds no JSON object.", "Compress again.")
-        return document
+        return document if isinstance(document, dict) else {}
 
     @cached_property
     def weights(self) -> Weights:

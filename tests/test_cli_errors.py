@@ -142,7 +142,6 @@ def test_wrong_usage(words: tuple[object, ...], told: str, here: Path) -> None:
     "words",
     [
         ("--ratio-of", "model", "--ratio", "0.1"),
-        ("--min-rank-ratio", "0.9", "--ratio", "0.2"),
         ("--multiple-of", "64", "--ratio", "0.1"),
     ],
 )

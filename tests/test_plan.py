@@ -53,6 +53,16 @@ def test_ratio_of_the_model_counts_what_stays(made: Bench, tmp_path: Path) -> No
         make_plans(resolved, source, calibration, Silent(), [0.01])
 
 
+def test_floors_are_a_share_of_an_equal_allocation(made: Bench, tmp_path: Path) -> None:
+    flags = {("model", "name"): "demo", ("plan", "min_rank_ratio"): 0.9}
+    resolved = resolve(flags, environ={}, start=tmp_path)
+    _, source, calibration = made
+    plan = make_plans(resolved, source, calibration, Silent(), [0.2])[0]
+    for row in plan.sublayers:
+        assert row.rank >= int(0.9 * 0.1999 * prod(row.shape) / sum(row.shape))
+    assert plan.kept_ratio == pytest.approx(0.2, abs=0.0005)
+
+
 def test_round_trip_through_a_file(made: Bench, tmp_path: Path) -> None:
     plan = plan_at(made, 0.6)
     plan.save(tmp_path / "plan.json")
