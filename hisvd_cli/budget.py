@@ -153,7 +153,7 @@ class Budget:
 def _tail_sums(energy: Tensor) -> list[float]:
     """Return ``tail[r] = Σ_{j ≥ r} e_j`` for r from 0 to the number of components."""
     reversed_sums = energy.flip(0).cumsum(0).flip(0)
-    return [*(float(x) for x in reversed_sums), 0.0]
+    return [*reversed_sums.tolist(), 0.0]
 
 
 def _bisect(function: Callable[[float], float], target: float, high: float) -> float:
