@@ -146,7 +146,7 @@ def _audit_checkpoint(
         problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
     else:
         problems.append(f"{PLAN_FILE} is missing: ranks cannot be compared with their plan.")
-    made = part({PROVENANCE: checkpoint.provenance}, PROVENANCE)
+    made = checkpoint.provenance
     if not part(made, "model"):
         problems.append(f"{PROVENANCE} is missing or empty: nothing says how this was made.")
     if check_values:
