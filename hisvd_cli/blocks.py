@@ -9,7 +9,8 @@ Legend: S sequences, L tokens each, d hidden width; hidden states ``[S, L, d]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,13 @@ class BlockWalk:
         self.device = device
         self.dtype = dtype
         self.batch = batch
-        self.model = build_meta_model(source, dtype)
+        self.model = build_meta_model(source, dtype).requires_grad_(False)
         self.prefix, self.layers = decoder_blocks(self.model)
         self.names = tensor_names(self.model, source)
         self._shapes = {name: t.shape for name, t in self.model.state_dict().items()}
         self.hidden = torch.empty(0)
         self._arguments: dict[int, list[Arguments]] = {}
+        self._as_tuple = False
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, compute_hidden: bool = True) -> None:
@@ -103,11 +105,55 @@ class BlockWalk:
             part = self.hidden[start : start + self.batch]
             part.copy_(self._run(index, part))
 
-    @torch.no_grad()
-    def _run(self, index: int, part: Tensor) -> Tensor:
+    def reverse(self, index: int, part: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient at the input of the loaded block ``index``.
+
+        Args:
+            index: the block.
+            part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be fewer).
+            gradient: the gradient at its output, of the same shape.
+        """
+        entered = part.to(self.device, self.dtype).requires_grad_()
+        with torch.enable_grad():
+            state = self._forward(index, entered)
+        return torch.autograd.grad(state, entered, gradient)[0]
+
+    def loss_gradient(self, ids: Tensor, state: Tensor) -> Tensor:
+        """Return the gradient of the summed loss at the last block's output.
+
+        Within :meth:`whole_outside`, after :meth:`embed`.
+
+        Args:
+            ids: tokens ``[1, L]``.
+            state: the last block's output for them ``[1, L, d]``.
+
+        Raises:
+            NumericalError: the loss is not finite.
+        """
+        leaf = state.to(self.device, self.dtype).requires_grad_()
+        on_device = ids.to(self.device)
+        last = len(self.layers) - 1
+
+        def stub(index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            passed = leaf if index == last else args[0] if args else kwargs["hidden_states"]
+            return (passed,) if self._as_tuple else passed
+
+        with torch.enable_grad(), self._stubbed(stub):
+            logits = self.model(input_ids=on_device, use_cache=False).logits[0, :-1].float()
+            loss = nn.functional.cross_entropy(logits, on_device[0, 1:], reduction="sum")
+        if not bool(loss.isfinite()):
+            raise NumericalError("The loss is NaN or infinite.", overflow_hint(self.dtype))
+        return torch.autograd.grad(loss, leaf)[0]
+
+    def _forward(self, index: int, part: Tensor) -> Tensor:
         args, kwargs = self._arguments[len(part)][index]
         out = self.layers[index](part, *args, **kwargs)
         state: Tensor = out[0] if isinstance(out, tuple) else out
+        return state
+
+    @torch.no_grad()
+    def _run(self, index: int, part: Tensor) -> Tensor:
+        state = self._forward(index, part)
         if not bool(state.isfinite().all()):
             raise NumericalError(
                 f"The output of block {index} is NaN or infinite.", overflow_hint(self.dtype)
@@ -138,10 +184,21 @@ class BlockWalk:
                 parent, _, local = name.rpartition(".")
                 yield self.model.get_submodule(parent), local, name
 
-    def _fill_outside(self) -> None:
+    @contextmanager
+    def whole_outside(self) -> Iterator[None]:
+        """Hold everything that is in no block, the output head too, while the body runs."""
+        self._fill_outside(with_head=True)
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head.weight.device.type == "meta":  # tied: stored once, under the embedding's name
+            head.weight = embedding.weight
+        yield
+        self._empty_outside()
+        _drop_weights(head, recurse=False)
+
+    def _fill_outside(self, with_head: bool = False) -> None:
         head = self.model.get_output_embeddings()
         for module, local, name in self._outside():
-            if module is not head:  # logits are not computed here
+            if with_head or module is not head:  # else logits are not computed
                 module.load_state_dict({local: self._read(name)}, strict=False, assign=True)
         for buffer_name, buffer in list(self.model.named_buffers()):
             if buffer.device.type != "meta":
@@ -161,6 +218,7 @@ class BlockWalk:
                 state, calls = self._run_stubs(ids, as_tuple)
             except _DivertedError:
                 continue
+            self._as_tuple = as_tuple
             if not _same(calls, self._arguments.setdefault(len(ids), calls), set()):
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} gives its blocks more than the hidden state of "
@@ -187,16 +245,22 @@ class BlockWalk:
             calls.append((args[1:], kwargs))
             return (state,) if as_tuple else state
 
-        for index, layer in enumerate(self.layers):
-            layer.forward = partial(stub, index)
-        try:
+        with self._stubbed(stub):
             self.model.get_decoder()(input_ids=ids, use_cache=False)
-        finally:
-            for layer in self.layers:
-                del layer.forward
         if len(calls) != len(self.layers):
             raise _DivertedError
         return states[0], calls
+
+    @contextmanager
+    def _stubbed(self, stub: Callable[..., Tensor | tuple[Tensor]]) -> Iterator[None]:
+        """Let ``stub(index, …)`` stand for every block while the body runs."""
+        for index, layer in enumerate(self.layers):
+            layer.forward = partial(stub, index)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
 
 
 def overflow_hint(dtype: torch.dtype) -> str:

@@ -107,15 +107,22 @@ class Budget:
             full_rank(s) if is_dense(r + 1e-9, s) else max(int(r + 1e-9) // step * step, floor)
             for r, s, floor in zip(ranks, self.shapes, self.floors, strict=True)
         ]
-        tails = [_tail_sums(energy) for energy in energies]
         if nearest:
-            whole = self._fill(whole, tails, steps=1)
-        return self._fill(whole, tails, steps=max(map(full_rank, self.shapes)))
+            whole = self._fill(whole, energies, steps=1)
+        return self.filled(whole, energies)
 
-    def _fill(
-        self, ranks: Sequence[int], tails: Sequence[Sequence[float]], steps: int
-    ) -> list[int]:
+    def filled(self, ranks: Sequence[int], energies: Sequence[Tensor]) -> list[int]:
+        """Return whole ranks with what they leave of the budget spent where it saves most loss.
+
+        Args:
+            ranks: whole ranks within the budget.
+            energies: as for :meth:`rounded`.
+        """
+        return self._fill(ranks, energies, steps=max(map(full_rank, self.shapes)))
+
+    def _fill(self, ranks: Sequence[int], energies: Sequence[Tensor], steps: int) -> list[int]:
         """Return ranks with the unspent budget given out, at most ``steps`` steps to each."""
+        tails = [_tail_sums(energy) for energy in energies]
         filled = list(ranks)
         taken = [0] * len(filled)
         left = self.parameters - sum(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.moments import MomentSum
+from hisvd_cli.moments import ChannelSum, MomentSum
 
 Watch = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]
 
@@ -27,14 +29,16 @@ class Collector:
     Attributes:
         linears: full name → module.
         device: where sums are kept.
-        sums: key of a moment → its running sum; the key ends in ``.input`` or ``.output``.
-        owners: full name of a linear → key of its moment; a linear that saw nothing has none.
+        sums: key of a statistic → its running sum; the key of a moment ends in ``.input`` or
+            ``.output``, that of the means of an input's channels in ``.channels``.
+        owners: full name of a linear → keys of its moment and of its channels; a linear that saw
+            nothing has none.
     """
 
     linears: Mapping[str, nn.Linear]
     device: torch.device
-    sums: dict[str, MomentSum] = field(default_factory=dict)
-    owners: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, MomentSum | ChannelSum] = field(default_factory=dict)
+    owners: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @contextmanager
     def grouping(self) -> Iterator[None]:
@@ -72,25 +76,55 @@ class Collector:
                 handle.remove()
 
     def _choose_side(self, names: list[str]) -> None:
-        width = self.linears[names[0]].in_features
-        if sum(self.linears[name].out_features ** 2 for name in names) < width**2:
-            for name in names:
-                key = self.owners[name] = f"{name}.output"
-                self.sums[key] = MomentSum(self.linears[name].out_features, self.device)
+        first, width = names[0], self.linears[names[0]].in_features
+        channels = f"{first}.channels"
+        self.sums[channels] = ChannelSum(width, self.device)
+        heights = {name: self.linears[name].out_features for name in names}
+        if sum(height**2 for height in heights.values()) < width**2:
+            for name, height in heights.items():
+                self.sums[f"{name}.output"] = MomentSum(height, self.device)
+                self.owners[name] = (f"{name}.output", channels)
         else:
-            key = f"{names[0]}.input"
-            self.sums[key] = MomentSum(width, self.device)
-            self.owners.update(dict.fromkeys(names, key))
+            self.sums[f"{first}.input"] = MomentSum(width, self.device)
+            self.owners.update(dict.fromkeys(names, (f"{first}.input", channels)))
 
     def _adder(self, name: str) -> Watch:
-        key = self.owners.get(name, "")
+        moment, channels = self.owners.get(name, ("", ""))
 
         def add(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if key == f"{name}.input":  # the group's first member counts the shared input once
+            # The group's first member counts what all of them share.
+            for key in {moment, channels} & {f"{name}.input", f"{name}.channels"}:
                 self.sums[key].add(args[0])
-            elif key.endswith(".output"):
+            if moment.endswith(".output"):
                 bias = module.bias
                 # Widened first, so that taking the bias off rounds nothing away.
-                self.sums[key].add(output if bias is None else output.float() - bias.float())
+                self.sums[moment].add(output if bias is None else output.float() - bias.float())
 
         return add
+
+
+class TurnSum:
+    """Mean angle, as a share of π, between what enters a block and what leaves it, per token."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._tokens = 0
+
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """Add up the angles of all tokens that pass the block while the body runs it."""
+        handle = block.register_forward_hook(self._add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _add(self, _block: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
+        state = cast(Tensor, output[0] if isinstance(output, tuple) else output)
+        cosine = torch.cosine_similarity(args[0].float(), state.float(), dim=-1)
+        self._sum += float(cosine.clamp(-1, 1).acos().sum()) / math.pi
+        self._tokens += cosine.numel()
+
+    def mean(self) -> float:
+        """Return the mean over all tokens so far, from 0 to 1."""
+        return self._sum / self._tokens

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.artifact import building
-from hisvd_cli.calibrate import Calibration
+from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import (
     FORMAT_VERSION,
     PLAN_FILE,
@@ -28,12 +29,13 @@ from hisvd_cli.checkpoint import (
 from hisvd_cli.decompose import DECOMPOSERS, Decomposer
 from hisvd_cli.errors import NumericalError, StaleArtifactError
 from hisvd_cli.model_card import write_card
-from hisvd_cli.moments import Moment
 from hisvd_cli.paths import digest
 from hisvd_cli.plan import Plan
+from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source, read_config
+from hisvd_cli.statistics import Need, Statistics, missing
 from hisvd_cli.tensorfile import join_files, write_json, write_tensors
 from hisvd_cli.versions import versions
 
@@ -102,6 +104,8 @@ def compress(
     output: Path,
     *,
     decomposer: str,
+    knobs: Mapping[str, Any],
+    needs: Collection[Need],
     device: torch.device,
     shard_bytes: int,
     settings: Mapping[str, object],
@@ -115,9 +119,11 @@ def compress(
     Args:
         source: the dense model that the plan was made for.
         plan: the ranks.
-        calibration: moments, for decomposers that use them.
+        calibration: statistics, for decomposers that use them.
         output: the folder; what stands there is replaced once the new one is complete.
         decomposer: name of the method.
+        knobs: its settings; those that it does not name are left out.
+        needs: what it needs of a calibration.
         device: where decompositions run.
         shard_bytes: largest size of a weight file.
         settings: the resolved settings, recorded as they are.
@@ -126,31 +132,37 @@ def compress(
     Raises:
         StaleArtifactError: the plan was made for another model.
         UsageError: an unknown decomposer.
-        SourceError, NumericalError, OutputError: see each.
+        SourceError: the method needs statistics that were not taken, or a file is damaged.
+        NumericalError, OutputError: see each.
     """
     check_plan(plan, source)
+    for need in needs:
+        if calibration is None or need not in calibration.holds:
+            raise missing(decomposer, need)
     layout = lay_out(source, plan.ranks)
-    factory = _Factory(source, plan.ranks, calibration, DECOMPOSERS.get(decomposer), device)
-    record = _provenance(plan, calibration, decomposer, settings)
+    method = DECOMPOSERS.get(decomposer)
+    prepared = partial(method, **accepted(method, knobs))
+    factory = _Factory(source, plan.ranks, calibration, prepared, needs, device)
+    record = _provenance(plan, calibration, decomposer, needs, settings)
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
     started = time.monotonic()
-    with building(output, key) as partial:
+    with building(output, key) as home:
         groups = shard_names(layout.sizes, shard_bytes)
         shards = {shard_file(i, len(groups)): parts for i, parts in enumerate(groups)}
-        missing = [p for f, parts in shards.items() if not (partial / f).is_file() for p in parts]
-        with reporter.stage("Compressing blocks", len(missing)) as step:
-            for part in missing:
-                factory.write(partial / f"{part}.part", part, layout.parts[part])
+        left = [p for f, parts in shards.items() if not (home / f).is_file() for p in parts]
+        with reporter.stage("Compressing blocks", len(left)) as step:
+            for part in left:
+                factory.write(home / f"{part}.part", part, layout.parts[part])
                 step()
         decomposed = time.monotonic()
-        _join_shards(partial, shards, layout)
+        _join_shards(home, shards, layout)
         config = compressed_config(read_config(source.folder), layout.architecture, plan.ranks)
-        write_json(partial / "config.json", config)
-        write_json(partial / PROVENANCE, record)
-        plan.save(partial / PLAN_FILE)
-        copy_companions(source.folder, partial)
-        write_loader(partial)
-        write_card(partial, source, plan, record)
+        write_json(home / "config.json", config)
+        write_json(home / PROVENANCE, record)
+        plan.save(home / PLAN_FILE)
+        copy_companions(source.folder, home)
+        write_loader(home)
+        write_card(home, source, plan, record)
     written = time.monotonic()
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Compressed(output, size, decomposed - started, written - decomposed)
@@ -170,6 +182,7 @@ def _provenance(
     plan: Plan,
     calibration: Calibration | None,
     decomposer: str,
+    needs: Collection[Need],
     settings: Mapping[str, object],
 ) -> dict[str, Any]:
     return {
@@ -178,6 +191,7 @@ def _provenance(
         "model": plan.provenance["model"],
         "decomposer": decomposer,
         "calibration": calibration.manifest if calibration else None,
+        "gradients": calibration.gradients if calibration and set(needs) - {"moments"} else None,
         **plan.summary(),
         "settings": settings,
         "versions": versions(),
@@ -192,32 +206,34 @@ class _Factory:
     ranks: Mapping[str, int]
     calibration: Calibration | None
     method: Decomposer
+    needs: Collection[Need]
     device: torch.device
 
     def write(self, path: Path, part: str, names: Mapping[str, str]) -> None:
         """Write a part (name in the checkpoint → name on disk), unless it is there already."""
         if path.is_file():
             return
-        moments: dict[str, Moment] = {}
+        known: dict[str, Statistics] = {}
         if self.calibration and part != _OUTSIDE:
-            moments = self.calibration.moments(int(part.rpartition("-")[2]), self.device)
+            layer = int(part.rpartition("-")[2])
+            known = self.calibration.statistics(layer, self.needs, self.device)
         tensors: dict[str, Tensor] = {}
         for name, stored in names.items():
             sublayer = name.removesuffix(".weight")
             if name not in tensors:  # a factor U comes with its V
                 weight = self.source.weights.read(stored)
                 if name.endswith(".weight") and sublayer in self.ranks:
-                    u, v = self._factor(sublayer, weight, moments.get(sublayer))
+                    u, v = self._factor(sublayer, weight, known.get(sublayer, Statistics()))
                     tensors |= {name: v, f"{name}_u": u}
                 else:
                     tensors[name] = weight
         write_tensors(path, tensors, {})
 
     def _factor(
-        self, sublayer: str, weight: Tensor, moment: Moment | None
+        self, sublayer: str, weight: Tensor, statistics: Statistics
     ) -> tuple[Tensor, Tensor]:
         """Return U and V on the CPU, in the dtype of the weight. Raises NumericalError."""
-        u, v = self.method(weight.to(self.device), moment, self.ranks[sublayer])
+        u, v = self.method(weight.to(self.device), statistics, self.ranks[sublayer])
         u, v = u.to(weight.dtype).cpu(), v.to(weight.dtype).cpu()
         if not bool(u.isfinite().all() and v.isfinite().all()):
             raise NumericalError(
@@ -227,16 +243,16 @@ class _Factory:
         return u, v
 
 
-def _join_shards(partial: Path, shards: Mapping[str, Sequence[str]], layout: Layout) -> None:
+def _join_shards(home: Path, shards: Mapping[str, Sequence[str]], layout: Layout) -> None:
     """Join finished parts into weight files, remove the parts, and write the index."""
     for file, parts in shards.items():
-        pieces = [partial / f"{part}.part" for part in parts]
-        if not (partial / file).is_file():
-            join_files(pieces, partial / file, {"format": "pt"})
+        pieces = [home / f"{part}.part" for part in parts]
+        if not (home / file).is_file():
+            join_files(pieces, home / file, {"format": "pt"})
         for piece in pieces:
             piece.unlink(missing_ok=True)
     names = {
         file: [name for part in parts for name in layout.parts[part]]
         for file, parts in shards.items()
     }
-    write_index(partial, names, layout.total_bytes)
+    write_index(home, names, layout.total_bytes)

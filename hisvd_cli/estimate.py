@@ -79,6 +79,67 @@ def estimate_calibration(
     return Estimate(4 * squares, memory, forward + products)
 
 
+def estimate_gradients(
+    sublayers: Sequence[Sublayer],
+    outside_parameters: int,
+    width: int,
+    *,
+    samples: int,
+    seqlen: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: bool,
+) -> Estimate:
+    """Estimate the reverse walk that follows a calibration; arguments as for it.
+
+    Args:
+        sublayers: all of them.
+        outside_parameters: parameters outside the sublayers; all are counted as the head's.
+        width: d.
+        samples: windows of text.
+        seqlen: tokens per window.
+        batch: windows per chunk.
+        dtype: of forward passes.
+        device: where they run.
+        weights: whether the weights' gradients are taken too.
+    """
+    tokens = samples * seqlen
+    layers = len({s.layer for s in sublayers})
+    first = [s for s in sublayers if s.layer == sublayers[0].layer]
+    squares = sum(min(s.shape) ** 2 for s in sublayers)
+    # Forward and backward through every block and the head; a tall weight's gradient is carried
+    # to its input once more.
+    passes = 2 * _size(sublayers) + 3 * outside_parameters
+    passes += sum(s.shape[0] * s.shape[1] for s in sublayers if s.shape[0] > s.shape[1])
+    products = squares * tokens
+    whole = 0
+    if weights:
+        whole = sum(m * n + m * m + n * n for m, n in (s.shape for s in sublayers))
+        products += _size(sublayers) * tokens
+        products += samples * sum(m * n * (m + n) for m, n in (s.shape for s in sublayers))
+    memory = (
+        _IMPORTS_BYTES
+        + (outside_parameters + _size(first)) * dtype.itemsize
+        + (8 + 4) * squares // layers
+        + 4 * whole // layers
+        + tokens * width * dtype.itemsize  # the carried gradient
+        + batch
+        * seqlen
+        * 3
+        * sum(sum(s.shape) for s in first)
+        * dtype.itemsize  # one chunk's graph
+    )
+    seconds = 2 * passes * tokens / product_rate(device, dtype)
+    seconds += 2 * products / product_rate(device, torch.float32)
+    return Estimate(4 * (squares + whole), memory, seconds)
+
+
+def estimate_measuring(parameters: int, tokens: int, passes: float, rate: float) -> float:
+    """Return the seconds of ``passes`` forward passes over ``tokens`` tokens at ``rate`` FLOP/s."""
+    return passes * 2 * parameters * tokens / rate
+
+
 def estimate_decomposition(sublayers: Sequence[Sublayer]) -> float:
     """Return the seconds that factoring all sublayers takes, spectra included."""
     flops = sum(

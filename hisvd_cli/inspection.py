@@ -15,7 +15,7 @@ from hisvd_cli.audit import (
     rows_of,
     tensor_problems,
 )
-from hisvd_cli.calibrate import MANIFEST, Calibration, open_calibration
+from hisvd_cli.calibration import MANIFEST, Calibration, open_calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.errors import HisvdError, NumericalError, SourceError
 from hisvd_cli.pickle_audit import PICKLES, audit_pickle

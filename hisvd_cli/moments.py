@@ -7,7 +7,6 @@ of the output without its bias, M = W G Wᵀ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -27,13 +26,6 @@ class Moment:
 
     matrix: Tensor
     side: Side
-
-    @cached_property
-    def root(self) -> Tensor:
-        """The symmetric square root in float64, of the same shape; a singular moment has one."""
-        values, vectors = torch.linalg.eigh(self.matrix.double())
-        root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-        return root
 
     def of_output(self, weight: Tensor) -> Tensor:
         """Return M = W G Wᵀ ``[m, m]`` in float64 for ``weight`` ``[m, n]``."""
@@ -69,4 +61,27 @@ class MomentSum:
 
     def mean(self) -> Tensor:
         """Return E[x xᵀ] ``[width, width]`` in float32 on the CPU."""
+        return (self._sum / self._tokens).float().cpu()
+
+
+class ChannelSum:
+    """Running Σ|x_j| and Σ x_j² of each channel: products in float32, their sum in float64.
+
+    Args:
+        width: length of x.
+        device: where activations come from.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._sum = torch.zeros(2, width, dtype=torch.float64, device=exact_device(device))
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add activations ``[..., width]``; all leading dimensions count as tokens."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self._sum += torch.stack([rows.abs().sum(0), rows.square().sum(0)]).to(self._sum.device)
+        self._tokens += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        """Return E|x_j| and E x_j² ``[2, width]`` in float32 on the CPU."""
         return (self._sum / self._tokens).float().cpu()

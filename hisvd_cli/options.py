@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from hisvd_cli.console import Console
+from hisvd_cli.presets import PRESETS
 from hisvd_cli.profile import Key, Resolved, resolve
-from hisvd_cli.settings import SECTIONS, Settings, flag_of, kind_of
+from hisvd_cli.settings import SECTIONS, Settings, choices_of, flag_of, kind_of, panel_of
 
 Command = Callable[..., None]
 
@@ -117,7 +118,9 @@ def with_settings(keys: Iterable[Key]) -> Callable[[Command], Command]:
                 command(Run(resolved, console), **given)
 
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        shown = [*own, *(_parameter(name, *key) for name, key in settings.items())]
+        # Panels stand in the order of their first flag: what one method reads comes after the rest.
+        ordered = sorted(settings.items(), key=lambda item: bool(panel_of(*item[1])))
+        shown = [*own, *(_parameter(name, *key) for name, key in ordered)]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in [*shown, *common.values()]]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -161,8 +164,8 @@ def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
         help=text + _default_text(field.default),
         metavar=_metavar(kind),
         show_default=False,
-        rich_help_panel=_panel(section),
-        autocompletion=_completer(kind),
+        rich_help_panel=panel_of(section, key) or _section_panel(section),
+        autocompletion=_completer(section, key),
     )
     # Subscripted by hand: the type is known only here, so no annotation can be written down.
     annotated = Annotated.__class_getitem__((taken | None, annotation))  # type: ignore[attr-defined]
@@ -171,15 +174,19 @@ def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
     )
 
 
-def _completer(kind: Any) -> Callable[[str], list[str]] | None:
-    """Return what completes the value of a flag that takes one of a few words."""
-    if get_origin(kind) is not Literal:
+def _completer(section: str, key: str) -> Callable[[str], list[tuple[str, str]]] | None:
+    """Return what completes the value of a flag that takes one of a few words: each that fits,
+    with what a shell may show beside it."""
+    words = choices_of(section, key)
+    if not words:
         return None
-    words: tuple[str, ...] = get_args(kind)
-    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+    notes = {name: preset.about for name, preset in PRESETS.items()} if key == "preset" else {}
+    return lambda incomplete: [
+        (word, notes.get(word, "")) for word in words if word.startswith(incomplete)
+    ]
 
 
-def _panel(section: str) -> str:
+def _section_panel(section: str) -> str:
     return {"eval": "Evaluation"}.get(section, section.capitalize())
 
 

@@ -1,11 +1,14 @@
-"""Settings from flags, environment and ``hisvd.toml``: flag > environment > profile > default."""
+"""Settings from flags, environment and ``hisvd.toml``: flag > environment > profile > default.
+
+A preset ranks where it was given: below what else is set there, above all that is weaker.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -16,11 +19,14 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hisvd_cli.errors import UsageError, suggest
+from hisvd_cli.presets import PRESETS
 from hisvd_cli.settings import SECTIONS, Settings, flag_of, kind_of
 
 PROFILE_NAME = "hisvd.toml"
 Key = tuple[str, str]
 
+_PRESET: Key = ("plan", "preset")
+_BY_PRESET = "preset "
 _OTHER_VARIABLES = {"HISVD_CACHE", "HISVD_DEBUG"}
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _RATIO_HINT = "The ratio is the share to keep, above 0 and at most 1: 0.6 keeps 60 %."
@@ -33,7 +39,8 @@ class Resolved:
 
     Attributes:
         settings: the validated settings.
-        origins: (section, key) → a flag, an environment variable, or the path of a profile.
+        origins: (section, key) → a flag, an environment variable, the path of a profile, or
+            ``preset NAME`` where a preset brought it.
     """
 
     settings: Settings
@@ -47,11 +54,19 @@ class Resolved:
         """Tell whether a setting was given on the command line."""
         return self.origins.get((section, key), "").startswith("--")
 
-    def flags(self, *sections: str, without: Key | None = None) -> str:
-        """Return the settings of ``sections`` that were given as flags, as text to paste."""
+    def flags(self, *sections: str, without: Collection[Key] = (), expanded: bool = False) -> str:
+        """Return the settings of ``sections`` that were given as flags, as text to paste.
+
+        Args:
+            sections: where to look.
+            without: settings to leave out.
+            expanded: take what ``--preset`` brought for flags as well.
+        """
+        by_preset = expanded and self.is_flag(*_PRESET)
         words: list[str] = []
-        for section, key in self.origins:
-            if section in sections and self.is_flag(section, key) and (section, key) != without:
+        for (section, key), origin in self.origins.items():
+            given = origin.startswith(("--", _BY_PRESET) if by_preset else "--")
+            if section in sections and given and (section, key) not in without:
                 words += _as_flag(section, key, self.value(section, key))
         return shlex.join(words)
 
@@ -79,8 +94,8 @@ class Resolved:
         every setting that can change a result."""
         chosen = set(sections) or set(SECTIONS) - {"eval"}
         document = self.settings.model_dump(mode="json", include=chosen)
-        for section, key in (("calibration", "path"), ("calibration", "batch")):
-            document.get(section, {}).pop(key, None)
+        for key in ("path", "batch", "gradients", "weight_gradients"):
+            document.get("calibration", {}).pop(key, None)
         document.get("compress", {}).pop("evaluate", None)
         return document
 
@@ -125,15 +140,17 @@ def resolve(
     path = profile or find_profile(start or Path.cwd())
     document = read_profile(path) if path else {}
     problems = _profile_problems(document, str(path))
+    layers: list[_Layer] = [
+        [(key, value, str(path)) for key, value in _flatten(document)],
+        list(_from_environment(os.environ if environ is None else environ, problems)),
+        [
+            *((key, v, flag_of(*key)) for key, v in flags.items() if v is not None),
+            *_from_overrides(overrides, problems),
+        ],
+    ]
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     origins: dict[Key, str] = {}
-    layers = [
-        *((key, value, str(path)) for key, value in _flatten(document)),
-        *_from_environment(os.environ if environ is None else environ, problems),
-        *((key, v, flag_of(*key)) for key, v in flags.items() if v is not None),
-        *_from_overrides(overrides, problems),
-    ]
-    for (section, key), value, origin in layers:
+    for (section, key), value, origin in _with_preset(layers):
         merged[section][key] = value
         origins[section, key] = origin
     settings = _validate(merged, origins, str(path), problems)
@@ -144,8 +161,26 @@ def resolve(
     return Resolved(settings, origins)
 
 
+_Layer = list[tuple[Key, Any, str]]
+"""Settings that were given in one place, each with its origin; a later one wins."""
+
 _Problems = list[tuple[Key, str]]
 """What is wrong, a line each, with the setting that it is about."""
+
+
+def _with_preset(layers: Sequence[_Layer]) -> Iterator[tuple[Key, Any, str]]:
+    """Yield the settings of all layers, weakest first, with those of the preset that wins.
+
+    A preset of a weaker layer brings nothing: of two combinations, no mixture is meant.
+    """
+    given = [{key: value for key, value, _ in layer}.get(_PRESET) for layer in layers]
+    chosen = max((i for i, name in enumerate(given) if name is not None), default=None)
+    for i, layer in enumerate(layers):
+        name = given[i] if i == chosen else None
+        if isinstance(name, str) and name in PRESETS:  # any other is refused by the validation
+            for key, value in _flatten(PRESETS[name].settings):
+                yield key, value, f"{_BY_PRESET}{name}"
+        yield from layer
 
 
 def _validate(

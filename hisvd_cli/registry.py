@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hisvd_cli.errors import HisvdError, UsageError, suggest
 
@@ -28,15 +29,26 @@ class Registry(Generic[F]):
         self._group = group
         self._methods: dict[str, F] = {}
 
-    def register(self, name: str) -> Callable[[F], F]:
-        """Return a decorator that adds a function under ``name``."""
+    def register(self, name: str, *, needs: Iterable[str] = ()) -> Callable[[F], F]:
+        """Return a decorator that adds a function under ``name``.
+
+        Args:
+            name: what users call it.
+            needs: what it needs of a calibration, see :data:`hisvd_cli.statistics.Need`.
+        """
 
         def add(method: F) -> F:
             if self._methods.setdefault(name, method) is not method:
                 raise ValueError(f"Two {self._kind}s are called '{name}'.")
+            method.needs = frozenset(needs)  # type: ignore[attr-defined]
             return method
 
         return add
+
+    def needs(self, name: str) -> frozenset[str]:
+        """Return what the method called ``name`` needs of a calibration. Raises as ``get``."""
+        declared: frozenset[str] = getattr(self.get(name), "needs", frozenset())
+        return declared
 
     def names(self) -> list[str]:
         """Names of all methods, sorted."""
@@ -72,3 +84,14 @@ class Registry(Generic[F]):
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self._package}.{module.name}")
+
+
+def accepted(method: Callable[..., object], knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``knobs`` that a method names as keyword-only parameters, or all of them
+    where it takes any."""
+    parameters = inspect.signature(method).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(knobs)
+    return {
+        p.name: knobs[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in knobs
+    }

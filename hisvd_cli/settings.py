@@ -7,8 +7,8 @@ A field of a section is a key of ``hisvd.toml``, a flag, and an environment vari
 from __future__ import annotations
 
 import types
-import typing
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -17,15 +17,63 @@ def _as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _setting(default: Any, text: str, flag: str | None = None, **bounds: Any) -> Any:
-    """Return a field; ``flag`` is its flag where that is not the key's name."""
-    extra: dict[str, Any] | None = {"flag": flag} if flag else None
+def _setting(
+    default: Any,
+    text: str,
+    flag: str = "",
+    *,
+    panel: str = "",
+    choices: Sequence[str] = (),
+    **bounds: Any,
+) -> Any:
+    """Return a field.
+
+    Args:
+        default: its default.
+        text: what ``--help`` says of it.
+        flag: its flag, where that is not the key's name.
+        panel: its panel in ``--help``, where that is not its section's.
+        choices: values that completion offers, where others may be allowed too.
+        bounds: what pydantic checks.
+    """
+    extra: dict[str, Any] = {"flag": flag, "panel": panel, "choices": list(choices)}
     return Field(default, description=text, json_schema_extra=extra, **bounds)
+
+
+_ALLOCATORS = "Knobs of allocators"
+_DECOMPOSERS = "Knobs of decomposers"
+
+PresetName = Literal[
+    "hisvd",
+    "svd-llm",
+    "svd-llm-v2",
+    "rsvd-llm",
+    "asvd",
+    "fwsvd",
+    "gfwsvd",
+    "zs-svd",
+    "lems",
+    "swift-svd",
+    "dobi-svd",
+    "best",
+]
+# The methods that hisvd brings, written out so that help and completion need no torch. Another
+# package may bring more, so neither is a Literal.
+ALLOCATOR_NAMES = (
+    *("hisvd", "uniform", "svdllm-v2", "asvd", "zero-sum", "swift", "lems"),
+    *("waterfill", "learned"),
+)
+DECOMPOSER_NAMES = ("svd", "asvd", "whitened", "fwsvd", "gfwsvd", "fisher", "randomized")
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Ratios = Annotated[list[Ratio], Field(min_length=1), BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
+Methods = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
 
 
 class Section(BaseModel):
@@ -54,8 +102,8 @@ class CalibrationSettings(Section):
 
     dataset: str = _setting(
         "auto",
-        "wikitext2, c4, ptb, demo, a hub id, or a .txt .jsonl .json .parquet file; auto is "
-        "wikitext2, and demo for the demo model.",
+        "wikitext2, c4, ptb, demo, self (text sampled from the model itself), a hub id, or a .txt "
+        ".jsonl .json .parquet file; auto is wikitext2, and demo for the demo model.",
     )
     samples: int = _setting(256, "Windows of text.", ge=1)
     seqlen: int | None = _setting(
@@ -63,6 +111,11 @@ class CalibrationSettings(Section):
     )
     seed: int = _setting(0, "Which windows are drawn.", ge=0)
     batch: int = _setting(4, "Windows per forward pass.", ge=1)
+    gradients: bool = _setting(False, "Also take gradients of the loss, for fisher and the like.")
+    weight_gradients: bool = _setting(
+        False,
+        "Also those of the weights, for zero-sum, fwsvd and gfwsvd; implies --gradients.",
+    )
     path: str | None = _setting(
         None, "Folder of the calibration; by default one in the cache.", "--calibration"
     )
@@ -75,22 +128,27 @@ class PlanSettings(Section):
     ratio_of: Literal["sublayers", "model"] = _setting(
         "sublayers", "What the ratio counts: the factored sublayers, or the whole model."
     )
-    allocator: str = _setting("hisvd", "Method that shares the budget: hisvd or uniform.")
-    rank_method: Literal["stable", "effective", "mathematical"] = _setting(
-        "stable", "Rank measure of stage 1: stable, effective or mathematical."
+    preset: PresetName | None = _setting(
+        None,
+        f"Named combination of methods: {_any_of(get_args(PresetName))}. Settings given beside it "
+        "win.",
     )
-    alpha: float = _setting(0.5, "Exponent of the rank density in stage 1.", ge=0, le=8)
-    spectrum: Literal["whitened", "weight"] = _setting(
-        "weight", "Spectrum that stage 1 measures: whitened or weight."
+    allocator: Methods = _setting(
+        ["hisvd"],
+        f"Method that shares the budget: {_any_of(ALLOCATOR_NAMES)}; plan shows several side by "
+        "side.",
+        choices=ALLOCATOR_NAMES,
     )
-    modulation: Literal["logarithmic", "power", "exponential", "linear"] = _setting(
-        "logarithmic", "Form of stage 2's factor: logarithmic, power, exponential or linear."
+    metric: Literal["whitened", "fisher", "weight"] = _setting(
+        "whitened",
+        "In which metric loss is counted: whitened (error of the outputs), fisher (growth of the "
+        "model's loss) or weight (error of the weights).",
     )
-    lwe_strength: float = _setting(
-        2.0, "Strength β of stage 2; 0 leaves stage 1 as it is.", ge=0, le=100
+    input_shrinkage: float = _setting(
+        0.02, "fisher: how far moments of inputs move towards their mean diagonal.", ge=0, le=1
     )
-    tail_redundancy_weight: float = _setting(
-        30.0, "Weight of the tail share in stage 2.", ge=0, le=100
+    output_shrinkage: float = _setting(
+        0.1, "fisher: the same for moments of gradients.", ge=0, le=1
     )
     min_rank_ratio: float = _setting(
         0.3, "Smallest rank, as a share of what equal shares would give.", ge=0, lt=1
@@ -98,15 +156,104 @@ class PlanSettings(Section):
     multiple_of: int = _setting(1, "Ranks are multiples of this.", ge=1)
     include: Names = _setting([], "Only sublayers that match this glob of a name or type.")
     exclude: Names = _setting([], "No sublayers that match; they stay dense and uncounted.")
+    rank_method: Literal["stable", "effective", "mathematical"] = _setting(
+        "stable",
+        "hisvd: rank measure of stage 1: stable, effective or mathematical.",
+        panel=_ALLOCATORS,
+    )
+    alpha: float = _setting(
+        0.5, "hisvd: exponent of the rank density in stage 1.", panel=_ALLOCATORS, ge=0, le=8
+    )
+    spectrum: Literal["whitened", "weight"] = _setting(
+        "weight",
+        "hisvd: spectrum that stage 1 measures: whitened or weight.",
+        panel=_ALLOCATORS,
+    )
+    modulation: Literal["logarithmic", "power", "exponential", "linear"] = _setting(
+        "logarithmic",
+        "hisvd: form of stage 2's factor: logarithmic, power, exponential or linear.",
+        panel=_ALLOCATORS,
+    )
+    lwe_strength: float = _setting(
+        2.0,
+        "hisvd: strength β of stage 2; 0 leaves stage 1 as it is.",
+        panel=_ALLOCATORS,
+        ge=0,
+        le=100,
+    )
+    tail_redundancy_weight: float = _setting(
+        30.0, "hisvd: weight of the tail share in stage 2.", panel=_ALLOCATORS, ge=0, le=100
+    )
+    selection: Literal["zero-sum", "smallest", "negative-sum", "sigma", "loss-order"] = _setting(
+        "zero-sum",
+        "zero-sum: which component goes next: zero-sum, smallest, negative-sum, sigma or "
+        "loss-order.",
+        panel=_ALLOCATORS,
+    )
+    importance_weight: float = _setting(
+        1.0, "swift: how much a block's importance counts.", panel=_ALLOCATORS, ge=0, le=100
+    )
+    sensitivity_ratios: Ratios = _setting(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        "asvd: kept shares at which each sublayer is measured.",
+        panel=_ALLOCATORS,
+    )
+    probe_ratio: Ratio = _setting(
+        0.5, "lems: kept share at which each sublayer is measured.", panel=_ALLOCATORS
+    )
+    depth_factor: float = _setting(
+        5.0,
+        "lems: the first block's loss counts 1 plus this, falling evenly to 1 at the last.",
+        panel=_ALLOCATORS,
+        ge=0,
+        le=100,
+    )
+    probe_samples: int = _setting(
+        8,
+        "asvd, lems, learned: windows of calibration text to measure on.",
+        panel=_ALLOCATORS,
+        ge=1,
+    )
+    learning_steps: int = _setting(
+        40, "learned: steps of gradient descent.", panel=_ALLOCATORS, ge=1
+    )
+    learning_rate: float = _setting(
+        0.01, "learned: size of a step, as a share of the full rank.", panel=_ALLOCATORS, gt=0, le=1
+    )
+    softness: float = _setting(
+        0.02,
+        "learned: width of a soft mask's edge, as a share of the full rank.",
+        panel=_ALLOCATORS,
+        gt=0,
+        le=1,
+    )
 
 
 class CompressSettings(Section):
     """``[compress]``: how sublayers are factored, and what is written."""
 
-    decomposer: str = _setting("whitened", "Method that factors a sublayer: whitened.")
+    decomposer: str = _setting(
+        "whitened",
+        f"Method that factors a sublayer: {_any_of(DECOMPOSER_NAMES)}.",
+        choices=DECOMPOSER_NAMES,
+    )
     max_shard_size: float = _setting(5.0, "Largest weight file in GB.", gt=0)
     evaluate: bool | None = _setting(
         None, "Measure perplexity before and after; by default only for the demo model."
+    )
+    asvd_alpha: float = _setting(
+        0.5, "asvd: exponent of the mean absolute input.", panel=_DECOMPOSERS, ge=0, le=8
+    )
+    weighting: Literal["svd", "asvd", "whitened", "fwsvd", "gfwsvd", "fisher"] = _setting(
+        "whitened",
+        "randomized: whose weighting: svd, asvd, whitened, fwsvd, gfwsvd or fisher.",
+        panel=_DECOMPOSERS,
+    )
+    oversamples: int = _setting(
+        10, "randomized: directions drawn beyond the rank.", panel=_DECOMPOSERS, ge=0
+    )
+    power_iterations: int = _setting(
+        2, "randomized: passes that sharpen the directions.", panel=_DECOMPOSERS, ge=0
     )
 
 
@@ -146,10 +293,23 @@ SECTIONS: dict[str, type[Section]] = {
 
 def flag_of(section: str, key: str) -> str:
     """Return the flag of a setting, such as ``--rank-method``."""
-    extra = SECTIONS[section].model_fields[key].json_schema_extra
-    if isinstance(extra, dict) and "flag" in extra:
-        return str(extra["flag"])
-    return f"--{key.replace('_', '-')}"
+    return str(_extra(section, key)["flag"]) or f"--{key.replace('_', '-')}"
+
+
+def panel_of(section: str, key: str) -> str:
+    """Return the panel of a setting in ``--help``, empty where it is that of its section."""
+    return str(_extra(section, key)["panel"])
+
+
+def choices_of(section: str, key: str) -> list[str]:
+    """Return the values that completion offers for a setting, none where they are unknown."""
+    kind = kind_of(section, key)
+    listed: list[str] = _extra(section, key)["choices"]
+    return list(get_args(kind)) if get_origin(kind) is Literal else listed
+
+
+def _extra(section: str, key: str) -> dict[str, Any]:
+    return cast(dict[str, Any], SECTIONS[section].model_fields[key].json_schema_extra)
 
 
 def kind_of(section: str, key: str) -> Any:
@@ -158,10 +318,10 @@ def kind_of(section: str, key: str) -> Any:
 
 
 def _plain(annotation: Any) -> Any:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _plain(arguments[0])
-    if origin in (types.UnionType, typing.Union):
+    if origin in (types.UnionType, Union):
         return next(_plain(a) for a in arguments if a is not type(None))
     if origin is list:
         return list[_plain(arguments[0])]  # type: ignore[misc]

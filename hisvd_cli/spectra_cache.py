@@ -2,59 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hisvd_cli.calibrate import Calibration
+from hisvd_cli.calibration import GRADIENTS, Calibration
 from hisvd_cli.errors import SourceError
-from hisvd_cli.paths import cache_root
+from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
-from hisvd_cli.spectrum import Spectrum, weight_energy, whitened_energy
+from hisvd_cli.spectrum import (
+    Spectrum,
+    component_changes,
+    fisher_energy,
+    weight_energy,
+    whitened_energy,
+)
+from hisvd_cli.statistics import Need, Statistics, missing, required
 from hisvd_cli.sublayers import Sublayer
 from hisvd_cli.tensorfile import read_tensors, write_tensors
 
-_FILE = "spectra.safetensors"
+Compute = Callable[[Tensor, Statistics], Tensor]
 
 
-def load_spectra(
-    source: Source,
-    sublayers: Sequence[Sublayer],
-    names: dict[str, str],
-    calibration: Calibration | None,
-    device: torch.device,
-    reporter: Reporter,
-) -> list[Spectrum]:
-    """Return a spectrum per sublayer, from the cache where it holds them.
+@dataclass(frozen=True)
+class Wanted:
+    """Which spectra a plan looks at.
 
-    Args:
+    Attributes:
+        metric: in which loss is counted: whitened, fisher or weight. Without a calibration,
+            whitened means weight.
+        changes: whether the signed change by each component is wanted too.
+        input_shrinkage: of the fisher metric.
+        output_shrinkage: of the fisher metric.
+    """
+
+    metric: str = "whitened"
+    changes: bool = False
+    input_shrinkage: float = 0.0
+    output_shrinkage: float = 0.0
+
+
+@dataclass(frozen=True)
+class SpectraSource:
+    """What spectra are computed from.
+
+    Attributes:
         source: the model.
         sublayers: all of them, in order.
         names: name of a tensor in the model → name on disk.
-        calibration: where moments come from; None for spectra of the weights alone.
+        calibration: where statistics come from; None for spectra of the weights alone.
         device: where eigenvalues are computed.
-        reporter: told of each block.
     """
-    owner = calibration.folder if calibration else cache_root() / "weights" / source.fingerprint
-    key = calibration.key if calibration else source.fingerprint
-    path = owner / _FILE
-    energies = _read(path, key)
-    if any(f"{s.name}.weight" not in energies for s in sublayers):
-        energies = _compute(source, sublayers, names, calibration, device, reporter)
-        write_tensors(path, energies, {"key": key})
+
+    source: Source
+    sublayers: Sequence[Sublayer]
+    names: dict[str, str]
+    calibration: Calibration | None
+    device: torch.device
+
+
+def load_spectra(of: SpectraSource, wanted: Wanted, reporter: Reporter) -> list[Spectrum]:
+    """Return a spectrum per sublayer, from the cache where it holds them.
+
+    Raises:
+        SourceError: the metric needs statistics that were not taken; names the command.
+    """
+    weights = _weights(of, reporter)
+    energies, changes, importance = weights, dict[str, Tensor](), dict[int, float]()
+    if of.calibration is None:
+        if wanted.metric == "fisher":
+            raise missing("fisher", "gradients")
+        if wanted.changes:
+            raise missing("zero-sum", "weight-gradients")
+    else:
+        layers = {s.layer for s in of.sublayers}
+        importance = {layer: of.calibration.importance(layer) for layer in layers}
+        if wanted.metric == "whitened":
+            energies = _whitened(of, of.calibration, reporter)
+        elif wanted.metric == "fisher":
+            energies = _fisher(of, of.calibration, wanted, reporter)
+        if wanted.changes:
+            changes = _changes(of, of.calibration, reporter)
     return [
         Spectrum(
-            s.name,
-            s.cluster,
-            s.shape,
-            energies[f"{s.name}.{'whitened' if calibration else 'weight'}"],
-            energies[f"{s.name}.weight"],
+            name=s.name,
+            cluster=s.cluster,
+            shape=s.shape,
+            energy=energies[s.name],
+            weight_energy=weights[s.name],
+            layer=s.layer,
+            importance=importance.get(s.layer),
+            changes=changes.get(s.name),
         )
-        for s in sublayers
+        for s in of.sublayers
     ]
+
+
+def _weights(of: SpectraSource, reporter: Reporter) -> dict[str, Tensor]:
+    """They depend on the model alone, so all its calibrations share them."""
+    path = cache_root() / "weights" / of.source.fingerprint / "spectra.safetensors"
+
+    def compute(weight: Tensor, _statistics: Statistics) -> Tensor:
+        return weight_energy(weight)
+
+    return _cached(of, path, of.source.fingerprint, None, compute, reporter)
+
+
+def _whitened(of: SpectraSource, calibration: Calibration, reporter: Reporter) -> dict[str, Tensor]:
+    def compute(weight: Tensor, statistics: Statistics) -> Tensor:
+        return whitened_energy(weight, required(statistics.moment, "whitened", "moments"))
+
+    path = calibration.folder / "spectra.safetensors"
+    return _cached(of, path, calibration.key, "moments", compute, reporter)
+
+
+def _fisher(
+    of: SpectraSource, calibration: Calibration, wanted: Wanted, reporter: Reporter
+) -> dict[str, Tensor]:
+    shrinkage = (wanted.input_shrinkage, wanted.output_shrinkage)
+
+    def compute(weight: Tensor, statistics: Statistics) -> Tensor:
+        return fisher_energy(weight, statistics, *shrinkage)
+
+    calibration.require({"gradients"}, "fisher")
+    key = digest(calibration.gradients_key, repr(shrinkage))
+    path = calibration.folder / GRADIENTS / f"spectra-{key[:12]}.safetensors"
+    return _cached(of, path, key, "gradients", compute, reporter)
+
+
+def _changes(of: SpectraSource, calibration: Calibration, reporter: Reporter) -> dict[str, Tensor]:
+    calibration.require({"weight-gradients"}, "zero-sum")
+    path = calibration.folder / GRADIENTS / "changes.safetensors"
+    key = calibration.gradients_key
+    return _cached(of, path, key, "weight-gradients", component_changes, reporter)
+
+
+def _cached(
+    of: SpectraSource,
+    path: Path,
+    key: str,
+    need: Need | None,
+    compute: Compute,
+    reporter: Reporter,
+) -> dict[str, Tensor]:
+    """Return a value per sublayer from ``path`` if it was written under ``key``, else compute it
+    from weights and, where there is a ``need``, statistics."""
+    values = _read(path, key)
+    if all(s.name in values for s in of.sublayers):
+        return values
+    layers = sorted({s.layer for s in of.sublayers})
+    with reporter.stage("Computing spectra", len(layers)) as step:
+        for layer in layers:
+            known: dict[str, Statistics] = {}
+            if of.calibration and need:
+                known = of.calibration.statistics(layer, {need}, of.device)
+            for s in (s for s in of.sublayers if s.layer == layer):
+                weight = of.source.weights.read(of.names[f"{s.name}.weight"]).to(of.device)
+                values[s.name] = compute(weight, known.get(s.name, Statistics())).cpu()
+            step()
+    write_tensors(path, values, {"key": key})
+    return values
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor]:
@@ -63,25 +174,3 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
     except SourceError:  # absent, or damaged: both mean computing it again
         return {}
     return tensors if metadata.get("key") == key else {}
-
-
-def _compute(
-    source: Source,
-    sublayers: Sequence[Sublayer],
-    names: dict[str, str],
-    calibration: Calibration | None,
-    device: torch.device,
-    reporter: Reporter,
-) -> dict[str, Tensor]:
-    energies: dict[str, Tensor] = {}
-    layers = sorted({s.layer for s in sublayers})
-    with reporter.stage("Computing spectra", len(layers)) as step:
-        for layer in layers:
-            moments = calibration.moments(layer, device) if calibration else {}
-            for s in (s for s in sublayers if s.layer == layer):
-                weight = source.weights.read(names[f"{s.name}.weight"]).to(device)
-                energies[f"{s.name}.weight"] = weight_energy(weight)
-                if calibration:
-                    energies[f"{s.name}.whitened"] = whitened_energy(weight, moments[s.name])
-            step()
-    return energies

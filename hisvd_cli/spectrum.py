@@ -13,7 +13,9 @@ from torch import Tensor
 
 from hisvd_cli.budget import Shape
 from hisvd_cli.errors import UsageError, suggest
+from hisvd_cli.metric import Metric, energies, fisher_metric, truncate
 from hisvd_cli.moments import Moment
+from hisvd_cli.statistics import Statistics, required
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,14 @@ class Spectrum:
         name: full name of the sublayer in the model.
         cluster: its type; sublayers of one cluster share a stage-2 factor.
         shape: ``(m, n)``.
-        energy: whitened energies ``[min(m, n)]``, falling (those of W where nothing is calibrated).
+        energy: energies ``[min(m, n)]`` in the plan's metric, falling: what each component adds
+            to the loss when it is dropped (those of W where nothing is calibrated).
         weight_energy: energies of W itself, likewise.
+        layer: index of the sublayer's block.
+        importance: angular distance of the block's input and output, from 0 to 1; None where
+            nothing is calibrated.
+        changes: signed first-order change of the loss by dropping each whitened component
+            ``[min(m, n)]``, in the order of falling whitened σ; None without weight gradients.
     """
 
     name: str
@@ -33,6 +41,9 @@ class Spectrum:
     shape: Shape
     energy: Tensor
     weight_energy: Tensor
+    layer: int = 0
+    importance: float | None = None
+    changes: Tensor | None = None
 
 
 def whitened_energy(weight: Tensor, moment: Moment) -> Tensor:
@@ -40,25 +51,54 @@ def whitened_energy(weight: Tensor, moment: Moment) -> Tensor:
 
     Σ_{j>k} of it is the mean squared output error of the best rank-k replacement of W.
     """
-    m, n = weight.shape
-    if m <= n or moment.side == "output":
-        return _falling(moment.of_output(weight), min(m, n))
-    half = weight.double() @ moment.root  # [m, n]
-    return _falling(half.T @ half, n)
+    return energies(weight, Metric(right=moment))
 
 
 def weight_energy(weight: Tensor) -> Tensor:
     """Return σ² of W."""
-    wide = weight.double()
-    if wide.shape[0] > wide.shape[1]:
-        wide = wide.T
-    return _falling(wide @ wide.T, wide.shape[0])
+    return energies(weight, Metric())
 
 
-def _falling(gram: Tensor, count: int) -> Tensor:
-    values = torch.linalg.eigvalsh(gram)
-    energy: Tensor = values.flip(0)[:count].clamp_min(0).cpu()
-    return energy
+def fisher_energy(
+    weight: Tensor, statistics: Statistics, input_shrinkage: float, output_shrinkage: float
+) -> Tensor:
+    """Return the energies of the K-FAC metric, σ² of ``L_Hᵀ W L_G`` ``[min(m, n)]``.
+
+    Σ_{j>k} of it is ``tr(H Δ G Δᵀ)``, H and G shrunk, of the best rank-k replacement; all zero
+    where the loss does not depend on the sublayer (H = 0).
+
+    Args:
+        weight: W ``[m, n]``.
+        statistics: see :func:`hisvd_cli.metric.fisher_metric`, also for what it raises.
+        input_shrinkage: s of G, from 0 to 1.
+        output_shrinkage: s of H.
+    """
+    metric = fisher_metric(weight, statistics, input_shrinkage, output_shrinkage)
+    if metric.left is None:
+        return torch.zeros(min(weight.shape), dtype=torch.float64)
+    return energies(weight, metric)
+
+
+def component_changes(weight: Tensor, statistics: Statistics) -> Tensor:
+    """Return the first-order change of the loss by dropping each whitened component (ZS-SVD).
+
+    With ``W S = Σ σ_i u_i v_iᵀ``, S Sᵀ = G, it is ``δ_i = −σ_i·u_iᵀ(∂L/∂W·S⁻ᵀ)v_i``. As
+    ``σ_i u_i v_iᵀ S⁻¹ = u_i u_iᵀ W``, that is ``−⟨∂L/∂W, u_i u_iᵀ W⟩``: no inverse, any root.
+
+    Args:
+        weight: W ``[m, n]``.
+        statistics: its moment and weight gradients; ∂L/∂W is their mean.
+
+    Returns:
+        δ ``[min(m, n)]`` in the order of falling σ, in float64 on the CPU.
+
+    Raises:
+        SourceError: without a moment or weight gradients.
+    """
+    moment = required(statistics.moment, "zero-sum", "moments")
+    gradient = required(statistics.weight_gradients, "zero-sum", "weight-gradients").mean
+    u, v = truncate(weight, Metric(right=moment), min(weight.shape))  # u_i and u_iᵀ W
+    return -((u.T @ gradient.double()) * v).sum(dim=1).cpu()
 
 
 def stable_rank(energy: Tensor, _shape: Shape) -> float:

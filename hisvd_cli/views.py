@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from hisvd_cli.audit import Audit
     from hisvd_cli.build.compression import Outcome
     from hisvd_cli.build.evaluation import Evaluation
-    from hisvd_cli.calibrate import Calibration
+    from hisvd_cli.calibration import Calibration
     from hisvd_cli.evaluate import PerplexityResult
-    from hisvd_cli.plan import Plan
 
 _MAX_PROBLEMS = 20
 
@@ -57,14 +56,16 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def _table(*columns: str, left: int = 1) -> Table:
+def make_table(*columns: str, left: int = 1) -> Table:
+    """Return an empty table; all but the first ``left`` columns hold numbers."""
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     return table
 
 
-def _facts(facts: dict[str, str]) -> Table:
+def facts_table(facts: dict[str, str]) -> Table:
+    """Return a table of names and values, a line each."""
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -76,11 +77,12 @@ def _facts(facts: dict[str, str]) -> Table:
 def calibration_view(calibration: Calibration, seconds: float) -> RenderableType:
     """Show where a calibration lies and what it was taken from."""
     data = calibration.manifest["data"]
-    return _facts(
+    return facts_table(
         {
             "calibration": str(calibration.folder),
             "text": f"{data['dataset']} ({data['split']})",
             "tokens": f"{data['samples']} × {data['seqlen']} = {data['tokens']:,}",
+            "holds": ", ".join(sorted(calibration.holds)).replace("-", " "),
             "time": duration_text(seconds),
         }
     )
@@ -96,7 +98,7 @@ def forecast_view(forecast: dict[str, Any]) -> RenderableType:
         facts["calibration"] = size_text(forecast["calibration_bytes"])
     else:
         facts["calibration"] = size_text(forecast["bytes"])
-    return Group(Text("Dry run: nothing was done.", style="bold"), _facts(facts))
+    return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
 
 
 def rank_table(rows: Sequence[Ranked], width: int) -> RenderableType:
@@ -110,12 +112,12 @@ def rank_table(rows: Sequence[Ranked], width: int) -> RenderableType:
     cells = {(row.layer, row.cluster): row for row in rows}
     full = {row.cluster: str(min(row.shape)) for row in rows}
     layers = sorted({row.layer for row in rows if row.layer is not None})
-    widest = max(len(_short(cluster)) for cluster in clusters)
+    widest = max(len(short_name(cluster)) for cluster in clusters)
     fit = max(1, (width - 7) // (max(widest, 5) + 2))
     tables: list[RenderableType] = []
     for start in range(0, len(clusters), fit):
         shown = clusters[start : start + fit]
-        table = _table("layer", *map(_short, shown), left=0)
+        table = make_table("layer", *map(short_name, shown), left=0)
         table.add_row("full", *(full[cluster] for cluster in shown), style="dim")
         for layer in layers:
             table.add_row(str(layer), *(_rank_cell(cells.get((layer, c))) for c in shown))
@@ -123,7 +125,8 @@ def rank_table(rows: Sequence[Ranked], width: int) -> RenderableType:
     return Group(*tables)
 
 
-def _short(cluster: str) -> str:
+def short_name(cluster: str) -> str:
+    """Return a sublayer type without what most of them end in: q for q_proj."""
     return cluster.removesuffix("_proj")
 
 
@@ -131,46 +134,6 @@ def _rank_cell(row: Ranked | None) -> Text:
     if row is None:
         return Text("-", style="dim")
     return Text("dense", style="dim") if row.dense else Text(str(row.rank))
-
-
-def plan_view(plan: Plan, width: int) -> RenderableType:
-    """Show a plan: ranks per layer and type, then a line per type."""
-    return Group(
-        Text(f"Ranks at keep {plan.ratio:g} ({plan.allocator})", style="bold"),
-        rank_table(plan.sublayers, width),
-        Text(),
-        _cluster_table(plan),
-        Text(),
-        _plan_totals(plan),
-    )
-
-
-def _cluster_table(plan: Plan) -> Table:
-    table = _table("sublayer type", "count", "density", "tail share", "factor", "kept")
-    for row in plan.clusters:
-        table.add_row(
-            row.cluster,
-            str(row.sublayers),
-            "-" if row.density is None else f"{row.density:.3f}",
-            f"{row.tail_share:.4f}",
-            "-" if row.factor is None else f"{row.factor:.4f}",
-            f"{row.kept_ratio:.1%}",
-        )
-    return table
-
-
-def _plan_totals(plan: Plan) -> RenderableType:
-    unspent = plan.budget_parameters - plan.kept_parameters
-    facts = {
-        "kept": f"{plan.kept_parameters:,} of {plan.full_parameters:,} parameters "
-        f"({plan.kept_ratio:.3%}); {unspent:,} of the budget unspent",
-        "whole model": f"{plan.model_ratio:.2%} kept",
-        "predicted loss": f"{plan.predicted_loss:.6g} "
-        + ("(mean squared output error)" if plan.calibrated else "(energy of the weights)"),
-    }
-    if plan.settings["multiple_of"] > 1:
-        facts["rounding"] = f"ranks are multiples of {plan.settings['multiple_of']}"
-    return _facts(facts)
 
 
 def compressed_view(outcome: Outcome) -> RenderableType:
@@ -191,7 +154,7 @@ def compressed_view(outcome: Outcome) -> RenderableType:
             f"{perplexity_text(before)} before, {perplexity_text(after)} after "
             f"({before.windows} windows of {before.seqlen} tokens, {before.dataset})"
         )
-    return _facts(facts)
+    return facts_table(facts)
 
 
 def perplexity_text(result: PerplexityResult) -> str:
@@ -209,7 +172,7 @@ def audit_view(audit: Audit, width: int) -> RenderableType:
         facts["parameters"] = f"{audit.parameters:,} (dense {audit.dense_parameters:,})"
     if audit.ratio is not None and audit.model_ratio is not None:
         facts["kept"] = f"{audit.ratio:.3%} of the sublayers, {audit.model_ratio:.3%} of the model"
-    parts: list[RenderableType] = [Text(audit.target, style="bold"), _facts(facts)]
+    parts: list[RenderableType] = [Text(audit.target, style="bold"), facts_table(facts)]
     if audit.sublayers:
         parts += [Text(), rank_table(audit.sublayers, width), Text(), _kept_table(audit)]
     parts += [Text(), *_problems(audit.problems)]
@@ -217,7 +180,7 @@ def audit_view(audit: Audit, width: int) -> RenderableType:
 
 
 def _kept_table(audit: Audit) -> Table:
-    table = _table("sublayer type", "count", "shape", "low rank", "mean rank", "kept")
+    table = make_table("sublayer type", "count", "shape", "low rank", "mean rank", "kept")
     for cluster in dict.fromkeys(row.cluster for row in audit.sublayers):
         rows = [row for row in audit.sublayers if row.cluster == cluster]
         low = [row.rank for row in rows if not row.dense]
@@ -247,7 +210,7 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
     """Show perplexities, a line per text, the baseline's beside them."""
     beside = evaluation.baseline
     names = ["dataset", "perplexity"] + (["baseline", "ratio"] if beside else [])
-    table = _table(*names, "tokens", "windows")
+    table = make_table(*names, "tokens", "windows")
     for i, result in enumerate(evaluation.results):
         cells = [result.dataset.rpartition("/")[2], perplexity_text(result)]
         if beside:

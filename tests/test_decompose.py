@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.errors import HisvdError, UsageError
+from hisvd_cli.errors import SourceError, UsageError
 from hisvd_cli.moments import Moment, MomentSum, Side
 from hisvd_cli.spectrum import weight_energy, whitened_energy
+from hisvd_cli.statistics import Statistics
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 
@@ -48,7 +49,7 @@ def test_error_is_the_discarded_energy(
     energy = whitened_energy(weight, moment).numpy()
     np.testing.assert_allclose(energy, reference[: min(shape)], rtol=1e-6, atol=1e-9)
     for rank in (1, 5, 11, 23):
-        u, v = DECOMPOSERS.get("whitened")(weight, moment, rank)
+        u, v = DECOMPOSERS.get("whitened")(weight, Statistics(moment), rank)
         assert u.shape == (shape[0], rank)
         assert v.shape == (rank, shape[1])
         error = float(((weight - u @ v) @ x.T).square().sum() / len(x))
@@ -59,13 +60,15 @@ def test_error_is_the_discarded_energy(
 def test_both_sides_give_the_same_matrix(shape: tuple[int, int]) -> None:
     weight, x = _sample(*shape, 500, 0)
     whitened = DECOMPOSERS.get("whitened")
-    pairs = [whitened(weight, _moment(weight, x, side), 9) for side in ("input", "output")]
+    pairs = [
+        whitened(weight, Statistics(_moment(weight, x, side)), 9) for side in ("input", "output")
+    ]
     torch.testing.assert_close(pairs[0][0] @ pairs[0][1], pairs[1][0] @ pairs[1][1])
 
 
 def test_full_rank_gives_the_matrix_back() -> None:
     weight, x = _sample(24, 40, 500, 0)
-    u, v = DECOMPOSERS.get("whitened")(weight, _moment(weight, x, "input"), 24)
+    u, v = DECOMPOSERS.get("whitened")(weight, Statistics(_moment(weight, x, "input")), 24)
     torch.testing.assert_close(u @ v, weight)
 
 
@@ -76,9 +79,9 @@ def test_weight_energy_is_numpys_svd() -> None:
 
 
 def test_without_a_moment_it_says_what_to_run() -> None:
-    with pytest.raises(HisvdError, match="needs calibration") as caught:
-        DECOMPOSERS.get("whitened")(torch.eye(3), None, 1)
-    assert "hisvd calibrate" in caught.value.hint
+    with pytest.raises(SourceError, match="needs moments") as caught:
+        DECOMPOSERS.get("whitened")(torch.eye(3), Statistics(), 1)
+    assert caught.value.hint == "Run: hisvd calibrate"
 
 
 def test_unknown_name_gets_a_suggestion() -> None:

@@ -14,11 +14,22 @@ import hisvd_cli
 
 PACKAGE = Path(hisvd_cli.__file__).parent
 MATHS = [
-    *("budget.py", "spectrum.py", "moments.py", "lowrank.py", "registry.py"),
+    *("budget.py", "spectrum.py", "moments.py", "statistics.py", "metric.py"),
+    *("lowrank.py", "registry.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
     *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),
 ]
-INTERFACE = ("commands", "app", "options", "profile", "settings", "console", "views")
+INTERFACE = (
+    "commands",
+    "app",
+    "options",
+    "profile",
+    "settings",
+    "presets",
+    "console",
+    "views",
+    "plan_views",
+)
 
 
 def modules() -> list[str]:

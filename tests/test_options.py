@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
 
-from hisvd_cli.settings import SECTIONS, flag_of, kind_of
-from tests.cli_helpers import as_json, hisvd, succeed
+from hisvd_cli.settings import SECTIONS, choices_of, flag_of, kind_of
+from tests.cli_helpers import as_json, environment, hisvd, succeed
 
 COMMANDS = {
     "calibrate": ["model", "calibration"],
@@ -57,6 +59,24 @@ def test_every_choice_is_named_in_the_help() -> None:
             assert all(word in str(field.description) for word in choices), key
 
 
+def test_every_method_is_named_in_the_help() -> None:
+    for section, key in (("plan", "allocator"), ("compress", "decomposer")):
+        text = str(SECTIONS[section].model_fields[key].description)
+        assert choices_of(section, key)
+        assert all(word in text for word in choices_of(section, key)), key
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_knobs_of_single_methods_stand_below_the_rest(command: str) -> None:
+    panels = re.findall(r"^╭─ (.+?) ─", help_of(command), re.MULTILINE)
+    assert [p for p in panels if p.startswith("Knobs")] == [
+        *["Knobs of allocators"],
+        *(["Knobs of decomposers"] if command == "compress" else []),
+    ]
+    assert panels.index("Knobs of allocators") > panels.index("Calibration")
+    assert panels[-1] == "Settings and output"
+
+
 def test_top_help_is_short() -> None:
     text = help_of()
     assert len(text.splitlines()) <= 40
@@ -83,6 +103,22 @@ def test_flags_reach_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert settings["eval"]["batch"] == 7
 
 
+def test_methods_reach_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = as_json(
+        *("plan", "--show-profile", "--preset", "rsvd-llm", "--gradients"),
+        *("--allocator", "lems", "--allocator", "uniform", "--sensitivity-ratios", 0.5),
+    )
+    settings, origins = document["settings"], document["origins"]
+    assert settings["plan"]["allocator"] == ["lems", "uniform"]
+    assert settings["plan"]["sensitivity_ratios"] == [0.5]
+    assert settings["calibration"]["gradients"] is True
+    assert settings["calibration"]["weight_gradients"] is False
+    assert settings["compress"]["decomposer"] == "randomized"
+    assert origins["plan.allocator"] == "--allocator"
+    assert origins["compress.decomposer"] == "preset rsvd-llm"
+
+
 def test_switches_that_are_not_given_leave_the_profile_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,3 +138,32 @@ def test_show_profile_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0
     assert 'name = "absent/model"  # --model' in result.stdout
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("plan --preset s", ["svd-llm", "svd-llm-v2", "swift-svd"]),
+        ("plan --allocator s", ["svdllm-v2", "swift"]),
+        ("compress --decomposer f", ["fwsvd", "fisher"]),
+        ("compress --weighting f", ["fwsvd", "fisher"]),
+        ("plan --rank-method s", ["stable"]),
+    ],
+)
+def test_values_are_completed_without_torch(words: str, expected: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from hisvd_cli.app import app\n"
+        "try: app(prog_name='hisvd')\n"
+        "finally: sys.stderr.write(' '.join({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    line = f"hisvd {words}"
+    variables = {"_HISVD_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.split(), done.stderr) == (expected, "")

@@ -132,6 +132,12 @@ def test_a_misspelt_variable(variable: str, meant: str, tmp_path: Path) -> None:
         ('[plan]\nalpha = "1"', 'plan.alpha = "1" must be a number, without quotes.'),
         ("[plan]\nmultiple_of = 1.5", "plan.multiple_of = 1.5 must be a whole number."),
         ("[plan]\nmultiple_of = true", "plan.multiple_of = true must be a whole number."),
+        ("[plan]\nallocator = []", "plan.allocator = [] must name at least one."),
+        ("[plan]\nprobe_ratio = 0", "plan.probe_ratio = 0 must be greater than 0."),
+        (
+            "[plan]\nsensitivity_ratios = 1.5",
+            "plan.sensitivity_ratios = 1.5 must be less than or equal to 1.",
+        ),
         ("[plan]\nratio = []", "plan.ratio = [] must name at least one."),
         ("[plan]\nratio = [0.5, 2]", "plan.ratio = 2 must be above 0 and at most 1."),
         ("[plan]\nratio = {a = 1}", "plan.ratio = {a = 1} must be a number."),
@@ -252,4 +258,4 @@ def test_flags_to_paste(tmp_path: Path) -> None:
     assert resolved.flags("plan", "compress") == (
         "--ratio 0.6666667 --ratio 0.5 --set compress.evaluate=false"
     )
-    assert resolved.flags("plan", without=("plan", "ratio")) == ""
+    assert resolved.flags("plan", without=[("plan", "ratio")]) == ""

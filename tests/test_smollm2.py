@@ -109,9 +109,10 @@ def test_hisvd_reaches_its_perplexity(workspace: Path, ratio: str, limit: float)
 
 def test_truncation_error_is_the_predicted_loss(workspace: Path) -> None:
     """Per sublayer: discarded energy by the plan against the error of factors made in float64."""
-    from hisvd_cli.calibrate import open_calibration
+    from hisvd_cli.calibration import open_calibration
     from hisvd_cli.decompose import DECOMPOSERS
     from hisvd_cli.plan import load_plan
+    from hisvd_cli.statistics import Statistics
     from hisvd_cli.weights import open_weights
 
     plan_path = workspace / "plan.json"
@@ -124,7 +125,7 @@ def test_truncation_error_is_the_predicted_loss(workspace: Path) -> None:
     for row in rows:
         weight = weights.read(f"{row.name}.weight").double()
         moment = calibration.moments(row.layer)[row.name]
-        u, v = DECOMPOSERS.get("whitened")(weight, moment, row.rank)
+        u, v = DECOMPOSERS.get("whitened")(weight, Statistics(moment), row.rank)
         if moment.side == "input":
             difference = weight - u @ v
             error = float(

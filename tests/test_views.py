@@ -9,6 +9,9 @@ from rich.console import Console
 
 from hisvd_cli.audit import Audit, Row
 from hisvd_cli.evaluate import PerplexityResult
+from hisvd_cli.plan import ClusterPlan, Plan, SublayerPlan
+from hisvd_cli.plan_views import comparison_view, plan_view
+from hisvd_cli.settings import ALLOCATOR_NAMES
 from hisvd_cli.views import audit_view, duration_text, perplexity_text, rank_table, size_text
 
 
@@ -97,3 +100,86 @@ def test_long_lists_of_problems_are_cut() -> None:
     assert "30 problems:" in lines
     assert sum(line.endswith("missing.") for line in lines) == 20
     assert lines[-1] == "  and 10 more (--json lists all)"
+
+
+def plan(
+    allocator: str, kept: dict[str, float], loss: float, ratio: float = 0.8, metric: str = "fisher"
+) -> Plan:
+    return Plan(
+        ratio=ratio,
+        model_ratio=0.875,
+        allocator=allocator,
+        settings={"metric": metric, "multiple_of": 1},
+        budget_parameters=1000,
+        kept_parameters=999,
+        predicted_loss=loss,
+        clusters=[ClusterPlan(name, 2, None, 0.1, None, share) for name, share in kept.items()],
+        sublayers=[SublayerPlan("l.0.q", 0, "q_proj", (64, 48), None, 9, 9, 48, False, 999, loss)],
+        provenance={"calibration": "key"},
+    )
+
+
+def test_plans_side_by_side() -> None:
+    plans = [
+        plan("uniform", {"q_proj": 0.8, "fc1": 0.8}, 12.5),
+        plan("waterfill", {"q_proj": 0.456, "fc1": 1.0}, 10),
+    ]
+    assert shown(comparison_view(plans, 80)) == [
+        "Share kept of each sublayer type at keep 0.8",
+        " sublayer type   uniform  waterfill",
+        " q_proj            80.0%      45.6%",
+        " fc1               80.0%     100.0%",
+        "",
+        " whole model       87.5%      87.5%",
+        " predicted loss  1.250 ×    1.000 ×",
+        "",
+        "Least predicted loss: 10 (error in the K-FAC metric of the loss).",
+    ]
+
+
+def test_each_ratio_is_compared_by_itself() -> None:
+    plans = [
+        plan(name, {"q_proj": ratio}, loss / ratio, ratio, "whitened")
+        for name, loss in (("uniform", 3.0), ("hisvd", 2.0))
+        for ratio in (0.8, 0.6)
+    ]
+    lines = shown(comparison_view(plans, 80))
+    assert [line for line in lines if line.startswith("Share")] == [
+        "Share kept of each sublayer type at keep 0.8",
+        "Share kept of each sublayer type at keep 0.6",
+    ]
+    assert lines.count(" predicted loss  1.500 ×  1.000 ×") == 2
+    assert "Least predicted loss: 2.5 (mean squared output error)." in lines
+    assert "Least predicted loss: 3.33333 (mean squared output error)." in lines
+
+
+def test_allocators_that_do_not_fit_get_a_further_table() -> None:
+    plans = [plan(name, {"a_type_of_sublayer": 0.5}, 1.0) for name in ALLOCATOR_NAMES]
+    lines = shown(comparison_view(plans, 80))
+    assert sum(line.startswith(" sublayer type") for line in lines) == 2
+    assert max(map(len, lines)) <= 80
+    assert all(any(name in line.split() for line in lines) for name in ALLOCATOR_NAMES)
+    assert sum(line.startswith(" a_type_of_sublayer") for line in lines) == 2
+
+
+def test_losses_of_nothing_are_not_divided() -> None:
+    plans = [plan("uniform", {"q_proj": 1.0}, 0.0), plan("hisvd", {"q_proj": 1.0}, 0.25)]
+    assert " predicted loss        0    0.25" in shown(comparison_view(plans, 80))
+
+
+@pytest.mark.parametrize(
+    ("metric", "calibrated", "told"),
+    [
+        ("whitened", True, "mean squared output error"),
+        ("fisher", True, "K-FAC"),
+        ("weight", True, "energy of the weights"),
+        ("whitened", False, "energy of the weights"),
+    ],
+)
+def test_what_a_predicted_loss_is(metric: str, calibrated: bool, told: str) -> None:
+    made = plan("uniform", {"q_proj": 0.8}, 1.0, metric=metric)
+    made.provenance["calibration"] = "key" if calibrated else None
+    lines = shown(plan_view(made, 200))
+    assert lines[0] == "Ranks at keep 0.8 (uniform)"
+    (line,) = [line for line in lines if line.startswith(" predicted loss")]
+    assert told in line

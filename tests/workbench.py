@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from hisvd_cli.build.calibration import ensure_calibration, named_source
+from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
 from hisvd_cli.build.plans import make_plans
-from hisvd_cli.calibrate import Calibration
+from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import Compressed, compress
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved, resolve
@@ -30,7 +31,8 @@ def bench(folder: Path, *overrides: str) -> Bench:
     }
     resolved = resolve(flags, overrides=overrides, environ={}, start=folder)
     source = named_source(resolved)
-    calibration, _ = ensure_calibration(resolved, source, Silent())
+    needs = plan_needs(resolved.settings) | decomposer_needs(resolved.settings.compress)
+    calibration, _ = ensure_calibration(resolved, source, Silent(), needs=needs)
     return resolved, source, calibration
 
 
@@ -48,7 +50,9 @@ def compress_to(made: Bench, plan: Plan, output: Path, shard_bytes: int = 10**9)
         plan,
         calibration,
         output,
-        decomposer="whitened",
+        decomposer=resolved.settings.compress.decomposer,
+        knobs=decomposer_knobs(resolved.settings),
+        needs=decomposer_needs(resolved.settings.compress),
         device=torch.device("cpu"),
         shard_bytes=shard_bytes,
         settings=resolved.recorded(),

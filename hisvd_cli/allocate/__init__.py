@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from hisvd_cli.budget import Budget
 from hisvd_cli.registry import Registry
@@ -29,10 +30,40 @@ class Allocation:
     factors: dict[str, float] = field(default_factory=dict)
 
 
+class Probe(Protocol):
+    """The model itself, for allocators that measure: costly, so each answer is kept on disk.
+
+    Sublayers are truncated by the plan's decomposer; all others stay dense.
+    """
+
+    def perplexity(self, name: str, rank: int) -> float:
+        """Return the perplexity on probe text with one sublayer truncated to ``rank``."""
+        ...
+
+    def divergence(self, name: str, rank: int) -> float:
+        """Return the mean KL (nats per token) of the dense model's distribution from that with
+        one sublayer truncated to ``rank``."""
+        ...
+
+    def soft_divergence(
+        self, positions: Sequence[float], width: float, step: int
+    ) -> tuple[float, list[float]]:
+        """Return the mean KL, and its gradient by each position, with every sublayer's component
+        i (from 0) weighted by ``sigmoid((position − i − ½) / (width·full_rank))``.
+
+        Args:
+            positions: one per spectrum, in its order; ``inf`` leaves a sublayer dense.
+            width: softness of the masks, as a share of the full rank.
+            step: which chunk of the probe text, counted round.
+        """
+        ...
+
+
 Allocator = Callable[..., Allocation]
 """``(spectra: Sequence[Spectrum], budget: Budget, *, knob=…, …) -> Allocation``; knobs are
-keyword-only, and an allocator names only those that it uses."""
+keyword-only, and an allocator names only those that it uses. One that measures the model names
+``probe: Probe``; one that needs more than moments declares it: ``register(name, needs=…)``."""
 
 ALLOCATORS: Registry[Allocator] = Registry("allocator", __name__, "hisvd.allocators")
 
-__all__ = ["ALLOCATORS", "Allocation", "Allocator", "Budget", "Sequence", "Spectrum"]
+__all__ = ["ALLOCATORS", "Allocation", "Allocator", "Budget", "Probe", "Sequence", "Spectrum"]

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from hisvd_cli.calibrate import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Calibration,
-    Sample,
-    calibrate,
-    calibration_key,
-    open_calibration,
-)
-from hisvd_cli.data import check_seqlen, load_text, model_positions, sample_windows, tokenize
-from hisvd_cli.device import pick_device, pick_dtype
+from hisvd_cli.build.samples import calibration_sample, draw_sample, request_calibration
+from hisvd_cli.calibrate import calibrate
+from hisvd_cli.calibration import MANIFEST, Calibration, calibration_key, open_calibration
+from hisvd_cli.device import pick_device
 from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError, UsageError
-from hisvd_cli.paths import cache_root, digest, file_digest, slug
+from hisvd_cli.gradients import measure_gradients
+from hisvd_cli.paths import cache_root, slug
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import flag_of
-from hisvd_cli.source import DEMO, Source, open_source
-
-DEFAULT_SEQLEN = 2048
+from hisvd_cli.source import Source, open_source
+from hisvd_cli.statistics import Need
 
 
 def named_source(resolved: Resolved) -> Source:
@@ -37,70 +30,6 @@ def named_source(resolved: Resolved) -> Source:
             "No model is named.", "Give --model with a hub id, a folder, a .gguf file, or 'demo'."
         )
     return open_source(model.name, model.revision, model.trust_remote_code)
-
-
-def default_dataset(source: Source) -> str:
-    """Return the text used where none is named: the demo model has its own."""
-    return DEMO if source.name == DEMO else "wikitext2"
-
-
-def window_length(asked: int | None, source: Source) -> int:
-    """Return tokens per window: as asked, else 2048 or the model's positions if fewer.
-
-    Raises:
-        DataError: longer than the model's positions.
-    """
-    if asked is not None:
-        check_seqlen(asked, source)
-        return asked
-    return min(DEFAULT_SEQLEN, model_positions(source) or DEFAULT_SEQLEN)
-
-
-@dataclass(frozen=True)
-class CalibrationRequest:
-    """Which calibration is asked for; its key is known without reading the text."""
-
-    dataset: str
-    samples: int
-    seqlen: int
-    seed: int
-    device: str
-    dtype: str
-    key: str
-
-
-def request_calibration(resolved: Resolved, source: Source) -> CalibrationRequest:
-    """Work out what the settings ask for. Raises DataError for a window that is too long."""
-    wanted = resolved.settings.calibration
-    model = resolved.settings.model
-    dataset = default_dataset(source) if wanted.dataset == "auto" else wanted.dataset
-    seqlen = window_length(wanted.seqlen, source)
-    device = pick_device(model.device)
-    dtype = str(pick_dtype(model.dtype, stored_dtype(source), device)).removeprefix("torch.")
-    path = Path(dataset).expanduser()
-    content = file_digest(path) if path.is_file() else dataset
-    key = digest(
-        str(FORMAT_VERSION),
-        source.fingerprint,
-        _tokenizer_digest(source),
-        content,
-        f"{wanted.samples} {seqlen} {wanted.seed} {dtype}",
-    )
-    return CalibrationRequest(dataset, wanted.samples, seqlen, wanted.seed, str(device), dtype, key)
-
-
-def stored_dtype(source: Source) -> str:
-    """Return the dtype that most of the weights have on disk."""
-    sizes: dict[str, int] = {}
-    for info in source.weights.infos.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda name: sizes[name])
-
-
-def _tokenizer_digest(source: Source) -> str:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    files = [source.folder / name for name in names]
-    return digest(*(file_digest(path) for path in files if path.is_file()))
 
 
 def calibration_home(source: Source) -> Path:
@@ -167,29 +96,30 @@ def _newest(source: Source, reporter: Reporter) -> Calibration | None:
     return found
 
 
-def draw_sample(request: CalibrationRequest, source: Source, reporter: Reporter) -> Sample:
-    """Load, tokenize and sample the calibration text. Raises DataError."""
-    text = load_text(request.dataset, "calibration")
-    windows = sample_windows(
-        tokenize(text, source), request.samples, request.seqlen, request.seed, text.name
-    )
-    if len(windows) < request.samples:
-        reporter.warn(
-            f"'{text.name}' holds {len(windows)} windows of {request.seqlen} tokens; using all of "
-            f"them instead of {request.samples}."
-        )
-    return Sample(windows, text.name, text.split, text.digest, request.seed)
+def wanted_statistics(resolved: Resolved) -> frozenset[Need]:
+    """Return what the settings ask a calibration to hold."""
+    calibration = resolved.settings.calibration
+    if calibration.weight_gradients:
+        return frozenset({"moments", "gradients", "weight-gradients"})
+    return frozenset({"moments", "gradients"} if calibration.gradients else {"moments"})
 
 
 def ensure_calibration(
-    resolved: Resolved, source: Source, reporter: Reporter, reuse_any: bool = True
+    resolved: Resolved,
+    source: Source,
+    reporter: Reporter,
+    *,
+    needs: Collection[Need] = (),
+    reuse_any: bool = True,
 ) -> tuple[Calibration, float]:
-    """Return a calibration, made now where there is none, and the seconds that it took.
+    """Return a calibration that holds what is needed, made or completed now where there is none,
+    and the seconds that it took.
 
     Args:
         resolved: the settings.
         source: the model.
         reporter: told of progress.
+        needs: what it must hold beside what the settings ask for.
         reuse_any: False only takes a calibration with exactly these settings.
 
     Raises:
@@ -198,13 +128,18 @@ def ensure_calibration(
         OutputError: the folder named holds something else.
     """
     started = time.monotonic()
-    if reuse_any and (found := find_calibration(resolved, source, reporter)):
-        return found, time.monotonic() - started
-    made = _calibrate(resolved, source, reporter)
-    return made, time.monotonic() - started
+    wanted = wanted_statistics(resolved) | set(needs)
+    found = find_calibration(resolved, source, reporter) if reuse_any else None
+    if found is None:
+        found = _calibrate(resolved, source, reporter, keep_inputs=wanted != {"moments"})
+    if wanted - found.holds:
+        found = _add_gradients(resolved, source, found, "weight-gradients" in wanted, reporter)
+    return found, time.monotonic() - started
 
 
-def _calibrate(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration:
+def _calibrate(
+    resolved: Resolved, source: Source, reporter: Reporter, keep_inputs: bool
+) -> Calibration:
     request = request_calibration(resolved, source)
     named = resolved.settings.calibration.path
     folder = Path(named).expanduser() if named else calibration_home(source) / request.key[:16]
@@ -228,6 +163,25 @@ def _calibrate(resolved: Resolved, source: Source, reporter: Reporter) -> Calibr
         dtype=dtype,
         batch=resolved.settings.calibration.batch,
         settings=resolved.recorded("model", "calibration"),
+        reporter=reporter,
+        keep_inputs=keep_inputs,
+    )
+
+
+def _add_gradients(
+    resolved: Resolved, source: Source, found: Calibration, weights: bool, reporter: Reporter
+) -> Calibration:
+    """Take the gradients on the very tokens that a calibration was made from."""
+    sample = calibration_sample(resolved, source, found, reporter)
+    return measure_gradients(
+        source,
+        sample,
+        found,
+        device=pick_device(resolved.settings.model.device),
+        dtype=getattr(torch, found.manifest["dtype"]),
+        batch=resolved.settings.calibration.batch,
+        weights=weights,
+        settings=resolved.recorded("model"),
         reporter=reporter,
     )
 

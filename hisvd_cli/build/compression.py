@@ -14,20 +14,16 @@ from typing import Any
 
 import torch
 
-from hisvd_cli.build.calibration import (
-    default_dataset,
-    ensure_calibration,
-    named_source,
-    window_length,
-)
+from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
+from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
 from hisvd_cli.build.plans import check_knobs, make_plans, open_plan
-from hisvd_cli.calibrate import Calibration
+from hisvd_cli.build.samples import default_dataset, window_length
+from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed, compress
 from hisvd_cli.convert import to_pt
 from hisvd_cli.data import Text
-from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.device import pick_device
 from hisvd_cli.errors import OutputError, UsageError
 from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
@@ -127,10 +123,11 @@ def check_request(
         BudgetError: a ratio that cannot be met.
         OutputError: something stands at the output.
     """
-    DECOMPOSERS.get(resolved.settings.compress.decomposer)
+    decomposer_needs(resolved.settings.compress)
     if plan_file is None:
-        if len(resolved.settings.plan.ratio) > 1:
-            raise UsageError("compress takes one --ratio.", "Run it once per ratio.")
+        for key in ("ratio", "allocator"):
+            if len(resolved.value("plan", key)) > 1:
+                raise UsageError(f"compress takes one --{key}.", f"Run it once per {key}.")
         check_knobs(resolved, source)
     else:
         _refuse_knobs(resolved)
@@ -173,7 +170,10 @@ def compress_model(
     plan = open_plan(plan_file, source) if plan_file else None
     path = output_path(resolved, output)
     text = _evaluation_text(resolved, source)
-    calibration, calibrating = ensure_calibration(resolved, source, reporter)
+    needs = decomposer_needs(resolved.settings.compress)
+    if plan is None:
+        needs |= plan_needs(resolved.settings)
+    calibration, calibrating = ensure_calibration(resolved, source, reporter, needs=needs)
     if text is not None:
         check_texts([text], calibration.manifest, source.name)
     started = time.monotonic()
@@ -215,6 +215,8 @@ def _write(
         calibration,
         folder,
         decomposer=knobs.decomposer,
+        knobs=decomposer_knobs(resolved.settings, plan.settings),
+        needs=decomposer_needs(knobs),
         device=exact_device(pick_device(resolved.settings.model.device)),
         shard_bytes=int(knobs.max_shard_size * 1e9),
         settings=resolved.recorded("model", "calibration", "plan", "compress"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.audit import part
-from hisvd_cli.build.calibration import default_dataset, stored_dtype, window_length
+from hisvd_cli.build.samples import default_dataset, stored_dtype, window_length
 from hisvd_cli.checkpoint import is_checkpoint, load_model, open_checkpoint
 from hisvd_cli.convert import unpacked
 from hisvd_cli.data import Text, load_text

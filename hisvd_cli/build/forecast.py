@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hisvd_cli.build.calibration import find_calibration, named_source, request_calibration
+from hisvd_cli.build.calibration import find_calibration, named_source, wanted_statistics
 from hisvd_cli.build.compression import check_request, output_path
-from hisvd_cli.build.plans import Anatomy, dissect, open_plan
+from hisvd_cli.build.methods import decomposer_needs, plan_needs, probe_passes
+from hisvd_cli.build.plans import Anatomy, check_knobs, dissect, open_plan
+from hisvd_cli.build.samples import request_calibration
 from hisvd_cli.compress import lay_out
-from hisvd_cli.estimate import Estimate, estimate_calibration, estimate_decomposition
+from hisvd_cli.estimate import (
+    Estimate,
+    estimate_calibration,
+    estimate_decomposition,
+    estimate_gradients,
+    estimate_measuring,
+    product_rate,
+)
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
+from hisvd_cli.statistics import Need
+from hisvd_cli.sublayers import select
 
 
 def forecast_calibration(resolved: Resolved, source: Source) -> dict[str, Any]:
     """Return the tokens, bytes, memory and seconds of a calibration. Does no work."""
     request = request_calibration(resolved, source)
-    estimate = _calibration(resolved, source, dissect(source))
+    estimate = _calibration(resolved, source, dissect(source), wanted_statistics(resolved))
     return {
         "tokens": request.samples * request.seqlen,
         "bytes": estimate.bytes,
@@ -30,19 +42,53 @@ def forecast_calibration(resolved: Resolved, source: Source) -> dict[str, Any]:
     }
 
 
-def _calibration(resolved: Resolved, source: Source, anatomy: Anatomy) -> Estimate:
+def forecast_plan(resolved: Resolved) -> dict[str, Any]:
+    """Return what planning would measure, and the seconds of that. Does no work.
+
+    Raises:
+        HisvdError: whatever would stop the real run before its work.
+    """
+    source = named_source(resolved)
+    check_knobs(resolved, source)
+    anatomy, knobs = dissect(source), resolved.settings.plan
+    request = request_calibration(resolved, source)
+    count = len(select(anatomy.sublayers, knobs.include, knobs.exclude))
+    passes = {name: probe_passes(name, knobs, count) for name in knobs.allocator}
+    tokens = min(knobs.probe_samples, request.samples) * request.seqlen
+    rate = product_rate(torch.device(request.device), getattr(torch, request.dtype))
+    return {
+        "allocators": {
+            name: estimate_measuring(anatomy.total_parameters, tokens, count, rate)
+            for name, count in passes.items()
+        },
+        "seconds": estimate_measuring(anatomy.total_parameters, tokens, sum(passes.values()), rate),
+    }
+
+
+def _calibration(
+    resolved: Resolved, source: Source, anatomy: Anatomy, needs: Collection[Need]
+) -> Estimate:
+    """Estimate a calibration with all that it needs to hold."""
     request = request_calibration(resolved, source)
     inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
-    return estimate_calibration(
+    about = (
         anatomy.sublayers,
         anatomy.total_parameters - inside,
         source.config.get_text_config().hidden_size,
-        samples=request.samples,
-        seqlen=request.seqlen,
-        batch=resolved.settings.calibration.batch,
-        dtype=getattr(torch, request.dtype),
-        device=torch.device(request.device),
     )
+    size: dict[str, Any] = {
+        "samples": request.samples,
+        "seqlen": request.seqlen,
+        "batch": resolved.settings.calibration.batch,
+        "dtype": getattr(torch, request.dtype),
+        "device": torch.device(request.device),
+    }
+    plain = estimate_calibration(*about, **size)
+    if not set(needs) - {"moments"}:
+        return plain
+    more = estimate_gradients(*about, **size, weights="weight-gradients" in needs)
+    peak = max(plain.peak_memory_bytes, more.peak_memory_bytes)
+    return Estimate(plain.bytes + more.bytes, peak, plain.seconds + more.seconds)
 
 
 def forecast_compression(
@@ -62,9 +108,15 @@ def forecast_compression(
     plan = open_plan(plan_file, source) if plan_file else None
     anatomy = dissect(source)
     found = find_calibration(resolved, source, reporter)
-    calibrating = _calibration(resolved, source, anatomy)
+    needs = decomposer_needs(resolved.settings.compress) | wanted_statistics(resolved)
+    if plan is None:
+        needs |= plan_needs(resolved.settings)
+    found = found if found and needs <= found.holds else None
+    calibrating = _calibration(resolved, source, anatomy, needs)
+    measuring = 0.0 if plan else forecast_plan(resolved)["seconds"]
     stages = {
         "calibrate": 0.0 if found else calibrating.seconds,
+        "plan": measuring,
         "decompose": estimate_decomposition(anatomy.sublayers),
     }
     return {

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hisvd_cli.allocate import ALLOCATORS, Allocation, Allocator
+from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.budget import Budget, break_even
 from hisvd_cli.build.calibration import find_calibration, named_source, require_calibration
-from hisvd_cli.calibrate import Calibration
+from hisvd_cli.build.methods import method_that_needs, plan_needs
+from hisvd_cli.build.probes import open_probe
+from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import check_plan
 from hisvd_cli.device import pick_device
 from hisvd_cli.errors import (
@@ -23,12 +23,14 @@ from hisvd_cli.errors import (
 from hisvd_cli.moments import exact_device
 from hisvd_cli.plan import ModelSize, Plan, assemble, load_plan
 from hisvd_cli.profile import Resolved
+from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.settings import PlanSettings
+from hisvd_cli.settings import PlanSettings, Settings
 from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source
-from hisvd_cli.spectra_cache import load_spectra
+from hisvd_cli.spectra_cache import SpectraSource, Wanted, load_spectra
 from hisvd_cli.spectrum import Spectrum
+from hisvd_cli.statistics import Need, missing
 from hisvd_cli.sublayers import Sublayer, find_sublayers, select
 from hisvd_cli.versions import versions
 
@@ -77,18 +79,19 @@ def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
     return make_plans(resolved, source, calibration, reporter)
 
 
-def check_plan_file(path: Path, ratios: Sequence[float]) -> None:
+def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[str]) -> None:
     """Refuse a file that a plan cannot go to, before any work.
 
     Raises:
         UsageError: several plans for one file, or a name that is no ``.json``.
         OutputError: something else than a plan stands there.
     """
-    if len(ratios) > 1:
-        raise UsageError(
-            f"--output takes one plan, but {len(ratios)} ratios were given.",
-            "Give one --ratio, or use --json.",
-        )
+    for given, flag in ((ratios, "ratio"), (allocators, "allocator")):
+        if len(given) > 1:
+            raise UsageError(
+                f"--output takes one plan, but {len(given)} {flag}s were given.",
+                f"Give one --{flag}, or use --json.",
+            )
     if path.suffix != ".json":
         raise UsageError(f"--output {path} does not end in .json.", "Name it plan.json, say.")
     if path.exists():
@@ -120,7 +123,8 @@ def check_knobs(resolved: Resolved, source: Source) -> None:
         BudgetError: a ratio that cannot be met.
     """
     knobs = resolved.settings.plan
-    ALLOCATORS.get(knobs.allocator)
+    for name in knobs.allocator:
+        ALLOCATORS.get(name)
     anatomy = dissect(source)
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     for ratio in knobs.ratio:
@@ -134,61 +138,109 @@ def make_plans(
     reporter: Reporter,
     ratios: Sequence[float] | None = None,
 ) -> list[Plan]:
-    """Plan a model at each ratio of the settings (or of ``ratios``).
+    """Plan a model by each allocator of the settings, at each of their ratios (or of ``ratios``).
 
     Raises:
         UsageError: an unknown allocator, or a pattern that matches nothing.
+        SourceError: a method needs statistics that were not taken; names the command.
         BudgetError: the ratio cannot be met.
     """
-    knobs = resolved.settings.plan
-    allocator = ALLOCATORS.get(knobs.allocator)
+    check_statistics(resolved.settings, calibration)
     anatomy = dissect(source)
-    device = exact_device(pick_device(resolved.settings.model.device))
-    everything = load_spectra(
-        source, anatomy.sublayers, anatomy.names, calibration, device, reporter
+    knobs = resolved.settings.plan
+    planner = _Planner(
+        knobs=knobs,
+        spectra=_spectra(resolved, source, anatomy, calibration, reporter),
+        sublayers=select(anatomy.sublayers, knobs.include, knobs.exclude),
+        anatomy=anatomy,
+        source=source,
+        calibration=calibration,
+        probe=open_probe(resolved, source, anatomy, calibration, reporter),
     )
-    by_name = {spectrum.name: spectrum for spectrum in everything}
-    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
-    spectra = [by_name[s.name] for s in chosen]
     return [
-        _plan(ratio, allocator, knobs, spectra, chosen, anatomy, source, calibration)
+        planner.plan(allocator, ratio)
+        for allocator in knobs.allocator
         for ratio in ratios or knobs.ratio
     ]
 
 
-def _plan(
-    ratio: float,
-    allocator: Allocator,
-    knobs: PlanSettings,
-    spectra: Sequence[Spectrum],
-    sublayers: Sequence[Sublayer],
-    anatomy: Anatomy,
+def check_statistics(settings: Settings, calibration: Calibration | None) -> None:
+    """Refuse to plan by methods whose statistics were not taken; from the weights alone, whitened
+    means weight.
+
+    Raises:
+        SourceError: names the method and the command.
+        UsageError: an unknown allocator.
+    """
+    holds = calibration.holds if calibration else frozenset[Need]({"moments"})
+    for need in plan_needs(settings) - holds:
+        raise missing(method_that_needs(settings, need), need)
+
+
+def _spectra(
+    resolved: Resolved,
     source: Source,
+    anatomy: Anatomy,
     calibration: Calibration | None,
-) -> Plan:
-    size = anatomy.size(knobs.include, knobs.exclude)
-    budget = _budget(ratio, knobs, sublayers, size)
-    allocation: Allocation = allocator(spectra, budget, **accepted_knobs(allocator, knobs))
-    return assemble(
-        ratio=ratio,
-        allocator=knobs.allocator,
-        allocation=allocation,
-        spectra=spectra,
-        layers=[s.layer for s in sublayers],
-        size=size,
-        budget_parameters=budget.parameters,
-        settings={**knobs.model_dump(mode="json"), "ratio": ratio},
-        provenance={
-            "model": {
-                "name": source.name,
-                "revision": source.revision,
-                "fingerprint": source.fingerprint,
-                "parameters": size.total,
-            },
-            "calibration": calibration.key if calibration else None,
-            "versions": versions(),
-        },
+    reporter: Reporter,
+) -> list[Spectrum]:
+    knobs = resolved.settings.plan
+    device = exact_device(pick_device(resolved.settings.model.device))
+    of = SpectraSource(source, anatomy.sublayers, anatomy.names, calibration, device)
+    wanted = Wanted(
+        knobs.metric,
+        changes=any("weight-gradients" in ALLOCATORS.needs(name) for name in knobs.allocator),
+        input_shrinkage=knobs.input_shrinkage,
+        output_shrinkage=knobs.output_shrinkage,
     )
+    chosen = {s.name for s in select(anatomy.sublayers, knobs.include, knobs.exclude)}
+    return [s for s in load_spectra(of, wanted, reporter) if s.name in chosen]
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """What all plans of one run share."""
+
+    knobs: PlanSettings
+    spectra: Sequence[Spectrum]
+    sublayers: Sequence[Sublayer]
+    anatomy: Anatomy
+    source: Source
+    calibration: Calibration | None
+    probe: Probe | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the calibration; 1 without one, where energies are sums already."""
+        return int(self.calibration.manifest["data"]["tokens"]) if self.calibration else 1
+
+    def plan(self, name: str, ratio: float) -> Plan:
+        """Return the plan of one allocator at one ratio."""
+        size = self.anatomy.size(self.knobs.include, self.knobs.exclude)
+        budget = _budget(ratio, self.knobs, self.sublayers, size)
+        allocator = ALLOCATORS.get(name)
+        values = {**self.knobs.model_dump(), "probe": self.probe, "tokens": self.tokens}
+        allocation: Allocation = allocator(self.spectra, budget, **accepted(allocator, values))
+        return assemble(
+            ratio=ratio,
+            allocator=name,
+            allocation=allocation,
+            spectra=self.spectra,
+            layers=[s.layer for s in self.sublayers],
+            size=size,
+            budget_parameters=budget.parameters,
+            settings={**self.knobs.model_dump(mode="json"), "allocator": name, "ratio": ratio},
+            provenance={
+                "model": {
+                    "name": self.source.name,
+                    "revision": self.source.revision,
+                    "fingerprint": self.source.fingerprint,
+                    "parameters": size.total,
+                },
+                "calibration": self.calibration.key if self.calibration else None,
+                "versions": versions(),
+            },
+        )
 
 
 def _budget(
@@ -208,12 +260,3 @@ def _budget(
         least = max(1, int(knobs.min_rank_ratio * share * break_even(s.shape)))
         floors.append(-(-least // step) * step)
     return Budget([s.shape for s in sublayers], parameters, floors, step)
-
-
-def accepted_knobs(allocator: Allocator, knobs: PlanSettings) -> dict[str, Any]:
-    """Return those settings that an allocator names as keyword-only parameters."""
-    values = knobs.model_dump()
-    parameters = inspect.signature(allocator).parameters.values()
-    return {
-        p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in values
-    }

@@ -23,7 +23,12 @@ def calibrate(run: Run, dry_run: DryRun = False) -> None:
         return
     made, seconds = ensure_calibration(run.resolved, source, run.console, reuse_any=False)
     run.console.show(calibration_view(made, seconds))
-    document = {"output": str(made.folder), "seconds": seconds, **made.manifest}
+    document = {
+        "output": str(made.folder),
+        "seconds": seconds,
+        **made.manifest,
+        "gradients": made.gradients,
+    }
     run.console.result(document, str(made.folder))
     flags = run.resolved.flags("model", "calibration")
     run.console.next_command(f"hisvd plan {flags} --ratio 0.8")

@@ -1,0 +1,54 @@
+"""Sensitivity-based rank search (ASVD, Yuan et al. 2023, section 3.3).
+
+The perplexity is measured with each sublayer alone truncated to each of a grid of shares. Of all
+(sublayer, share) pairs, sorted by perplexity, those up to a threshold are allowed, and a sublayer
+gets the smallest share that is allowed to it; the threshold is found by binary search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
+from hisvd_cli.budget import Budget, break_even, cost, full_rank
+from hisvd_cli.spectrum import Spectrum
+
+
+@ALLOCATORS.register("asvd", needs={"moments"})
+def asvd(
+    spectra: Sequence[Spectrum],
+    budget: Budget,
+    *,
+    probe: Probe,
+    sensitivity_ratios: Sequence[float],
+) -> Allocation:
+    """Allocate the smallest shares that measured perplexity allows.
+
+    Args:
+        spectra: one per sublayer.
+        budget: what they may keep.
+        probe: measures perplexities.
+        sensitivity_ratios: the grid of kept shares, each above 0 and at most 1.
+    """
+    pairs: list[tuple[float, int, int]] = []
+    for i, s in enumerate(spectra):
+        ranks = {max(int(r * break_even(s.shape)), budget.floors[i]) for r in sensitivity_ratios}
+        pairs += [(probe.perplexity(s.name, rank), i, rank) for rank in sorted(ranks)]
+    pairs.sort()
+    low, high = 0, len(pairs)  # with no pair allowed all stay dense; all pairs cost least
+    while low < high:
+        middle = (low + high) // 2
+        spent = sum(map(cost, _smallest(pairs[:middle], budget), budget.shapes))
+        low, high = (low, middle) if spent <= budget.parameters else (middle + 1, high)
+    chosen = _smallest(pairs[:low], budget)
+    spent = sum(map(cost, chosen, budget.shapes))
+    # A grid whose smallest shares are above the budget's: what it asks for is scaled down.
+    real = [float(r) for r in chosen] if spent <= budget.parameters else budget.scaled(chosen)
+    return Allocation(budget.rounded(real, [s.energy for s in spectra]), chosen)
+
+
+def _smallest(pairs: Sequence[tuple[float, int, int]], budget: Budget) -> list[int]:
+    ranks = [full_rank(shape) for shape in budget.shapes]
+    for _, i, rank in pairs:
+        ranks[i] = min(ranks[i], rank)
+    return ranks

@@ -1,0 +1,157 @@
+"""Truncation positions learned by gradient (the idea of Dobi-SVD, Qinsi Wang et al. 2025).
+
+Every sublayer's components are masked softly at a real-valued position; the divergence from the
+dense model falls by gradient steps on the positions, which are projected to the budget after each.
+More rank lowers the divergence everywhere, so a step is taken along the budget: from the gradient
+goes the part that would only spend more, or Adam, which makes all steps alike in size, would see
+nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
+from hisvd_cli.allocate.waterfill import optimal_ranks
+from hisvd_cli.budget import Budget, break_even
+from hisvd_cli.errors import NumericalError
+from hisvd_cli.spectrum import Spectrum
+
+_BETAS = (0.9, 0.99)
+_TINY = 1e-12
+
+
+@ALLOCATORS.register("learned", needs={"moments"})
+def learned(
+    spectra: Sequence[Spectrum],
+    budget: Budget,
+    *,
+    probe: Probe,
+    learning_steps: int,
+    learning_rate: float,
+    softness: float,
+) -> Allocation:
+    """Learn a position per sublayer, starting from those of ``waterfill``.
+
+    Steps are Adam's (Kingma and Ba 2015), on each position as a share of its break-even rank (so
+    of the parameters), and the rate falls evenly to zero. A sublayer whose position reaches
+    break-even is dense, where nothing is measured; only the projection brings it down again. The
+    last step counts, not the one of least divergence: steps see different text.
+
+    Args:
+        spectra: one per sublayer.
+        budget: what they may keep.
+        probe: gives the divergence and its gradient.
+        learning_steps: how many.
+        learning_rate: of the first step, as a share of the break-even rank.
+        softness: width of the masks, as a share of the full rank.
+
+    Raises:
+        NumericalError: a divergence, or its gradient, is not finite.
+    """
+    energies = [s.energy for s in spectra]
+    limits = [break_even(s.shape) for s in spectra]
+    start = optimal_ranks(budget, energies)
+    shares = [min(rank / limit, 1.0) for rank, limit in zip(start, limits, strict=True)]
+    adam = _Adam(len(shares))
+    for step in range(learning_steps):
+        slopes = _slopes(probe, shares, limits, softness, step)
+        directions = adam.direction(_along_budget(slopes, shares, budget))
+        rate = learning_rate * (1 - step / learning_steps)
+        moved = [x - rate * d for x, d in zip(shares, directions, strict=True)]
+        shares = _projected(moved, budget)
+    positions = [share * limit for share, limit in zip(shares, limits, strict=True)]
+    return Allocation(budget.rounded(positions, energies, nearest=True), start)
+
+
+def _slopes(
+    probe: Probe, shares: Sequence[float], limits: Sequence[float], softness: float, step: int
+) -> list[float]:
+    """Return the gradient of the divergence by each share."""
+    positions = [
+        math.inf if share >= 1 else share * limit
+        for share, limit in zip(shares, limits, strict=True)
+    ]
+    loss, gradient = probe.soft_divergence(positions, softness, step)
+    if not all(map(math.isfinite, [loss, *gradient])):
+        raise NumericalError(
+            f"The divergence of step {step + 1}, or its gradient, is NaN or infinite.",
+            "Use --dtype float32, or another --allocator.",
+        )
+    return [g * limit for g, limit in zip(gradient, limits, strict=True)]
+
+
+def _along_budget(slopes: Sequence[float], shares: Sequence[float], budget: Budget) -> list[float]:
+    """Return the slopes without their part along the sizes; 0 for what cannot move that way.
+
+    A share at its floor that would fall counts no more, or it would pull on the others for ever.
+    """
+    sizes, floors = _sizes(budget), _floors(budget)
+    free = [i for i, share in enumerate(shares) if share < 1]
+    while True:
+        price = sum(slopes[i] * sizes[i] for i in free) / max(sum(sizes[i] ** 2 for i in free), 1)
+        along = {i: slopes[i] - price * sizes[i] for i in free}
+        kept = [i for i in free if along[i] <= 0 or shares[i] > floors[i]]
+        if kept == free:
+            return [along.get(i, 0.0) for i in range(len(shares))]
+        free = kept
+
+
+class _Adam:
+    """Running means of the gradient and its square, corrected for their start."""
+
+    def __init__(self, count: int) -> None:
+        self._mean = [0.0] * count
+        self._square = [0.0] * count
+        self._steps = 0
+
+    def direction(self, gradient: Sequence[float]) -> list[float]:
+        """Return the step of size one for the next gradient."""
+        self._steps += 1
+        first, second = _BETAS
+        self._mean = [
+            first * m + (1 - first) * g for m, g in zip(self._mean, gradient, strict=True)
+        ]
+        self._square = [
+            second * s + (1 - second) * g * g for s, g in zip(self._square, gradient, strict=True)
+        ]
+        short, long = 1 - first**self._steps, 1 - second**self._steps
+        return [
+            (m / short) / (math.sqrt(s / long) + _TINY)
+            for m, s in zip(self._mean, self._square, strict=True)
+        ]
+
+
+def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
+    """Return the nearest shares, between floor and 1, whose cost is the budget.
+
+    A share's cost is proportional to it, with mn: the nearest point subtracts a multiple of mn.
+    """
+    sizes, floors = _sizes(budget), _floors(budget)
+    largest = max(sizes)
+
+    def at(shift: float) -> list[float]:
+        return [
+            min(max(share - shift * size / largest, floor), 1.0)
+            for share, size, floor in zip(shares, sizes, floors, strict=True)
+        ]
+
+    span = (max(map(abs, shares)) + 1) * largest / min(sizes)  # moves any share to either end
+    low, high = -span, span
+    for _ in range(100):
+        middle = (low + high) / 2
+        spent = sum(share * size for share, size in zip(at(middle), sizes, strict=True))
+        low, high = (middle, high) if spent > budget.parameters else (low, middle)
+    return at(high)
+
+
+def _sizes(budget: Budget) -> list[int]:
+    return [m * n for m, n in budget.shapes]
+
+
+def _floors(budget: Budget) -> list[float]:
+    return [
+        min(floor / break_even(shape), 1.0)
+        for floor, shape in zip(budget.floors, budget.shapes, strict=True)
+    ]

@@ -1,0 +1,24 @@
+"""Plain truncated SVD of the weight (Eckart and Young 1936); it needs no calibration.
+
+Minimises ``‖W − W′‖_F``. Cost: one eigendecomposition ``[p, p]``, p = min(m, n), as all of these.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hisvd_cli.decompose import DECOMPOSERS
+from hisvd_cli.metric import Metric, truncate
+from hisvd_cli.statistics import Statistics
+
+
+@DECOMPOSERS.register("svd")
+def svd(weight: Tensor, statistics: Statistics, rank: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    """Return U ``[m, rank]``, orthonormal, and V = Uᵀ W ``[rank, n]`` in float64.
+
+    Args:
+        weight: W ``[m, n]``.
+        statistics: not looked at.
+        rank: at least 1 and at most ``min(m, n)``.
+    """
+    return truncate(weight, Metric(), rank)

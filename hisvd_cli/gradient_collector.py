@@ -1,0 +1,136 @@
+"""Watch the linears of a block while a gradient passes back through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hisvd_cli.moments import MomentSum, Side
+
+Watch = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]
+
+
+class GradientCollector:
+    """Sums, per linear, the second moment of the gradient, and what its weight's gradient shows.
+
+    With g the gradient at the output, the moment is H = E[g gᵀ] ``[m, m]``, or where the input is
+    narrower that of what g adds to the gradient at the input, E[(Wᵀg)(Wᵀg)ᵀ] = Wᵀ H W ``[n, n]``:
+    for a LLaMA's gate and up a seventh of the size, and of the work of every token.
+
+    Args:
+        linears: full name → module.
+        device: where sums are kept.
+        seqlen: tokens per sequence.
+        weights: whether the weights' gradients are taken too.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], device: torch.device, seqlen: int, weights: bool
+    ) -> None:
+        self._linears = linears
+        self._seqlen = seqlen
+        self._squares = {name: MeanSquare() for name in linears}
+        self._sums = {n: MomentSum(min(m.weight.shape), device) for n, m in linears.items()}
+        self._weights = {n: WeightSum(m, device) for n, m in linears.items()} if weights else {}
+
+    @contextmanager
+    def summing(self) -> Iterator[None]:
+        """Add up all gradients that pass back through the linears while the body runs."""
+        handles = [m.register_forward_hook(self._watcher(n)) for n, m in self._linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watcher(self, name: str) -> Watch:
+        def watch(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach()
+
+            def add(gradient: Tensor) -> None:
+                self._squares[name].add(gradient)
+                narrow = gradient @ module.weight if side_of(module) == "input" else gradient
+                self._sums[name].add(narrow)
+                if name in self._weights:
+                    self._weights[name].add(self._sequences(x), self._sequences(gradient))
+
+            output.register_hook(add)
+
+        return watch
+
+    def _sequences(self, rows: Tensor) -> Tensor:
+        """Return ``[S, L, width]``; some models hand their linears all tokens in one row."""
+        return rows.reshape(-1, self._seqlen, rows.shape[-1])
+
+    def means(self) -> dict[str, Tensor]:
+        """Return, for each linear, ``name.output`` → H ``[m, m]`` or ``name.input`` → Wᵀ H W
+        ``[n, n]``, and ``name.square`` → E of the mean of g² ``[]``; in float32 on the CPU."""
+        found = {}
+        for name, linear in self._linears.items():
+            found[f"{name}.{side_of(linear)}"] = self._sums[name].mean()
+            found[f"{name}.square"] = self._squares[name].mean()
+        return found
+
+    def weight_means(self) -> dict[str, Tensor]:
+        """Return name with the ending of each part of ``WeightGradients`` → its mean."""
+        return {
+            f"{name}.{part}": mean
+            for name, total in self._weights.items()
+            for part, mean in total.means().items()
+        }
+
+
+def side_of(linear: nn.Linear) -> Side:
+    """Return on which side of a linear the gradient's moment is the smaller one."""
+    m, n = linear.weight.shape
+    return "output" if m <= n else "input"
+
+
+class MeanSquare:
+    """Running mean of all squared entries."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._count = 0
+
+    def add(self, values: Tensor) -> None:
+        """Add entries of any shape."""
+        self._sum += float(values.float().square().sum())
+        self._count += values.numel()
+
+    def mean(self) -> Tensor:
+        """Return the mean ``[]`` in float32."""
+        return torch.tensor(self._sum / self._count, dtype=torch.float32)
+
+
+class WeightSum:
+    """Running sums over sequences of D = Σ_t g xᵀ ``[m, n]``, D Dᵀ and Dᵀ D, in float32.
+
+    Args:
+        linear: whose weight it is.
+        device: where sums are kept.
+    """
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        m, n = linear.out_features, linear.in_features
+        self._mean = torch.zeros(m, n, device=device)
+        self._output = torch.zeros(m, m, device=device)
+        self._input = torch.zeros(n, n, device=device)
+        self._sequences = 0
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """Add inputs ``[S, L, n]`` and the gradients ``[S, L, m]`` at their outputs."""
+        for inputs, gradients in zip(x.float(), gradient.float(), strict=True):
+            whole = gradients.T @ inputs
+            self._mean += whole
+            self._output += whole @ whole.T
+            self._input += whole.T @ whole
+            self._sequences += 1
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the means as ``WeightGradients`` names them, in float32 on the CPU."""
+        sums = {"mean": self._mean, "output": self._output, "input": self._input}
+        return {part: (total / self._sequences).cpu() for part, total in sums.items()}

@@ -1,0 +1,216 @@
+"""Gradients of the loss at every sublayer, block by block: a forward walk that keeps what enters
+each block on disk, then a reverse walk that carries the hidden states' gradient down.
+
+The loss is the causal language model's cross-entropy in nats, summed over all predicted tokens:
+so a token's gradient does not depend on how many there are, and nothing underflows. Memory is one
+block, its statistics, one chunk of sequences, and the hidden states' gradient.
+
+Legend: S sequences, L tokens each, d hidden width; gradient of the hidden states ``[S, L, d]``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hisvd_cli.artifact import building
+from hisvd_cli.block_inputs import INPUTS, BlockInputs
+from hisvd_cli.blocks import BlockWalk
+from hisvd_cli.calibrate import STATE_SECONDS, linears_of
+from hisvd_cli.calibration import (
+    FORMAT_VERSION,
+    GRADIENTS,
+    GRADIENTS_MANIFEST,
+    Calibration,
+    Sample,
+    block_file,
+    open_calibration,
+    weights_file,
+)
+from hisvd_cli.errors import NumericalError
+from hisvd_cli.gradient_collector import GradientCollector
+from hisvd_cli.paths import digest
+from hisvd_cli.reporter import Reporter
+from hisvd_cli.source import Source
+from hisvd_cli.sublayers import Sublayer, find_sublayers
+from hisvd_cli.tensorfile import read_tensors, write_json, write_tensors
+from hisvd_cli.versions import versions
+
+_STATE = "gradient.safetensors"
+
+
+def measure_gradients(
+    source: Source,
+    sample: Sample,
+    calibration: Calibration,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    weights: bool,
+    settings: Mapping[str, object],
+    reporter: Reporter,
+    state_seconds: float = STATE_SECONDS,
+) -> Calibration:
+    """Add to a calibration the gradients of the loss on its own tokens.
+
+    A run that was interrupted goes on after its last finished block.
+
+    Args:
+        source: the model.
+        sample: the calibration's tokens.
+        calibration: where the gradients go, into a folder of its own.
+        device: where blocks run.
+        dtype: in which blocks run; float16, whose range gradients leave, means float32 here.
+        batch: sequences per chunk.
+        weights: also take the gradients of the weights, per sequence.
+        settings: the resolved settings, recorded as they are.
+        reporter: told of each block.
+        state_seconds: how often the carried gradient is stored for a resumed run.
+
+    Returns:
+        The calibration with its gradients.
+
+    Raises:
+        SourceError, NumericalError, OutputError: see each.
+    """
+    precise = torch.float32 if dtype == torch.float16 else dtype
+    walk = BlockWalk(source, device, precise, batch)
+    inputs = BlockInputs(calibration.folder / INPUTS)
+    key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))
+    with building(calibration.folder / GRADIENTS, key) as partial:
+        _Reverse(walk, inputs, sample, partial, weights, state_seconds, reporter).run()
+        (partial / _STATE).unlink(missing_ok=True)
+        manifest = {
+            "kind": "gradients",
+            "format_version": FORMAT_VERSION,
+            "key": key,
+            "calibration": calibration.key,
+            "weights": weights,
+            "dtype": str(precise).removeprefix("torch."),
+            "settings": settings,
+            "versions": versions(),
+        }
+        write_json(partial / GRADIENTS_MANIFEST, manifest)
+    inputs.remove()
+    return open_calibration(calibration.folder)
+
+
+class _Reverse:
+    """Both walks over one model: the forward one as far as it is not done, then the reverse."""
+
+    def __init__(
+        self,
+        walk: BlockWalk,
+        inputs: BlockInputs,
+        sample: Sample,
+        partial: Path,
+        weights: bool,
+        state_seconds: float,
+        reporter: Reporter,
+    ) -> None:
+        self.walk = walk
+        self.inputs = inputs
+        self.tokens = sample.tokens
+        self.partial = partial
+        self.weights = weights
+        self.state_seconds = state_seconds
+        self.reporter = reporter
+        self.count = len(walk.layers)
+        self.sublayers: list[Sublayer] = find_sublayers(walk.prefix, list(walk.layers))
+
+    def run(self) -> None:
+        """Write the gradients of every block."""
+        left = [i for i in range(self.count) if not self._is_done(i)]
+        if not left:
+            return
+        self._forward()
+        gradient, start = self._first_gradient()
+        saved = time.monotonic()
+        with self.reporter.stage("Gradients of blocks", self.count) as step:
+            for _ in range(start + 1, self.count):
+                step()
+            for index in range(start, left[0] - 1, -1):
+                self._reverse_block(index, gradient)
+                if time.monotonic() - saved >= self.state_seconds and index > 0:
+                    state = {"gradient": gradient}
+                    write_tensors(self.partial / _STATE, state, {"next": str(index - 1)})
+                    saved = time.monotonic()
+                step()
+
+    def _is_done(self, index: int) -> bool:
+        files = [block_file(index), *([weights_file(index)] if self.weights else [])]
+        return all((self.partial / file).is_file() for file in files)
+
+    def _forward(self) -> None:
+        """Complete the inputs of all blocks, from the first that is missing."""
+        first = next((i for i in range(self.count + 1) if not self.inputs.has(i)), None)
+        self.walk.embed(self.tokens, compute_hidden=first == 0)
+        if first is None:
+            return
+        if first > 0:
+            self.walk.hidden = self.inputs.read(first - 1).to(self.walk.device)
+        else:
+            self.inputs.keep(0, self.walk.hidden)
+        with self.reporter.stage("Running blocks", self.count) as step:
+            for index in range(self.count):
+                if index >= first - 1:
+                    self.walk.load(index)
+                    self.walk.advance(index)
+                    self.walk.free(index)
+                    self.inputs.keep(index + 1, self.walk.hidden)
+                step()
+        self.walk.hidden = torch.empty(0)
+
+    def _first_gradient(self) -> tuple[Tensor, int]:
+        """Return the gradient at the output of a block, and the block."""
+        path = self.partial / _STATE
+        if path.is_file():
+            tensors, metadata = read_tensors(path, f"Remove {self.partial} and run again.")
+            return tensors["gradient"].to(self.walk.device), int(metadata["next"])
+        with self.reporter.stage("Gradient of the loss", len(self.tokens)) as step:
+            rows = []
+            with self.walk.whole_outside():
+                for i, ids in enumerate(self.tokens):
+                    state = self.inputs.part(self.count, i, i + 1)
+                    rows.append(self.walk.loss_gradient(ids[None], state))
+                    step()
+        return torch.cat(rows), self.count - 1
+
+    def _reverse_block(self, index: int, gradient: Tensor) -> None:
+        """Carry the gradient ``[S, L, d]`` from a block's output to its input, in place, and write
+        what its linears see on the way."""
+        names = [s.name for s in self.sublayers if s.layer == index]
+        self.walk.load(index)
+        collector = GradientCollector(
+            linears_of(self.walk, names), self.walk.device, self.tokens.shape[1], self.weights
+        )
+        with collector.summing():
+            for start in range(0, len(gradient), self.walk.batch):
+                part = gradient[start : start + self.walk.batch]
+                state = self.inputs.part(index, start, start + len(part))
+                part.copy_(self.walk.reverse(index, state, part))
+        self.walk.free(index)
+        if not self._is_done(index):
+            self._write(index, names, collector)
+
+    def _write(self, index: int, names: Sequence[str], collector: GradientCollector) -> None:
+        means = collector.means()
+        for name in names:
+            found = means[f"{name}.square"]
+            if not bool(found.isfinite()):
+                raise NumericalError(
+                    f"The gradient at the output of {name} is NaN or infinite.",
+                    "Calibrate with --dtype float32, or on other text.",
+                )
+            if not bool(found):
+                self.reporter.warn(
+                    f"The gradient at the output of {name} is zero: the loss does not depend on it."
+                )
+        if self.weights:
+            write_tensors(self.partial / weights_file(index), collector.weight_means(), {})
+        write_tensors(self.partial / block_file(index), means, {})
