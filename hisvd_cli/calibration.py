@@ -138,9 +138,33 @@ class Calibration:
             sequences, _ = _read(self.folder / GRADIENTS / weights_file(layer), device)
             tensors |= {f"sequences.{name}": tensor for name, tensor in sequences.items()}
         try:
-            return {name: _join(each, name, tensors, weights) for name, each in found.items()}
+            keys = self.moment_keys(layer)
+            share = self._first_half
+            return {
+                name: _join(each, name, keys[name], tensors, share, weights)
+                for name, each in found.items()
+            }
         except KeyError as error:
             raise SourceError(f"{path} lacks the gradients of {error}.", _AGAIN) from error
+
+    @property
+    def _first_half(self) -> float:
+        """Share of the sequences of even number, counted from 0."""
+        samples = int(self.manifest["data"]["samples"])
+        return (samples + 1) // 2 / samples
+
+    def moment_keys(self, layer: int) -> dict[str, str]:
+        """Return sublayer name → key of its moment, the same for those that share one.
+
+        Raises:
+            SourceError: the block's file is missing or damaged.
+        """
+        path = self.folder / block_file(layer)
+        try:
+            owners = json.loads(read_header(path).metadata["block"])["owners"]
+            return {name: moment for name, (moment, _) in owners.items()}
+        except (KeyError, ValueError, TypeError) as error:
+            raise SourceError(f"{path} holds no statistics.", _AGAIN) from error
 
     def importance(self, layer: int) -> float:
         """Return the angular distance, from 0 to 1, of a block's input and output.
@@ -160,13 +184,49 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], di
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
 
 
-def _join(known: Statistics, name: str, tensors: dict[str, Tensor], weights: bool) -> Statistics:
+def _join(
+    known: Statistics,
+    name: str,
+    key: str,
+    tensors: dict[str, Tensor],
+    share: float,
+    weights: bool,
+) -> Statistics:
+    """Return a sublayer's statistics with its gradients.
+
+    Args:
+        known: moment and channels.
+        name: of the sublayer.
+        key: of its moment.
+        tensors: of the block's gradients.
+        share: of the sequences, those of the first half.
+        weights: whether the weights' gradients are among the tensors.
+    """
     parts = (tensors[f"sequences.{name}.{part}"] for part in WEIGHT_PARTS)
     sequences = WeightGradients(*parts) if weights else None
     side: Side = "output" if f"{name}.output" in tensors else "input"
     moment = Moment(tensors[f"{name}.{side}"], side)
     gradient = Gradient(moment, float(tensors[f"{name}.square"]))
-    return replace(known, gradient=gradient, weight_gradients=sequences)
+    whole = replace(known, gradient=gradient, weight_gradients=sequences)
+    if share == 1 or known.moment is None:
+        return whole
+    moments = _halves(known.moment, tensors[f"{key}.half"], share)
+    gradients = (
+        Gradient(half, gradient.mean_square)
+        for half in _halves(moment, tensors[f"{name}.half"], share)
+    )
+    one, other = (
+        Statistics(part, known.channels, felt)
+        for part, felt in zip(moments, gradients, strict=True)
+    )
+    return replace(whole, halves=(one, other))
+
+
+def _halves(whole: Moment, first: Tensor, share: float) -> tuple[Moment, Moment]:
+    """Return the moments of both halves from that of the first and of the whole."""
+    wide = first.double()
+    rest = (whole.matrix.double() - share * wide) / (1 - share)
+    return Moment(wide, whole.side), Moment(rest, whole.side)
 
 
 def _side(key: str) -> Side:

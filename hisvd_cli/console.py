@@ -102,6 +102,11 @@ class Console:
         """Tell something that may change a result."""
         self._tell(Text.assemble(("Warning: ", "yellow"), message))
 
+    def suggest(self, message: str) -> None:
+        """Tell of something better that the user could do."""
+        if not (self.quiet or self.as_json):
+            self._tell(Text.assemble(("Note: ", "dim"), message))
+
     def next_command(self, command: str) -> None:
         """End with what a user would run next."""
         if not (self.quiet or self.as_json):

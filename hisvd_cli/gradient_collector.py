@@ -23,22 +23,43 @@ class GradientCollector:
     Args:
         linears: full name → module.
         device: where sums are kept.
+        keys: full name → key of its moment, as ``Calibration.moment_keys`` has it; the moments of
+            every other sequence are taken once more.
         seqlen: tokens per sequence.
         weights: whether the weights' gradients are taken too.
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Linear], device: torch.device, seqlen: int, weights: bool
+        self,
+        linears: Mapping[str, nn.Linear],
+        device: torch.device,
+        *,
+        keys: Mapping[str, str],
+        seqlen: int,
+        weights: bool,
     ) -> None:
         self._linears = linears
+        self._keys = keys
         self._seqlen = seqlen
+        self._start = 0
+        self._halves: dict[str, MomentSum] = {}
+        for name, linear in linears.items():
+            tall = keys[name].endswith(".output")
+            width = linear.out_features if tall else linear.in_features
+            self._halves.setdefault(keys[name], MomentSum(width, device))
+            self._halves[name] = MomentSum(min(linear.weight.shape), device)
         self._squares = {name: MeanSquare() for name in linears}
         self._sums = {n: MomentSum(min(m.weight.shape), device) for n, m in linears.items()}
         self._weights = {n: WeightSum(m, device) for n, m in linears.items()} if weights else {}
 
     @contextmanager
-    def summing(self) -> Iterator[None]:
-        """Add up all gradients that pass back through the linears while the body runs."""
+    def summing(self, start: int) -> Iterator[None]:
+        """Add up all gradients that pass back through the linears while the body runs one chunk.
+
+        Args:
+            start: number of its first sequence.
+        """
+        self._start = start
         handles = [m.register_forward_hook(self._watcher(n)) for n, m in self._linears.items()]
         try:
             yield
@@ -49,11 +70,13 @@ class GradientCollector:
     def _watcher(self, name: str) -> Watch:
         def watch(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
+            self._add_input(name, module, x, output.detach())
 
             def add(gradient: Tensor) -> None:
                 self._squares[name].add(gradient)
                 narrow = gradient @ module.weight if side_of(module) == "input" else gradient
                 self._sums[name].add(narrow)
+                self._add_half(name, narrow)
                 if name in self._weights:
                     self._weights[name].add(self._sequences(x), self._sequences(gradient))
 
@@ -61,18 +84,35 @@ class GradientCollector:
 
         return watch
 
+    def _add_input(self, name: str, module: nn.Linear, x: Tensor, output: Tensor) -> None:
+        key = self._keys[name]
+        if key == f"{name}.input":
+            self._add_half(key, x)
+        elif key == f"{name}.output":
+            bias = module.bias
+            self._add_half(key, output if bias is None else output.float() - bias.float())
+
+    def _add_half(self, key: str, rows: Tensor) -> None:
+        """Add sequences of even number alone."""
+        even = self._sequences(rows)[self._start % 2 :: 2]
+        if len(even):
+            self._halves[key].add(even)
+
     def _sequences(self, rows: Tensor) -> Tensor:
         """Return ``[S, L, width]``; some models hand their linears all tokens in one row."""
         return rows.reshape(-1, self._seqlen, rows.shape[-1])
 
     def means(self) -> dict[str, Tensor]:
         """Return, for each linear, ``name.output`` → H ``[m, m]`` or ``name.input`` → Wᵀ H W
-        ``[n, n]``, and ``name.square`` → E of the mean of g² ``[]``; in float32 on the CPU."""
+        ``[n, n]``, and ``name.square`` → E of the mean of g² ``[]``; of sequences of even number
+        alone, ``name.half`` → the same moment, and ``key.half`` → that of the linear itself, by its
+        key. All in float32 on the CPU."""
         found = {}
         for name, linear in self._linears.items():
             found[f"{name}.{side_of(linear)}"] = self._sums[name].mean()
             found[f"{name}.square"] = self._squares[name].mean()
-        return found
+        halves = {f"{key}.half": total.mean() for key, total in self._halves.items()}
+        return {**found, **halves}
 
     def weight_means(self) -> dict[str, Tensor]:
         """Return name with the ending of each part of ``WeightGradients`` → its mean."""

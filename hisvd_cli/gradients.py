@@ -80,10 +80,10 @@ def measure_gradients(
     """
     precise = torch.float32 if dtype == torch.float16 else dtype
     walk = BlockWalk(source, device, precise, batch)
-    inputs = BlockInputs(calibration.folder / INPUTS)
     key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))
     with building(calibration.folder / GRADIENTS, key) as partial:
-        _Reverse(walk, inputs, sample, partial, weights, state_seconds, reporter).run()
+        reverse = _Reverse(walk, calibration, sample, partial, weights, state_seconds, reporter)
+        reverse.run()
         (partial / _STATE).unlink(missing_ok=True)
         manifest = {
             "kind": "gradients",
@@ -96,7 +96,7 @@ def measure_gradients(
             "versions": versions(),
         }
         write_json(partial / GRADIENTS_MANIFEST, manifest)
-    inputs.remove()
+    reverse.inputs.remove()
     return open_calibration(calibration.folder)
 
 
@@ -106,7 +106,7 @@ class _Reverse:
     def __init__(
         self,
         walk: BlockWalk,
-        inputs: BlockInputs,
+        calibration: Calibration,
         sample: Sample,
         partial: Path,
         weights: bool,
@@ -114,7 +114,8 @@ class _Reverse:
         reporter: Reporter,
     ) -> None:
         self.walk = walk
-        self.inputs = inputs
+        self.calibration = calibration
+        self.inputs = BlockInputs(calibration.folder / INPUTS)
         self.tokens = sample.tokens
         self.partial = partial
         self.weights = weights
@@ -187,12 +188,16 @@ class _Reverse:
         names = [s.name for s in self.sublayers if s.layer == index]
         self.walk.load(index)
         collector = GradientCollector(
-            linears_of(self.walk, names), self.walk.device, self.tokens.shape[1], self.weights
+            linears_of(self.walk, names),
+            self.walk.device,
+            keys=self.calibration.moment_keys(index),
+            seqlen=self.tokens.shape[1],
+            weights=self.weights,
         )
-        with collector.summing():
-            for start in range(0, len(gradient), self.walk.batch):
-                part = gradient[start : start + self.walk.batch]
-                state = self.inputs.part(index, start, start + len(part))
+        for start in range(0, len(gradient), self.walk.batch):
+            part = gradient[start : start + self.walk.batch]
+            state = self.inputs.part(index, start, start + len(part))
+            with collector.summing(start):
                 part.copy_(self.walk.reverse(index, state, part))
         self.walk.free(index)
         if not self._is_done(index):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _LOSSES = {
     "whitened": "mean squared output error",
     "fisher": "error in the K-FAC metric of the loss",
+    "held-out": "error in the K-FAC metric of the loss, on held-out text",
     "weight": "energy of the weights",
 }
 

@@ -145,13 +145,14 @@ PRESETS: dict[str, Preset] = {
         "Dobi-SVD, ICLR 2025 (arXiv 2502.02723)",
         allocator="learned",
         decomposer="whitened",
+        plan={"learning_start": "uniform"},
     ),
     "best": _preset(
         "What measures best here: optimal shares and truncation in the K-FAC metric",
         "hisvd, 2026",
         allocator="waterfill",
         decomposer="fisher",
-        metric="fisher",
+        metric="held-out",
         plan={"input_shrinkage": 0.02, "output_shrinkage": 0.1},
     ),
 }

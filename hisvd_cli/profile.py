@@ -54,6 +54,10 @@ class Resolved:
         """Tell whether a setting was given on the command line."""
         return self.origins.get((section, key), "").startswith("--")
 
+    def uses_defaults(self, section: str) -> bool:
+        """Tell whether nothing chose a method: no preset, and no method by its name."""
+        return not {(section, "preset"), (section, "allocator")} & self.origins.keys()
+
     def flags(self, *sections: str, without: Collection[Key] = (), expanded: bool = False) -> str:
         """Return the settings of ``sections`` that were given as flags, as text to paste.
 

@@ -28,6 +28,7 @@ class Registry(Generic[F]):
         self._package = package
         self._group = group
         self._methods: dict[str, F] = {}
+        self._needs: dict[str, frozenset[str]] = {}
 
     def register(self, name: str, *, needs: Iterable[str] = ()) -> Callable[[F], F]:
         """Return a decorator that adds a function under ``name``.
@@ -40,15 +41,18 @@ class Registry(Generic[F]):
         def add(method: F) -> F:
             if self._methods.setdefault(name, method) is not method:
                 raise ValueError(f"Two {self._kind}s are called '{name}'.")
-            method.needs = frozenset(needs)  # type: ignore[attr-defined]
+            self._needs[name] = frozenset(needs)
             return method
 
         return add
 
     def needs(self, name: str) -> frozenset[str]:
-        """Return what the method called ``name`` needs of a calibration. Raises as ``get``."""
-        declared: frozenset[str] = getattr(self.get(name), "needs", frozenset())
-        return declared
+        """Return what the method called ``name`` needs of a calibration. Raises as ``get``.
+
+        One of another package says so in an attribute ``needs``.
+        """
+        method = self.get(name)
+        return self._needs.get(name) or frozenset(getattr(method, "needs", ()))
 
     def names(self) -> list[str]:
         """Names of all methods, sorted."""

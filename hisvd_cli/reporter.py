@@ -18,6 +18,10 @@ class Reporter(Protocol):
         """Tell something worth knowing."""
         ...
 
+    def suggest(self, message: str) -> None:
+        """Tell of something better that the user could do."""
+        ...
+
     def warn(self, message: str) -> None:
         """Tell something that may change a result."""
         ...
@@ -32,6 +36,9 @@ class Silent:
         yield lambda: None
 
     def note(self, message: str) -> None:
+        """Say nothing."""
+
+    def suggest(self, message: str) -> None:
         """Say nothing."""
 
     def warn(self, message: str) -> None:

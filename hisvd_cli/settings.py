@@ -139,10 +139,11 @@ class PlanSettings(Section):
         "side.",
         choices=ALLOCATOR_NAMES,
     )
-    metric: Literal["whitened", "fisher", "weight"] = _setting(
+    metric: Literal["whitened", "fisher", "held-out", "weight"] = _setting(
         "whitened",
         "In which metric loss is counted: whitened (error of the outputs), fisher (growth of the "
-        "model's loss) or weight (error of the weights).",
+        "model's loss), held-out (the same, on text that the components were not chosen on) or "
+        "weight (error of the weights).",
     )
     input_shrinkage: float = _setting(
         0.02, "fisher: how far moments of inputs move towards their mean diagonal.", ge=0, le=1
@@ -191,7 +192,7 @@ class PlanSettings(Section):
         panel=_ALLOCATORS,
     )
     importance_weight: float = _setting(
-        1.0, "swift: how much a block's importance counts.", panel=_ALLOCATORS, ge=0, le=100
+        0.6, "swift: how much a block's importance counts.", panel=_ALLOCATORS, ge=0, le=1
     )
     sensitivity_ratios: Ratios = _setting(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
@@ -213,6 +214,9 @@ class PlanSettings(Section):
         "asvd, lems, learned: windows of calibration text to measure on.",
         panel=_ALLOCATORS,
         ge=1,
+    )
+    learning_start: Literal["uniform", "waterfill"] = _setting(
+        "waterfill", "learned: where positions start: uniform or waterfill.", panel=_ALLOCATORS
     )
     learning_steps: int = _setting(
         40, "learned: steps of gradient descent.", panel=_ALLOCATORS, ge=1

@@ -18,6 +18,7 @@ from hisvd_cli.spectrum import (
     Spectrum,
     component_changes,
     fisher_energy,
+    held_out_fisher_energy,
     weight_energy,
     whitened_energy,
 )
@@ -33,8 +34,8 @@ class Wanted:
     """Which spectra a plan looks at.
 
     Attributes:
-        metric: in which loss is counted: whitened, fisher or weight. Without a calibration,
-            whitened means weight.
+        metric: in which loss is counted: whitened, fisher, held-out (fisher, on text that the
+            components were not chosen on) or weight. Without a calibration, whitened means weight.
         changes: whether the signed change by each component is wanted too.
         input_shrinkage: of the fisher metric.
         output_shrinkage: of the fisher metric.
@@ -74,8 +75,8 @@ def load_spectra(of: SpectraSource, wanted: Wanted, reporter: Reporter) -> list[
     weights = _weights(of, reporter)
     energies, changes, importance = weights, dict[str, Tensor](), dict[int, float]()
     if of.calibration is None:
-        if wanted.metric == "fisher":
-            raise missing("fisher", "gradients")
+        if wanted.metric not in ("whitened", "weight"):
+            raise missing(wanted.metric, "gradients")
         if wanted.changes:
             raise missing("zero-sum", "weight-gradients")
     else:
@@ -83,7 +84,7 @@ def load_spectra(of: SpectraSource, wanted: Wanted, reporter: Reporter) -> list[
         importance = {layer: of.calibration.importance(layer) for layer in layers}
         if wanted.metric == "whitened":
             energies = _whitened(of, of.calibration, reporter)
-        elif wanted.metric == "fisher":
+        elif wanted.metric != "weight":
             energies = _fisher(of, of.calibration, wanted, reporter)
         if wanted.changes:
             changes = _changes(of, of.calibration, reporter)
@@ -126,10 +127,12 @@ def _fisher(
     shrinkage = (wanted.input_shrinkage, wanted.output_shrinkage)
 
     def compute(weight: Tensor, statistics: Statistics) -> Tensor:
+        if wanted.metric == "held-out" and statistics.halves:
+            return held_out_fisher_energy(weight, statistics, *shrinkage)
         return fisher_energy(weight, statistics, *shrinkage)
 
-    calibration.require({"gradients"}, "fisher")
-    key = digest(calibration.gradients_key, repr(shrinkage))
+    calibration.require({"gradients"}, wanted.metric)
+    key = digest(calibration.gradients_key, wanted.metric, repr(shrinkage))
     path = calibration.folder / GRADIENTS / f"spectra-{key[:12]}.safetensors"
     return _cached(of, path, key, "gradients", compute, reporter)
 

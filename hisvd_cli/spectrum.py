@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hisvd_cli.budget import Shape
 from hisvd_cli.errors import UsageError, suggest
+from hisvd_cli.held_out import held_out_energy
 from hisvd_cli.metric import Metric, energies, fisher_metric, truncate
 from hisvd_cli.moments import Moment
 from hisvd_cli.statistics import Statistics, required
@@ -77,6 +78,26 @@ def fisher_energy(
     if metric.left is None:
         return torch.zeros(min(weight.shape), dtype=torch.float64)
     return energies(weight, metric)
+
+
+def held_out_fisher_energy(
+    weight: Tensor, statistics: Statistics, input_shrinkage: float, output_shrinkage: float
+) -> Tensor:
+    """Return what components of the K-FAC metric lose on the half of the text that they were not
+    chosen on ``[min(m, n)]``; see :mod:`hisvd_cli.held_out`.
+
+    Args:
+        weight: W ``[m, n]``.
+        statistics: in halves; otherwise as for :func:`fisher_energy`.
+        input_shrinkage: s of G, from 0 to 1.
+        output_shrinkage: s of H.
+    """
+
+    def factors(half: Statistics) -> tuple[Tensor, Tensor]:
+        metric = fisher_metric(weight, half, input_shrinkage, output_shrinkage)
+        return truncate(weight, metric, min(weight.shape))
+
+    return held_out_energy(statistics, factors)
 
 
 def component_changes(weight: Tensor, statistics: Statistics) -> Tensor:

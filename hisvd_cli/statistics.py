@@ -71,12 +71,15 @@ class Statistics:
         channels: means of the input's channels.
         gradient: second moment of the gradient at the output, over tokens.
         weight_gradients: means over sequences of the weight's gradient.
+        halves: moment and gradient of every other sequence alone, and of the rest; None where
+            there is but one sequence.
     """
 
     moment: Moment | None = None
     channels: Channels | None = None
     gradient: Gradient | None = None
     weight_gradients: WeightGradients | None = None
+    halves: tuple[Statistics, Statistics] | None = None
 
 
 def required(value: Value | None, method: str, need: Need) -> Value:

@@ -34,3 +34,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     from tests.models import save_model
 
     return cache(lambda arch: save_model(arch, tmp_path_factory.mktemp("models") / arch))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.gradients import measure_gradients
 from hisvd_cli.reporter import Silent
 from hisvd_cli.source import open_source
+from hisvd_cli.statistics import Statistics
 from tests.conftest import MakeModel
 from tests.models import CONFIGS, load_dense, names, random_tokens
 
@@ -117,6 +118,7 @@ def test_gradients_are_those_of_the_whole_model(
             narrow = rows @ weight if m > n else rows
             assert close(each.gradient.moment.matrix, narrow.T @ narrow / len(rows)), name
             assert each.gradient.mean_square == pytest.approx(np.square(rows).mean(), rel=1e-4)
+            check_halves(each, weight, expected[name], name)
             whole = [pair[:, :m].T @ pair[:, m:] for pair in expected[name]]
             parts = each.weight_gradients
             assert close(parts.mean, np.mean(whole, axis=0)), name
@@ -124,6 +126,30 @@ def test_gradients_are_those_of_the_whole_model(
             assert close(parts.input, np.mean([d.T @ d for d in whole], axis=0)), name
             seen.add(name)
     assert seen == expected.keys()
+
+
+def check_halves(found: Statistics, weight: Matrix, pairs: list[Matrix], name: str) -> None:
+    """Sequences of even number, and the rest, have moments of their own."""
+    assert found.halves is not None
+    m, n = weight.shape
+    for half, kept in zip(found.halves, (pairs[0::2], pairs[1::2]), strict=True):
+        assert half.moment is not None
+        assert half.gradient is not None
+        g, x = np.hsplit(np.concatenate(kept), [m])
+        narrow = g @ weight if m > n else g
+        seen = x if half.moment.side == "input" else x @ weight.T
+        assert close(half.gradient.moment.matrix, narrow.T @ narrow / len(g)), name
+        assert close(half.moment.matrix, seen.T @ seen / len(x)), name
+
+
+def test_one_sequence_has_no_halves(tiny_model: MakeModel, tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    one = replace(SAMPLE, tokens=TOKENS[:1])
+    source = open_source(str(folder))
+    running: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "batch": 2, "settings": {}}
+    calibration = calibrate(source, one, tmp_path / "c", **running, reporter=Silent())
+    made = measure_gradients(source, one, calibration, **running, weights=False, reporter=Silent())
+    assert all(each.halves is None for each in made.statistics(0, {"gradients"}).values())
 
 
 def test_inputs_kept_while_calibrating_spare_the_forward_walk(

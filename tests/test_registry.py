@@ -49,7 +49,7 @@ def test_an_unknown_name() -> None:
     assert caught.value.hint == "Did you mean 'hisvd'?"
     with pytest.raises(UsageError) as caught:
         ALLOCATORS.get("zzz")
-    assert caught.value.hint.startswith("Known: hisvd, ")
+    assert caught.value.hint.startswith("Known: asvd, hisvd, ")
 
 
 def test_two_methods_of_one_name(empty: Registry[Method]) -> None:

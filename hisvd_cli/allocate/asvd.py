@@ -7,10 +7,12 @@ gets the smallest share that is allowed to it; the threshold is found by binary 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.budget import Budget, break_even, cost, full_rank
+from hisvd_cli.errors import NumericalError
 from hisvd_cli.spectrum import Spectrum
 
 
@@ -29,11 +31,14 @@ def asvd(
         budget: what they may keep.
         probe: measures perplexities.
         sensitivity_ratios: the grid of kept shares, each above 0 and at most 1.
+
+    Raises:
+        NumericalError: a perplexity is NaN.
     """
     pairs: list[tuple[float, int, int]] = []
     for i, s in enumerate(spectra):
         ranks = {max(int(r * break_even(s.shape)), budget.floors[i]) for r in sensitivity_ratios}
-        pairs += [(probe.perplexity(s.name, rank), i, rank) for rank in sorted(ranks)]
+        pairs += [(_measured(probe, s.name, rank), i, rank) for rank in sorted(ranks)]
     pairs.sort()
     low, high = 0, len(pairs)  # with no pair allowed all stay dense; all pairs cost least
     while low < high:
@@ -45,6 +50,16 @@ def asvd(
     # A grid whose smallest shares are above the budget's: what it asks for is scaled down.
     real = [float(r) for r in chosen] if spent <= budget.parameters else budget.scaled(chosen)
     return Allocation(budget.rounded(real, [s.energy for s in spectra]), chosen)
+
+
+def _measured(probe: Probe, name: str, rank: int) -> float:
+    perplexity = probe.perplexity(name, rank)
+    if math.isnan(perplexity):
+        raise NumericalError(
+            f"The perplexity with {name} truncated to rank {rank} is NaN.",
+            "Use --dtype float32, or another --allocator.",
+        )
+    return perplexity
 
 
 def _smallest(pairs: Sequence[tuple[float, int, int]], budget: Budget) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.allocate.waterfill import optimal_ranks
-from hisvd_cli.budget import Budget, break_even
+from hisvd_cli.budget import Budget, break_even, full_rank
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.spectrum import Spectrum
 
@@ -28,23 +28,24 @@ def learned(
     budget: Budget,
     *,
     probe: Probe,
+    learning_start: str,
     learning_steps: int,
     learning_rate: float,
     softness: float,
 ) -> Allocation:
-    """Learn a position per sublayer, starting from those of ``waterfill``.
+    """Learn a position per sublayer, starting from the same share everywhere or from ``waterfill``.
 
-    Steps are Adam's (Kingma and Ba 2015), on each position as a share of its break-even rank (so
-    of the parameters), and the rate falls evenly to zero. A sublayer whose position reaches
-    break-even is dense, where nothing is measured; only the projection brings it down again. The
-    last step counts, not the one of least divergence: steps see different text.
+    Steps are Adam's (Kingma and Ba 2015). A sublayer whose position reaches break-even is dense,
+    where nothing is measured; only the projection brings it down again. The last step counts, not
+    the one of least divergence: steps see different text.
 
     Args:
         spectra: one per sublayer.
         budget: what they may keep.
         probe: gives the divergence and its gradient.
+        learning_start: ``uniform``, or ``waterfill``.
         learning_steps: how many.
-        learning_rate: of the first step, as a share of the break-even rank.
+        learning_rate: size of a step, as a share of the full rank.
         softness: width of the masks, as a share of the full rank.
 
     Raises:
@@ -52,23 +53,28 @@ def learned(
     """
     energies = [s.energy for s in spectra]
     limits = [break_even(s.shape) for s in spectra]
-    start = optimal_ranks(budget, energies)
+    strides = [
+        learning_rate * full_rank(s.shape) / limit for s, limit in zip(spectra, limits, strict=True)
+    ]
+    uniform = learning_start == "uniform"
+    start = budget.scaled(limits) if uniform else optimal_ranks(budget, energies)
     shares = [min(rank / limit, 1.0) for rank, limit in zip(start, limits, strict=True)]
     adam = _Adam(len(shares))
     for step in range(learning_steps):
         slopes = _slopes(probe, shares, limits, softness, step)
         directions = adam.direction(_along_budget(slopes, shares, budget))
-        rate = learning_rate * (1 - step / learning_steps)
-        moved = [x - rate * d for x, d in zip(shares, directions, strict=True)]
+        moved = [x - a * d for x, a, d in zip(shares, strides, directions, strict=True)]
         shares = _projected(moved, budget)
     positions = [share * limit for share, limit in zip(shares, limits, strict=True)]
-    return Allocation(budget.rounded(positions, energies, nearest=True), start)
+    return Allocation(
+        budget.rounded(positions, energies, nearest=True), [int(rank) for rank in start]
+    )
 
 
 def _slopes(
     probe: Probe, shares: Sequence[float], limits: Sequence[float], softness: float, step: int
 ) -> list[float]:
-    """Return the gradient of the divergence by each share."""
+    """Return the gradient of the divergence by each share of break-even."""
     positions = [
         math.inf if share >= 1 else share * limit
         for share, limit in zip(shares, limits, strict=True)
@@ -124,7 +130,7 @@ class _Adam:
 
 
 def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
-    """Return the nearest shares, between floor and 1, whose cost is the budget.
+    """Return the nearest shares of break-even, between floor and 1, whose cost is the budget.
 
     A share's cost is proportional to it, with mn: the nearest point subtracts a multiple of mn.
     """

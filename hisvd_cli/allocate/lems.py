@@ -8,11 +8,13 @@ Lagrange multipliers, where the paper's program uses an integer programme.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.allocate.waterfill import optimal_ranks
 from hisvd_cli.budget import Budget, break_even
+from hisvd_cli.errors import NumericalError
 from hisvd_cli.spectrum import Spectrum
 
 
@@ -33,6 +35,9 @@ def lems(
         probe: measures the divergences.
         probe_ratio: probe rank, as a share of break-even.
         depth_factor: γ.
+
+    Raises:
+        NumericalError: a divergence is not finite.
     """
     last = max(s.layer for s in spectra) or 1
     losses = []
@@ -40,7 +45,17 @@ def lems(
         rank = max(1, int(probe_ratio * break_even(s.shape)))
         tail = float(s.energy[rank:].sum())
         depth = 1 + depth_factor * (last - s.layer) / last
-        measured = probe.divergence(s.name, rank) * depth
+        measured = _measured(probe, s.name, rank) * depth
         losses.append(s.energy * (measured / tail if tail else 0.0))
     ranks = optimal_ranks(budget, losses)
     return Allocation(ranks, list(ranks))
+
+
+def _measured(probe: Probe, name: str, rank: int) -> float:
+    divergence = probe.divergence(name, rank)
+    if not math.isfinite(divergence):
+        raise NumericalError(
+            f"The divergence with {name} truncated to rank {rank} is NaN or infinite.",
+            "Use --dtype float32, or another --allocator.",
+        )
+    return max(divergence, 0.0)  # one near 0 may round to less

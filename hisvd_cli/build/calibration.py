@@ -10,7 +10,7 @@ import torch
 
 from hisvd_cli.build.samples import calibration_sample, draw_sample, request_calibration
 from hisvd_cli.calibrate import calibrate
-from hisvd_cli.calibration import MANIFEST, Calibration, calibration_key, open_calibration
+from hisvd_cli.calibration import MANIFEST, Calibration, Sample, calibration_key, open_calibration
 from hisvd_cli.device import pick_device
 from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError, UsageError
 from hisvd_cli.gradients import measure_gradients
@@ -20,6 +20,9 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import flag_of
 from hisvd_cli.source import Source, open_source
 from hisvd_cli.statistics import Need
+
+TOKENS_PER_CHANNEL = 20
+"""Fewer calibration tokens than this for each hidden channel get a warning."""
 
 
 def named_source(resolved: Resolved) -> Source:
@@ -148,6 +151,7 @@ def _calibrate(
     present = _present(folder, source)
     sample = draw_sample(request, source, reporter)
     dtype: torch.dtype = getattr(torch, request.dtype)
+    _warn_of_few(source, sample, reporter)
     if present is not None:
         if present.key != calibration_key(source, sample, dtype):
             raise StaleArtifactError(
@@ -166,6 +170,17 @@ def _calibrate(
         reporter=reporter,
         keep_inputs=keep_inputs,
     )
+
+
+def _warn_of_few(source: Source, sample: Sample, reporter: Reporter) -> None:
+    """Tell where there are too few tokens for the width of what is measured."""
+    width = source.config.get_text_config().hidden_size
+    if sample.tokens.numel() < TOKENS_PER_CHANNEL * width:
+        reporter.warn(
+            f"{sample.tokens.numel():,} tokens are few for a model of width {width}: below "
+            f"{TOKENS_PER_CHANNEL * width:,}, results depend on which text they come from. Raise "
+            "--samples or --seqlen."
+        )
 
 
 def _add_gradients(

@@ -35,7 +35,7 @@ def plan_needs(settings: Settings) -> frozenset[Need]:
     """Return what planning needs of a calibration. Raises UsageError for an unknown method."""
     knobs = settings.plan
     needs: set[str] = {"moments"}
-    if knobs.metric == "fisher":
+    if knobs.metric in ("fisher", "held-out"):
         needs |= {"gradients"}
     for name in knobs.allocator:
         needs |= ALLOCATORS.needs(name)
@@ -49,7 +49,8 @@ def method_that_needs(settings: Settings, need: Need) -> str:
     for name in settings.plan.allocator:
         if need in ALLOCATORS.needs(name):
             return name
-    return "fisher" if settings.plan.metric == "fisher" else settings.compress.decomposer
+    metric = settings.plan.metric
+    return metric if metric in ("fisher", "held-out") else settings.compress.decomposer
 
 
 def decomposer_needs(knobs: CompressSettings) -> frozenset[Need]:

@@ -146,6 +146,8 @@ def make_plans(
         BudgetError: the ratio cannot be met.
     """
     check_statistics(resolved.settings, calibration)
+    if calibration and "gradients" in calibration.holds and resolved.uses_defaults("plan"):
+        reporter.suggest("This calibration holds gradients; --preset best makes use of them.")
     anatomy = dissect(source)
     knobs = resolved.settings.plan
     planner = _Planner(

@@ -1,0 +1,88 @@
+"""Spectra, budgets, and an exact solver for the tests of allocators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from hisvd_cli.budget import Budget, Shape
+from hisvd_cli.spectrum import Spectrum
+
+KINDS: list[tuple[str, Shape]] = [("q", (12, 12)), ("k", (6, 12)), ("up", (20, 12))]
+
+
+def make_spectra(layers: int, seed: int, scale: float = 100.0) -> list[Spectrum]:
+    """Return one sublayer of each kind per layer, their energies falling at random speeds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64)
+
+    found = []
+    for layer in range(layers):
+        importance = float(draw(1))
+        for kind, shape in KINDS:
+            full = min(shape)
+            decay = torch.exp(-0.5 * draw(1) * torch.arange(full))
+            energy = (scale * (0.2 + draw(1)) * decay * (0.5 + draw(full))).sort(descending=True)
+            changes = draw(full) - 0.5
+            found.append(
+                Spectrum(
+                    f"model.layers.{layer}.{kind}",
+                    kind,
+                    shape,
+                    energy.values,
+                    energy.values,
+                    layer,
+                    importance,
+                    changes,
+                )
+            )
+    return found
+
+
+def make_budget(
+    spectra: Sequence[Spectrum], ratio: float, floor: int = 1, multiple_of: int = 1
+) -> Budget:
+    """Return the budget of a keep ratio."""
+    shapes = [s.shape for s in spectra]
+    total = sum(m * n for m, n in shapes)
+    return Budget(shapes, round(ratio * total), [floor] * len(shapes), multiple_of)
+
+
+def choices(shape: Shape, floor: int = 1, step: int = 1) -> dict[int, int]:
+    """Return rank → parameters, of all truncated ranks and (as full rank) dense."""
+    m, n = shape
+    truncated = {r: r * (m + n) for r in range(floor, min(shape), step) if r * (m + n) < m * n}
+    return {**truncated, min(shape): m * n}
+
+
+def spent(ranks: Sequence[int], shapes: Sequence[Shape]) -> int:
+    """Return the parameters of ranks, each of which must be one of the choices."""
+    return sum(choices(shape)[rank] for rank, shape in zip(ranks, shapes, strict=True))
+
+
+def tail_losses(spectrum: Spectrum, floor: int = 1, step: int = 1) -> dict[int, float]:
+    """Return rank → energy dropped, 0 for dense."""
+    full = min(spectrum.shape)
+    return {
+        r: float(spectrum.energy[r:].sum()) if r < full else 0.0
+        for r in choices(spectrum.shape, floor, step)
+    }
+
+
+def least_loss(
+    losses: Sequence[Mapping[int, float]], shapes: Sequence[Shape], parameters: int
+) -> float:
+    """Return the least sum of losses within a budget, by dynamic programming over parameters."""
+    best = torch.zeros(parameters + 1, dtype=torch.float64)
+    for options, shape in zip(losses, shapes, strict=True):
+        following = torch.full_like(best, torch.inf)
+        for rank, loss in options.items():
+            price = choices(shape)[rank]
+            if price <= parameters:
+                shifted = best[: parameters + 1 - price] + loss
+                following[price:] = torch.minimum(following[price:], shifted)
+        best = following
+    return float(best[-1])
