@@ -58,8 +58,21 @@ MODEL_SETTINGS = strict(
 )
 CALIBRATION_SETTINGS = strict(dataset=TEXT, samples=COUNT, seqlen=maybe(COUNT), seed=COUNT)
 _KNOBS: dict[str, Schema] = {
+    "preset": maybe(TEXT),
     "ratio_of": {"enum": ["sublayers", "model"]},
-    "allocator": TEXT,
+    "metric": {"enum": ["whitened", "fisher", "held-out", "weight"]},
+    "input_shrinkage": SHARE,
+    "output_shrinkage": SHARE,
+    "selection": {"enum": ["zero-sum", "smallest", "negative-sum", "sigma", "loss-order"]},
+    "importance_weight": SHARE,
+    "sensitivity_ratios": {"type": "array", "items": RATIO},
+    "probe_ratio": RATIO,
+    "depth_factor": NUMBER,
+    "probe_samples": COUNT,
+    "learning_start": {"enum": ["uniform", "waterfill"]},
+    "learning_steps": COUNT,
+    "learning_rate": NUMBER,
+    "softness": NUMBER,
     "rank_method": {"enum": ["stable", "effective", "mathematical"]},
     "alpha": NUMBER,
     "spectrum": {"enum": ["whitened", "weight"]},
@@ -71,12 +84,20 @@ _KNOBS: dict[str, Schema] = {
     "include": {"type": "array", "items": TEXT},
     "exclude": {"type": "array", "items": TEXT},
 }
-PLAN_SETTINGS = strict(ratio=RATIO, **_KNOBS)
+PLAN_SETTINGS = strict(ratio=RATIO, allocator=TEXT, **_KNOBS)
+_ALLOCATORS = {"type": "array", "items": TEXT, "minItems": 1}
 RECORDED = strict(
     model=MODEL_SETTINGS,
     calibration=CALIBRATION_SETTINGS,
-    plan=strict(ratio={"type": "array", "items": RATIO}, **_KNOBS),
-    compress=strict(decomposer=TEXT, max_shard_size=NUMBER),
+    plan=strict(ratio={"type": "array", "items": RATIO}, allocator=_ALLOCATORS, **_KNOBS),
+    compress=strict(
+        decomposer=TEXT,
+        max_shard_size=NUMBER,
+        asvd_alpha=NUMBER,
+        weighting=TEXT,
+        oversamples=COUNT,
+        power_iterations=COUNT,
+    ),
 )
 
 PLAN = strict(
@@ -175,7 +196,7 @@ COMPRESS_FORECAST = strict(
     dense_bytes=COUNT,
     calibration_bytes=COUNT,
     peak_memory_bytes=COUNT,
-    stages=strict(calibrate=NUMBER, decompose=NUMBER),
+    stages=strict(calibrate=NUMBER, plan=NUMBER, decompose=NUMBER),
     seconds=NUMBER,
 )
 
@@ -190,6 +211,7 @@ CALIBRATE = strict(
     dtype=TEXT,
     settings=strict(model=MODEL_SETTINGS, calibration=CALIBRATION_SETTINGS),
     versions=VERSIONS,
+    gradients=maybe({"type": "object"}),
 )
 CALIBRATE_FORECAST = strict(
     dry_run={"const": True}, tokens=COUNT, bytes=COUNT, peak_memory_bytes=COUNT, seconds=NUMBER
@@ -203,6 +225,7 @@ PROVENANCE = strict(
     model=PLANNED_MODEL,
     decomposer=TEXT,
     calibration=maybe({"type": "object"}),
+    gradients=maybe({"type": "object"}),
     ratio=RATIO,
     model_ratio=RATIO,
     allocator=TEXT,

@@ -61,7 +61,8 @@ def test_each_preset_is_what_it_says(name: str, tmp_path: Path) -> None:
     Settings.model_validate({"plan": {}, **preset.settings}, strict=True)
     settings = resolved_with(tmp_path, {PRESET: name}).settings
     assert (*settings.plan.allocator, settings.compress.decomposer) == METHODS[name]
-    assert settings.plan.metric == ("fisher" if METHODS[name][1] == "fisher" else "whitened")
+    metrics = {"best": "held-out", "lems": "fisher"}
+    assert settings.plan.metric == metrics.get(name, "whitened")
     assert settings.plan.min_rank_ratio == (0.3 if name == "hisvd" else 0)
     assert preset.source
     assert len(preset.about) <= 80
@@ -105,7 +106,7 @@ def test_what_is_set_beside_a_preset_wins(
 ) -> None:
     resolved = resolved_with(tmp_path, flags, overrides=overrides)
     assert resolved.settings.plan.allocator == ["uniform"]
-    assert resolved.settings.plan.metric == "fisher"
+    assert resolved.settings.plan.metric == "held-out"
     assert resolved.settings.compress.decomposer == "fisher"
 
 
@@ -117,7 +118,7 @@ def test_in_a_profile_the_order_of_keys_does_not_matter(tmp_path: Path) -> None:
         settings = resolved_with(tmp_path, text=text).settings
         assert settings.plan.allocator == ["uniform"]
         assert settings.compress.decomposer == "svd"
-        assert settings.plan.metric == "fisher"
+        assert settings.plan.metric == "held-out"
 
 
 def test_the_environment_stands_between(tmp_path: Path) -> None:

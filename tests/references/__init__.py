@@ -22,10 +22,9 @@ reference      source                                 what had to be assumed
 ``asvd``       arXiv 2312.05821 and its program       measured on 4 windows; the search ends on the
                                                       last point that meets the ratio
 ``fwsvd``      arXiv 2207.00112                       uniform ranks; one sample is one window
-``gfwsvd``     arXiv 2505.17974                       uniform ranks; one sample is one window; power
-                                                      iteration for Lanczos, until the factors move
-                                                      by less than 1 %; no regularisation, as none
-                                                      is singular
+``gfwsvd``     arXiv 2505.17974                       uniform ranks; one sample is one window; only
+                                                      the first power step, from the identity, as
+                                                      hisvd takes it: not the paper's end
 ``zs_svd``     arXiv 2602.02848 and its program       at least rank 1; gradient a mean of windows'
 ``lems``       ICML 2026 and its program              the depth factor its search starts from; KL
                                                       without temperature and on all tokens; no

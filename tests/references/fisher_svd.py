@@ -9,9 +9,6 @@ from torch import Tensor
 
 from tests.references.common import Study, Weights, cholesky, head, inverse, svd, uniform_ranks
 
-ITERATIONS = 50
-TOLERANCE = 1e-2
-
 
 def fwsvd(study: Study, ratio: float) -> Weights:
     """FWSVD (arXiv 2207.00112): SVD of D W, D the root of each row's summed diagonal Fisher.
@@ -30,11 +27,14 @@ def fwsvd(study: Study, ratio: float) -> Weights:
 
 
 def gfwsvd(study: Study, ratio: float) -> Weights:
-    """GFWSVD (arXiv 2505.17974): the Kronecker product A ⊗ B nearest to the empirical Fisher.
+    """GFWSVD (arXiv 2505.17974), with the first step towards its Kronecker factors.
 
-    It is the first pair of singular vectors of the rearranged Fisher matrix, whose products with a
-    matrix are Σ D B Dᵀ and Σ Dᵀ A D; found by power iteration (the paper: Lanczos). Then
-    W′ = L_A⁻ᵀ (L_Aᵀ W L_B)_k L_B⁻¹ with the Cholesky factors of A ``[m, m]`` and B ``[n, n]``.
+    The paper's A ⊗ B nearest to the empirical Fisher is the first pair of singular vectors of the
+    rearranged Fisher matrix, whose products with a matrix are Σ D B Dᵀ and Σ Dᵀ A D. Here A and B
+    are those products with the identity. Iterated to the end, on one gradient per window, they
+    collapse to few directions: on 12 windows of the demo model that gave 53.4 and 105.9 at keep
+    0.8 and 0.6, where the first step gives 36 and 61. Then W′ = L_A⁻ᵀ (L_Aᵀ W L_B)_k L_B⁻¹ with the
+    Cholesky factors of A ``[m, m]`` and B ``[n, n]``.
     """
     weights: Weights = {}
     for s in study.sublayers:
@@ -48,21 +48,7 @@ def gfwsvd(study: Study, ratio: float) -> Weights:
 
 @cache
 def _factors(study: Study, name: str) -> tuple[Tensor, Tensor]:
-    left, right = nearest_kronecker(study.weight_gradients[name])
-    return cholesky(left), cholesky(right)
-
-
-def nearest_kronecker(gradients: Tensor, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor]:
-    """A ``[m, m]`` and B ``[n, n]``, each of norm 1, of gradients ``[S, m, n]``."""
-    beside = torch.cat(list(gradients), dim=1)  # [m, S·n]
-    below = torch.cat(list(gradients), dim=0)  # [S·m, n]
-    right = torch.eye(gradients.shape[2], dtype=gradients.dtype)
-    for _ in range(iterations):
-        before = right
-        left = torch.cat(list(gradients @ right), dim=1) @ beside.T
-        left = left / left.norm()
-        right = torch.cat(list(left @ gradients), dim=0).T @ below
-        right = right / right.norm()
-        if float((right - before).norm()) < TOLERANCE:
-            break
-    return left, right
+    gradients = study.weight_gradients[name]  # [S, m, n]
+    beside = torch.cat(list(gradients), dim=1)
+    below = torch.cat(list(gradients), dim=0)
+    return cholesky(beside @ beside.T), cholesky(below.T @ below)
