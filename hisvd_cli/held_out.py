@@ -73,7 +73,8 @@ def _products(moment: Moment, rows: Tensor, other: Tensor, own: str) -> Tensor:
     if moment.side == own:
         products: Tensor = rows @ matrix @ rows.T
         return products
-    inverse: Tensor = torch.linalg.pinv(other)
+    square = other.shape[0] == other.shape[1]
+    inverse: Tensor = torch.linalg.inv(other) if square else torch.linalg.pinv(other)
     return inverse @ matrix @ inverse.T
 
 

@@ -122,7 +122,8 @@ def test_the_output_is_named_after_model_and_ratio(quick: tuple[object, ...], he
 def test_quiet_results(quick: tuple[object, ...], tmp_path: Path) -> None:
     calibrated = succeed("calibrate", *quick, "-q")
     assert Path(calibrated.stdout.strip(), "calibration.json").is_file()
-    assert calibrated.stderr == ""
+    (warning,) = calibrated.stderr.splitlines()
+    assert warning.startswith("Warning: 128 tokens are few")
     planned = succeed("plan", *quick, "--ratio", 0.8, "--ratio", 0.5, "-q").stdout.split()
     assert 0 < float(planned[1]) < float(planned[0]) < 1
     succeed("compress", *quick, "--output", "made", "-q")

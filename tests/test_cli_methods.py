@@ -60,7 +60,7 @@ def test_weight_gradients_imply_gradients() -> None:
 @pytest.mark.parametrize(
     ("words", "method", "command"),
     [
-        (("--preset", "best"), "fisher", "hisvd calibrate --gradients"),
+        (("--preset", "best"), "held-out", "hisvd calibrate --gradients"),
         (("--allocator", "zero-sum"), "zero-sum", "hisvd calibrate --weight-gradients"),
         (("--preset", "lems"), "fisher", "hisvd calibrate --gradients"),
     ],
