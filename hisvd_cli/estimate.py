@@ -38,21 +38,11 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
     return count * 2 * size**3 / (time.perf_counter() - started)
 
 
-def estimate_calibration(
-    sublayers: Sequence[Sublayer],
-    outside_parameters: int,
-    width: int,
-    *,
-    samples: int,
-    seqlen: int,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Estimate:
-    """Estimate a calibration from above: a moment is counted for each sublayer, at its smaller
-    side, though sublayers that read the same tensor share one.
+@dataclass(frozen=True)
+class Workload:
+    """What a calibration works on.
 
-    Args:
+    Attributes:
         sublayers: all of them.
         outside_parameters: parameters outside the sublayers: embeddings, norms, head.
         width: d.
@@ -62,77 +52,79 @@ def estimate_calibration(
         dtype: of forward passes.
         device: where they run.
     """
-    tokens = samples * seqlen
-    first = [s for s in sublayers if s.layer == sublayers[0].layer]
-    squares = sum(min(s.shape) ** 2 for s in sublayers)
-    block_squares = sum(min(s.shape) ** 2 for s in first)
-    widest = max(max(s.shape) for s in first)
+
+    sublayers: Sequence[Sublayer]
+    outside_parameters: int
+    width: int
+    samples: int
+    seqlen: int
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        """All calibration tokens."""
+        return self.samples * self.seqlen
+
+    @property
+    def block(self) -> list[Sublayer]:
+        """The sublayers of the first block."""
+        return [s for s in self.sublayers if s.layer == self.sublayers[0].layer]
+
+    @property
+    def resident_bytes(self) -> int:
+        """What any walk holds: one block, what is in no block, and one state of all tokens."""
+        weights = self.outside_parameters + _size(self.block)
+        return _IMPORTS_BYTES + (weights + self.tokens * self.width) * self.dtype.itemsize
+
+    def seconds(self, passed: int, products: int) -> float:
+        """Return the time of passing tokens through ``passed`` weights, and of ``products``
+        multiplications of moments a token."""
+        forward = passed / product_rate(self.device, self.dtype)
+        return 2 * self.tokens * (forward + products / product_rate(self.device, torch.float32))
+
+
+def estimate_calibration(work: Workload) -> Estimate:
+    """Estimate a calibration from above: a moment is counted for each sublayer, at its smaller
+    side, though sublayers that read the same tensor share one."""
+    squares, widest = _squares(work.sublayers), max(max(s.shape) for s in work.block)
     memory = (
-        _IMPORTS_BYTES
-        + (outside_parameters + _size(first)) * dtype.itemsize
-        + (8 + 4) * block_squares  # sums in float64, and their mean in float32
-        + tokens * width * dtype.itemsize  # hidden states
-        + batch * seqlen * (12 * width + 4 * widest) * 4  # activations of one forward pass
+        work.resident_bytes
+        + (8 + 4) * _squares(work.block)  # sums in float64, and their mean in float32
+        + work.batch * work.seqlen * (12 * work.width + 4 * widest) * 4  # one pass's activations
     )
-    forward = 2 * _size(sublayers) * tokens / product_rate(device, dtype)
-    products = 2 * squares * tokens / product_rate(device, torch.float32)
-    return Estimate(4 * squares, memory, forward + products)
+    return Estimate(4 * squares, memory, work.seconds(_size(work.sublayers), squares))
 
 
-def estimate_gradients(
-    sublayers: Sequence[Sublayer],
-    outside_parameters: int,
-    width: int,
-    *,
-    samples: int,
-    seqlen: int,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    weights: bool,
-) -> Estimate:
-    """Estimate the reverse walk that follows a calibration; arguments as for it.
+def estimate_gradients(work: Workload, weights: bool) -> Estimate:
+    """Estimate the reverse walk that follows a calibration, its forward half done.
 
     Args:
-        sublayers: all of them.
-        outside_parameters: parameters outside the sublayers; all are counted as the head's.
-        width: d.
-        samples: windows of text.
-        seqlen: tokens per window.
-        batch: windows per chunk.
-        dtype: of forward passes.
-        device: where they run.
+        work: what it works on; all parameters outside sublayers are counted as the head's.
         weights: whether the weights' gradients are taken too.
     """
-    tokens = samples * seqlen
-    layers = len({s.layer for s in sublayers})
-    first = [s for s in sublayers if s.layer == sublayers[0].layer]
-    squares = sum(min(s.shape) ** 2 for s in sublayers)
+    shapes = [s.shape for s in work.sublayers]
     # Forward and backward through every block and the head; a tall weight's gradient is carried
     # to its input once more.
-    passes = 2 * _size(sublayers) + 3 * outside_parameters
-    passes += sum(s.shape[0] * s.shape[1] for s in sublayers if s.shape[0] > s.shape[1])
-    products = squares * tokens
+    passed = 2 * _size(work.sublayers) + 3 * work.outside_parameters
+    passed += sum(m * n for m, n in shapes if m > n)
+    squares = _squares(work.sublayers)
+    products = 2 * squares  # H, and of half the text H and G again
     whole = 0
     if weights:
-        whole = sum(m * n + m * m + n * n for m, n in (s.shape for s in sublayers))
-        products += _size(sublayers) * tokens
-        products += samples * sum(m * n * (m + n) for m, n in (s.shape for s in sublayers))
+        whole = sum(m * n + m * m + n * n for m, n in shapes)
+        products += _size(work.sublayers)
+        products += sum(m * n * (m + n) for m, n in shapes) // work.seqlen
+    layers = len({s.layer for s in work.sublayers})
+    graph = 3 * sum(map(sum, (s.shape for s in work.block))) * work.dtype.itemsize  # of a token
     memory = (
-        _IMPORTS_BYTES
-        + (outside_parameters + _size(first)) * dtype.itemsize
-        + (8 + 4) * squares // layers
+        work.resident_bytes
+        + 3 * (8 + 4) * squares // layers
         + 4 * whole // layers
-        + tokens * width * dtype.itemsize  # the carried gradient
-        + batch
-        * seqlen
-        * 3
-        * sum(sum(s.shape) for s in first)
-        * dtype.itemsize  # one chunk's graph
+        + work.batch * work.seqlen * graph
     )
-    seconds = 2 * passes * tokens / product_rate(device, dtype)
-    seconds += 2 * products / product_rate(device, torch.float32)
-    return Estimate(4 * (squares + whole), memory, seconds)
+    return Estimate(4 * (3 * squares + whole), memory, work.seconds(passed, products))
 
 
 def estimate_measuring(parameters: int, tokens: int, passes: float, rate: float) -> float:
@@ -147,6 +139,11 @@ def estimate_decomposition(sublayers: Sequence[Sublayer]) -> float:
         for s in sublayers
     )
     return flops / product_rate(torch.device("cpu"), torch.float64, 512)
+
+
+def _squares(sublayers: Sequence[Sublayer]) -> int:
+    """Return the entries of a moment of each sublayer, at its smaller side."""
+    return sum(min(s.shape) ** 2 for s in sublayers)
 
 
 def _size(sublayers: Sequence[Sublayer]) -> int:

@@ -16,6 +16,7 @@ from hisvd_cli.build.samples import request_calibration
 from hisvd_cli.compress import lay_out
 from hisvd_cli.estimate import (
     Estimate,
+    Workload,
     estimate_calibration,
     estimate_decomposition,
     estimate_gradients,
@@ -71,22 +72,20 @@ def _calibration(
     """Estimate a calibration with all that it needs to hold."""
     request = request_calibration(resolved, source)
     inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
-    about = (
-        anatomy.sublayers,
-        anatomy.total_parameters - inside,
-        source.config.get_text_config().hidden_size,
+    work = Workload(
+        sublayers=anatomy.sublayers,
+        outside_parameters=anatomy.total_parameters - inside,
+        width=source.config.get_text_config().hidden_size,
+        samples=request.samples,
+        seqlen=request.seqlen,
+        batch=resolved.settings.calibration.batch,
+        dtype=getattr(torch, request.dtype),
+        device=torch.device(request.device),
     )
-    size: dict[str, Any] = {
-        "samples": request.samples,
-        "seqlen": request.seqlen,
-        "batch": resolved.settings.calibration.batch,
-        "dtype": getattr(torch, request.dtype),
-        "device": torch.device(request.device),
-    }
-    plain = estimate_calibration(*about, **size)
+    plain = estimate_calibration(work)
     if not set(needs) - {"moments"}:
         return plain
-    more = estimate_gradients(*about, **size, weights="weight-gradients" in needs)
+    more = estimate_gradients(work, "weight-gradients" in needs)
     peak = max(plain.peak_memory_bytes, more.peak_memory_bytes)
     return Estimate(plain.bytes + more.bytes, peak, plain.seconds + more.seconds)
 
