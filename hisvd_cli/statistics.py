@@ -6,7 +6,6 @@ the loss summed over tokens; D = ∂loss/∂W = Σ_t g xᵀ ``[m, n]`` of one wh
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -99,11 +98,3 @@ def missing(method: str, need: Need) -> SourceError:
         f"'{method}' needs {need.replace('-', ' ')}, which this calibration does not hold.",
         f"Run: {COMMANDS[need]}",
     )
-
-
-def strongest(needs: Set[Need]) -> Need | None:
-    """Return the one need whose command takes everything in ``needs``; None where it is empty."""
-    for need in ("weight-gradients", "gradients", "moments"):
-        if need in needs:
-            return need
-    return None
