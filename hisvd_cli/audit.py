@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 from hisvd_cli.budget import full_rank
+from hisvd_cli.lowrank import Storage, factor_shapes
 from hisvd_cli.plan import Plan
 from hisvd_cli.sublayers import Sublayer
 
@@ -28,12 +30,14 @@ class Row:
     rank: int
     dense: bool
     dtype: str
+    storage: Storage = "pair"
 
     @property
     def parameters(self) -> int:
         """Parameters of the pair, or of the dense matrix."""
-        m, n = self.shape
-        return m * n if self.dense else self.rank * (m + n)
+        if self.dense:
+            return prod(self.shape)
+        return sum(map(prod, factor_shapes(self.storage, *self.shape, self.rank).values()))
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,10 @@ class Audit:
 
 
 def rows_of(
-    sublayers: Iterable[Sublayer], ranks: Mapping[str, int], dtypes: Mapping[str, str]
+    sublayers: Iterable[Sublayer],
+    ranks: Mapping[str, int],
+    dtypes: Mapping[str, str],
+    storage: Storage = "pair",
 ) -> list[Row]:
     """Return a row per sublayer: low rank where ``ranks`` names one.
 
@@ -104,28 +111,26 @@ def rows_of(
         sublayers: of the dense model.
         ranks: name → rank of the low-rank ones.
         dtypes: name of a tensor on disk → its dtype.
+        storage: how the low-rank ones are written.
     """
     rows = []
     for s in sublayers:
         rank = ranks.get(s.name)
         dtype = dtypes.get(f"{s.name}.weight", "")
         full = full_rank(s.shape) if rank is None else rank
-        rows.append(Row(s.name, s.layer, s.cluster, s.shape, full, rank is None, dtype))
+        rows.append(Row(s.name, s.layer, s.cluster, s.shape, full, rank is None, dtype, storage))
     return rows
 
 
-def factor_shapes(
-    sublayers: Iterable[Sublayer], ranks: Mapping[str, int]
+def sublayer_shapes(
+    sublayers: Iterable[Sublayer], ranks: Mapping[str, int], storage: Storage
 ) -> dict[str, tuple[int, ...]]:
-    """Return tensor name → shape of every sublayer: a pair where ``ranks`` names one."""
+    """Return tensor name → shape of every sublayer: factors where ``ranks`` names one."""
     shapes: dict[str, tuple[int, ...]] = {}
     for s in sublayers:
-        m, n = s.shape
-        if s.name in ranks:
-            shapes[f"{s.name}.weight"] = (ranks[s.name], n)
-            shapes[f"{s.name}.weight_u"] = (m, ranks[s.name])
-        else:
-            shapes[f"{s.name}.weight"] = (m, n)
+        rank = ranks.get(s.name)
+        tensors = {"weight": s.shape} if rank is None else factor_shapes(storage, *s.shape, rank)
+        shapes |= {f"{s.name}.{leaf}": shape for leaf, shape in tensors.items()}
     return shapes
 
 

@@ -1,20 +1,29 @@
 """Rank ↔ parameters: what a plan costs, and how a budget is met to the last parameter.
 
 A pair of rank r costs ``r(m+n)`` parameters and a dense sublayer ``mn``; at the break-even rank
-``k* = mn/(m+n)`` both are equal, and a rank at or above it means dense.
+``k* = mn/(m+n)`` both are equal, and a rank at or above it means dense. In pivoted storage a pair
+costs ``r(m+n−r) + m``, the m being indices, and breaks even just below full rank.
+
+Real-valued ranks are those of a plain pair, whatever the storage: they say which share of mn a
+sublayer gets. Whole ranks are those that are stored.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from hisvd_cli.errors import BudgetError
+from hisvd_cli.lowrank import Storage
 
 Shape = tuple[int, int]
+
+_ALMOST = 1e-9
+"""Ranks this near to the next one count as that one: they come of arithmetic that rounds."""
 
 
 def full_rank(shape: Shape) -> int:
@@ -23,21 +32,35 @@ def full_rank(shape: Shape) -> int:
 
 
 def break_even(shape: Shape) -> float:
-    """Return ``k* = mn/(m+n)``, the rank at which a pair is as large as the matrix."""
+    """Return ``k* = mn/(m+n)``, the rank at which a plain pair is as large as the matrix."""
     m, n = shape
     return m * n / (m + n)
 
 
-def is_dense(rank: float, shape: Shape) -> bool:
+def is_dense(rank: float, shape: Shape, storage: Storage = "pair") -> bool:
     """Tell whether a rank is at or above break-even, where the sublayer stays dense."""
     m, n = shape
-    return rank * (m + n) >= m * n
+    return rank >= min(shape) or _factored(rank, shape, storage) >= m * n
 
 
-def cost(rank: float, shape: Shape) -> float:
+def cost(rank: float, shape: Shape, storage: Storage = "pair") -> float:
     """Return the parameters of a sublayer at ``rank`` (``mn`` where that is dense)."""
     m, n = shape
-    return m * n if is_dense(rank, shape) else rank * (m + n)
+    return m * n if is_dense(rank, shape, storage) else _factored(rank, shape, storage)
+
+
+def _factored(rank: float, shape: Shape, storage: Storage) -> float:
+    m, n = shape
+    return rank * (m + n) if storage == "pair" else rank * (m + n - rank) + m
+
+
+def rank_of_share(share: float, shape: Shape, storage: Storage = "pair") -> float:
+    """Return the rank, not rounded, that costs ``share`` of mn; 0 where that pays for none."""
+    m, n = shape
+    if storage == "pair":
+        return share * break_even(shape)
+    # The smaller root of r² − (m+n)r + (share·mn − m) = 0.
+    return ((m + n) - math.sqrt((m + n) ** 2 - 4 * max(share * m * n - m, 0.0))) / 2
 
 
 @dataclass(frozen=True)
@@ -49,21 +72,31 @@ class Budget:
         parameters: how many parameters all of them together may keep.
         floors: smallest rank of each sublayer.
         multiple_of: ranks of truncated sublayers are multiples of this.
+        storage: how pairs are written.
     """
 
     shapes: Sequence[Shape]
     parameters: int
     floors: Sequence[int]
     multiple_of: int = 1
+    storage: Storage = "pair"
 
     def __post_init__(self) -> None:
-        least = sum(int(cost(r, s)) for r, s in zip(self.floors, self.shapes, strict=True))
+        least = self.spent(self.floors)
         if least > self.parameters:
             raise BudgetError(
                 f"The smallest ranks allowed already take {least:,} parameters, "
                 f"{least - self.parameters:,} more than the budget of {self.parameters:,}.",
                 "Raise --ratio, or lower --min-rank-ratio or --multiple-of.",
             )
+
+    def cost(self, rank: int, shape: Shape) -> int:
+        """Return the parameters of a sublayer at a whole rank."""
+        return int(cost(rank, shape, self.storage))
+
+    def spent(self, ranks: Sequence[int]) -> int:
+        """Return the parameters of all sublayers at whole ranks."""
+        return sum(self.cost(r, s) for r, s in zip(ranks, self.shapes, strict=True))
 
     def scaled(self, baselines: Sequence[float]) -> list[float]:
         """Return ``clip(λ·baseline, floor, k*)`` with the one λ that spends the budget.
@@ -102,9 +135,23 @@ class Budget:
         Returns:
             Ranks; a dense sublayer has its full rank.
         """
+        stored = [
+            full_rank(s)
+            if is_dense(r + _ALMOST, s)
+            else rank_of_share(r / break_even(s), s, self.storage)
+            for r, s in zip(ranks, self.shapes, strict=True)
+        ]
+        return self.settled(stored, energies, nearest)
+
+    def settled(
+        self, ranks: Sequence[float], energies: Sequence[Tensor], nearest: bool = False
+    ) -> list[int]:
+        """Return whole ranks as :meth:`rounded` does, from ranks in this budget's storage."""
         step = self.multiple_of
         whole = [
-            full_rank(s) if is_dense(r + 1e-9, s) else max(int(r + 1e-9) // step * step, floor)
+            full_rank(s)
+            if is_dense(r + _ALMOST, s, self.storage)
+            else max(int(r + _ALMOST) // step * step, floor)
             for r, s, floor in zip(ranks, self.shapes, self.floors, strict=True)
         ]
         if nearest:
@@ -125,9 +172,7 @@ class Budget:
         tails = [_tail_sums(energy) for energy in energies]
         filled = list(ranks)
         taken = [0] * len(filled)
-        left = self.parameters - sum(
-            int(cost(r, s)) for r, s in zip(filled, self.shapes, strict=True)
-        )
+        left = self.parameters - self.spent(filled)
         heap: list[tuple[float, int]] = []
 
         def offer(i: int) -> None:
@@ -141,8 +186,7 @@ class Budget:
         while heap:
             _, i = heapq.heappop(heap)
             following, price = self._step(filled[i], self.shapes[i])
-            # What does not fit now never will: the budget only falls, and steps do not shrink
-            # before the last one, to dense, which no longer step precedes.
+            # What does not fit now never will: what is left only falls.
             if price <= left:
                 filled[i], left = following, left - price
                 taken[i] += 1
@@ -152,9 +196,9 @@ class Budget:
     def _step(self, rank: int, shape: Shape) -> tuple[int, int]:
         """Return the next rank above ``rank`` and what it costs more."""
         following = rank + self.multiple_of
-        if is_dense(following, shape):
+        if is_dense(following, shape, self.storage):
             following = full_rank(shape)
-        return following, int(cost(following, shape)) - int(cost(rank, shape))
+        return following, self.cost(following, shape) - self.cost(rank, shape)
 
 
 def _tail_sums(energy: Tensor) -> list[float]:

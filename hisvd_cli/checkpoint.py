@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.errors import SourceError
+from hisvd_cli.lowrank import FACTORS, Storage
 from hisvd_cli.source import read_config
 from hisvd_cli.tensorfile import reason, write_json, write_tensors
 from hisvd_cli.weights import INDEX, SINGLE, Weights, open_weights
@@ -59,6 +60,17 @@ class Checkpoint:
             )
         return dict(ranks)
 
+    @property
+    def storage(self) -> Storage:
+        """How its pairs are written. Raises SourceError."""
+        try:
+            return storage_of(self.config["quantization_config"])
+        except ValueError as error:
+            raise SourceError(
+                f"config.json of {self.folder} names a storage that is not known: {error}.",
+                "Use the version of hisvd that wrote it.",
+            ) from error
+
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """What ``hisvd.json`` records, empty where it is missing or holds no JSON object.
@@ -98,17 +110,27 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_config(folder))
 
 
+def storage_of(quantization: Mapping[str, Any]) -> Storage:
+    """Return the storage that a ``quantization_config`` names. Raises ValueError: none we know."""
+    named = quantization.get("storage", "pair")
+    if named not in FACTORS:
+        raise ValueError(named)
+    storage: Storage = named
+    return storage
+
+
 def compressed_config(
-    config: Mapping[str, Any], architecture: str, ranks: Mapping[str, int]
+    config: Mapping[str, Any], architecture: str, ranks: Mapping[str, int], storage: Storage
 ) -> dict[str, Any]:
     """Return config.json of the compressed model: the base model's, ranks, and how to load it."""
-    from hisvd_cli.transformers_plugin import AUTO_MAP, HiSVDConfig
+    from hisvd_cli.transformers_plugin import AUTO_MAP, FORMAT_VERSIONS, HiSVDConfig
 
+    quantization = HiSVDConfig(ranks, FORMAT_VERSIONS[storage], storage)
     return {
         **config,
         "architectures": [architecture],
         "auto_map": dict(AUTO_MAP),
-        "quantization_config": HiSVDConfig(ranks=dict(ranks)).to_dict(),
+        "quantization_config": quantization.to_dict(),
     }
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from hisvd_cli.checkpoint import (
 )
 from hisvd_cli.decompose import DECOMPOSERS, Decomposer
 from hisvd_cli.errors import NumericalError, StaleArtifactError
+from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
 from hisvd_cli.model_card import write_card
 from hisvd_cli.paths import digest
+from hisvd_cli.pivot import pivoted
 from hisvd_cli.plan import Plan
 from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
@@ -40,6 +43,7 @@ from hisvd_cli.tensorfile import join_files, write_json, write_tensors
 from hisvd_cli.versions import versions
 
 _OUTSIDE = "outside"
+_INDEX_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Layout:
         return sum(self.sizes.values())
 
 
-def lay_out(source: Source, ranks: Mapping[str, int]) -> Layout:
+def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layout:
     """Work out, before any work, every tensor of the checkpoint and its size."""
     model = build_meta_model(source)
     prefix, layers = decoder_blocks(model)
@@ -87,13 +91,15 @@ def lay_out(source: Source, ranks: Mapping[str, int]) -> Layout:
             part = f"block-{index:05d}"
         info = source.weights.infos[stored]
         rank = ranks.get(name.removesuffix(".weight"))
-        parts[part][name] = stored
         if rank is None:
+            parts[part][name] = stored
             sizes[part] += info.nbytes
         else:
             m, n = info.shape
-            parts[part][f"{name}_u"] = stored
-            sizes[part] += info.nbytes * rank * (m + n) // (m * n)
+            for leaf, shape in factor_shapes(storage, m, n, rank).items():
+                parts[part][f"{name.removesuffix('weight')}{leaf}"] = stored
+                width = _INDEX_BYTES if leaf == "weight_order" else info.nbytes // (m * n)
+                sizes[part] += prod(shape) * width
     return Layout(type(model).__name__, parts, sizes)
 
 
@@ -139,10 +145,10 @@ def compress(
     for need in needs:
         if calibration is None or need not in calibration.holds:
             raise missing(decomposer, need)
-    layout = lay_out(source, plan.ranks)
+    layout = lay_out(source, plan.ranks, plan.storage)
     method = DECOMPOSERS.get(decomposer)
     prepared = partial(method, **accepted(method, knobs))
-    factory = _Factory(source, plan.ranks, calibration, prepared, needs, device)
+    factory = _Factory(source, plan, calibration, prepared, needs, device)
     record = _provenance(plan, calibration, decomposer, needs, settings)
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
     started = time.monotonic()
@@ -156,7 +162,9 @@ def compress(
                 step()
         decomposed = time.monotonic()
         _join_shards(home, shards, layout)
-        config = compressed_config(read_config(source.folder), layout.architecture, plan.ranks)
+        config = compressed_config(
+            read_config(source.folder), layout.architecture, plan.ranks, plan.storage
+        )
         write_json(home / "config.json", config)
         write_json(home / PROVENANCE, record)
         plan.save(home / PLAN_FILE)
@@ -203,7 +211,7 @@ class _Factory:
     """Writes the tensors of a part: as they are, or as the pair of factors that the plan asks."""
 
     source: Source
-    ranks: Mapping[str, int]
+    plan: Plan
     calibration: Calibration | None
     method: Decomposer
     needs: Collection[Need]
@@ -217,30 +225,36 @@ class _Factory:
         if self.calibration and part != _OUTSIDE:
             layer = int(part.rpartition("-")[2])
             known = self.calibration.statistics(layer, self.needs, self.device)
+        ranks = self.plan.ranks
         tensors: dict[str, Tensor] = {}
         for name, stored in names.items():
             sublayer = name.removesuffix(".weight")
-            if name not in tensors:  # a factor U comes with its V
+            if name not in tensors:  # all factors come with the first
                 weight = self.source.weights.read(stored)
-                if name.endswith(".weight") and sublayer in self.ranks:
-                    u, v = self._factor(sublayer, weight, known.get(sublayer, Statistics()))
-                    tensors |= {name: v, f"{name}_u": u}
+                if name.endswith(".weight") and sublayer in ranks:
+                    statistics = known.get(sublayer, Statistics())
+                    factors = self._factor(sublayer, weight, statistics, ranks[sublayer])
+                    tensors |= {f"{sublayer}.{leaf}": t for leaf, t in factors.items()}
                 else:
                     tensors[name] = weight
         write_tensors(path, tensors, {})
 
     def _factor(
-        self, sublayer: str, weight: Tensor, statistics: Statistics
-    ) -> tuple[Tensor, Tensor]:
-        """Return U and V on the CPU, in the dtype of the weight. Raises NumericalError."""
-        u, v = self.method(weight.to(self.device), statistics, self.ranks[sublayer])
-        u, v = u.to(weight.dtype).cpu(), v.to(weight.dtype).cpu()
-        if not bool(u.isfinite().all() and v.isfinite().all()):
-            raise NumericalError(
-                f"The decomposition of {sublayer} is not finite in {str(weight.dtype)[6:]}.",
-                "Check the model with 'hisvd inspect', and calibrate again.",
-            )
-        return u, v
+        self, sublayer: str, weight: Tensor, statistics: Statistics, rank: int
+    ) -> dict[str, Tensor]:
+        """Return the factors on the CPU, in the dtype of the weight. Raises NumericalError."""
+        u, v = self.method(weight.to(self.device), statistics, rank)
+        factors = pivoted(u, v) if self.plan.storage == "pivoted" else (v, u)
+        stored: dict[str, Tensor] = dict(zip(FACTORS[self.plan.storage], factors, strict=True))
+        for leaf, tensor in stored.items():
+            dtype = weight.dtype if tensor.is_floating_point() else tensor.dtype
+            stored[leaf] = tensor.to("cpu", dtype)
+            if not bool(stored[leaf].isfinite().all()):
+                raise NumericalError(
+                    f"The decomposition of {sublayer} is not finite in {str(weight.dtype)[6:]}.",
+                    "Check the model with 'hisvd inspect', and calibrate again.",
+                )
+        return stored
 
 
 def _join_shards(home: Path, shards: Mapping[str, Sequence[str]], layout: Layout) -> None:

@@ -22,10 +22,12 @@ from hisvd_cli.checkpoint import (
     copy_companions,
     dense_config,
     open_checkpoint,
+    storage_of,
     write_loader,
     write_shards,
 )
 from hisvd_cli.errors import SourceError
+from hisvd_cli.lowrank import FACTORS, dense_product
 from hisvd_cli.paths import digest
 from hisvd_cli.tensorfile import replacing, write_json
 
@@ -98,9 +100,15 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
         write_shards(partial, sizes, iter(tensors.items()), shard_bytes)
         config = document["config"]
-        ranks = config["quantization_config"]["ranks"]
+        quantization = config["quantization_config"]
         write_json(
-            partial / "config.json", compressed_config(config, config["architectures"][0], ranks)
+            partial / "config.json",
+            compressed_config(
+                config,
+                config["architectures"][0],
+                quantization["ranks"],
+                storage_of(quantization),
+            ),
         )
         write_json(partial / PROVENANCE, document["provenance"])
         for name, data in document["files"].items():
@@ -118,24 +126,24 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
         SourceError: a factor is missing.
         OutputError: the folder cannot be written.
     """
-    ranks = checkpoint.ranks
     infos = checkpoint.weights.infos
+    factors = _factor_names(checkpoint)
     sizes: dict[str, int] = {}
+    inner = {name for names in factors.values() for name in names.values()} - set(factors)
     for name, info in infos.items():
-        sublayer = name.removesuffix(".weight")
-        if name.endswith(".weight") and sublayer in ranks:
-            if f"{name}_u" not in infos:
-                raise SourceError(f"{checkpoint.folder} lacks {name}_u.", "Compress again.")
-            sizes[name] = info.nbytes // info.shape[0] * infos[f"{name}_u"].shape[0]
-        elif name.removesuffix(".weight_u") not in ranks or not name.endswith(".weight_u"):
+        if name in factors:
+            rows = infos[factors[name]["weight_u"]].shape[0]
+            rows += info.shape[0] if checkpoint.storage == "pivoted" else 0
+            sizes[name] = info.nbytes // info.shape[0] * rows
+        elif name not in inner:
             sizes[name] = info.nbytes
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sizes:
             tensor = checkpoint.weights.read(name)
-            if name.removesuffix(".weight") in ranks and name.endswith(".weight"):
-                u = checkpoint.weights.read(f"{name}_u")
-                tensor = (u.float() @ tensor.float()).to(tensor.dtype)
+            if name in factors:
+                read = {leaf: checkpoint.weights.read(n) for leaf, n in factors[name].items()}
+                tensor = dense_product(read).to(tensor.dtype)
             yield name, tensor
 
     with building(folder, digest("dense", json.dumps(checkpoint.config))) as partial:
@@ -143,6 +151,22 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
         write_json(partial / "config.json", dense_config(checkpoint.config))
         write_json(partial / PROVENANCE, {**checkpoint.provenance, "kind": "dense"})
         copy_companions(checkpoint.folder, partial)
+
+
+def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Return, for the weight of each low-rank sublayer, the names of its factors on disk.
+
+    Raises:
+        SourceError: a factor is missing.
+    """
+    names = {
+        f"{sublayer}.weight": {leaf: f"{sublayer}.{leaf}" for leaf in FACTORS[checkpoint.storage]}
+        for sublayer in checkpoint.ranks
+    }
+    for name in (name for each in names.values() for name in each.values()):
+        if name not in checkpoint.weights:
+            raise SourceError(f"{checkpoint.folder} lacks {name}.", "Compress again.")
+    return names
 
 
 def repack(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hisvd_cli.hull import lower_hull
 from hisvd_cli.moments import Moment
 from hisvd_cli.statistics import Statistics, required
 
@@ -80,19 +81,10 @@ def _products(moment: Moment, rows: Tensor, other: Tensor, own: str) -> Tensor:
 
 def _convex_steps(losses: Tensor) -> Tensor:
     """Return the falls from rank to rank of the largest convex, falling curve below ``losses``."""
-    values = losses.cummin(0).values.tolist()
-    corners: list[int] = []
-    for rank, value in enumerate(values):
-        while len(corners) > 1 and _bends_down(values, corners[-2], corners[-1], rank, value):
-            corners.pop()
-        corners.append(rank)
+    values = losses.tolist()
+    corners = lower_hull(range(len(values)), values)
     steps: list[float] = []
     for start, end in pairwise(corners):
         steps += [(values[start] - values[end]) / (end - start)] * (end - start)
+    steps += [0.0] * (len(values) - 1 - len(steps))
     return torch.tensor(steps, dtype=torch.float64)
-
-
-def _bends_down(values: list[float], first: int, middle: int, last: int, value: float) -> bool:
-    """Tell whether the middle corner lies on or above the line from the first to the last."""
-    fall = (values[first] - values[middle]) * (last - middle)
-    return fall <= (values[middle] - value) * (middle - first)

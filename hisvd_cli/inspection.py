@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.audit import (
     Audit,
-    factor_shapes,
     part,
     plan_problems,
     provenance_table,
     rows_of,
+    sublayer_shapes,
     tensor_problems,
 )
 from hisvd_cli.calibration import MANIFEST, Calibration, open_calibration
@@ -72,9 +72,13 @@ def _audit_plan(target: str, plan: Plan, size: int) -> Audit:
         parameters=total and total - plan.full_parameters + plan.kept_parameters,
         dense_parameters=total,
         bytes=size,
-        sublayers=rows_of(sublayers, plan.ranks, {}),
+        sublayers=rows_of(sublayers, plan.ranks, {}, plan.storage),
         provenance={**plan.provenance, "settings": plan.settings},
-        table={"model": str(made_for.get("name")), "allocator": plan.allocator},
+        table={
+            "model": str(made_for.get("name")),
+            "allocator": plan.allocator,
+            "storage": plan.storage,
+        },
     )
 
 
@@ -132,16 +136,16 @@ def _skeleton(
 def _audit_checkpoint(
     target: str, checkpoint: Checkpoint, check_values: bool, reporter: Reporter
 ) -> Audit:
-    ranks = _ranks(checkpoint)
+    ranks, storage = _ranks(checkpoint), checkpoint.storage
     weights = checkpoint.weights
     found = {name: info.shape for name, info in weights.infos.items()}
     model, sublayers, dense = _skeleton(Source(target, checkpoint.folder))
     dense = {name: shape for name, shape in dense.items() if not _is_copy(model, name, found)}
-    expected = {**dense, **factor_shapes(sublayers, ranks)}
+    expected = {**dense, **sublayer_shapes(sublayers, ranks, storage)}
     problems = _name_problems(sublayers, ranks, expected, found)
     problems += tensor_problems(expected, found)
     dtypes = {name: info.dtype for name, info in weights.infos.items()}
-    rows = rows_of(sublayers, ranks, dtypes)
+    rows = rows_of(sublayers, ranks, dtypes, storage)
     if (checkpoint.folder / PLAN_FILE).is_file():
         problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
     else:
@@ -160,7 +164,7 @@ def _audit_checkpoint(
         sublayers=rows,
         provenance=made,
         problems=problems,
-        table=provenance_table(made),
+        table={**provenance_table(made), "storage": storage},
     )
 
 

@@ -1,4 +1,8 @@
-"""The low-rank layer: two thin matrices in the place of one ``nn.Linear``.
+"""Low-rank layers: two thin matrices in the place of one ``nn.Linear``, in one of two storages.
+
+A ``pair`` is U and V. A ``pivoted`` pair is r rows of the product U V and what makes the others of
+them: r² − m numbers fewer for the same product (pivoting factorization, Zhao et al. 2025, arXiv
+2501.19090).
 
 This file travels with every checkpoint (see ``transformers_plugin.remote_code_files``), so it
 imports torch and nothing else.
@@ -7,10 +11,29 @@ imports torch and nothing else.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
+
+Storage = Literal["pair", "pivoted"]
+
+FACTORS: dict[str, tuple[str, ...]] = {
+    "pair": ("weight", "weight_u"),
+    "pivoted": ("weight", "weight_u", "weight_order"),
+}
+"""Storage → the names of a layer's tensors, its bias apart."""
+
+
+def factor_shapes(
+    storage: Storage, out_features: int, in_features: int, rank: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors of a weight ``[out_features, in_features]``."""
+    made = out_features - rank if storage == "pivoted" else out_features
+    shapes = ((rank, in_features), (made, rank), (out_features,))
+    return dict(zip(FACTORS[storage], shapes, strict=False))
 
 
 class LowRankLinear(nn.Module):
@@ -36,6 +59,7 @@ class LowRankLinear(nn.Module):
         ValueError: the rank is below 1.
     """
 
+    storage: Storage = "pair"
     bias: nn.Parameter | None
 
     def __init__(
@@ -53,38 +77,14 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.weight_u = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        shapes = factor_shapes(self.storage, out_features, in_features, rank)
+        self.weight = nn.Parameter(torch.empty(shapes["weight"], device=device, dtype=dtype))
+        self.weight_u = nn.Parameter(torch.empty(shapes["weight_u"], device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
-
-    @classmethod
-    def from_factors(cls, u: Tensor, v: Tensor, bias: Tensor | None = None) -> LowRankLinear:
-        """Wrap given factors, without copying them.
-
-        Args:
-            u: U, ``[m, r]``.
-            v: V, ``[r, n]``.
-            bias: b, ``[m]``, or None.
-
-        Raises:
-            ValueError: the shapes do not fit each other.
-        """
-        fits = u.dim() == 2 and v.dim() == 2 and u.shape[1] == v.shape[0]
-        if not fits or (bias is not None and bias.shape != u.shape[:1]):
-            shapes = f"U {list(u.shape)}, V {list(v.shape)}"
-            shapes += "" if bias is None else f", bias {list(bias.shape)}"
-            raise ValueError(f"Factors that do not fit each other: {shapes}.")
-        (m, rank), n = u.shape, v.shape[1]
-        layer = cls(n, m, rank, bias is not None, device="meta")  # no memory for what is replaced
-        layer.weight = nn.Parameter(v.detach())
-        layer.weight_u = nn.Parameter(u.detach())
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach())
-        return layer
 
     def reset_parameters(self) -> None:
         """Fill the tensors at random, with ``nn.Linear``'s bounds for either factor."""
@@ -106,8 +106,8 @@ class LowRankLinear(nn.Module):
         Args:
             dtype: of the result; None gives the layer's own.
         """
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return (self.weight_u.to(wide) @ self.weight.to(wide)).to(dtype or self.weight.dtype)
+        product = dense_product({name: t.detach() for name, t in self.state_dict().items()})
+        return product.to(dtype or self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer as ``nn.Linear`` does, with its rank."""
@@ -115,3 +115,67 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}"
         )
+
+
+class PivotedLinear(LowRankLinear):
+    """A low-rank layer in pivoted storage: ``y = cat(V′x, C V′x)[order] + b``.
+
+    Attributes:
+        weight: V′, r rows of the whole weight, ``[rank, in_features]``.
+        weight_u: C, ``[out_features − rank, rank]``.
+        weight_order: where each output stands in the concatenation, ``[out_features]``, int32.
+        bias: b, ``[out_features]``, or None.
+
+    Raises:
+        ValueError: the rank is below 1, or not below ``out_features``.
+    """
+
+    storage: Storage = "pivoted"
+    weight_order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if rank >= out_features:
+            raise ValueError(
+                f"The rank of a pivoted layer must be below its {out_features} outputs, and is "
+                f"{rank}."
+            )
+        super().__init__(in_features, out_features, rank, bias, device, dtype)
+        order = torch.arange(out_features, device=device, dtype=torch.int32)
+        self.register_buffer("weight_order", order)
+
+    def is_ordered(self) -> bool:
+        """Tell whether ``weight_order`` names every row once."""
+        rows = torch.arange(self.out_features, device=self.weight_order.device)
+        return torch.equal(self.weight_order.sort().values.long(), rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x ``[..., in_features]`` to y ``[..., out_features]``."""
+        own = F.linear(x, self.weight)
+        others = F.linear(own, self.weight_u)
+        y = torch.cat([own, others], -1).index_select(-1, self.weight_order)
+        return y if self.bias is None else y + self.bias
+
+
+LAYERS: dict[str, type[LowRankLinear]] = {c.storage: c for c in (LowRankLinear, PivotedLinear)}
+"""Storage → layer."""
+
+
+def dense_product(factors: Mapping[str, Tensor]) -> Tensor:
+    """Return the weight ``[out_features, in_features]`` of factors, in float32 or wider.
+
+    Args:
+        factors: tensors by the names of :func:`factor_shapes`; what else there is is left alone.
+    """
+    wide = torch.promote_types(factors["weight"].dtype, torch.float32)
+    v, u = factors["weight"].to(wide), factors["weight_u"].to(wide)
+    if "weight_order" not in factors:
+        return u @ v
+    return torch.cat([v, u @ v]).index_select(0, factors["weight_order"])

@@ -20,7 +20,7 @@ The linear layers of the decoder blocks of `{model}` replaced by low-rank pairs 
 |---|---|
 | kept of the compressible sublayers | {kept_exact:.2%} |
 | kept of the whole model | {model_kept:.2%} |
-| low-rank sublayers | {low_rank} of {sublayers} |
+| low-rank sublayers | {low_rank} of {sublayers}, stored as {storage} |
 | rank allocation | {allocator} |
 | decomposition | {decomposer} |
 | calibration | {calibration} |
@@ -64,6 +64,7 @@ def write_card(folder: Path, source: Source, plan: Plan, record: Mapping[str, An
         model_kept=plan.model_ratio,
         low_rank=len(plan.ranks),
         sublayers=len(plan.sublayers),
+        storage={"pair": "plain pairs", "pivoted": "pivoted pairs"}[plan.storage],
         allocator=plan.allocator,
         decomposer=record["decomposer"],
         calibration=_calibration(record["calibration"]),

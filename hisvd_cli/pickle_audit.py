@@ -12,13 +12,13 @@ from typing import Any
 from hisvd_cli.audit import (
     Audit,
     Row,
-    factor_shapes,
     plan_problems,
     provenance_table,
     rows_of,
+    sublayer_shapes,
     tensor_problems,
 )
-from hisvd_cli.checkpoint import PLAN_FILE
+from hisvd_cli.checkpoint import PLAN_FILE, storage_of
 from hisvd_cli.convert import load_pt
 from hisvd_cli.errors import SourceError
 from hisvd_cli.foreign import ForeignCheckpoint, ForeignTensor, find_pairs, read_foreign
@@ -55,14 +55,16 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         tensors = document["tensors"]
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
-        ranks = dict(document["config"]["quantization_config"]["ranks"])
+        quantization = document["config"]["quantization_config"]
+        ranks, storage = dict(quantization["ranks"]), storage_of(quantization)
         plan = plan_from(json.loads(document["files"][PLAN_FILE].numpy().tobytes()))
         provenance = dict(document["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{path} is damaged: its parts do not fit.", "Write it again.") from error
     sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
-    rows = rows_of(sublayers, ranks, dtypes)
-    problems = tensor_problems(factor_shapes(sublayers, ranks), shapes) + plan_problems(plan, rows)
+    rows = rows_of(sublayers, ranks, dtypes, storage)
+    expected = sublayer_shapes(sublayers, ranks, storage)
+    problems = tensor_problems(expected, shapes) + plan_problems(plan, rows)
     if check_values:
         problems += [
             f"{name}: holds values that are NaN or infinite."
@@ -79,7 +81,7 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         sublayers=rows,
         provenance=provenance,
         problems=problems,
-        table=provenance_table(provenance),
+        table={**provenance_table(provenance), "storage": storage},
     )
 
 

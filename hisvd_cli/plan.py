@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from hisvd_cli.allocate import Allocation
 from hisvd_cli.budget import Shape, cost, full_rank, is_dense
 from hisvd_cli.errors import SourceError
+from hisvd_cli.lowrank import LAYERS, Storage
 from hisvd_cli.spectrum import Spectrum, tail_share
 from hisvd_cli.tensorfile import write_json
 
@@ -57,7 +58,8 @@ class Plan:
         ratio: the keep ratio asked for.
         model_ratio: parameters kept of the whole model, embeddings and all.
         allocator: name of the method.
-        settings: the plan's resolved settings.
+        settings: the plan's resolved settings; plans from before there was a choice of ``storage``
+            do not name it.
         budget_parameters: what the sublayers may keep.
         kept_parameters: what they keep.
         predicted_loss: Σ of the sublayers' losses.
@@ -81,6 +83,12 @@ class Plan:
     def ranks(self) -> dict[str, int]:
         """Name → rank, truncated sublayers only."""
         return {s.name: s.rank for s in self.sublayers if not s.dense}
+
+    @property
+    def storage(self) -> Storage:
+        """How its pairs are written."""
+        storage: Storage = self.settings.get("storage", "pair")
+        return storage
 
     @property
     def full_parameters(self) -> int:
@@ -133,6 +141,8 @@ def plan_from(document: Mapping[str, Any]) -> Plan:
         KeyError: a key is missing.
     """
     plan = TypeAdapter(Plan).validate_python({n: document[n] for n in Plan.__dataclass_fields__})
+    if plan.storage not in LAYERS:
+        raise ValueError(f"storage {plan.storage}")
     for row in plan.sublayers:
         if not 1 <= row.rank <= full_rank(row.shape):
             raise ValueError(f"{row.name}: rank {row.rank}")
@@ -172,7 +182,7 @@ def assemble(
 ) -> Plan:
     """Put an allocation into rows and totals."""
     rows = [
-        _row(spectrum, layer, allocation, i)
+        _row(spectrum, layer, allocation, i, settings["storage"])
         for i, (spectrum, layer) in enumerate(zip(spectra, layers, strict=True))
     ]
     kept = sum(row.parameters for row in rows)
@@ -190,9 +200,11 @@ def assemble(
     )
 
 
-def _row(spectrum: Spectrum, layer: int, allocation: Allocation, i: int) -> SublayerPlan:
+def _row(
+    spectrum: Spectrum, layer: int, allocation: Allocation, i: int, storage: Storage
+) -> SublayerPlan:
     rank = allocation.ranks[i]
-    dense = is_dense(rank, spectrum.shape)
+    dense = is_dense(rank, spectrum.shape, storage)
     return SublayerPlan(
         name=spectrum.name,
         layer=layer,
@@ -203,7 +215,7 @@ def _row(spectrum: Spectrum, layer: int, allocation: Allocation, i: int) -> Subl
         rank=rank,
         full_rank=full_rank(spectrum.shape),
         dense=dense,
-        parameters=int(cost(rank, spectrum.shape)),
+        parameters=int(cost(rank, spectrum.shape, storage)),
         loss=0.0 if dense else float(spectrum.energy[rank:].sum()),
     )
 

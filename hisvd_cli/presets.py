@@ -38,8 +38,11 @@ def _preset(
     compress: Mapping[str, Any] | None = None,
 ) -> Preset:
     # Only HiSVD has a floor of ranks; the others must not inherit its default. Uniform shares are
-    # above any floor.
-    chosen = {"allocator": [allocator], "metric": metric, "min_rank_ratio": 0.0, **(plan or {})}
+    # above any floor. All but best write plain pairs.
+    chosen = {
+        **{"allocator": [allocator], "metric": metric, "min_rank_ratio": 0.0, "storage": "pair"},
+        **(plan or {}),
+    }
     factored = {"decomposer": decomposer, **(compress or {})}
     return Preset(about, source, {"plan": chosen, "compress": factored})
 
@@ -148,11 +151,11 @@ PRESETS: dict[str, Preset] = {
         plan={"learning_start": "uniform"},
     ),
     "best": _preset(
-        "What measures best here: optimal shares and truncation in the K-FAC metric",
+        "What measures best here: optimal shares, the K-FAC metric, pivoted pairs",
         "hisvd, 2026",
         allocator="waterfill",
         decomposer="fisher",
         metric="held-out",
-        plan={"input_shrinkage": 0.02, "output_shrinkage": 0.1},
+        plan={"input_shrinkage": 0.02, "output_shrinkage": 0.1, "storage": "pivoted"},
     ),
 }

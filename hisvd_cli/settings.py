@@ -155,6 +155,11 @@ class PlanSettings(Section):
         0.3, "Smallest rank, as a share of what equal shares would give.", ge=0, lt=1
     )
     multiple_of: int = _setting(1, "Ranks are multiples of this.", ge=1)
+    storage: Literal["pair", "pivoted"] = _setting(
+        "pair",
+        "How a low-rank pair is written: pair (U and V), or pivoted (r rows of the product, and "
+        "what makes the others of them: the same product in fewer numbers, so more rank).",
+    )
     include: Names = _setting([], "Only sublayers that match this glob of a name or type.")
     exclude: Names = _setting([], "No sublayers that match; they stay dense and uncounted.")
     rank_method: Literal["stable", "effective", "mathematical"] = _setting(

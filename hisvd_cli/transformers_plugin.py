@@ -4,7 +4,9 @@ To transformers, ``hisvd`` is a quantization method that the checkpoint's ``conf
 ``{"quant_method": "hisvd", "format_version": 1, "ranks": {name: rank}}``. While the model is still
 without memory (on the meta device), each ``nn.Linear`` X that ``ranks`` names becomes a
 ``LowRankLinear`` with the tensors ``X.weight`` = V ``[r, n]``, ``X.weight_u`` = U ``[m, r]`` and
-``X.bias`` ``[m]``; transformers then loads them like any others.
+``X.bias`` ``[m]``; transformers then loads them like any others. Version 2 adds ``"storage":
+"pivoted"``, for a ``PivotedLinear`` with ``X.weight`` ``[r, n]``, ``X.weight_u`` ``[m − r, r]`` and
+``X.weight_order`` ``[m]``.
 
 Importing this file registers the method. It is also the code that travels with a checkpoint, as
 ``modeling_hisvd.py``, for ``trust_remote_code=True`` where hisvd is not installed; so it imports
@@ -32,16 +34,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .lowrank import LowRankLinear
+from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, factor_shapes
 
 if TYPE_CHECKING:  # at run time transformers may be in the middle of importing these
     from transformers import PretrainedConfig, PreTrainedModel
 
 QUANT_METHOD = "hisvd"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"pair": 1, "pivoted": 2}
 MODELING_FILE = "modeling_hisvd.py"
 AUTO_CLASS = "AutoModelForCausalLM"
 AUTO_MAP = {AUTO_CLASS: "modeling_hisvd.HiSVDForCausalLM"}
+
+_ADDED = {leaf for leaves in FACTORS.values() for leaf in leaves} - {"weight"}
 
 # Where transformers, having loaded, sorts out which keys were missing and which were unexpected.
 _REPORT_METHOD = "_adjust_missing_and_unexpected_keys"
@@ -52,11 +56,12 @@ class HiSVDConfig(QuantizationConfigMixin):
 
     Args:
         ranks: the rank of each low-rank layer, by module name.
-        format_version: of the checkpoint's layout; this code knows version 1.
+        format_version: of the checkpoint's layout: 1 for the storage pair, 2 for pivoted.
+        storage: how factors are stored.
         kwargs: what transformers hands back from ``config.json``; not used.
 
     Raises:
-        ValueError: an unknown format version, or a rank that is no positive integer.
+        ValueError: an unknown format version or storage, or a rank that is no positive integer.
     """
 
     quant_method: Any  # a plain string: transformers' enumeration knows only its own methods
@@ -64,13 +69,15 @@ class HiSVDConfig(QuantizationConfigMixin):
     def __init__(
         self,
         ranks: Mapping[str, int] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
+        storage: str = "pair",
         **kwargs: Any,  # noqa: ARG002 (``quant_method`` itself comes back here)
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if not isinstance(storage, str) or format_version != FORMAT_VERSIONS.get(storage, ""):
             raise ValueError(
-                f"This checkpoint has the hisvd format version {format_version!r}, and this code "
-                f"reads version {FORMAT_VERSION}; it needs another version of hisvd."
+                f"This checkpoint has the hisvd format version {format_version!r} and the storage "
+                f"{storage!r}, and this code reads version 1 (pair) and 2 (pivoted); it needs "
+                "another version of hisvd."
             )
         ranks = {} if ranks is None else ranks
         if not isinstance(ranks, Mapping):
@@ -83,6 +90,14 @@ class HiSVDConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.ranks = dict(ranks)
+        self.storage = storage
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds; plain pairs need not be named."""
+        document: dict[str, Any] = super().to_dict()
+        if self.storage == "pair":
+            document.pop("storage")
+        return document
 
 
 class HiSVDQuantizer(HfQuantizer):
@@ -101,7 +116,8 @@ class HiSVDQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Swap the layers of a model that is on the meta device, and have the load watched."""
-        replace_linears(model, self.quantization_config.ranks)
+        config = self.quantization_config
+        replace_linears(model, config.ranks, config.storage)
         files = kwargs.get("checkpoint_files")  # transformers 5 only
         _check_file_shapes(model, files or ())
         self._watch_report(model)
@@ -162,6 +178,7 @@ class HiSVDQuantizer(HfQuantizer):
             (name, tuple(tensor.shape), shape)
             for name, (tensor, shape) in _low_rank_tensors(model).items()
         )
+        _refuse_disordered(model)
         _carry_code(model)
         return model
 
@@ -234,7 +251,8 @@ class HiSVDForCausalLM:
 
         kwargs["trust_remote_code"] = False
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
-        replace_linears(model, HiSVDConfig(**dict(config.quantization_config)).ranks)
+        ours = HiSVDConfig(**dict(config.quantization_config))
+        replace_linears(model, ours.ranks, ours.storage)
         _carry_code(model)
         return model
 
@@ -254,16 +272,19 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
-def replace_linears(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
+def replace_linears(
+    model: PreTrainedModel, ranks: Mapping[str, int], storage: str = "pair"
+) -> None:
     """Put low-rank layers, of unset or random numbers, in the place of dense ones.
 
     Args:
         model: a model, on the meta device or not.
         ranks: rank by module name. A model without a head (``AutoModel``) takes the names of the
             one with a head, and leaves out those that belong to the head.
+        storage: of the new layers.
 
     Raises:
-        ValueError: a name is no ``nn.Linear`` of the model.
+        ValueError: a name is no ``nn.Linear`` of the model, or its rank is too large.
     """
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
@@ -273,7 +294,7 @@ def replace_linears(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
         local = name.removeprefix(prefix) if headless and name not in modules else name
         linear = modules.get(local)
         if isinstance(linear, nn.Linear):
-            _set_module(model, local, _low_rank_like(linear, rank))
+            _set_module(model, local, _low_rank_like(linear, rank, storage))
         elif not headless or name.startswith(prefix):
             wrong.append(name)
     if wrong:
@@ -316,9 +337,9 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _low_rank_like(linear: nn.Linear, rank: int) -> LowRankLinear:
+def _low_rank_like(linear: nn.Linear, rank: int, storage: str) -> LowRankLinear:
     """Return a low-rank layer with the sizes, device and dtype of a dense one."""
-    layer = LowRankLinear(
+    layer = LAYERS[storage](
         linear.in_features,
         linear.out_features,
         rank,
@@ -344,8 +365,9 @@ def _low_rank_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, tuple[i
     """Return the tensors of all low-rank layers, each with the shape that it must have."""
     tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
     for name, layer in low_rank_layers(model).items():
-        tensors[f"{name}.weight"] = layer.weight, (layer.rank, layer.in_features)
-        tensors[f"{name}.weight_u"] = layer.weight_u, (layer.out_features, layer.rank)
+        shapes = factor_shapes(layer.storage, layer.out_features, layer.in_features, layer.rank)
+        for leaf, shape in shapes.items():
+            tensors[f"{name}.{leaf}"] = getattr(layer, leaf), shape
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias, (layer.out_features,)
     return tensors
@@ -392,6 +414,19 @@ def _refuse_misshapen(
         )
 
 
+def _refuse_disordered(model: nn.Module) -> None:
+    """Raise ``RuntimeError`` if the outputs of a pivoted layer are not each one of its rows."""
+    wrong = [
+        f"{name}.weight_order"
+        for name, layer in low_rank_layers(model).items()
+        if isinstance(layer, PivotedLinear)
+        and not layer.weight_order.is_meta  # offloaded: not in memory
+        and not layer.is_ordered()
+    ]
+    if wrong:
+        raise RuntimeError(f"The checkpoint has outputs in no order: {_listed(wrong)}.")
+
+
 def _refuse_missing(model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Raise ``RuntimeError`` if a low-rank tensor was not in the checkpoint.
 
@@ -420,7 +455,7 @@ def _refuse_extra(
         stem, _, leaf = key.rpartition(".")
         of_layer = stem in layers or stem.removeprefix(prefix) in layers
         # A rank without a layer is that of a head, which a model without a head leaves out.
-        if of_layer or (leaf == "weight_u" and stem not in ranks):
+        if of_layer or (leaf in _ADDED and stem not in ranks):
             extra.append(key)
     if extra:
         raise RuntimeError(

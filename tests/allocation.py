@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hisvd_cli.budget import Budget, Shape
+from hisvd_cli.lowrank import Storage
 from hisvd_cli.spectrum import Spectrum
 
 KINDS: list[tuple[str, Shape]] = [("q", (12, 12)), ("k", (6, 12)), ("up", (20, 12))]
@@ -43,46 +44,59 @@ def make_spectra(layers: int, seed: int, scale: float = 100.0) -> list[Spectrum]
 
 
 def make_budget(
-    spectra: Sequence[Spectrum], ratio: float, floor: int = 1, multiple_of: int = 1
+    spectra: Sequence[Spectrum],
+    ratio: float,
+    floor: int = 1,
+    multiple_of: int = 1,
+    storage: Storage = "pair",
 ) -> Budget:
     """Return the budget of a keep ratio."""
     shapes = [s.shape for s in spectra]
     total = sum(m * n for m, n in shapes)
-    return Budget(shapes, round(ratio * total), [floor] * len(shapes), multiple_of)
+    return Budget(shapes, round(ratio * total), [floor] * len(shapes), multiple_of, storage)
 
 
-def choices(shape: Shape, floor: int = 1, step: int = 1) -> dict[int, int]:
+def choices(
+    shape: Shape, floor: int = 1, step: int = 1, storage: Storage = "pair"
+) -> dict[int, int]:
     """Return rank → parameters, of all truncated ranks and (as full rank) dense."""
     m, n = shape
-    truncated = {r: r * (m + n) for r in range(floor, min(shape), step) if r * (m + n) < m * n}
-    return {**truncated, min(shape): m * n}
+    # Written out from the tensors: V′ and C, or U and V, and a number for the place of each row.
+    sizes = {
+        r: r * n + (m - r) * r + m if storage == "pivoted" else r * n + m * r
+        for r in range(floor, min(shape), step)
+    }
+    return {**{r: size for r, size in sizes.items() if size < m * n}, min(shape): m * n}
 
 
-def spent(ranks: Sequence[int], shapes: Sequence[Shape]) -> int:
+def spent(ranks: Sequence[int], shapes: Sequence[Shape], storage: Storage = "pair") -> int:
     """Return the parameters of ranks, each of which must be one of the choices."""
-    return sum(choices(shape)[rank] for rank, shape in zip(ranks, shapes, strict=True))
+    return sum(
+        choices(shape, storage=storage)[rank] for rank, shape in zip(ranks, shapes, strict=True)
+    )
 
 
-def tail_losses(spectrum: Spectrum, floor: int = 1, step: int = 1) -> dict[int, float]:
+def tail_losses(
+    spectrum: Spectrum, floor: int = 1, step: int = 1, storage: Storage = "pair"
+) -> dict[int, float]:
     """Return rank → energy dropped, 0 for dense."""
     full = min(spectrum.shape)
     return {
         r: float(spectrum.energy[r:].sum()) if r < full else 0.0
-        for r in choices(spectrum.shape, floor, step)
+        for r in choices(spectrum.shape, floor, step, storage)
     }
 
 
-def least_loss(
-    losses: Sequence[Mapping[int, float]], shapes: Sequence[Shape], parameters: int
-) -> float:
+def least_loss(losses: Sequence[Mapping[int, float]], budget: Budget) -> float:
     """Return the least sum of losses within a budget, by dynamic programming over parameters."""
-    best = torch.zeros(parameters + 1, dtype=torch.float64)
-    for options, shape in zip(losses, shapes, strict=True):
+    best = torch.zeros(budget.parameters + 1, dtype=torch.float64)
+    for options, shape in zip(losses, budget.shapes, strict=True):
         following = torch.full_like(best, torch.inf)
+        prices = choices(shape, storage=budget.storage)
         for rank, loss in options.items():
-            price = choices(shape)[rank]
-            if price <= parameters:
-                shifted = best[: parameters + 1 - price] + loss
+            price = prices[rank]
+            if price <= budget.parameters:
+                shifted = best[: budget.parameters + 1 - price] + loss
                 following[price:] = torch.minimum(following[price:], shifted)
         best = following
     return float(best[-1])

@@ -57,9 +57,11 @@ MODEL_SETTINGS = strict(
     dtype={"enum": ["auto", "float32", "bfloat16", "float16"]},
 )
 CALIBRATION_SETTINGS = strict(dataset=TEXT, samples=COUNT, seqlen=maybe(COUNT), seed=COUNT)
+STORAGE: Schema = {"enum": ["pair", "pivoted"]}
 _KNOBS: dict[str, Schema] = {
     "preset": maybe(TEXT),
     "ratio_of": {"enum": ["sublayers", "model"]},
+    "storage": STORAGE,
     "metric": {"enum": ["whitened", "fisher", "held-out", "weight"]},
     "input_shrinkage": SHARE,
     "output_shrinkage": SHARE,
@@ -152,6 +154,7 @@ INSPECT = strict(
             rank=COUNT,
             dense=FLAG,
             dtype={"type": "string"},
+            storage=STORAGE,
         ),
     },
     provenance={"type": "object"},

@@ -14,14 +14,17 @@ from hisvd_cli.allocate import ALLOCATORS, Allocation, Spectrum
 from hisvd_cli.allocate.waterfill import optimal_ranks
 from hisvd_cli.budget import Budget, break_even, full_rank, is_dense
 from hisvd_cli.errors import SourceError, UsageError
+from hisvd_cli.lowrank import LAYERS, Storage
 from tests.allocation import choices, least_loss, make_budget, make_spectra, spent, tail_losses
 
 SELECTIONS = ["zero-sum", "smallest", "negative-sum", "sigma", "loss-order"]
 TOKENS = 1000
 
 
-def lost(spectra: list[Spectrum], ranks: list[int]) -> float:
-    return sum(tail_losses(s)[rank] for s, rank in zip(spectra, ranks, strict=True))
+def lost(spectra: list[Spectrum], ranks: list[int], storage: Storage = "pair") -> float:
+    return sum(
+        tail_losses(s, storage=storage)[rank] for s, rank in zip(spectra, ranks, strict=True)
+    )
 
 
 # --- waterfill
@@ -29,23 +32,23 @@ def lost(spectra: list[Spectrum], ranks: list[int]) -> float:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.8])
-def test_waterfill_is_within_one_step_of_the_optimum(seed: int, ratio: float) -> None:
+@pytest.mark.parametrize("storage", LAYERS)
+def test_waterfill_is_within_one_step_of_the_optimum(
+    seed: int, ratio: float, storage: Storage
+) -> None:
     spectra = make_spectra(3, seed)
-    budget = make_budget(spectra, ratio)
+    budget = make_budget(spectra, ratio, storage=storage)
     ranks = ALLOCATORS.get("waterfill")(spectra, budget).ranks
-    losses = [tail_losses(s) for s in spectra]
-    least = least_loss(losses, budget.shapes, budget.parameters)
+    least = least_loss([tail_losses(s, storage=storage) for s in spectra], budget)
     # The largest step that some multiplier takes: along the lower convex hull of each curve.
-    step = max(
-        a[1] - b[1]
-        for s in spectra
-        for a, b in pairwise(_lower_hull([(choices(s.shape)[r], x) for r, x in curve(s)]))
-    )
-    assert least - 1e-9 <= lost(spectra, ranks) <= least + step
+    step = max(a[1] - b[1] for s in spectra for a, b in pairwise(_lower_hull(curve(s, storage))))
+    assert least - 1e-9 <= lost(spectra, ranks, storage) <= least + step
 
 
-def curve(spectrum: Spectrum) -> list[tuple[int, float]]:
-    return sorted(tail_losses(spectrum).items())
+def curve(spectrum: Spectrum, storage: Storage) -> list[tuple[int, float]]:
+    """Return (parameters, loss) of every choice, cheapest first."""
+    prices = choices(spectrum.shape, storage=storage)
+    return sorted((prices[r], x) for r, x in tail_losses(spectrum, storage=storage).items())
 
 
 def _lower_hull(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -64,17 +67,19 @@ def _lower_hull(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("price", [0.05, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize(("floor", "step"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize("storage", LAYERS)
 def test_waterfill_finds_every_lagrangian_optimum_exactly(
-    seed: int, price: float, floor: int, step: int
+    seed: int, price: float, floor: int, step: int, storage: Storage
 ) -> None:
     """What minimises loss + μ·cost sublayer by sublayer is optimal at its own cost."""
     spectra = make_spectra(4, seed)
     best = []
     for s in spectra:
-        losses, costs = tail_losses(s, floor, step), choices(s.shape, floor, step)
+        losses = tail_losses(s, floor, step, storage)
+        costs = choices(s.shape, floor, step, storage)
         best.append(min(losses, key=lambda r, x=losses, c=costs: x[r] + price * c[r]))  # type: ignore[misc]
-    parameters = spent(best, [s.shape for s in spectra])
-    budget = Budget([s.shape for s in spectra], parameters, [floor] * len(spectra), step)
+    parameters = spent(best, [s.shape for s in spectra], storage)
+    budget = Budget([s.shape for s in spectra], parameters, [floor] * len(spectra), step, storage)
     assert ALLOCATORS.get("waterfill")(spectra, budget).ranks == best
 
 
@@ -84,8 +89,7 @@ def test_waterfill_is_near_the_optimum_of_many_sublayers() -> None:
     for ratio in (0.3, 0.5, 0.7, 0.9):
         budget = make_budget(spectra, ratio)
         ranks = ALLOCATORS.get("waterfill")(spectra, budget).ranks
-        losses = [tail_losses(s) for s in spectra]
-        least = least_loss(losses, budget.shapes, budget.parameters)
+        least = least_loss([tail_losses(s) for s in spectra], budget)
         assert lost(spectra, ranks) <= 1.01 * least
 
 

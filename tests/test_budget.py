@@ -7,8 +7,17 @@ import itertools
 import pytest
 import torch
 
-from hisvd_cli.budget import Budget, break_even, cost, full_rank, is_dense
+from hisvd_cli.budget import (
+    Budget,
+    Shape,
+    break_even,
+    cost,
+    full_rank,
+    is_dense,
+    rank_of_share,
+)
 from hisvd_cli.errors import BudgetError
+from hisvd_cli.lowrank import LAYERS, Storage
 
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 6
 
@@ -29,25 +38,49 @@ def test_a_pair_at_break_even_costs_what_the_matrix_does() -> None:
         assert cost(full_rank(shape), shape) == m * n
 
 
+@pytest.mark.parametrize("shape", [(576, 192), (192, 576), (64, 64), (30, 1000)])
+def test_pivoted_pairs_hold_more_rank_and_break_even_just_below_full(shape: Shape) -> None:
+    m, n = shape
+    for rank in range(1, full_rank(shape)):
+        numbers = rank * n + (m - rank) * rank + m
+        assert is_dense(rank, shape, "pivoted") == (numbers >= m * n)
+        assert cost(rank, shape, "pivoted") == min(numbers, m * n)
+    assert cost(full_rank(shape), shape, "pivoted") == m * n
+    assert not is_dense(full_rank(shape) - int(m**0.5) - 1, shape, "pivoted")
+
+
+@pytest.mark.parametrize("storage", LAYERS)
+@pytest.mark.parametrize("shape", [(576, 192), (192, 576), (64, 64)])
+def test_a_share_pays_for_its_rank(shape: Shape, storage: Storage) -> None:
+    m, n = shape
+    for share in (0.2, 0.5, 0.8, 0.97):
+        rank = rank_of_share(share, shape, storage)
+        assert cost(rank, shape, storage) == pytest.approx(share * m * n)
+    assert rank_of_share(0.0, shape, storage) == 0
+
+
 @pytest.mark.parametrize("ratio", [0.05, 0.4, 0.6, 0.8, 0.97, 1.0])
 @pytest.mark.parametrize("multiple_of", [1, 8])
-def test_plans_meet_the_budget(ratio: float, multiple_of: int) -> None:
+@pytest.mark.parametrize("storage", LAYERS)
+def test_plans_meet_the_budget(ratio: float, multiple_of: int, storage: Storage) -> None:
     total = sum(m * n for m, n in SHAPES)
-    budget = Budget(SHAPES, int(ratio * total), [multiple_of] * len(SHAPES), multiple_of)
+    floors = [multiple_of] * len(SHAPES)
+    budget = Budget(SHAPES, int(ratio * total), floors, multiple_of, storage)
     generator = torch.Generator().manual_seed(3)
     wishes = [float(x) + 0.1 for x in torch.rand(len(SHAPES), generator=generator)]
     baselines = [w * break_even(s) for w, s in zip(wishes, SHAPES, strict=True)]
     ranks = budget.rounded(budget.scaled(baselines), _energies(SHAPES, 4))
-    spent = sum(int(cost(r, s)) for r, s in zip(ranks, SHAPES, strict=True))
+    spent = sum(int(cost(r, s, storage)) for r, s in zip(ranks, SHAPES, strict=True))
     assert spent <= budget.parameters
-    truncated = [(r, s) for r, s in zip(ranks, SHAPES, strict=True) if not is_dense(r, s)]
+    dense = [is_dense(r, s, storage) for r, s in zip(ranks, SHAPES, strict=True)]
+    truncated = [rs for rs, d in zip(zip(ranks, SHAPES, strict=True), dense, strict=True) if not d]
     if multiple_of == 1:
         assert budget.parameters - spent <= 0.0005 * total
     elif truncated:
         # No further step fits: that is all that rounding may leave.
         assert budget.parameters - spent < multiple_of * max(sum(s) for _, s in truncated)
     assert all(r % multiple_of == 0 for r, _ in truncated)
-    assert all(r == full_rank(s) for r, s in zip(ranks, SHAPES, strict=True) if is_dense(r, s))
+    assert all(r == full_rank(s) for r, s, d in zip(ranks, SHAPES, dense, strict=True) if d)
 
 
 def test_ratio_one_keeps_everything_dense() -> None:

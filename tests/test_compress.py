@@ -8,21 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hisvd_cli.checkpoint import load_model, open_checkpoint
 from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError
+from hisvd_cli.lowrank import LAYERS
 from hisvd_cli.plan import Plan
 from hisvd_cli.tensorfile import read_header, write_tensors
+from hisvd_cli.weights import Weights
 from tests.workbench import Bench, bench, compress_to, plan_at, tree
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return bench(tmp_path_factory.mktemp("compress"))
+@pytest.fixture(scope="module", params=LAYERS)
+def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Bench:
+    return bench(tmp_path_factory.mktemp("compress"), f"plan.storage={request.param}")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,25 @@ def test_bytes_on_disk_are_what_the_plan_says(made: Bench, plan: Plan, folder: P
     )
     dtype = source.weights.infos["model.layers.0.mlp.up_proj.weight"].dtype
     planned = outside + plan.kept_parameters * DTYPE_BYTES[dtype]
+    # An index is one of the parameters that the plan counts, and takes four bytes.
+    indices = [info for name, info in infos.items() if name.endswith(".weight_order")]
+    assert len(indices) == (len(low) if plan.storage == "pivoted" else 0)
+    planned += sum(info.nbytes // 4 * (4 - DTYPE_BYTES[dtype]) for info in indices)
     assert sum(info.nbytes for info in infos.values()) == planned
     file = folder / "model.safetensors"
     header_end = min(info.start for info in read_header(file).tensors.values())
     assert file.stat().st_size == planned + header_end
     assert all(f"{name}_u" in infos for name in low)
+
+
+def product(weights: Weights, name: str) -> Tensor:
+    """Return the weight that the factors of a sublayer on disk stand for."""
+    v, u = (weights.read(f"{name}.{leaf}").float() for leaf in ("weight", "weight_u"))
+    if f"{name}.weight_order" not in weights:
+        return u @ v
+    order = weights.read(f"{name}.weight_order").tolist()
+    rows = [*v, *(u @ v)]
+    return torch.stack([rows[i] for i in order])
 
 
 def test_logits_equal_the_explicitly_multiplied_models(
@@ -62,10 +78,9 @@ def test_logits_equal_the_explicitly_multiplied_models(
     dense = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     weights = open_checkpoint(folder).weights
     for name in plan.ranks:
-        u, v = weights.read(f"{name}.weight_u"), weights.read(f"{name}.weight")
         linear = dense.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        linear.weight.data = u.float() @ v.float()
+        linear.weight.data = product(weights, name)
     low = load_model(folder, torch.device("cpu"), torch.float32)
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
@@ -81,11 +96,9 @@ def test_factors_are_the_best_of_their_rank_on_the_calibration_text(
     for row in plan.sublayers[:7]:
         moment = calibration.moments(row.layer)[row.name]
         weight = source.weights.read(f"{row.name}.weight").double()
-        u = weights.read(f"{row.name}.weight_u").double()
-        v = weights.read(f"{row.name}.weight").double()
-        if moment.side == "output":
+        if row.dense or moment.side == "output":
             continue  # the error needs the input's moment
-        difference = weight - u @ v
+        difference = weight - product(weights, row.name).double()
         error = float((difference @ moment.matrix.double() * difference).sum())
         assert error == pytest.approx(row.loss, rel=0.05)
 

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 from hisvd_cli.build.conversion import Target, convert_checkpoint
 from hisvd_cli.checkpoint import load_model, open_checkpoint
 from hisvd_cli.errors import OutputError, SourceError, UsageError
+from hisvd_cli.lowrank import LAYERS
 from tests.workbench import bench, compress_to, plan_at, tree
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=LAYERS)
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     root = tmp_path_factory.mktemp("convert")
-    made = bench(root)
+    made = bench(root, f"plan.storage={request.param}")
     compress_to(made, plan_at(made, 0.6), root / "low")
     return root / "low"
 

@@ -15,7 +15,7 @@ import hisvd_cli
 PACKAGE = Path(hisvd_cli.__file__).parent
 MATHS = [
     *("budget.py", "spectrum.py", "moments.py", "statistics.py", "metric.py", "held_out.py"),
-    *("lowrank.py", "registry.py"),
+    *("lowrank.py", "registry.py", "hull.py", "pivot.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
     *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),
 ]

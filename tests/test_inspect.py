@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from hisvd_cli.lowrank import LAYERS
 from tests.cli_helpers import as_json, fail, hisvd, succeed, text_file
 from tests.conftest import MakeModel
 from tests.models import edit_json
@@ -24,8 +25,12 @@ from tests.models import edit_json
 UP = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(scope="module")
-def made(tiny_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=LAYERS)
+def made(
+    tiny_model: MakeModel,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Path:
     """A folder with a calibration, a plan, a checkpoint and a ``.pt``; do not edit them."""
     folder = tmp_path_factory.mktemp("made")
     quick = ("--model", tiny_model("llama"), "--dataset", text_file(folder), "--seqlen", 32)
@@ -33,7 +38,7 @@ def made(tiny_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HISVD_CACHE", str(folder / "cache"))
         succeed("calibrate", *quick, *calibration)
-        words = (*quick, *calibration, "--ratio", 0.6)
+        words = (*quick, *calibration, "--ratio", 0.6, "--storage", request.param)
         succeed("plan", *words, "--output", folder / "plan.json")
         succeed("compress", *words, "--output", folder / "checkpoint")
         packing = ("convert", folder / "checkpoint", "--to", "pt", "--output", folder / "one.pt")
@@ -148,10 +153,12 @@ def test_a_rank_that_disagrees_with_the_config(checkpoint: Path) -> None:
     config["quantization_config"]["ranks"][UP] = rank + 1
     config["quantization_config"]["ranks"]["model.layers.9.mlp.up_proj"] = 3
     (checkpoint / "config.json").write_text(json.dumps(config))
+    pivoted = "storage" in config["quantization_config"]
+    rows = (48 - rank, 48 - rank - 1) if pivoted else (48, 48)
     assert problems_of(checkpoint) == [
         "model.layers.9.mlp.up_proj: config.json gives a rank, but it is no sublayer.",
         f"{UP}.weight: [{rank}, 32] on disk, [{rank + 1}, 32] by config.json.",
-        f"{UP}.weight_u: [48, {rank}] on disk, [48, {rank + 1}] by config.json.",
+        f"{UP}.weight_u: [{rows[0]}, {rank}] on disk, [{rows[1]}, {rank + 1}] by config.json.",
         f"{UP}: rank {rank + 1}, but the plan says rank {rank}.",
     ]
 
@@ -160,7 +167,11 @@ def test_a_rank_that_the_config_forgot(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     rank = config["quantization_config"]["ranks"].pop(UP)
     (checkpoint / "config.json").write_text(json.dumps(config))
-    assert problems_of(checkpoint) == [
+    pivoted = "storage" in config["quantization_config"]
+    found = problems_of(checkpoint)
+    order = f"{UP}.weight_order: not part of the model."
+    assert (order in found) == pivoted
+    assert [problem for problem in found if problem != order] == [
         f"{UP}.weight_u: not part of the model.",
         f"{UP}.weight: [{rank}, 32] on disk, [48, 32] by config.json.",
         f"{UP}: rank 32, but the plan says rank {rank}.",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.lowrank import LowRankLinear
+from hisvd_cli.budget import cost
+from hisvd_cli.lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, factor_shapes
+from hisvd_cli.pivot import pivoted
 
 M, N, RANK = 12, 20, 5  # y = W x, W [12, 20]
 
@@ -19,11 +23,24 @@ def factors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
     return u, v, b
 
 
+def layer_of(u: Tensor, v: Tensor, b: Tensor | None = None, storage: str = "pair") -> LowRankLinear:
+    """Return a layer that computes U V x + b."""
+    tensors = (v, u) if storage == "pair" else pivoted(u, v)
+    state = dict(zip(FACTORS[storage], tensors, strict=True))
+    (m, rank), n = u.shape, v.shape[1]
+    layer = LAYERS[storage](n, m, rank, b is not None, dtype=u.dtype)
+    layer.load_state_dict(state if b is None else {**state, "bias": b})
+    return layer
+
+
+@pytest.mark.parametrize("storage", LAYERS)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(N,), (3, N), (2, 3, N), (0, N)])
-def test_forward_equals_the_dense_product(shape: tuple[int, ...], with_bias: bool) -> None:
+def test_forward_equals_the_dense_product(
+    shape: tuple[int, ...], with_bias: bool, storage: str
+) -> None:
     u, v, b = factors()
-    layer = LowRankLinear.from_factors(u, v, b if with_bias else None)
+    layer = layer_of(u, v, b if with_bias else None, storage)
     x = torch.randn(shape, dtype=torch.float64)
     expected = x @ (u @ v).T + (b if with_bias else 0)
     assert layer(x).shape == (*shape[:-1], M)
@@ -40,6 +57,14 @@ def test_tensors_have_the_names_and_shapes_of_the_format() -> None:
     assert set(LowRankLinear(N, M, RANK, bias=False).state_dict()) == {"weight", "weight_u"}
 
 
+@pytest.mark.parametrize("storage", LAYERS)
+def test_layers_hold_the_tensors_that_their_storage_names(storage: str) -> None:
+    layer = LAYERS[storage](N, M, RANK, bias=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    assert shapes == factor_shapes(layer.storage, M, N, RANK)
+    assert sum(map(math.prod, shapes.values())) == cost(RANK, (M, N), layer.storage)
+
+
 def test_device_and_dtype_reach_every_tensor() -> None:
     layer = LowRankLinear(N, M, RANK, device="meta", dtype=torch.bfloat16)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in layer.parameters())
@@ -50,48 +75,29 @@ def test_new_layers_hold_finite_numbers() -> None:
     assert all(torch.isfinite(p).all() and p.abs().sum() > 0 for p in layer.parameters())
 
 
-def test_from_factors_shares_the_memory_and_drops_the_history() -> None:
-    u, v, b = factors()
-    u.requires_grad_()
-    layer = LowRankLinear.from_factors(u, v, b)
-    assert (layer.in_features, layer.out_features, layer.rank) == (N, M, RANK)
-    assert layer.weight_u.data_ptr() == u.data_ptr()
-    assert layer.weight.data_ptr() == v.data_ptr()
-    assert layer.weight_u.is_leaf
-    assert layer.weight_u.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("u_shape", "v_shape", "b_shape"),
-    [((M, 4), (5, N), None), ((M,), (1, N), None), ((M, 5), (5, N), (N,)), ((M, 5), (N,), None)],
-)
-def test_from_factors_refuses_shapes_that_do_not_fit(
-    u_shape: tuple[int, ...], v_shape: tuple[int, ...], b_shape: tuple[int, ...] | None
-) -> None:
-    bias = None if b_shape is None else torch.zeros(b_shape)
-    with pytest.raises(ValueError, match="do not fit each other: U "):
-        LowRankLinear.from_factors(torch.zeros(u_shape), torch.zeros(v_shape), bias)
-
-
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=f"at least 1, and is {rank}"):
         LowRankLinear(N, M, rank)
-    with pytest.raises(ValueError, match="at least 1"):
-        LowRankLinear.from_factors(torch.zeros(M, 0), torch.zeros(0, N))
 
 
-def test_dense_weight_is_the_product() -> None:
+def test_a_pivoted_layer_has_fewer_directions_than_outputs() -> None:
+    with pytest.raises(ValueError, match="below its 12 outputs, and is 12"):
+        PivotedLinear(N, M, M)
+
+
+@pytest.mark.parametrize("storage", LAYERS)
+def test_dense_weight_is_the_product(storage: str) -> None:
     u, v, b = factors()
-    torch.testing.assert_close(LowRankLinear.from_factors(u, v, b).dense_weight(), u @ v)
+    torch.testing.assert_close(layer_of(u, v, b, storage).dense_weight(), u @ v)
 
 
 def test_dense_weight_of_half_precision_is_rounded_once() -> None:
     u, v, _ = factors(torch.bfloat16)
-    weight = LowRankLinear.from_factors(u, v).dense_weight()
+    weight = layer_of(u, v).dense_weight()
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, (u.float() @ v.float()).bfloat16())
-    weight = LowRankLinear.from_factors(u, v).dense_weight(torch.float32)
+    weight = layer_of(u, v).dense_weight(torch.float32)
     assert torch.equal(weight, u.float() @ v.float())
 
 
@@ -102,7 +108,7 @@ def test_repr_shows_the_rank() -> None:
 
 
 def test_gradients_reach_all_tensors() -> None:
-    layer = LowRankLinear.from_factors(*factors())
+    layer = layer_of(*factors())
     dense = nn.Linear(N, M, dtype=torch.float64)
     x = torch.randn(4, N, dtype=torch.float64)
     layer(x).square().sum().backward()
@@ -117,8 +123,9 @@ def test_gradients_reach_all_tensors() -> None:
     assert b.shape == (M,)
 
 
-def test_compiles_into_one_graph() -> None:
-    layer = LowRankLinear.from_factors(*factors())
+@pytest.mark.parametrize("storage", LAYERS)
+def test_compiles_into_one_graph(storage: str) -> None:
+    layer = layer_of(*factors(), storage=storage)
     # The eager backend traces as any other does and needs no compiler on the machine.
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     x = torch.randn(3, N, dtype=torch.float64)

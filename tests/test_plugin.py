@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,10 +34,11 @@ from transformers import (
 )
 
 import hisvd_cli
-from hisvd_cli.lowrank import LowRankLinear
+from hisvd_cli.lowrank import FACTORS, LAYERS, LowRankLinear
+from hisvd_cli.pivot import pivoted
 from hisvd_cli.transformers_plugin import (
     AUTO_MAP,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     MODELING_FILE,
     HiSVDConfig,
     HiSVDQuantizer,
@@ -71,7 +73,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 Model = Any  # transformers' own model classes say little to a type checker
-MakeFolder = Callable[[str], "Folder"]
+MakeFolder = Callable[..., "Folder"]  # architecture, storage
 
 
 @dataclass
@@ -111,7 +113,7 @@ def dense_model(architecture: str) -> Model:
     return model.eval()
 
 
-def factor(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
+def factor(model: Model, storage: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Factor every linear of the blocks by plain SVD; the model gets the multiplied factors.
 
     Returns:
@@ -124,7 +126,9 @@ def factor(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
             U, sigma, Vh = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
             u, v = U[:, :RANK] * sigma[:RANK], Vh[:RANK]  # [m, r], [r, n]
             linear.weight.data = u @ v
-            factors[f"{name}.weight"], factors[f"{name}.weight_u"] = v.contiguous(), u.contiguous()
+            stored = (v, u) if storage == "pair" else pivoted(u, v)
+            leaves = zip(FACTORS[storage], stored, strict=True)
+            factors |= {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in leaves}
             ranks[name] = RANK
     tensors = {name: t.contiguous() for name, t in model.state_dict().items()} | factors
     if model.config.tie_word_embeddings:
@@ -132,11 +136,15 @@ def factor(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
     return tensors, ranks
 
 
-def write_config(path: Path, model: Model, ranks: dict[str, int]) -> None:
+def write_config(path: Path, model: Model, ranks: dict[str, int], storage: str) -> None:
     """Write ``config.json`` as hisvd does, with the code that travels along."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(path)
-    edit_config(path, auto_map=AUTO_MAP, quantization_config=HiSVDConfig(ranks).to_dict())
+    edit_config(
+        path,
+        auto_map=AUTO_MAP,
+        quantization_config=HiSVDConfig(ranks, FORMAT_VERSIONS[storage], storage).to_dict(),
+    )
     for name, source in remote_code_files().items():
         shutil.copyfile(source, path / name)
 
@@ -167,28 +175,31 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
     """Give the folder of an architecture; made once, not to be changed."""
 
     @functools.cache
-    def make(architecture: str) -> Folder:
+    def make(architecture: str, storage: str = "pair") -> Folder:
         path = tmp_path_factory.mktemp(architecture)
         model = dense_model(architecture)
-        tensors, ranks = factor(model)
+        tensors, ranks = factor(model, storage)
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
-        write_config(path, model, ranks)
+        write_config(path, model, ranks, storage)
         return Folder(path, model, ranks)
 
     return make
 
 
-@pytest.fixture
-def qwen2(pristine: MakeFolder, tmp_path: Path) -> Folder:
+@pytest.fixture(params=LAYERS)
+def qwen2(pristine: MakeFolder, tmp_path: Path, request: pytest.FixtureRequest) -> Folder:
     """A folder of one's own, with biases on some low-rank layers and none on others."""
-    folder = pristine("qwen2")
+    folder = pristine("qwen2", request.param)
     path = Path(shutil.copytree(folder.path, tmp_path / "folder"))
     return Folder(path, folder.dense, folder.ranks)
 
 
+@pytest.mark.parametrize("storage", LAYERS)
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_logits_equal_the_dense_model(architecture: str, pristine: MakeFolder) -> None:
-    folder = pristine(architecture)
+def test_logits_equal_the_dense_model(
+    architecture: str, storage: str, pristine: MakeFolder
+) -> None:
+    folder = pristine(architecture, storage)
     model = load(folder.path)
     assert type(model) is type(folder.dense)
     assert set(low_rank_layers(model)) == set(folder.ranks)
@@ -196,18 +207,24 @@ def test_logits_equal_the_dense_model(architecture: str, pristine: MakeFolder) -
     torch.testing.assert_close(logits(model), folder.expected(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("storage", LAYERS)
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_generation_equals_the_dense_model(architecture: str, pristine: MakeFolder) -> None:
-    folder = pristine(architecture)
+def test_generation_equals_the_dense_model(
+    architecture: str, storage: str, pristine: MakeFolder
+) -> None:
+    folder = pristine(architecture, storage)
     arguments = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     generated = load(folder.path).generate(IDS, **arguments)
     assert generated.shape == (2, 16)
     assert torch.equal(generated, folder.dense.generate(IDS, **arguments))
 
 
+@pytest.mark.parametrize("storage", LAYERS)
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_saving_again_is_bit_exact(architecture: str, pristine: MakeFolder, tmp_path: Path) -> None:
-    folder = pristine(architecture)
+def test_saving_again_is_bit_exact(
+    architecture: str, storage: str, pristine: MakeFolder, tmp_path: Path
+) -> None:
+    folder = pristine(architecture, storage)
     load(folder.path).save_pretrained(tmp_path)
     before, after = (load_file(p / "model.safetensors") for p in (folder.path, tmp_path))
     assert set(before) == set(after)
@@ -469,12 +486,36 @@ def test_ranks_that_are_no_mapping_are_an_error() -> None:
         HiSVDConfig([3, 4])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_an_unknown_format_version_is_an_error(version: object, qwen2: Folder) -> None:
-    quantization = {**HiSVDConfig(qwen2.ranks).to_dict(), "format_version": version}
-    edit_config(qwen2.path, quantization_config=quantization)
+    written = json.loads((qwen2.path / "config.json").read_text())["quantization_config"]
+    edit_config(qwen2.path, quantization_config={**written, "format_version": version})
     with pytest.raises(ValueError, match=rf"format version {version!r}.*reads version 1"):
         load(qwen2.path)
+
+
+def test_an_unknown_storage_is_an_error(qwen2: Folder) -> None:
+    written = json.loads((qwen2.path / "config.json").read_text())["quantization_config"]
+    edit_config(qwen2.path, quantization_config={**written, "storage": "folded"})
+    with pytest.raises(ValueError, match="storage 'folded'"):
+        load(qwen2.path)
+
+
+def test_outputs_out_of_order_are_an_error(pristine: MakeFolder, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(pristine("llama", "pivoted").path, tmp_path / "disordered"))
+    name = f"{Q0}.weight_order"
+    edit_tensors(path, lambda t: t[name].fill_(3))  # a row twice, others never
+    with pytest.raises(RuntimeError, match=rf"in no order: {re.escape(name)}\."):
+        load(path)
+
+
+def test_a_pivoted_checkpoint_is_no_plain_one(pristine: MakeFolder, tmp_path: Path) -> None:
+    """Neither loads as the other: a reader that knows plain pairs only must not misread it."""
+    path = Path(shutil.copytree(pristine("llama", "pivoted").path, tmp_path / "mistaken"))
+    ranks = json.loads((path / "config.json").read_text())["quantization_config"]["ranks"]
+    edit_config(path, quantization_config=HiSVDConfig(ranks).to_dict())
+    with pytest.raises(RuntimeError, match="weight_u is"):
+        load(path)
 
 
 def test_a_tied_head_cannot_be_low_rank(pristine: MakeFolder, tmp_path: Path) -> None:
@@ -502,7 +543,7 @@ def test_a_dense_model_cannot_be_made_low_rank_by_loading(tmp_path: Path) -> Non
 
 def test_config_round_trip() -> None:
     config = HiSVDConfig({Q0: 3})
-    written = {"quant_method": "hisvd", "format_version": FORMAT_VERSION, "ranks": {Q0: 3}}
+    written = {"quant_method": "hisvd", "format_version": 1, "ranks": {Q0: 3}}
     assert config.to_dict() == written
     assert HiSVDConfig(**json.loads(config.to_json_string(use_diff=False))).to_dict() == written
 

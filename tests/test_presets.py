@@ -11,9 +11,10 @@ import pytest
 from hisvd_cli.allocate import ALLOCATORS
 from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.errors import UsageError
+from hisvd_cli.lowrank import LAYERS
 from hisvd_cli.presets import PRESETS
 from hisvd_cli.profile import Key, Resolved, resolve
-from hisvd_cli.settings import ALLOCATOR_NAMES, DECOMPOSER_NAMES, PresetName, Settings
+from hisvd_cli.settings import ALLOCATOR_NAMES, DECOMPOSER_NAMES, PresetName, Settings, kind_of
 
 PRESET: Key = ("plan", "preset")
 
@@ -53,6 +54,7 @@ def test_the_names_of_methods_are_those_of_the_registries() -> None:
     """They are written out in the settings, so that help and completion need no torch."""
     assert sorted(ALLOCATOR_NAMES) == ALLOCATORS.names()
     assert sorted(DECOMPOSER_NAMES) == DECOMPOSERS.names()
+    assert get_args(kind_of("plan", "storage")) == tuple(LAYERS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -63,6 +65,7 @@ def test_each_preset_is_what_it_says(name: str, tmp_path: Path) -> None:
     assert (*settings.plan.allocator, settings.compress.decomposer) == METHODS[name]
     metrics = {"best": "held-out", "lems": "fisher"}
     assert settings.plan.metric == metrics.get(name, "whitened")
+    assert settings.plan.storage == ("pivoted" if name == "best" else "pair")
     assert settings.plan.min_rank_ratio == (0.3 if name == "hisvd" else 0)
     assert preset.source
     assert len(preset.about) <= 80

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
-from hisvd_cli.budget import Budget, break_even, cost, full_rank
+from hisvd_cli.budget import Budget, break_even, full_rank, rank_of_share
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.spectrum import Spectrum
 
@@ -37,19 +37,25 @@ def asvd(
     """
     pairs: list[tuple[float, int, int]] = []
     for i, s in enumerate(spectra):
-        ranks = {max(int(r * break_even(s.shape)), budget.floors[i]) for r in sensitivity_ratios}
+        kept = [int(rank_of_share(r, s.shape, budget.storage)) for r in sensitivity_ratios]
+        ranks = {max(rank, budget.floors[i]) for rank in kept}
         pairs += [(_measured(probe, s.name, rank), i, rank) for rank in sorted(ranks)]
     pairs.sort()
     low, high = 0, len(pairs)  # with no pair allowed all stay dense; all pairs cost least
     while low < high:
         middle = (low + high) // 2
-        spent = sum(map(cost, _smallest(pairs[:middle], budget), budget.shapes))
+        spent = budget.spent(_smallest(pairs[:middle], budget))
         low, high = (low, middle) if spent <= budget.parameters else (middle + 1, high)
     chosen = _smallest(pairs[:low], budget)
-    spent = sum(map(cost, chosen, budget.shapes))
+    energies = [s.energy for s in spectra]
+    if budget.spent(chosen) <= budget.parameters:
+        return Allocation(budget.settled(chosen, energies), chosen)
     # A grid whose smallest shares are above the budget's: what it asks for is scaled down.
-    real = [float(r) for r in chosen] if spent <= budget.parameters else budget.scaled(chosen)
-    return Allocation(budget.rounded(real, [s.energy for s in spectra]), chosen)
+    costs = map(budget.cost, chosen, budget.shapes)
+    real = [
+        c / (m * n) * break_even((m, n)) for c, (m, n) in zip(costs, budget.shapes, strict=True)
+    ]
+    return Allocation(budget.rounded(budget.scaled(real), energies), chosen)
 
 
 def _measured(probe: Probe, name: str, rank: int) -> float:

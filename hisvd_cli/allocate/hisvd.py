@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation
-from hisvd_cli.budget import Budget, break_even, is_dense
+from hisvd_cli.budget import Budget, break_even, full_rank
 from hisvd_cli.errors import UsageError, suggest
 from hisvd_cli.spectrum import Spectrum, rank_density, tail_share
 
@@ -88,6 +88,6 @@ def cluster_tails(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> dict[str
     """
     shares: dict[str, list[float]] = {s.cluster: [] for s in spectra}
     for s, rank in zip(spectra, ranks, strict=True):
-        if not is_dense(rank, s.shape):
+        if rank < full_rank(s.shape):
             shares[s.cluster].append(tail_share(s.energy, rank))
     return {cluster: fmean(values) if values else 0.0 for cluster, values in shares.items()}

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.allocate.waterfill import optimal_ranks
-from hisvd_cli.budget import Budget, break_even, full_rank
+from hisvd_cli.budget import Budget, Shape, break_even, full_rank, rank_of_share
 from hisvd_cli.errors import NumericalError
+from hisvd_cli.lowrank import Storage
 from hisvd_cli.spectrum import Spectrum
 
 _BETAS = (0.9, 0.99)
@@ -56,36 +57,42 @@ def learned(
     strides = [
         learning_rate * full_rank(s.shape) / limit for s, limit in zip(spectra, limits, strict=True)
     ]
-    uniform = learning_start == "uniform"
-    start = budget.scaled(limits) if uniform else optimal_ranks(budget, energies)
-    shares = [min(rank / limit, 1.0) for rank, limit in zip(start, limits, strict=True)]
+    if learning_start == "uniform":
+        start = budget.rounded(budget.scaled(limits), energies, nearest=True)
+    else:
+        start = optimal_ranks(budget, energies)
+    shares = _shares(start, budget)
     adam = _Adam(len(shares))
     for step in range(learning_steps):
-        slopes = _slopes(probe, shares, limits, softness, step)
+        slopes = _slopes(probe, shares, budget, softness, step)
         directions = adam.direction(_along_budget(slopes, shares, budget))
         moved = [x - a * d for x, a, d in zip(shares, strides, directions, strict=True)]
         shares = _projected(moved, budget)
-    positions = [share * limit for share, limit in zip(shares, limits, strict=True)]
-    return Allocation(
-        budget.rounded(positions, energies, nearest=True), [int(rank) for rank in start]
-    )
+    learned_ranks = [share * limit for share, limit in zip(shares, limits, strict=True)]
+    return Allocation(budget.rounded(learned_ranks, energies, nearest=True), start)
 
 
 def _slopes(
-    probe: Probe, shares: Sequence[float], limits: Sequence[float], softness: float, step: int
+    probe: Probe, shares: Sequence[float], budget: Budget, softness: float, step: int
 ) -> list[float]:
-    """Return the gradient of the divergence by each share of break-even."""
-    positions = [
-        math.inf if share >= 1 else share * limit
-        for share, limit in zip(shares, limits, strict=True)
-    ]
-    loss, gradient = probe.soft_divergence(positions, softness, step)
+    """Return the gradient of the divergence by each share of mn."""
+    places = [_place(x, s, budget.storage) for x, s in zip(shares, budget.shapes, strict=True)]
+    loss, gradient = probe.soft_divergence([rank for rank, _ in places], softness, step)
     if not all(map(math.isfinite, [loss, *gradient])):
         raise NumericalError(
             f"The divergence of step {step + 1}, or its gradient, is NaN or infinite.",
             "Use --dtype float32, or another --allocator.",
         )
-    return [g * limit for g, limit in zip(gradient, limits, strict=True)]
+    return [g * slope for g, (_, slope) in zip(gradient, places, strict=True)]
+
+
+def _place(share: float, shape: Shape, storage: Storage) -> tuple[float, float]:
+    """Return the position that a share of mn pays for, and how fast it moves with the share."""
+    if share >= 1:
+        return math.inf, 0.0
+    m, n = shape
+    rank = rank_of_share(share, shape, storage)
+    return rank, m * n / (m + n - (2 * rank if storage == "pivoted" else 0))
 
 
 def _along_budget(slopes: Sequence[float], shares: Sequence[float], budget: Budget) -> list[float]:
@@ -93,7 +100,7 @@ def _along_budget(slopes: Sequence[float], shares: Sequence[float], budget: Budg
 
     A share at its floor that would fall counts no more, or it would pull on the others for ever.
     """
-    sizes, floors = _sizes(budget), _floors(budget)
+    sizes, floors = _sizes(budget), _shares(budget.floors, budget)
     free = [i for i, share in enumerate(shares) if share < 1]
     while True:
         price = sum(slopes[i] * sizes[i] for i in free) / max(sum(sizes[i] ** 2 for i in free), 1)
@@ -130,11 +137,11 @@ class _Adam:
 
 
 def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
-    """Return the nearest shares of break-even, between floor and 1, whose cost is the budget.
+    """Return the nearest shares of mn, between floor and 1, whose cost is the budget.
 
     A share's cost is proportional to it, with mn: the nearest point subtracts a multiple of mn.
     """
-    sizes, floors = _sizes(budget), _floors(budget)
+    sizes, floors = _sizes(budget), _shares(budget.floors, budget)
     largest = max(sizes)
 
     def at(shift: float) -> list[float]:
@@ -156,8 +163,7 @@ def _sizes(budget: Budget) -> list[int]:
     return [m * n for m, n in budget.shapes]
 
 
-def _floors(budget: Budget) -> list[float]:
-    return [
-        min(floor / break_even(shape), 1.0)
-        for floor, shape in zip(budget.floors, budget.shapes, strict=True)
-    ]
+def _shares(ranks: Sequence[int], budget: Budget) -> list[float]:
+    """Return which share of mn each sublayer costs at whole ranks."""
+    costs = map(budget.cost, ranks, budget.shapes)
+    return [cost / size for cost, size in zip(costs, _sizes(budget), strict=True)]

@@ -2,9 +2,9 @@
 would save no more than anywhere else.
 
 Minimises ``Σ_l tail_l(r_l)`` with ``Σ_l cost_l(r_l)`` within the budget, dense being one choice
-more (cost mn, loss 0). A sublayer's losses over its costs are convex but for that last choice; on
-their lower convex hull the Lagrangian's answers for all μ are one list of steps, sorted by what a
-parameter of each saves, of which the budget takes a beginning.
+more (cost mn, loss 0). On the lower convex hull of a sublayer's losses over its costs the
+Lagrangian's answers for all μ are one list of steps, sorted by what a parameter of each saves, of
+which the budget takes a beginning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation
-from hisvd_cli.budget import Budget, Shape, cost, full_rank, is_dense
+from hisvd_cli.budget import Budget, Shape, full_rank, is_dense
+from hisvd_cli.hull import lower_hull
 from hisvd_cli.spectrum import Spectrum
 
 
@@ -42,13 +43,11 @@ def optimal_ranks(budget: Budget, energies: Sequence[Tensor]) -> list[int]:
         energies: what dropping each component of each sublayer loses ``[min(m, n)]``, falling.
     """
     hulls = [
-        _hull(energy, shape, floor, budget.multiple_of)
+        _hull(energy, shape, floor, budget)
         for energy, shape, floor in zip(energies, budget.shapes, budget.floors, strict=True)
     ]
     ranks = [hull.ranks[0] for hull in hulls]
-    left = budget.parameters - sum(
-        int(cost(rank, shape)) for rank, shape in zip(ranks, budget.shapes, strict=True)
-    )
+    left = budget.parameters - budget.spent(ranks)
     taken = [0] * len(hulls)
     stopped: set[int] = set()
     for i in _by_rate(hulls):
@@ -75,19 +74,17 @@ class _Hull:
     rates: Tensor
 
 
-def _hull(energy: Tensor, shape: Shape, floor: int, step: int) -> _Hull:
-    truncated = [r for r in range(floor, full_rank(shape), step) if not is_dense(r, shape)]
-    ranks = [*truncated, full_rank(shape)]
+def _hull(energy: Tensor, shape: Shape, floor: int, budget: Budget) -> _Hull:
+    full, step = full_rank(shape), budget.multiple_of
+    ranks = [r for r in range(floor, full, step) if not is_dense(r, shape, budget.storage)]
+    ranks.append(full)
     tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]).double()
-    losses = torch.cat([tails[truncated], tails.new_zeros(1)])
-    costs = torch.tensor([cost(r, shape) for r in ranks], dtype=torch.float64)
-    if len(ranks) > 1:
-        # The hull leaves the convex part where the way to dense is the least steep.
-        leaves = int((losses[:-1] / (costs[-1] - costs[:-1])).argmin())
-        kept = [*range(leaves + 1), len(ranks) - 1]
-        ranks, losses, costs = [ranks[i] for i in kept], losses[kept], costs[kept]
-    prices = costs.diff()
-    return _Hull(ranks, [int(p) for p in prices.tolist()], -losses.diff() / prices)
+    losses = tails[ranks].tolist()
+    costs = [budget.cost(rank, shape) for rank in ranks]
+    corners = lower_hull(costs, losses)
+    prices = torch.tensor([costs[i] for i in corners]).diff()
+    falls = -torch.tensor([losses[i] for i in corners], dtype=torch.float64).diff()
+    return _Hull([ranks[i] for i in corners], prices.tolist(), falls / prices)
 
 
 def _by_rate(hulls: Sequence[_Hull]) -> list[int]:

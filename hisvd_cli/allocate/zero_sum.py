@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation
-from hisvd_cli.budget import Budget, cost, full_rank
+from hisvd_cli.budget import Budget, full_rank
 from hisvd_cli.errors import UsageError, suggest
 from hisvd_cli.spectrum import Spectrum
 from hisvd_cli.statistics import missing
@@ -53,10 +53,10 @@ def zero_sum(spectra: Sequence[Spectrum], budget: Budget, *, selection: str) -> 
     excess = sum(m * n for m, n in budget.shapes) - budget.parameters
     while excess > 0 and (i := queue.pop()) is not None:
         shape = budget.shapes[i]
-        before = cost(queue.ranks[i], shape)
+        before = budget.cost(queue.ranks[i], shape)
         queue.drop(i)
-        excess -= int(before - cost(queue.ranks[i], shape))
-    ranks = budget.rounded(queue.ranks, [s.energy for s in spectra], nearest=True)
+        excess -= before - budget.cost(queue.ranks[i], shape)
+    ranks = budget.settled(queue.ranks, [s.energy for s in spectra], nearest=True)
     return Allocation(ranks, list(queue.ranks))
 
 

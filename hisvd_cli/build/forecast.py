@@ -134,7 +134,7 @@ def _checkpoint_bytes(
     resolved: Resolved, source: Source, anatomy: Anatomy, plan: Plan | None
 ) -> int:
     if plan is not None:
-        return lay_out(source, plan.ranks).total_bytes
+        return lay_out(source, plan.ranks, plan.storage).total_bytes
     knobs = resolved.settings.plan
     size = anatomy.size(knobs.include, knobs.exclude)
     dropped = size.sublayers - size.budget(knobs.ratio[0], knobs.ratio_of)

@@ -261,4 +261,4 @@ def _budget(
     for s in sublayers:
         least = max(1, int(knobs.min_rank_ratio * share * break_even(s.shape)))
         floors.append(-(-least // step) * step)
-    return Budget([s.shape for s in sublayers], parameters, floors, step)
+    return Budget([s.shape for s in sublayers], parameters, floors, step, knobs.storage)

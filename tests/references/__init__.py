@@ -6,9 +6,10 @@ not left dense: the same function as the pair. They follow the papers, and for w
 open the authors' programs; the allocators and decomposers of ``hisvd_cli`` were not read for them.
 ``python -m tests.references`` prints their perplexities on the demo model.
 
-For all: rank r of ``[m, n]`` costs r(m+n), every ``nn.Linear`` of the decoder blocks counts, only
-the one-shot allocation and decomposition are done (no fine-tuning, no second pass, no quantised
-store), the loss is cross-entropy summed over the tokens of a window.
+For all: rank r of ``[m, n]`` costs r(m+n) (``best``: r(m+n−r) + m, pivoted), every ``nn.Linear``
+of the decoder blocks counts, only the one-shot allocation and decomposition are done (no
+fine-tuning, no second pass, no quantised store), the loss is cross-entropy summed over the tokens
+of a window.
 
 =============  =====================================  ============================================
 reference      source                                 what had to be assumed

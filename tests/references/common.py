@@ -76,6 +76,12 @@ class Sublayer:
         """Parameters at a rank."""
         return self.dense_cost if rank is None else rank * self.rank_cost
 
+    def pivoted_cost(self, rank: int | None) -> int:
+        """Parameters at a rank, of r rows ``[r, n]``, what makes the others ``[m − r, r]``, and m
+        places."""
+        m, n = self.shape
+        return self.dense_cost if rank is None else rank * n + (m - rank) * rank + m
+
 
 class Study:
     """A model, its calibration windows ``[S, L]``, and what is measured with them, once each."""
@@ -264,15 +270,25 @@ def snapped(sublayer: Sublayer, rank: float) -> int | None:
     return None if rank >= sublayer.break_even - 1e-9 else max(int(rank + 1e-9), 1)
 
 
-def knapsack(study: Study, losses: Mapping[str, Mapping[int | None, float]], budget: int) -> Ranks:
-    """Choose one rank per sublayer with the least sum of losses, exactly, by dynamic programming.
+def knapsack(
+    study: Study,
+    losses: Mapping[str, Mapping[int | None, float]],
+    budget: int,
+    price: Callable[[Sublayer, int | None], int] = Sublayer.cost,
+    least_unit: int = 1,
+) -> Ranks:
+    """Choose one rank per sublayer with the least sum of losses, by dynamic programming.
 
     Args:
-        study: gives the costs.
+        study: gives the sublayers.
         losses: the choices of each sublayer and what each loses.
         budget: parameters that may be spent.
+        price: parameters of a sublayer at a rank.
+        least_unit: costs are rounded up to a multiple of the larger of this and their common
+            divisor; exact where it is 1.
     """
-    unit = reduce(math.gcd, (s.cost(r) for s in study.sublayers for r in losses[s.name]))
+    common = reduce(math.gcd, (price(s, r) for s in study.sublayers for r in losses[s.name]))
+    unit = max(common, least_unit)
     room = budget // unit
     best = np.zeros(room + 1)
     taken: list[np.ndarray] = []
@@ -280,7 +296,7 @@ def knapsack(study: Study, losses: Mapping[str, Mapping[int | None, float]], bud
         reached = np.full(room + 1, np.inf)
         choice = np.zeros(room + 1, dtype=np.int32)
         for number, (rank, loss) in enumerate(losses[s.name].items()):
-            cost = s.cost(rank) // unit
+            cost = -(-price(s, rank) // unit)
             if cost > room:
                 continue
             offer = best[: room + 1 - cost] + loss
@@ -293,7 +309,7 @@ def knapsack(study: Study, losses: Mapping[str, Mapping[int | None, float]], bud
     ranks: Ranks = {}
     for s, choice in zip(reversed(study.sublayers), reversed(taken), strict=True):
         ranks[s.name] = list(losses[s.name])[choice[left]]
-        left -= s.cost(ranks[s.name]) // unit
+        left -= -(-price(s, ranks[s.name]) // unit)
     return ranks
 
 
