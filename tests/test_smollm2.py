@@ -107,6 +107,21 @@ def test_hisvd_reaches_its_perplexity(workspace: Path, ratio: str, limit: float)
     assert DENSE < _perplexity(workspace, target) <= limit * ROOM
 
 
+@pytest.mark.parametrize(("ratio", "limit"), [("0.8", 32.5), ("0.6", 60.0)])
+def test_best_reaches_its_perplexity(workspace: Path, ratio: str, limit: float) -> None:
+    """On half the text of the protocol, so that it takes half the time."""
+    text = ["--dataset", str(DATA / "validation.tokens.txt"), "--samples", "16"]
+    more = ["--seqlen", "1024", "--calibration", "gradients", "--preset", "best"]
+    target = f"best-{ratio}"
+    _hisvd(
+        workspace, "compress", "--model", GGUF, *text, *more, "--ratio", ratio, "--output", target
+    )
+    audit = _hisvd(workspace, "inspect", target)
+    assert audit["problems"] == []
+    assert float(ratio) - 0.0005 <= audit["ratio"] <= float(ratio)
+    assert DENSE < _perplexity(workspace, target) <= limit * ROOM
+
+
 def test_truncation_error_is_the_predicted_loss(workspace: Path) -> None:
     """Per sublayer: discarded energy by the plan against the error of factors made in float64."""
     from hisvd_cli.calibration import open_calibration
