@@ -30,6 +30,7 @@ from hisvd_cli.checkpoint import (
 from hisvd_cli.decompose import DECOMPOSERS, Decomposer
 from hisvd_cli.errors import NumericalError, StaleArtifactError
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
+from hisvd_cli.metric import decomposing
 from hisvd_cli.model_card import write_card
 from hisvd_cli.paths import digest
 from hisvd_cli.pivot import pivoted
@@ -243,8 +244,9 @@ class _Factory:
         self, sublayer: str, weight: Tensor, statistics: Statistics, rank: int
     ) -> dict[str, Tensor]:
         """Return the factors on the CPU, in the dtype of the weight. Raises NumericalError."""
-        u, v = self.method(weight.to(self.device), statistics, rank)
-        factors = pivoted(u, v) if self.plan.storage == "pivoted" else (v, u)
+        with decomposing(sublayer):
+            u, v = self.method(weight.to(self.device), statistics, rank)
+            factors = pivoted(u, v) if self.plan.storage == "pivoted" else (v, u)
         stored: dict[str, Tensor] = dict(zip(FACTORS[self.plan.storage], factors, strict=True))
         for leaf, tensor in stored.items():
             dtype = weight.dtype if tensor.is_floating_point() else tensor.dtype

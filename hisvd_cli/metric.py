@@ -10,11 +10,13 @@ no root and no inverse of G is ever taken, G may be singular, and M = W G Wᵀ w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # missing from its __all__
 
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.moments import Moment, Side
@@ -80,6 +82,20 @@ class Metric:
         return self.right.of_output(weighted)
 
 
+@contextmanager
+def decomposing(sublayer: str) -> Iterator[None]:
+    """Have numerical failures of the body name the sublayer. Raises NumericalError."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{sublayer}: {error.message}", error.hint) from error
+    except LinAlgError as error:
+        raise NumericalError(
+            f"{sublayer}: its decomposition did not converge; its statistics may not be finite.",
+            "Check them with 'hisvd inspect', and calibrate again.",
+        ) from error
+
+
 def top_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Return the eigenvectors ``[p, rank]`` of the largest eigenvalues, the largest first."""
     _, vectors = torch.linalg.eigh(gram)
@@ -107,7 +123,7 @@ def truncate(
         U is orthonormal.
 
     Raises:
-        torch.linalg.LinAlgError: non-finite numbers.
+        LinAlgError: non-finite numbers.
     """
     if metric.transposed:
         v, u = truncate(weight.T, replace(metric, transposed=False), rank, eigenvectors)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hisvd_cli.calibration import GRADIENTS, Calibration
 from hisvd_cli.errors import SourceError
+from hisvd_cli.metric import decomposing
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
@@ -165,7 +166,8 @@ def _cached(
                 known = of.calibration.statistics(layer, {need}, of.device)
             for s in (s for s in of.sublayers if s.layer == layer):
                 weight = of.source.weights.read(of.names[f"{s.name}.weight"]).to(of.device)
-                values[s.name] = compute(weight, known.get(s.name, Statistics())).cpu()
+                with decomposing(s.name):
+                    values[s.name] = compute(weight, known.get(s.name, Statistics())).cpu()
             step()
     write_tensors(path, values, {"key": key})
     return values

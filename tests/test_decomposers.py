@@ -13,7 +13,7 @@ from torch import Tensor
 from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.decompose.gfwsvd import DAMPING
 from hisvd_cli.errors import NumericalError, SourceError, UsageError
-from hisvd_cli.metric import fisher_metric, top_eigenvectors, truncate
+from hisvd_cli.metric import decomposing, fisher_metric, top_eigenvectors, truncate
 from hisvd_cli.moments import Moment, Side
 from hisvd_cli.spectrum import component_changes, fisher_energy
 from hisvd_cli.statistics import Channels, Gradient, Statistics, WeightGradients
@@ -325,6 +325,18 @@ def test_an_indefinite_gradient_moment_is_an_error() -> None:
     broken = replace(case.statistics(), gradient=_gradient(torch.diag(torch.linspace(-1, 2, 20))))
     with pytest.raises(NumericalError, match="not positive semidefinite"):
         fisher_energy(case.weight, broken, 0.0, 0.0)
+
+
+def test_numerical_failures_name_the_sublayer() -> None:
+    case = _case((20, 34))
+    broken = replace(case.statistics(), moment=Moment(torch.full((34, 34), torch.nan), "input"))
+    failed = pytest.raises(NumericalError, match=r"^layers\.3\.up: its decomposition did not")
+    with failed, decomposing("layers.3.up"):
+        DECOMPOSERS.get("whitened")(case.weight, broken, 3)
+    gradient = replace(case.statistics(), gradient=_gradient(-torch.eye(20)))
+    refused = pytest.raises(NumericalError, match=r"^layers\.3\.up: .*not positive semidefinite")
+    with refused, decomposing("layers.3.up"):
+        fisher_energy(case.weight, gradient, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hisvd_cli.calibration import Calibration
 from hisvd_cli.decompose import DECOMPOSERS, Decomposer
 from hisvd_cli.device import pick_device
 from hisvd_cli.errors import SourceError
+from hisvd_cli.metric import decomposing
 from hisvd_cli.moments import exact_device
 from hisvd_cli.paths import digest
 from hisvd_cli.probe import ModelProbe
@@ -98,4 +99,5 @@ class _Factors:
             known = self._calibration.statistics(layer, self._needs, self._device)
             self._known = (layer, known)
         weight = self._source.weights.read(self._names[f"{name}.weight"]).to(self._device)
-        return self._method(weight, self._known[1][name], min(weight.shape))
+        with decomposing(name):
+            return self._method(weight, self._known[1][name], min(weight.shape))
