@@ -30,7 +30,6 @@ from hisvd_cli.checkpoint import (
 from hisvd_cli.decompose import DECOMPOSERS, Decomposer
 from hisvd_cli.errors import NumericalError, StaleArtifactError
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
-from hisvd_cli.metric import decomposing
 from hisvd_cli.model_card import write_card
 from hisvd_cli.paths import digest
 from hisvd_cli.pivot import pivoted
@@ -41,6 +40,7 @@ from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source, read_config
 from hisvd_cli.statistics import Need, Statistics, missing
 from hisvd_cli.tensorfile import join_files, write_json, write_tensors
+from hisvd_cli.truncation import decomposing
 from hisvd_cli.versions import versions
 
 _OUTSIDE = "outside"

@@ -1,4 +1,4 @@
-"""The weighted error that a decomposition minimises, and its best low-rank answer.
+"""The weighted error that a decomposition minimises.
 
 Legend: W ``[m, n]``, Δ = W − W′ the error of a replacement, p = min(m, n). A metric weights the
 outputs by H = L Lᵀ ``[m, m]`` and the inputs by G ``[n, n]``: ``loss(Δ) = tr(H Δ G Δᵀ)``.
@@ -10,13 +10,10 @@ no root and no inverse of G is ever taken, G may be singular, and M = W G Wᵀ w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # missing from its __all__
 
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.moments import Moment, Side
@@ -26,9 +23,6 @@ FLOOR = 1e-12
 """The least damping of H, relative to the mean of its diagonal: L can be inverted where H is
 singular, and all else changes by no more than rounding."""
 _RAISE = 100.0  # a damping that did not do is raised so much
-
-Eigenvectors = Callable[[Tensor, int], Tensor]
-"""``(gram [p, p], rank) -> [p, rank]``, orthonormal, the largest first."""
 
 
 @dataclass(frozen=True)
@@ -80,84 +74,6 @@ class Metric:
         if self.right.side == "output":
             return self.weigh(self.weigh(self.right.matrix.double()).T)
         return self.right.of_output(weighted)
-
-
-@contextmanager
-def decomposing(sublayer: str) -> Iterator[None]:
-    """Have numerical failures of the body name the sublayer. Raises NumericalError."""
-    try:
-        yield
-    except NumericalError as error:
-        raise NumericalError(f"{sublayer}: {error.message}", error.hint) from error
-    except LinAlgError as error:
-        raise NumericalError(
-            f"{sublayer}: its decomposition did not converge; its statistics may not be finite.",
-            "Check them with 'hisvd inspect', and calibrate again.",
-        ) from error
-
-
-def top_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """Return the eigenvectors ``[p, rank]`` of the largest eigenvalues, the largest first."""
-    _, vectors = torch.linalg.eigh(gram)
-    top: Tensor = vectors.flip(1)[:, :rank].contiguous()
-    return top
-
-
-def truncate(
-    weight: Tensor, metric: Metric, rank: int, eigenvectors: Eigenvectors = top_eigenvectors
-) -> tuple[Tensor, Tensor]:
-    """Return the factors of the best replacement of W of rank k in a metric.
-
-    The columns of U have unit norm, whatever the scale of the metric: gradients are tiny, and both
-    factors are to survive half precision. The first j components of a larger rank are the answer
-    of rank j, where ``eigenvectors`` are nested, as the exact ones are.
-
-    Args:
-        weight: W ``[m, n]``.
-        metric: what is minimised.
-        rank: k, at least 1 and at most ``min(m, n)``.
-        eigenvectors: finds the eigenvectors; exact by default.
-
-    Returns:
-        U ``[m, k]`` and V ``[k, n]``, both in float64, best component first. Without a left side
-        U is orthonormal.
-
-    Raises:
-        LinAlgError: non-finite numbers.
-    """
-    if metric.transposed:
-        v, u = truncate(weight.T, replace(metric, transposed=False), rank, eigenvectors)
-        return _balanced(u.T, v.T)
-    weighted = metric.weigh(weight.double())  # Lᵀ W
-    if metric.narrows(weight):
-        # Lᵀ W = Q₀ R: A Aᵀ = Q₀ (R G Rᵀ) Q₀ᵀ, and the bracket is [n, n].
-        basis, inner = torch.linalg.qr(weighted)
-        top = basis @ eigenvectors(metric.gram(inner), rank)
-    else:
-        top = eigenvectors(metric.gram(weighted), rank)
-    return _balanced(metric.unweigh(top), top.T @ weighted)
-
-
-def _balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same product with columns of U of unit norm; a zero column stays one."""
-    norms = u.norm(dim=0)
-    norms = torch.where(norms > 0, norms, 1.0)
-    return u / norms, v * norms[:, None]
-
-
-def energies(weight: Tensor, metric: Metric) -> Tensor:
-    """Return what each component of W adds to the loss when it is dropped ``[min(m, n)]``.
-
-    Falling, in float64 on the CPU: ``Σ_{j>k}`` is the loss of :func:`truncate` at rank k.
-    """
-    if metric.transposed:
-        return energies(weight.T, replace(metric, transposed=False))
-    weighted = metric.weigh(weight.double())
-    if metric.narrows(weight):
-        weighted = torch.linalg.qr(weighted, mode="r").R
-    values = torch.linalg.eigvalsh(metric.gram(weighted))
-    energy: Tensor = values.flip(0)[: min(weight.shape)].clamp_min(0).cpu()
-    return energy
 
 
 def fisher_metric(

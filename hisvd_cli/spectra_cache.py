@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hisvd_cli.calibration import GRADIENTS, Calibration
 from hisvd_cli.errors import SourceError
-from hisvd_cli.metric import decomposing
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
@@ -26,6 +25,7 @@ from hisvd_cli.spectrum import (
 from hisvd_cli.statistics import Need, Statistics, missing, required
 from hisvd_cli.sublayers import Sublayer
 from hisvd_cli.tensorfile import read_tensors, write_tensors
+from hisvd_cli.truncation import decomposing
 
 Compute = Callable[[Tensor, Statistics], Tensor]
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from hisvd_cli.budget import Shape
 from hisvd_cli.errors import UsageError, suggest
 from hisvd_cli.held_out import held_out_energy
-from hisvd_cli.metric import Metric, energies, fisher_metric, truncate
+from hisvd_cli.metric import Metric, fisher_metric
 from hisvd_cli.moments import Moment
 from hisvd_cli.statistics import Statistics, required
+from hisvd_cli.truncation import energies, truncate
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from torch import Tensor
 from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.decompose.gfwsvd import DAMPING
 from hisvd_cli.errors import NumericalError, SourceError, UsageError
-from hisvd_cli.metric import decomposing, fisher_metric, top_eigenvectors, truncate
+from hisvd_cli.metric import fisher_metric
 from hisvd_cli.moments import Moment, Side
 from hisvd_cli.spectrum import component_changes, fisher_energy
 from hisvd_cli.statistics import Channels, Gradient, Statistics, WeightGradients
+from hisvd_cli.truncation import decomposing, top_eigenvectors, truncate
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 

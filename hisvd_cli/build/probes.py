@@ -14,7 +14,6 @@ from hisvd_cli.calibration import Calibration
 from hisvd_cli.decompose import DECOMPOSERS, Decomposer
 from hisvd_cli.device import pick_device
 from hisvd_cli.errors import SourceError
-from hisvd_cli.metric import decomposing
 from hisvd_cli.moments import exact_device
 from hisvd_cli.paths import digest
 from hisvd_cli.probe import ModelProbe
@@ -23,6 +22,7 @@ from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.statistics import Statistics
+from hisvd_cli.truncation import decomposing
 
 if TYPE_CHECKING:
     from hisvd_cli.build.plans import Anatomy

@@ -10,8 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.metric import Metric, truncate
+from hisvd_cli.metric import Metric
 from hisvd_cli.statistics import Statistics, required
+from hisvd_cli.truncation import truncate
 
 
 @DECOMPOSERS.register("asvd", needs={"moments"})

@@ -11,8 +11,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.metric import fisher_metric, truncate
+from hisvd_cli.metric import fisher_metric
 from hisvd_cli.statistics import Statistics
+from hisvd_cli.truncation import truncate
 
 
 @DECOMPOSERS.register("fisher", needs={"moments", "gradients"})

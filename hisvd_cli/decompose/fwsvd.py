@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.metric import Metric, diagonal_root, truncate
+from hisvd_cli.metric import Metric, diagonal_root
 from hisvd_cli.statistics import Statistics, required
+from hisvd_cli.truncation import truncate
 
 
 @DECOMPOSERS.register("fwsvd", needs={"weight-gradients"})

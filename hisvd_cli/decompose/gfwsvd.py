@@ -12,9 +12,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.metric import Metric, triangular_root, truncate
+from hisvd_cli.metric import Metric, triangular_root
 from hisvd_cli.moments import Moment
 from hisvd_cli.statistics import Statistics, required
+from hisvd_cli.truncation import truncate
 
 DAMPING = 1e-6
 """Of the outputs' factor, relative to the mean of its diagonal; the authors' code begins with 1e-6

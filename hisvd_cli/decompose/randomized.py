@@ -20,8 +20,9 @@ from hisvd_cli.decompose.fwsvd import fwsvd_metric
 from hisvd_cli.decompose.gfwsvd import gfwsvd_metric
 from hisvd_cli.decompose.whitened import whitened_metric
 from hisvd_cli.errors import UsageError, suggest
-from hisvd_cli.metric import Metric, fisher_metric, top_eigenvectors, truncate
+from hisvd_cli.metric import Metric, fisher_metric
 from hisvd_cli.statistics import Statistics
+from hisvd_cli.truncation import top_eigenvectors, truncate
 
 
 @DECOMPOSERS.register("randomized")

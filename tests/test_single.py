@@ -1,0 +1,127 @@
+"""Truncation in single precision: as good as in double, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hisvd_cli import single
+from hisvd_cli.eigen import congruence, leading, mirrored_product
+from hisvd_cli.metric import Metric, triangular_root
+from hisvd_cli.moments import Moment, Side
+from hisvd_cli.single import truncate_single
+from hisvd_cli.truncation import energies, truncate
+
+SHAPES = [(48, 48), (40, 96), (96, 40)]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def psd(size: int, seed: int, steepness: float = 0.7) -> Tensor:
+    """Return a second moment ``[size, size]`` whose channels differ in size."""
+    rows = draw(4 * size, size, seed=seed) * torch.logspace(0, -steepness, size)
+    moment: Tensor = rows.T @ rows / len(rows)
+    return moment
+
+
+def moment_of(weight: Tensor, inputs: Tensor, side: Side) -> Moment:
+    return Moment(inputs if side == "input" else weight @ inputs @ weight.T, side)
+
+
+def loss_of(weight: Tensor, made: tuple[Tensor, Tensor], inputs: Tensor, outputs: Tensor) -> float:
+    error = weight - made[0].double() @ made[1].double()
+    return float((outputs @ error @ inputs @ error.T).trace())
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have small matrices take the way of large ones."""
+    monkeypatch.setattr(single, "LEAST_SIZE", 8)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 0.45, 0.8])
+@pytest.mark.parametrize("with_left", [False, True])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_loss_is_that_of_double_precision(
+    shape: tuple[int, int], share: float, with_left: bool, side: Side
+) -> None:
+    (m, n), rank = shape, int(share * min(shape))
+    if m > n and (with_left or side == "output"):
+        pytest.skip("calibration keeps the other side")
+    weight, inputs = draw(m, n, seed=1), psd(n, 2)
+    outputs = psd(m, 3) + 0.1 * torch.eye(m) if with_left else torch.eye(m).double()
+    left = triangular_root(outputs) if with_left else None
+    metric = Metric(left, moment_of(weight, inputs, side))
+    made = truncate_single(weight.float(), metric, rank)
+    assert made is not None
+    assert made[0].dtype == made[1].dtype == torch.float32
+    optimum = float(energies(weight, metric)[rank:].sum())
+    assert loss_of(weight, made, inputs, outputs) == pytest.approx(optimum, rel=1e-3)
+    if not with_left:
+        gram = made[0].double().T @ made[0].double()
+        torch.testing.assert_close(gram, torch.eye(rank).double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_rounding_would_spoil_is_left_to_double_precision(shape: tuple[int, int]) -> None:
+    """One channel a million times as large as the others: their loss drowns in its rounding."""
+    m, n = shape
+    weight, inputs = draw(m, n, seed=1), psd(n, 2)
+    inputs[0] *= 1e6
+    inputs[:, 0] *= 1e6
+    metric, rank = Metric(right=Moment(inputs, "input")), min(shape) // 2
+    assert truncate_single(weight.float(), metric, rank) is None
+    optimum = float(energies(weight, metric)[rank:].sum())
+    made = truncate(weight, metric, rank)
+    # A loss taken as the trace of a product drowns too: without the large channel it does not.
+    error = (weight - made[0] @ made[1])[:, 1:]
+    rest = float((error @ inputs[1:, 1:] @ error.T).trace())
+    assert rest == pytest.approx(optimum, rel=0.1)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_has_no_loss_or_no_moment_is_left_to_double_precision() -> None:
+    weight, moment = draw(24, 24), Moment(psd(24, 2), "input")
+    assert truncate_single(weight, Metric(right=moment), 24) is None
+    assert truncate_single(weight, Metric(), 5) is None
+    assert truncate_single(weight, Metric(torch.ones(24), moment), 5) is None
+    zero = Moment(torch.zeros(24, 24), "input")
+    for matrix in (weight, draw(40, 24)):
+        assert truncate_single(matrix.float(), Metric(right=zero), 5) is None
+        assert truncate_single(torch.zeros_like(matrix), Metric(right=moment), 5) is None
+
+
+def test_large_matrices_take_single_precision_by_themselves() -> None:
+    weight, inputs = draw(1024, 1024, seed=1), psd(1024, 2)
+    metric, rank = Metric(right=Moment(inputs, "input")), 300
+    made, exact = truncate(weight, metric, rank), energies(weight, metric)
+    by_itself = truncate_single(weight.float(), metric, rank)
+    assert by_itself is not None
+    product = by_itself[0].double() @ by_itself[1].double()
+    torch.testing.assert_close(made[0] @ made[1], product, rtol=1e-12, atol=1e-12)
+    loss = loss_of(weight, made, inputs, torch.eye(1024).double())
+    assert loss == pytest.approx(float(exact[rank:].sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 20, 39, 40])
+def test_leading_eigenvectors_are_those_of_the_whole(rank: int) -> None:
+    gram = psd(40, 5)
+    values, vectors = leading(gram, rank)
+    every, whole = torch.linalg.eigh(gram)
+    torch.testing.assert_close(values, every.flip(0)[:rank])
+    overlap = (vectors * whole.flip(1)[:, :rank]).sum(0).abs()
+    torch.testing.assert_close(overlap, torch.ones(rank).double())
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 50])
+def test_symmetric_products_are_whole(size: int) -> None:
+    outer, inner = draw(size, 30), psd(30, 1)
+    torch.testing.assert_close(congruence(outer, inner), outer @ inner @ outer.T)
+    torch.testing.assert_close(mirrored_product(outer, outer), outer @ outer.T)
