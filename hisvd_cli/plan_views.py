@@ -102,6 +102,8 @@ def _totals(plan: Plan) -> RenderableType:
         "whole model": f"{plan.model_ratio:.2%} kept",
         "predicted loss": f"{plan.predicted_loss:.6g} ({_unit(plan)})",
     }
+    if plan.storage == "pivoted":
+        facts["storage"] = "pivoted pairs: rank r takes r(m+n−r) + m parameters"
     if plan.settings["multiple_of"] > 1:
         facts["rounding"] = f"ranks are multiples of {plan.settings['multiple_of']}"
     return facts_table(facts)
