@@ -56,7 +56,7 @@ class LowRankLinear(nn.Module):
         dtype: of the new tensors, as in ``nn.Linear``.
 
     Raises:
-        ValueError: the rank is below 1.
+        ValueError: the rank is below 1, or as large as ``out_features`` in pivoted storage.
     """
 
     storage: Storage = "pair"
@@ -74,12 +74,20 @@ class LowRankLinear(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"The rank of a low-rank layer must be at least 1, and is {rank}.")
+        if self.storage == "pivoted" and rank >= out_features:
+            raise ValueError(
+                f"The rank of a pivoted layer must be below its {out_features} outputs, and is "
+                f"{rank}."
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
         shapes = factor_shapes(self.storage, out_features, in_features, rank)
         self.weight = nn.Parameter(torch.empty(shapes["weight"], device=device, dtype=dtype))
         self.weight_u = nn.Parameter(torch.empty(shapes["weight_u"], device=device, dtype=dtype))
+        if "weight_order" in shapes:
+            order = torch.arange(out_features, device=device, dtype=torch.int32)
+            self.register_buffer("weight_order", order)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -106,8 +114,7 @@ class LowRankLinear(nn.Module):
         Args:
             dtype: of the result; None gives the layer's own.
         """
-        product = dense_product({name: t.detach() for name, t in self.state_dict().items()})
-        return product.to(dtype or self.weight.dtype)
+        return dense_product(self.state_dict()).to(dtype or self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer as ``nn.Linear`` does, with its rank."""
@@ -125,31 +132,10 @@ class PivotedLinear(LowRankLinear):
         weight_u: C, ``[out_features − rank, rank]``.
         weight_order: where each output stands in the concatenation, ``[out_features]``, int32.
         bias: b, ``[out_features]``, or None.
-
-    Raises:
-        ValueError: the rank is below 1, or not below ``out_features``.
     """
 
     storage: Storage = "pivoted"
     weight_order: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if rank >= out_features:
-            raise ValueError(
-                f"The rank of a pivoted layer must be below its {out_features} outputs, and is "
-                f"{rank}."
-            )
-        super().__init__(in_features, out_features, rank, bias, device, dtype)
-        order = torch.arange(out_features, device=device, dtype=torch.int32)
-        self.register_buffer("weight_order", order)
 
     def is_ordered(self) -> bool:
         """Tell whether ``weight_order`` names every row once."""
