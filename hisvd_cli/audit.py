@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from hisvd_cli.budget import full_rank
-from hisvd_cli.lowrank import Storage, factor_shapes
+from hisvd_cli.lowrank import Storage, factor_shapes, is_order
 from hisvd_cli.plan import Plan
 from hisvd_cli.sublayers import Sublayer
 
@@ -144,6 +146,17 @@ def tensor_problems(
             problems.append(f"{name}: missing.")
         elif found[name] != shape:
             problems.append(f"{name}: {list(found[name])} on disk, {list(shape)} by config.json.")
+    return problems
+
+
+def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Find values that are no numbers, and orders of rows that are none."""
+    problems = []
+    for name, tensor in tensors:
+        if not bool(tensor.isfinite().all()):
+            problems.append(f"{name}: holds values that are NaN or infinite.")
+        elif name.endswith(".weight_order") and not is_order(tensor):
+            problems.append(f"{name}: is no order of rows.")
     return problems
 
 

@@ -27,7 +27,7 @@ from hisvd_cli.checkpoint import (
     write_shards,
 )
 from hisvd_cli.errors import SourceError
-from hisvd_cli.lowrank import FACTORS, dense_product
+from hisvd_cli.lowrank import FACTORS, dense_product, is_order
 from hisvd_cli.paths import digest
 from hisvd_cli.tensorfile import replacing, write_json
 
@@ -123,7 +123,7 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
     Products are taken in float32 and rounded to the factors' dtype. One shard is in memory.
 
     Raises:
-        SourceError: a factor is missing.
+        SourceError: a factor is missing, or is no such thing.
         OutputError: the folder cannot be written.
     """
     infos = checkpoint.weights.infos
@@ -143,6 +143,8 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
             tensor = checkpoint.weights.read(name)
             if name in factors:
                 read = {leaf: checkpoint.weights.read(n) for leaf, n in factors[name].items()}
+                if "weight_order" in read and not is_order(read["weight_order"]):
+                    raise SourceError(f"{name}_order is no order of rows.", "Compress again.")
                 tensor = dense_product(read).to(tensor.dtype)
             yield name, tensor
 

@@ -14,6 +14,7 @@ from hisvd_cli.audit import (
     rows_of,
     sublayer_shapes,
     tensor_problems,
+    value_problems,
 )
 from hisvd_cli.calibration import MANIFEST, Calibration, open_calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, Checkpoint, is_checkpoint, open_checkpoint
@@ -207,7 +208,7 @@ def _value_problems(weights: Weights, reporter: Reporter) -> list[str]:
     with reporter.stage("Reading tensors", len(weights.infos)) as step:
         for name in weights:
             try:
-                weights.read(name)
+                problems += value_problems([(name, weights.read(name))])
             except (NumericalError, SourceError) as error:
                 problems.append(error.message)
             step()

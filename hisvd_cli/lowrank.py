@@ -137,11 +137,6 @@ class PivotedLinear(LowRankLinear):
     storage: Storage = "pivoted"
     weight_order: Tensor
 
-    def is_ordered(self) -> bool:
-        """Tell whether ``weight_order`` names every row once."""
-        rows = torch.arange(self.out_features, device=self.weight_order.device)
-        return torch.equal(self.weight_order.sort().values.long(), rows)
-
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``[..., in_features]`` to y ``[..., out_features]``."""
         own = F.linear(x, self.weight)
@@ -152,6 +147,11 @@ class PivotedLinear(LowRankLinear):
 
 LAYERS: dict[str, type[LowRankLinear]] = {c.storage: c for c in (LowRankLinear, PivotedLinear)}
 """Storage → layer."""
+
+
+def is_order(order: Tensor) -> bool:
+    """Tell whether ``weight_order`` ``[out_features]`` names every row once."""
+    return torch.equal(order.sort().values, torch.arange(len(order)).to(order))
 
 
 def dense_product(factors: Mapping[str, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from hisvd_cli.audit import (
     rows_of,
     sublayer_shapes,
     tensor_problems,
+    value_problems,
 )
 from hisvd_cli.checkpoint import PLAN_FILE, storage_of
 from hisvd_cli.convert import load_pt
@@ -66,11 +67,7 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
     expected = sublayer_shapes(sublayers, ranks, storage)
     problems = tensor_problems(expected, shapes) + plan_problems(plan, rows)
     if check_values:
-        problems += [
-            f"{name}: holds values that are NaN or infinite."
-            for name, tensor in tensors.items()
-            if not bool(tensor.isfinite().all())
-        ]
+        problems += value_problems(tensors.items())
     held = sum(map(prod, shapes.values()))
     return Audit(
         "pt",

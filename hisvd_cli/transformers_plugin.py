@@ -34,7 +34,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, factor_shapes
+from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, factor_shapes, is_order
 
 if TYPE_CHECKING:  # at run time transformers may be in the middle of importing these
     from transformers import PretrainedConfig, PreTrainedModel
@@ -421,7 +421,7 @@ def _refuse_disordered(model: nn.Module) -> None:
         for name, layer in low_rank_layers(model).items()
         if isinstance(layer, PivotedLinear)
         and not layer.weight_order.is_meta  # offloaded: not in memory
-        and not layer.is_ordered()
+        and not is_order(layer.weight_order)
     ]
     if wrong:
         raise RuntimeError(f"The checkpoint has outputs in no order: {_listed(wrong)}.")

@@ -147,6 +147,17 @@ def test_values_that_are_no_numbers(checkpoint: Path) -> None:
     assert problems_of(checkpoint, "--no-check-values") == []
 
 
+def test_an_order_of_rows_that_is_none(checkpoint: Path, tmp_path: Path) -> None:
+    name = f"{UP}.weight_order"
+    if name not in load_file(checkpoint / "model.safetensors"):
+        pytest.skip("plain pairs have no order")
+    rewrite(checkpoint, lambda tensors: tensors[name].fill_(2))
+    assert problems_of(checkpoint) == [f"{name}: is no order of rows."]
+    message, _ = fail("convert", checkpoint, "--to", "dense", "--output", tmp_path / "dense")
+    assert name in message
+    assert not (tmp_path / "dense").exists()
+
+
 def test_a_rank_that_disagrees_with_the_config(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     rank = config["quantization_config"]["ranks"][UP]
