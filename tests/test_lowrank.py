@@ -123,6 +123,27 @@ def test_gradients_reach_all_tensors() -> None:
     assert b.shape == (M,)
 
 
+@pytest.mark.parametrize("shape", [(M,), (3, M), (2, 3, M), (0, M), (2, 0, M)])
+def test_wide_pivoted_outputs_are_those_of_the_product(shape: tuple[int, ...]) -> None:
+    u, v, _ = factors()
+    layer = layer_of(v.T.contiguous(), u.T.contiguous(), torch.arange(N).double(), "pivoted")
+    x = torch.randn(shape, dtype=torch.float64)
+    y = layer(x)
+    torch.testing.assert_close(y, x @ (u @ v) + torch.arange(N))
+    assert y.view(-1, N).shape == (x.numel() // M, N)  # as models flatten tokens
+
+
+@pytest.mark.parametrize("storage", LAYERS)
+def test_gradients_of_inputs_are_those_of_the_product(storage: str) -> None:
+    u, v, _ = factors()
+    for left, right in ((u, v), (v.T.contiguous(), u.T.contiguous())):
+        layer = layer_of(left, right, storage=storage)
+        x = torch.randn(4, right.shape[1], dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+        product = left @ right
+        torch.testing.assert_close(found, 2 * x.detach() @ product.T @ product)
+
+
 @pytest.mark.parametrize("storage", LAYERS)
 def test_compiles_into_one_graph(storage: str) -> None:
     layer = layer_of(*factors(), storage=storage)

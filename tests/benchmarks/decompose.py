@@ -39,7 +39,7 @@ def draw(shape: tuple[int, int], seed: int) -> Pair:
     """Return W ``[m, n]`` and G ``[n, n]`` in float32."""
     n = shape[1]
     generator = torch.Generator().manual_seed(seed)
-    scales = torch.logspace(0, -2, n)[torch.randperm(n, generator=generator)]
+    scales = torch.logspace(0, -1, n)[torch.randperm(n, generator=generator)]
     tokens = torch.randn(2 * n, n, generator=generator) * scales
     tokens += torch.randn(2 * n, 64, generator=generator) @ torch.randn(64, n, generator=generator)
     return torch.randn(shape, generator=generator) / n**0.5, tokens.T @ tokens / (2 * n)
