@@ -87,6 +87,26 @@ def test_what_rounding_would_spoil_is_left_to_double_precision(shape: tuple[int,
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_size_of_outliers_slips_through(shape: tuple[int, int]) -> None:
+    """Four directions grow from none to where float32 sees nothing else."""
+    m, n = shape
+    weight, taken = draw(m, n, seed=1), 0
+    for size in torch.logspace(-1, 4, 26).tolist():
+        tall = size * draw(n, 4, seed=3)
+        inputs = (psd(n, 2) + tall @ tall.T).float().double()
+        metric = Metric(right=Moment(inputs, "input"))
+        for rank in (min(m, n) // 4, min(m, n) // 2):
+            made = truncate_single(weight.float(), metric, rank)
+            if made is not None:
+                optimum = float(energies(weight.float().double(), metric)[rank:].sum())
+                lost = loss_of(weight.float().double(), made, inputs, torch.eye(m).double())
+                assert lost <= 1.001 * optimum
+                taken += 1
+    assert 10 < taken < 40
+
+
+@pytest.mark.usefixtures("small")
 def test_what_has_no_loss_or_no_moment_is_left_to_double_precision() -> None:
     weight, moment = draw(24, 24), Moment(psd(24, 2), "input")
     assert truncate_single(weight, Metric(right=moment), 24) is None
