@@ -98,6 +98,13 @@ class Budget:
         """Return the parameters of all sublayers at whole ranks."""
         return sum(self.cost(r, s) for r, s in zip(ranks, self.shapes, strict=True))
 
+    def shares(self, ranks: Sequence[int]) -> list[float]:
+        """Return which share of mn each sublayer costs at a whole rank."""
+        return [
+            self.cost(rank, (m, n)) / (m * n)
+            for rank, (m, n) in zip(ranks, self.shapes, strict=True)
+        ]
+
     def scaled(self, baselines: Sequence[float]) -> list[float]:
         """Return ``clip(λ·baseline, floor, k*)`` with the one λ that spends the budget.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hisvd_cli.errors import SourceError
 from hisvd_cli.lowrank import FACTORS, Storage
@@ -113,10 +113,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def storage_of(quantization: Mapping[str, Any]) -> Storage:
     """Return the storage that a ``quantization_config`` names. Raises ValueError: none we know."""
     named = quantization.get("storage", "pair")
-    if named not in FACTORS:
+    if not isinstance(named, str) or named not in FACTORS:
         raise ValueError(named)
-    storage: Storage = named
-    return storage
+    return cast(Storage, named)
 
 
 def compressed_config(

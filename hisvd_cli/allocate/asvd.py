@@ -51,10 +51,8 @@ def asvd(
     if budget.spent(chosen) <= budget.parameters:
         return Allocation(budget.settled(chosen, energies), chosen)
     # A grid whose smallest shares are above the budget's: what it asks for is scaled down.
-    costs = map(budget.cost, chosen, budget.shapes)
-    real = [
-        c / (m * n) * break_even((m, n)) for c, (m, n) in zip(costs, budget.shapes, strict=True)
-    ]
+    shares = zip(budget.shares(chosen), budget.shapes, strict=True)
+    real = [share * break_even(shape) for share, shape in shares]
     return Allocation(budget.rounded(budget.scaled(real), energies), chosen)
 
 

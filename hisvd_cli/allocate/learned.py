@@ -61,7 +61,7 @@ def learned(
         start = budget.rounded(budget.scaled(limits), energies, nearest=True)
     else:
         start = optimal_ranks(budget, energies)
-    shares = _shares(start, budget)
+    shares = budget.shares(start)
     adam = _Adam(len(shares))
     for step in range(learning_steps):
         slopes = _slopes(probe, shares, budget, softness, step)
@@ -100,7 +100,7 @@ def _along_budget(slopes: Sequence[float], shares: Sequence[float], budget: Budg
 
     A share at its floor that would fall counts no more, or it would pull on the others for ever.
     """
-    sizes, floors = _sizes(budget), _shares(budget.floors, budget)
+    sizes, floors = _sizes(budget), budget.shares(budget.floors)
     free = [i for i, share in enumerate(shares) if share < 1]
     while True:
         price = sum(slopes[i] * sizes[i] for i in free) / max(sum(sizes[i] ** 2 for i in free), 1)
@@ -141,7 +141,7 @@ def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
 
     A share's cost is proportional to it, with mn: the nearest point subtracts a multiple of mn.
     """
-    sizes, floors = _sizes(budget), _shares(budget.floors, budget)
+    sizes, floors = _sizes(budget), budget.shares(budget.floors)
     largest = max(sizes)
 
     def at(shift: float) -> list[float]:
@@ -161,9 +161,3 @@ def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
 
 def _sizes(budget: Budget) -> list[int]:
     return [m * n for m, n in budget.shapes]
-
-
-def _shares(ranks: Sequence[int], budget: Budget) -> list[float]:
-    """Return which share of mn each sublayer costs at whole ranks."""
-    costs = map(budget.cost, ranks, budget.shapes)
-    return [cost / size for cost, size in zip(costs, _sizes(budget), strict=True)]
