@@ -63,13 +63,7 @@ class Checkpoint:
     @property
     def storage(self) -> Storage:
         """How its pairs are written. Raises SourceError."""
-        try:
-            return storage_of(self.config["quantization_config"])
-        except ValueError as error:
-            raise SourceError(
-                f"config.json of {self.folder} names a storage that is not known: {error}.",
-                "Use the version of hisvd that wrote it.",
-            ) from error
+        return storage_of(self.config["quantization_config"])
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -111,10 +105,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def storage_of(quantization: Mapping[str, Any]) -> Storage:
-    """Return the storage that a ``quantization_config`` names. Raises ValueError: none we know."""
+    """Return the storage that a ``quantization_config`` names. Raises SourceError: none we know."""
     named = quantization.get("storage", "pair")
     if not isinstance(named, str) or named not in FACTORS:
-        raise ValueError(named)
+        raise SourceError(
+            f"config.json names the storage {named!r}, which is not known.",
+            "Use the version of hisvd that wrote it.",
+        )
     return cast(Storage, named)
 
 

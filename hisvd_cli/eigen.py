@@ -25,16 +25,23 @@ def leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         LinAlgError: it did not converge.
     """
     size = len(gram)
+    found = None
     if gram.device.type == "cpu" and rank < _WHOLE * size:
-        from scipy.linalg import eigh
+        found = _part(gram, rank)
+    values, vectors = found or torch.linalg.eigh(gram)
+    return values.flip(0)[:rank], vectors.flip(1)[:, :rank].contiguous()
 
-        values, vectors = eigh(
-            gram.numpy(), subset_by_index=[size - rank, size - 1], driver="evr", check_finite=False
-        )
-        found = torch.from_numpy(values), torch.from_numpy(vectors)
-    else:
-        found = torch.linalg.eigh(gram)
-    return found[0].flip(0)[:rank], found[1].flip(1)[:, :rank].contiguous()
+
+def _part(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Return the largest eigenvalues and their eigenvectors, rising; None without convergence."""
+    from scipy.linalg import LinAlgError, eigh
+
+    part = [len(gram) - rank, len(gram) - 1]
+    try:
+        values, vectors = eigh(gram.numpy(), subset_by_index=part, driver="evr", check_finite=False)
+    except LinAlgError:
+        return None
+    return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 def congruence(outer: Tensor, inner: Tensor) -> Tensor:

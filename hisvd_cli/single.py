@@ -45,6 +45,8 @@ def truncate_single(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, 
     moment = metric.right
     if not isinstance(moment, Moment) or size < LEAST_SIZE or rank >= size:
         return None
+    if not bool(moment.matrix.isfinite().all()):
+        return None
     single = Moment(moment.matrix.float(), moment.side)
     if metric.left is None and metric.narrows(weight):
         return _narrow(weight.float(), single, rank)
@@ -90,14 +92,17 @@ def _narrow(weight: Tensor, moment: Moment, rank: int) -> tuple[Tensor, Tensor] 
         return None
     values, vectors = found
     u = _orthonormal(weight @ (root @ vectors) / values.sqrt())
-    return u, u.T @ weight
+    return None if u is None else (u, u.T @ weight)
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
+def _orthonormal(columns: Tensor) -> Tensor | None:
     """Return orthonormal columns ``[m, k]`` of the same span, from nearly orthonormal ones: twice
-    by Cholesky's factor (CholeskyQR2, Yamamoto and others 2015)."""
+    by Cholesky's factor (CholeskyQR2, Yamamoto and others 2015). None where they are not."""
     for _ in range(2):
-        factor = torch.linalg.cholesky(mirrored_product(columns.T, columns.T), upper=True)
+        products = mirrored_product(columns.T, columns.T)
+        factor, failed = torch.linalg.cholesky_ex(products, upper=True)
+        if int(failed):
+            return None
         columns = torch.linalg.solve_triangular(factor, columns, upper=True, left=False)
     return columns
 
@@ -113,7 +118,7 @@ def _leading_if_sure(gram: Tensor, rank: int, scale: float) -> tuple[Tensor, Ten
     total = float(gram.diagonal().double().sum())
     least = _EPSILON * math.sqrt(len(gram)) * scale / TOLERANCE  # loss that stands above rounding
     if _most_loss(gram, rank, total) < least:
-        return None  # before the work of finding all eigenvectors
+        return None  # before the work of finding eigenvectors
     values, vectors = leading(gram, rank)
     sure = total - float(values.double().sum()) >= least and float(values[-1]) > 0
     return (values, vectors) if sure else None

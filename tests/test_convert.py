@@ -98,3 +98,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="hisvd, or it is damaged"):
         convert_checkpoint(tmp_path / "junk.pt", "hf", tmp_path / "out", False, 10**9)
     assert {p.name for p in tmp_path.iterdir()} == {"junk.pt"}
+
+
+def test_a_storage_that_is_not_known_is_refused(folder: Path, tmp_path: Path) -> None:
+    document = torch.load(_packed(folder, tmp_path), weights_only=True)
+    document["config"]["quantization_config"]["storage"] = "folded"
+    torch.save(document, tmp_path / "other.pt")
+    with pytest.raises(SourceError, match="'folded', which is not known"):
+        convert_checkpoint(tmp_path / "other.pt", "hf", tmp_path / "back", False, 10**9)
+    assert not (tmp_path / "back").exists()
+
+
+def _packed(folder: Path, tmp_path: Path) -> Path:
+    convert_checkpoint(folder, "pt", tmp_path / "low.pt", False, 10**9)
+    return tmp_path / "low.pt"

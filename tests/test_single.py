@@ -118,6 +118,17 @@ def test_what_has_no_loss_or_no_moment_is_left_to_double_precision() -> None:
         assert truncate_single(torch.zeros_like(matrix), Metric(right=moment), 5) is None
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_is_left_to_double_precision(
+    shape: tuple[int, int], value: float
+) -> None:
+    broken = psd(shape[1], 2)
+    broken[3, 3] = value
+    assert truncate_single(draw(*shape), Metric(right=Moment(broken, "input")), 5) is None
+
+
 def test_large_matrices_take_single_precision_by_themselves() -> None:
     weight, inputs = draw(1024, 1024, seed=1), psd(1024, 2)
     metric, rank = Metric(right=Moment(inputs, "input")), 300
