@@ -1,66 +1,52 @@
-"""The leading eigenvectors of a large symmetric matrix, and no more than those."""
+"""The leading eigenvectors of a symmetric matrix, and no more than those where that is faster."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-_WHOLE = 1 / 3
-"""From this share of all eigenvectors on, all are found: divide and conquer is faster then (4096 ×
-4096 in float32 on two cores: 4.3 s, against 2.9 s for 30 % and more than 6 s for 40 %)."""
-_STRIPS = 8
+from hisvd_cli.subspace import leading_subspace
+from hisvd_cli.tridiagonal import leading_part
+
+Solver = Literal["auto", "eigh", "svd", "partial", "subspace"]
+"""How eigenvectors are found: all of them (eigh, or the singular vectors of a root, svd), those
+that are kept (partial), or nearly those (subspace)."""
+
+LEAST_SIZE = 1024
+"""Smaller matrices take no time worth saving."""
+_LEAST_PART = 2048
+"""A smaller matrix has all its eigenvectors as soon as a part of them."""
+_WHOLE = 0.7
+"""From this share of all eigenvectors on, all are found (4096 × 4096 in float32 on two cores: 5.5 s
+for all, 2.6 s for a fifth and 5.1 s for 0.7 of them)."""
 
 
-def leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading(gram: Tensor, rank: int, solver: Solver = "auto") -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues ``[rank]`` and their eigenvectors ``[p, rank]``, falling.
 
-    On a CPU a part is found by LAPACK's ``syevr`` (bisection and relatively robust
-    representations, Dhillon and Parlett 2004); else all are found, and most thrown away.
+    What ``partial`` and ``subspace`` cannot be sure of is found by ``eigh``.
 
     Args:
-        gram: symmetric ``[p, p]``; only its lower triangle is read.
+        gram: symmetric, positive semidefinite ``[p, p]``.
         rank: at least 1 and at most p.
+        solver: ``auto`` picks by size, rank and device; ``svd`` means ``eigh`` here.
 
     Raises:
         LinAlgError: it did not converge.
     """
-    size = len(gram)
     found = None
-    if gram.device.type == "cpu" and rank < _WHOLE * size:
-        found = _part(gram, rank)
-    values, vectors = found or torch.linalg.eigh(gram)
+    if solver == "subspace":
+        found = leading_subspace(gram, rank)
+    elif gram.device.type == "cpu" and (solver == "partial" or _is_partial(gram, rank, solver)):
+        found = leading_part(gram, rank)
+    if found is not None:
+        return found
+    values, vectors = torch.linalg.eigh(gram)
     return values.flip(0)[:rank], vectors.flip(1)[:, :rank].contiguous()
 
 
-def _part(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the largest eigenvalues and their eigenvectors, rising; None without convergence."""
-    from scipy.linalg import LinAlgError, eigh
-
-    part = [len(gram) - rank, len(gram) - 1]
-    try:
-        values, vectors = eigh(gram.numpy(), subset_by_index=part, driver="evr", check_finite=False)
-    except LinAlgError:
-        return None
-    return torch.from_numpy(values), torch.from_numpy(vectors)
-
-
-def congruence(outer: Tensor, inner: Tensor) -> Tensor:
-    """Return ``B G Bᵀ`` ``[r, r]`` for B ``[r, n]`` and a symmetric G ``[n, n]``.
-
-    Only its lower triangle is multiplied out, in strips; the upper one is its mirror.
-    """
-    product = outer @ inner
-    return mirrored_product(product, outer)
-
-
-def mirrored_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``A Bᵀ`` ``[r, r]``, known to be symmetric, for A and B ``[r, n]``."""
-    size = len(left)
-    result = left.new_empty(size, size)
-    stride = -(-size // _STRIPS)
-    for start in range(0, size, stride):
-        end = min(start + stride, size)
-        strip = left[start:] @ right[start:end].T
-        result[start:, start:end] = strip
-        result[start:end, end:] = strip[end - start :].T
-    return result
+def _is_partial(gram: Tensor, rank: int, solver: Solver) -> bool:
+    """Tell whether ``auto`` finds only the eigenvectors that are kept."""
+    return solver == "auto" and len(gram) >= _LEAST_PART and rank < _WHOLE * len(gram)

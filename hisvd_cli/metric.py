@@ -75,6 +75,22 @@ class Metric:
             return self.weigh(self.weigh(self.right.matrix.double()).T)
         return self.right.of_output(weighted)
 
+    def whitened(self, weighted: Tensor) -> Tensor:
+        """Return a root of B G Bᵀ ``[r, r]`` for B ``[r, n]``, up to damping: B G^½ where G is
+        known.
+
+        Raises:
+            NumericalError: see :func:`triangular_root`.
+        """
+        if self.right is None:
+            return weighted
+        if not isinstance(self.right, Moment):
+            return weighted * self.right.clamp_min(0).sqrt()
+        root = triangular_root(self.right.matrix.double())
+        if root is None:
+            return torch.zeros_like(weighted)
+        return self.weigh(root) if self.right.side == "output" else weighted @ root
+
 
 def fisher_metric(
     weight: Tensor, statistics: Statistics, input_shrinkage: float, output_shrinkage: float

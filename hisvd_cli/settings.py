@@ -246,6 +246,12 @@ class CompressSettings(Section):
         f"Method that factors a sublayer: {_any_of(DECOMPOSER_NAMES)}.",
         choices=DECOMPOSER_NAMES,
     )
+    solver: Literal["auto", "eigh", "svd", "partial", "subspace"] = _setting(
+        "auto",
+        "How a decomposition finds its vectors: eigh (all of them), svd (the same, of the whitened "
+        "matrix itself), partial (those that are kept), subspace (nearly those, at most 0.1 % "
+        "above the least loss); auto picks by size, rank and device.",
+    )
     max_shard_size: float = _setting(5.0, "Largest weight file in GB.", gt=0)
     evaluate: bool | None = _setting(
         None, "Measure perplexity before and after; by default only for the demo model."

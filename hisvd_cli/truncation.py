@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # missing from its __all__
 
+from hisvd_cli.eigen import Solver, leading
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.metric import Metric
-from hisvd_cli.single import truncate_single
+from hisvd_cli.single import energies_single, truncate_single
 
 Eigenvectors = Callable[[Tensor, int], Tensor]
 """``(gram [p, p], rank) -> [p, rank]``, orthonormal, the largest first."""
@@ -35,15 +37,12 @@ def decomposing(sublayer: str) -> Iterator[None]:
         ) from error
 
 
-def top_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """Return the eigenvectors ``[p, rank]`` of the largest eigenvalues, the largest first."""
-    _, vectors = torch.linalg.eigh(gram)
-    top: Tensor = vectors.flip(1)[:, :rank].contiguous()
-    return top
-
-
 def truncate(
-    weight: Tensor, metric: Metric, rank: int, eigenvectors: Eigenvectors | None = None
+    weight: Tensor,
+    metric: Metric,
+    rank: int,
+    solver: Solver = "auto",
+    eigenvectors: Eigenvectors | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of the best replacement of W of rank k in a metric.
 
@@ -55,32 +54,46 @@ def truncate(
         weight: W ``[m, n]``.
         metric: what is minimised.
         rank: k, at least 1 and at most ``min(m, n)``.
-        eigenvectors: finds the eigenvectors; by default exact ones, in float32 where the matrix is
-            large and the result is the same.
+        solver: finds the eigenvectors, in float32 where the matrix is large and the result is the
+            same; ``svd`` finds them as singular vectors in float64.
+        eigenvectors: finds them in its place.
 
     Returns:
-        U ``[m, k]`` and V ``[k, n]``, both in float64, best component first. Without a left side
-        U is orthonormal.
+        U ``[m, k]`` and V ``[k, n]``, both in float64, or in float32 where that did; best component
+        first. Without a left side U is orthonormal.
 
     Raises:
         LinAlgError: non-finite numbers.
     """
     if metric.transposed:
-        v, u = truncate(weight.T, replace(metric, transposed=False), rank, eigenvectors)
+        plain = replace(metric, transposed=False)
+        v, u = truncate(weight.T, plain, rank, solver, eigenvectors)
         return _balanced(u.T, v.T)
-    if eigenvectors is None:
-        single = truncate_single(weight, metric, rank) if weight.device.type == "cpu" else None
+    if eigenvectors is None and solver != "svd":
+        single = truncate_single(weight, metric, rank, solver)
         if single is not None:
-            return _balanced(single[0].double(), single[1].double())
-        eigenvectors = top_eigenvectors
+            return single if metric.left is None else _balanced(*single)
+        eigenvectors = partial(_top, solver=solver)
     weighted = metric.weigh(weight.double())  # Lᵀ W
-    if metric.narrows(weight):
+    if eigenvectors is None:
+        top = _singular_vectors(metric, weighted, rank)
+    elif metric.narrows(weight):
         # Lᵀ W = Q₀ R: A Aᵀ = Q₀ (R G Rᵀ) Q₀ᵀ, and the bracket is [n, n].
         basis, inner = torch.linalg.qr(weighted)
         top = basis @ eigenvectors(metric.gram(inner), rank)
     else:
         top = eigenvectors(metric.gram(weighted), rank)
     return _balanced(metric.unweigh(top), top.T @ weighted)
+
+
+def _top(gram: Tensor, rank: int, solver: Solver) -> Tensor:
+    return leading(gram, rank, solver)[1]
+
+
+def _singular_vectors(metric: Metric, weighted: Tensor, rank: int) -> Tensor:
+    """Return the left singular vectors ``[m, rank]`` of A, whose squares were never added up."""
+    top: Tensor = torch.linalg.svd(metric.whitened(weighted), full_matrices=False).U[:, :rank]
+    return top.contiguous()
 
 
 def _balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +110,9 @@ def energies(weight: Tensor, metric: Metric) -> Tensor:
     """
     if metric.transposed:
         return energies(weight.T, replace(metric, transposed=False))
+    single = energies_single(weight, metric)
+    if single is not None:
+        return single.clamp_min(0)
     weighted = metric.weigh(weight.double())
     if metric.narrows(weight):
         weighted = torch.linalg.qr(weighted, mode="r").R

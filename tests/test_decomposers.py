@@ -12,12 +12,13 @@ from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.decompose.gfwsvd import DAMPING
+from hisvd_cli.eigen import leading
 from hisvd_cli.errors import NumericalError, SourceError, UsageError
 from hisvd_cli.metric import fisher_metric
 from hisvd_cli.moments import Moment, Side
 from hisvd_cli.spectrum import component_changes, fisher_energy
 from hisvd_cli.statistics import Channels, Gradient, Statistics, WeightGradients
-from hisvd_cli.truncation import decomposing, top_eigenvectors, truncate
+from hisvd_cli.truncation import decomposing, truncate
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -136,6 +137,21 @@ def test_it_is_the_best_in_its_metric(method: str, shape: tuple[int, int], sides
         assert _loss(case.weight, u, v, h, g) == pytest.approx(least, rel=1e-7)
 
 
+@pytest.mark.parametrize("solver", ["eigh", "svd", "partial", "subspace"])
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", KNOBS)
+def test_every_solver_finds_it(
+    method: str, shape: tuple[int, int], sides: Sides, solver: str
+) -> None:
+    case = _case(shape)
+    h, g = case.sides(method)
+    knobs = {**KNOBS[method], "solver": solver}
+    u, v = DECOMPOSERS.get(method)(case.weight, case.statistics(sides), 6, **knobs)
+    _, least = _reference(case.weight, h, g, 6)
+    assert _loss(case.weight, u, v, h, g) == pytest.approx(least, rel=1e-3)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_eigenproblem_is_that_of_the_smaller_side(shape: tuple[int, int]) -> None:
     case = _case(shape)
@@ -143,10 +159,10 @@ def test_the_eigenproblem_is_that_of_the_smaller_side(shape: tuple[int, int]) ->
 
     def find(gram: Tensor, rank: int) -> Tensor:
         sizes.append(tuple(gram.shape))
-        return top_eigenvectors(gram, rank)
+        return leading(gram, rank)[1]
 
     metric = fisher_metric(case.weight, case.statistics(), 0.02, 0.1)
-    truncate(case.weight, metric, 6, find)
+    truncate(case.weight, metric, 6, eigenvectors=find)
     assert sizes == [(min(shape), min(shape))]
 
 

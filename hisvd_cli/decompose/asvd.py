@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
+from hisvd_cli.eigen import Solver
 from hisvd_cli.metric import Metric
 from hisvd_cli.statistics import Statistics, required
 from hisvd_cli.truncation import truncate
@@ -17,7 +18,12 @@ from hisvd_cli.truncation import truncate
 
 @DECOMPOSERS.register("asvd", needs={"moments"})
 def asvd(
-    weight: Tensor, statistics: Statistics, rank: int, *, asvd_alpha: float
+    weight: Tensor,
+    statistics: Statistics,
+    rank: int,
+    *,
+    asvd_alpha: float,
+    solver: Solver = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return U ``[m, rank]``, orthonormal, and V = Uᵀ W ``[rank, n]`` in float64.
 
@@ -26,11 +32,12 @@ def asvd(
         statistics: its channels.
         rank: at least 1 and at most ``min(m, n)``.
         asvd_alpha: exponent α of the scales, 0.5 in the paper; 0 is the plain SVD.
+        solver: how eigenvectors are found, see :mod:`hisvd_cli.eigen`.
 
     Raises:
         SourceError: without channels.
     """
-    return truncate(weight, asvd_metric(statistics, asvd_alpha), rank)
+    return truncate(weight, asvd_metric(statistics, asvd_alpha), rank, solver)
 
 
 def asvd_metric(statistics: Statistics, asvd_alpha: float) -> Metric:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
+from hisvd_cli.eigen import Solver
 from hisvd_cli.metric import fisher_metric
 from hisvd_cli.statistics import Statistics
 from hisvd_cli.truncation import truncate
@@ -24,6 +25,7 @@ def fisher(
     *,
     input_shrinkage: float,
     output_shrinkage: float,
+    solver: Solver = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return U ``[m, rank]``, its columns of unit norm, and V ``[rank, n]`` in float64.
 
@@ -34,10 +36,11 @@ def fisher(
         rank: at least 1 and at most ``min(m, n)``.
         input_shrinkage: s of ``(1 − s)·G + s·mean(diag G)·I``, from 0 to 1.
         output_shrinkage: s of H, likewise; a singular H is damped by 1e-12 of its mean diagonal.
+        solver: how eigenvectors are found, see :mod:`hisvd_cli.eigen`.
 
     Raises:
         SourceError: without a moment or a gradient.
         NumericalError: a gradient that is not finite, or not positive semidefinite.
     """
     metric = fisher_metric(weight, statistics, input_shrinkage, output_shrinkage)
-    return truncate(weight, metric, rank)
+    return truncate(weight, metric, rank, solver)

@@ -9,25 +9,29 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
+from hisvd_cli.eigen import Solver
 from hisvd_cli.metric import Metric, diagonal_root
 from hisvd_cli.statistics import Statistics, required
 from hisvd_cli.truncation import truncate
 
 
 @DECOMPOSERS.register("fwsvd", needs={"weight-gradients"})
-def fwsvd(weight: Tensor, statistics: Statistics, rank: int) -> tuple[Tensor, Tensor]:
+def fwsvd(
+    weight: Tensor, statistics: Statistics, rank: int, *, solver: Solver = "auto"
+) -> tuple[Tensor, Tensor]:
     """Return U ``[m, rank]``, its columns of unit norm, and V ``[rank, n]`` in float64.
 
     Args:
         weight: W ``[m, n]``.
         statistics: its weight gradients; where all are zero, this is the plain SVD.
         rank: at least 1 and at most ``min(m, n)``.
+        solver: how eigenvectors are found, see :mod:`hisvd_cli.eigen`.
 
     Raises:
         SourceError: without weight gradients.
         NumericalError: weight gradients that are not finite.
     """
-    return truncate(weight, fwsvd_metric(statistics), rank)
+    return truncate(weight, fwsvd_metric(statistics), rank, solver)
 
 
 def fwsvd_metric(statistics: Statistics) -> Metric:

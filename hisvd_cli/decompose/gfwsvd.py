@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
+from hisvd_cli.eigen import Solver
 from hisvd_cli.metric import Metric, triangular_root
 from hisvd_cli.moments import Moment
 from hisvd_cli.statistics import Statistics, required
@@ -23,19 +24,22 @@ of each diagonal entry. The inputs' factor is not inverted, and needs none."""
 
 
 @DECOMPOSERS.register("gfwsvd", needs={"weight-gradients"})
-def gfwsvd(weight: Tensor, statistics: Statistics, rank: int) -> tuple[Tensor, Tensor]:
+def gfwsvd(
+    weight: Tensor, statistics: Statistics, rank: int, *, solver: Solver = "auto"
+) -> tuple[Tensor, Tensor]:
     """Return U ``[m, rank]``, its columns of unit norm, and V ``[rank, n]`` in float64.
 
     Args:
         weight: W ``[m, n]``.
         statistics: its weight gradients; where all are zero, this is the plain SVD.
         rank: at least 1 and at most ``min(m, n)``.
+        solver: how eigenvectors are found, see :mod:`hisvd_cli.eigen`.
 
     Raises:
         SourceError: without weight gradients.
         NumericalError: weight gradients that are not finite.
     """
-    return truncate(weight, gfwsvd_metric(statistics), rank)
+    return truncate(weight, gfwsvd_metric(statistics), rank, solver)
 
 
 def gfwsvd_metric(statistics: Statistics) -> Metric:

@@ -19,10 +19,11 @@ from hisvd_cli.decompose.asvd import asvd_metric
 from hisvd_cli.decompose.fwsvd import fwsvd_metric
 from hisvd_cli.decompose.gfwsvd import gfwsvd_metric
 from hisvd_cli.decompose.whitened import whitened_metric
+from hisvd_cli.eigen import leading
 from hisvd_cli.errors import UsageError, suggest
 from hisvd_cli.metric import Metric, fisher_metric
 from hisvd_cli.statistics import Statistics
-from hisvd_cli.truncation import top_eigenvectors, truncate
+from hisvd_cli.truncation import truncate
 
 
 @DECOMPOSERS.register("randomized")
@@ -71,7 +72,7 @@ def randomized(
     if weighting not in metrics:
         raise UsageError(f"No weighting '{weighting}'.", suggest(weighting, metrics))
     find = partial(_approximate_eigenvectors, extra=oversamples, power=power_iterations, seed=seed)
-    return truncate(weight, metrics[weighting](), rank, find)
+    return truncate(weight, metrics[weighting](), rank, eigenvectors=find)
 
 
 def _approximate_eigenvectors(
@@ -85,4 +86,4 @@ def _approximate_eigenvectors(
     for _ in range(power + 1):
         # Orthonormal after each product: a plain power loses the small components to rounding.
         basis = torch.linalg.qr(gram @ basis).Q
-    return basis @ top_eigenvectors(basis.T @ gram @ basis, rank)
+    return basis @ leading(basis.T @ gram @ basis, rank, "eigh")[1]

@@ -8,18 +8,26 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
+from hisvd_cli.eigen import Solver
 from hisvd_cli.metric import Metric
 from hisvd_cli.statistics import Statistics
 from hisvd_cli.truncation import truncate
 
 
 @DECOMPOSERS.register("svd")
-def svd(weight: Tensor, statistics: Statistics, rank: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def svd(
+    weight: Tensor,
+    statistics: Statistics,  # noqa: ARG001
+    rank: int,
+    *,
+    solver: Solver = "auto",
+) -> tuple[Tensor, Tensor]:
     """Return U ``[m, rank]``, orthonormal, and V = Uᵀ W ``[rank, n]`` in float64.
 
     Args:
         weight: W ``[m, n]``.
         statistics: not looked at.
         rank: at least 1 and at most ``min(m, n)``.
+        solver: how eigenvectors are found, see :mod:`hisvd_cli.eigen`.
     """
-    return truncate(weight, Metric(), rank)
+    return truncate(weight, Metric(), rank, solver)

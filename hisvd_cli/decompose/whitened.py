@@ -9,19 +9,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from hisvd_cli.decompose import DECOMPOSERS
+from hisvd_cli.eigen import Solver
 from hisvd_cli.metric import Metric
 from hisvd_cli.statistics import Statistics, required
 from hisvd_cli.truncation import truncate
 
 
 @DECOMPOSERS.register("whitened", needs={"moments"})
-def whitened(weight: Tensor, statistics: Statistics, rank: int) -> tuple[Tensor, Tensor]:
+def whitened(
+    weight: Tensor, statistics: Statistics, rank: int, *, solver: Solver = "auto"
+) -> tuple[Tensor, Tensor]:
     """Return the factors ``U = U_k`` and ``V = U_kᵀ W``.
 
     Args:
         weight: W ``[m, n]``.
         statistics: its moment, of the input or of the output.
         rank: k, at least 1 and at most ``min(m, n)``.
+        solver: how eigenvectors are found, see :mod:`hisvd_cli.eigen`.
 
     Returns:
         U ``[m, k]`` with orthonormal columns, V ``[k, n]``, both in float64.
@@ -29,7 +33,7 @@ def whitened(weight: Tensor, statistics: Statistics, rank: int) -> tuple[Tensor,
     Raises:
         SourceError: without a moment.
     """
-    return truncate(weight, whitened_metric(statistics), rank)
+    return truncate(weight, whitened_metric(statistics), rank, solver)
 
 
 def whitened_metric(statistics: Statistics) -> Metric:
