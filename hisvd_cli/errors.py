@@ -60,6 +60,10 @@ class MemoryLimitError(HisvdError):
     """More memory was asked for than there is."""
 
 
+class LostProcessError(HisvdError):
+    """Another process of a run of several has ended."""
+
+
 class StoppedError(HisvdError):
     """The user interrupted the run."""
 
