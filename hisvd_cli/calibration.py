@@ -173,8 +173,10 @@ class Calibration:
         try:
             owners = json.loads(read_header(path).metadata["block"])["owners"]
             return {name: (moment, channels) for name, (moment, channels) in owners.items()}
+        except SourceError as error:
+            raise SourceError(error.message, _AGAIN) from error
         except (KeyError, ValueError, AttributeError, TypeError) as error:
-            raise SourceError(f"{path} holds no statistics.", _AGAIN) from error
+            raise SourceError(f"{path} holds no moments.", _AGAIN) from error
 
     def importance(self, layer: int) -> float:
         """Return the angular distance, from 0 to 1, of a block's input and output.

@@ -198,7 +198,7 @@ def _noticing() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, OutOfMemoryError):
             raise
-        raise LostProcessError("Another process of this run has ended.") from error
+        raise LostProcessError from error
 
 
 @contextmanager

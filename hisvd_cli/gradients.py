@@ -96,6 +96,7 @@ def measure_gradients(
             "versions": versions(),
         }
         if world().first:
+            reverse.state.remove()
             write_json(partial / GRADIENTS_MANIFEST, manifest)
     if world().first:
         reverse.inputs.remove()
@@ -150,8 +151,6 @@ class _Reverse:
                     keep_state(self.state, index - 1, gradient)
                     saved = time.monotonic()
                 step()
-        if here.first:
-            self.state.remove()
 
     def _is_done(self, index: int) -> bool:
         files = [block_file(index), *([weights_file(index)] if self.weights else [])]
@@ -186,8 +185,9 @@ class _Reverse:
         """Return the gradient at the output of a block, and the block."""
         if kept := world().agreed(self.state.blocks):
             hint = f"Remove {self.partial} and run again."
-            rows = self.state.at(kept[0]).read(self.start, self.start + len(self.tokens), hint)
-            return rows.to(self.walk.device), kept[0]
+            end = self.start + len(self.tokens)
+            mine = self.state.at(kept[0]).read(self.start, end, hint)
+            return mine.to(self.walk.device), kept[0]
         with self.reporter.stage("Gradient of the loss", len(self.tokens)) as step:
             rows = []
             with self.walk.whole_outside():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,26 +22,20 @@ from hisvd_cli.distributed import launched_rank
 from hisvd_cli.errors import HisvdError, LostProcessError
 
 if TYPE_CHECKING:
-    from torch import distributed
+    from torch.distributed import Store  # type: ignore[attr-defined]  # not in its __all__
 
 _LOOK_SECONDS = 1.0  # between two looks of every process at whether another has failed
 _ROLL_SECONDS = 3.0  # in which a process that lives gives its number
-_STORE_SECONDS = 60.0
+_STORE_SECONDS = 30.0
 _TELLER = "hisvd-teller"
-_HINT = (
-    "Run the same command again, with any number of processes: finished blocks are kept. Out of "
-    "memory? Lower --batch, --seqlen or --samples."
-)
 _ending = threading.Lock()
 
 
-def connect() -> distributed.TCPStore:
+def connect() -> Store:
     """Return a new connection to the key-value store of the processes."""
     from torch.distributed.rendezvous import rendezvous
 
-    store: distributed.TCPStore = next(
-        iter(rendezvous("env://", timeout=timedelta(seconds=_STORE_SECONDS)))
-    )[0]
+    store: Store = next(iter(rendezvous("env://", timeout=timedelta(seconds=_STORE_SECONDS))))[0]
     return store
 
 
@@ -56,24 +49,28 @@ def end(error: HisvdError, tell: Callable[[HisvdError], None]) -> NoReturn:
         tell: prints an error.
     """
     with _ending:  # never given back: a second thread with the same trouble waits for the exit
-        with suppress(RuntimeError):  # no store any more: whoever held it has told why
-            store = connect()
-            rank, size = launched_rank(), int(os.environ["WORLD_SIZE"])
-            store.set(_present(rank), "")
-            # Where nobody has told yet, this process does.
-            if store.compare_set(_TELLER, "", str(rank)).decode() == str(rank):
-                lost = isinstance(error, LostProcessError)
-                tell(_who_is_missing(store, size) if lost else error)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        final: HisvdError | None = error
+        with suppress(RuntimeError):  # without a store all tell, rather than none
+            final = _last_word(connect(), error)
+        if final is not None:
+            tell(final)
         os._exit(error.exit_code)
+
+
+def _last_word(store: Store, error: HisvdError) -> HisvdError | None:
+    """Return what this process tells of an error; None where another one tells."""
+    rank, size = str(launched_rank()), int(os.environ["WORLD_SIZE"])
+    store.set(_present(launched_rank()), "")
+    if store.compare_set(_TELLER, "", rank).decode() != rank:
+        return None
+    return _who_is_missing(store, size) if isinstance(error, LostProcessError) else error
 
 
 def _present(rank: int) -> str:
     return f"hisvd-present-{rank}"
 
 
-def _who_is_missing(store: distributed.TCPStore, size: int) -> LostProcessError:
+def _who_is_missing(store: Store, size: int) -> LostProcessError:
     """Wait for the numbers of all processes that live, and return what to tell of the others."""
     missing = list(range(size))
     deadline = time.monotonic() + _ROLL_SECONDS
@@ -81,11 +78,9 @@ def _who_is_missing(store: distributed.TCPStore, size: int) -> LostProcessError:
         time.sleep(0.05)
         missing = [rank for rank in missing if not store.check([_present(rank)])]
     if not missing:
-        return LostProcessError("The run was ended from outside (SIGTERM).", _HINT)
+        return LostProcessError("The run was ended from outside (SIGTERM).")
     ranks = f"Rank {missing[0]}" if len(missing) == 1 else f"Ranks {', '.join(map(str, missing))}"
-    return LostProcessError(
-        f"{ranks} of {size} died without a word: killed, or out of memory.", _HINT
-    )
+    return LostProcessError(f"{ranks} of {size} died without a word: killed, or out of memory.")
 
 
 @contextmanager
@@ -116,8 +111,8 @@ def _watch(woken: int, over: threading.Event, tell: Callable[[HisvdError], None]
         if select.select([woken], [], [], _LOOK_SECONDS)[0]:
             terminated = signal.SIGTERM in os.read(woken, 64)
         try:
-            failed = terminated or store.check([_TELLER])
-        except RuntimeError:  # the launcher has gone
-            failed = not over.wait(_LOOK_SECONDS)
-        if failed and not over.is_set():
-            end(LostProcessError("Another process of this run has ended."), tell)
+            if (terminated or store.check([_TELLER])) and not over.is_set():
+                end(LostProcessError(), tell)
+        except RuntimeError:
+            if not over.wait(_LOOK_SECONDS):
+                end(LostProcessError("torchrun, which started this run, has ended."), tell)

@@ -185,8 +185,9 @@ def test_shared_inputs_are_kept_once(
 
 def collect(linears: dict[str, nn.Linear], forward: Callable[[], object]) -> Collector:
     collector = Collector(linears, CPU)
-    with collector.grouping():
+    with collector.grouping() as groups:
         forward()
+    collector.choose_sides(groups)
     with collector.summing():
         forward()
     return collector
