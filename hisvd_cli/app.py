@@ -22,7 +22,9 @@ from hisvd_cli.commands.eval import evaluate
 from hisvd_cli.commands.inspect import inspect
 from hisvd_cli.commands.plan import plan
 from hisvd_cli.console import Console
+from hisvd_cli.distributed import launched
 from hisvd_cli.errors import HisvdError, MemoryLimitError, OutputError, StoppedError, UsageError
+from hisvd_cli.lost import end
 from hisvd_cli.tensorfile import reason
 
 _MEMORY_HINT = (
@@ -54,8 +56,10 @@ class _Edge(TyperGroup):
             code = super().main(*args, **{**options, "standalone_mode": False})
         except Exception as error:
             told = _explain(error)
-            debugging = os.environ.get("HISVD_DEBUG") == "1"
-            Console().error(told, error if debugging else None)
+            cause = error if os.environ.get("HISVD_DEBUG") == "1" else None
+            if launched():
+                end(told, lambda final: Console().error(final, cause))
+            Console().error(told, cause)
             code = told.exit_code
         sys.exit(code)
 

@@ -6,11 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from hisvd_cli.tensorfile import read_tensors, write_tensors
+from hisvd_cli.rows import RowFiles
 
 INPUTS = "inputs"
 """Name of the folder, in that of a calibration; gone once the gradients are there."""
@@ -18,31 +16,27 @@ INPUTS = "inputs"
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """One file a block with ``[S, L, d]``; index N, the number of blocks, is the last's output."""
+    """Hidden states ``[S, L, d]`` by block; index N, the number of blocks, is the last's output."""
 
     folder: Path
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"input-{index:05d}.safetensors"
+    def _files(self, index: int) -> RowFiles:
+        return RowFiles(self.folder, f"input-{index:05d}")
 
-    def has(self, index: int) -> bool:
-        """Tell whether the input of block ``index`` is kept."""
-        return self._path(index).is_file()
+    def has(self, index: int, count: int) -> bool:
+        """Tell whether the input of block ``index`` is kept, of all ``count`` sequences."""
+        return self._files(index).hold(count)
 
-    def keep(self, index: int, hidden: Tensor) -> None:
-        """Write the input of block ``index``. Raises OutputError."""
+    def keep(self, index: int, first: int, hidden: Tensor) -> None:
+        """Write the input of block ``index``, of sequences from ``first`` on. Raises
+        OutputError."""
         self.folder.mkdir(exist_ok=True)
-        write_tensors(self._path(index), {"hidden": hidden}, {})
-
-    def read(self, index: int) -> Tensor:
-        """Return the input of block ``index`` ``[S, L, d]``. Raises SourceError."""
-        return read_tensors(self._path(index), f"Remove {self.folder} and run again.")[0]["hidden"]
+        self._files(index).keep(first, hidden)
 
     def part(self, index: int, start: int, end: int) -> Tensor:
-        """Return sequences ``start`` to ``end`` of the input of block ``index``, read alone."""
-        with safe_open(self._path(index), framework="pt") as file:
-            part: Tensor = file.get_slice("hidden")[start:end]
-        return part.clone(memory_format=torch.contiguous_format)
+        """Return sequences ``start`` to ``end`` of the input of block ``index``, read alone. Raises
+        SourceError."""
+        return self._files(index).read(start, end, f"Remove {self.folder} and run again.")
 
     def remove(self) -> None:
         """Give back the disk space."""

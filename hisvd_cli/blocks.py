@@ -63,6 +63,8 @@ class BlockWalk:
             tokens: token ids.
             compute_hidden: False only records, for a walk that goes on from stored hidden states.
         """
+        if not len(tokens):  # one of more processes than there are sequences
+            return
         self._fill_outside()
         self._record(tokens[:1].to(self.device))  # what ``probe`` runs on
         for start in range(0, len(tokens), self.batch):

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hisvd_cli.artifact import building
 from hisvd_cli.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.blocks import BlockWalk, overflow_hint
 from hisvd_cli.calibration import (
@@ -24,17 +23,19 @@ from hisvd_cli.calibration import (
     open_calibration,
 )
 from hisvd_cli.collector import Collector, TurnSum
+from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.rows import Checkpoints
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import Sublayer, find_sublayers
-from hisvd_cli.tensorfile import read_tensors, write_json, write_tensors
+from hisvd_cli.tensorfile import write_json, write_tensors
 from hisvd_cli.versions import versions
 
 STATE_SECONDS = 60.0
 """Hidden states are stored at most this often: a rerun repeats at most so much, and a large model's
 states (gigabytes) are not written after every block."""
-_STATE = "hidden.safetensors"
+_STATE = "hidden"
 
 
 def calibrate(
@@ -50,7 +51,8 @@ def calibrate(
     keep_inputs: bool = False,
     state_seconds: float = STATE_SECONDS,
 ) -> Calibration:
-    """Accumulate the second moments of every sublayer, block by block.
+    """Accumulate the second moments of every sublayer, block by block; several processes share the
+    sequences.
 
     A run that was interrupted goes on after its last finished block; the result is the same to the
     byte.
@@ -73,11 +75,11 @@ def calibrate(
     key = calibration_key(source, sample, dtype)
     walk = BlockWalk(source, device, dtype, batch)
     sublayers = find_sublayers(walk.prefix, list(walk.layers))
-    with building(folder, key) as partial:
+    with building_together(folder, key) as partial:
         inputs = BlockInputs(partial / INPUTS) if keep_inputs else None
         _walk_blocks(walk, sublayers, sample, partial, inputs, state_seconds, reporter)
-        (partial / _STATE).unlink(missing_ok=True)
-        write_json(partial / MANIFEST, _manifest(source, sample, key, dtype, settings))
+        if world().first:
+            write_json(partial / MANIFEST, _manifest(source, sample, key, dtype, settings))
     return open_calibration(folder)
 
 
@@ -119,15 +121,19 @@ def _walk_blocks(
     state_seconds: float,
     reporter: Reporter,
 ) -> None:
-    count = len(walk.layers)
-    done = [i for i in range(count) if (partial / block_file(i)).is_file()]
-    first = count if len(done) == count else _resume_state(walk, sample, partial)
+    count, here = len(walk.layers), world()
+    state = Checkpoints(partial, _STATE, len(sample.tokens))
+    start = here.share(len(sample.tokens)).start
+    done, kept = here.agreed(
+        lambda: ([i for i in range(count) if (partial / block_file(i)).is_file()], state.blocks())
+    )
+    first = count if len(done) == count else _resume_state(walk, sample, state, kept)
     saved = time.monotonic()
     with reporter.stage("Calibrating blocks", count) as step:
         for index in range(count):
             if index >= first:
                 if inputs:
-                    inputs.keep(index, walk.hidden)
+                    inputs.keep(index, start, walk.hidden)
                 walk.load(index)
                 if index in done:
                     walk.advance(index)
@@ -135,32 +141,56 @@ def _walk_blocks(
                     mine = [s.name for s in sublayers if s.layer == index]
                     _measure_block(walk, index, mine, partial / block_file(index))
                 walk.free(index)
-                if time.monotonic() - saved >= state_seconds and index + 1 < count:
-                    state = {"hidden": walk.hidden}
-                    write_tensors(partial / _STATE, state, {"next": str(index + 1)})
+                due = time.monotonic() - saved >= state_seconds and index + 1 < count
+                if here.agreed(lambda due=due: due):  # type: ignore[misc]
+                    keep_state(state, index + 1, walk.hidden)
                     saved = time.monotonic()
             step()
     if inputs and first < count:
-        inputs.keep(count, walk.hidden)
+        inputs.keep(count, start, walk.hidden)
+    if here.first:
+        state.remove()
 
 
-def _resume_state(walk: BlockWalk, sample: Sample, partial: Path) -> int:
-    """Prepare the walk's hidden states; return the block that they are the input of."""
-    path = partial / _STATE
-    if not path.is_file():
-        walk.embed(sample.tokens)
+def keep_state(state: Checkpoints, block: int, rows: Tensor) -> None:
+    """Keep what goes next into ``block``, of each process's sequences, and drop what was before."""
+    here = world()
+    state.at(block).keep(here.share(state.count).start, rows)
+    here.wait()
+    if here.first:
+        state.remove(but=block)
+
+
+def _resume_state(walk: BlockWalk, sample: Sample, state: Checkpoints, kept: Sequence[int]) -> int:
+    """Prepare the walk's hidden states; return the block that they are the input of.
+
+    Args:
+        walk: the model.
+        sample: all calibration tokens.
+        state: where hidden states are kept.
+        kept: the blocks whose input is there.
+    """
+    rows = world().share(len(sample.tokens))
+    mine = sample.tokens[rows.start : rows.stop]
+    walk.embed(mine, compute_hidden=not kept)
+    if not kept:
         return 0
-    tensors, metadata = read_tensors(path, f"Remove {partial} and run again.")
-    walk.embed(sample.tokens, compute_hidden=False)
-    walk.hidden = tensors["hidden"].to(walk.device)
-    return int(metadata["next"])
+    hint = f"Remove {state.folder} and run again."
+    walk.hidden = state.at(kept[-1]).read(rows.start, rows.stop, hint).to(walk.device)
+    return kept[-1]
 
 
 def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path) -> None:
     """Run one block over all sequences and write the moments of its linears ``names``."""
+    here = world()
     collector = Collector(linears_of(walk, names), walk.device)
-    with collector.grouping():
-        walk.probe(index)
+
+    def probe() -> list[list[str]]:
+        with collector.grouping() as groups:
+            walk.probe(index)
+        return groups
+
+    collector.choose_sides(here.agreed(probe))
     if unseen := [name for name in names if name not in collector.owners]:
         raise UnsupportedModelError(
             f"{unseen[0]} takes no part in the forward pass, so nothing is known of its inputs.",
@@ -169,12 +199,19 @@ def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path
     turn = TurnSum()
     with collector.summing(), turn.watching(walk.layers[index]):
         walk.advance(index)
+    collector.pool(here.add_up)
+    turn.pool(here.add_up)
+    if here.first:
+        _write_block(collector, turn, walk.dtype, path)
+
+
+def _write_block(collector: Collector, turn: TurnSum, dtype: torch.dtype, path: Path) -> None:
     means = {key: total.mean() for key, total in collector.sums.items()}
     for key, mean in means.items():
         if not bool(mean.isfinite().all()):
             raise NumericalError(
                 f"The activations of {key.rpartition('.')[0]} are NaN or infinite.",
-                overflow_hint(walk.dtype),
+                overflow_hint(dtype),
             )
     known = {"owners": collector.owners, "importance": turn.mean()}
     # One entry: safetensors writes several in an order that changes from run to run.

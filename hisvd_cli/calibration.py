@@ -101,7 +101,11 @@ class Calibration:
         return {name: each.moment for name, each in found.items() if each.moment is not None}
 
     def statistics(
-        self, layer: int, needs: Collection[Need], device: torch.device | str = "cpu"
+        self,
+        layer: int,
+        needs: Collection[Need],
+        device: torch.device | str = "cpu",
+        of: Collection[str] | None = None,
     ) -> dict[str, Statistics]:
         """Read what is known of one block's sublayers: name → statistics.
 
@@ -109,14 +113,15 @@ class Calibration:
             layer: the block.
             needs: what is wanted; the rest stays None, and is not read.
             device: where tensors go.
+            of: the sublayers that are wanted; by default all. Nothing is read of others.
 
         Raises:
             SourceError: a file of the block is missing or damaged.
         """
         path = self.folder / block_file(layer)
-        tensors, metadata = _read(path, device)
+        owners = {n: keys for n, keys in self._owners(layer).items() if of is None or n in of}
+        tensors = _read(path, device, {key for keys in owners.values() for key in keys})
         try:
-            owners: dict[str, list[str]] = json.loads(metadata["block"])["owners"]
             moments = {key: Moment(tensors[key], _side(key)) for key, _ in owners.values()}
             channels = {key: Channels(*tensors[key]) for _, key in owners.values()}
             found = {
@@ -133,12 +138,13 @@ class Calibration:
         self, layer: int, found: dict[str, Statistics], weights: bool, device: torch.device | str
     ) -> dict[str, Statistics]:
         path = self.folder / GRADIENTS / block_file(layer)
-        tensors, _ = _read(path, device)
+        keys = self.moment_keys(layer)
+        stems = {*found, *(keys[name] for name in found if name in keys)}
+        tensors = _read(path, device, stems)
         if weights:
-            sequences, _ = _read(self.folder / GRADIENTS / weights_file(layer), device)
+            sequences = _read(self.folder / GRADIENTS / weights_file(layer), device, stems)
             tensors |= {f"sequences.{name}": tensor for name, tensor in sequences.items()}
         try:
-            keys = self.moment_keys(layer)
             share = self._first_half
             return {
                 name: _join(each, name, keys[name], tensors, share, weights)
@@ -159,12 +165,18 @@ class Calibration:
         Raises:
             SourceError: the block's file is missing or damaged.
         """
+        return {name: moment for name, (moment, _) in self._owners(layer).items()}
+
+    def _owners(self, layer: int) -> dict[str, tuple[str, str]]:
+        """Return sublayer name → keys of its moment and of its channels. Raises SourceError."""
         path = self.folder / block_file(layer)
         try:
             owners = json.loads(read_header(path).metadata["block"])["owners"]
-            return {name: moment for name, (moment, _) in owners.items()}
-        except (KeyError, ValueError, TypeError) as error:
-            raise SourceError(f"{path} holds no statistics.", _AGAIN) from error
+            return {name: (moment, channels) for name, (moment, channels) in owners.items()}
+        except SourceError as error:
+            raise SourceError(error.message, _AGAIN) from error
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            raise SourceError(f"{path} holds no moments.", _AGAIN) from error
 
     def importance(self, layer: int) -> float:
         """Return the angular distance, from 0 to 1, of a block's input and output.
@@ -179,9 +191,14 @@ class Calibration:
             raise SourceError(f"{path} holds no statistics.", _AGAIN) from error
 
 
-def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors, metadata = read_tensors(path, _AGAIN)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
+def _read(path: Path, device: torch.device | str, stems: Collection[str]) -> dict[str, Tensor]:
+    """Read the tensors that are named as one of ``stems``, or as one and an ending."""
+
+    def wanted(name: str) -> bool:
+        return name in stems or name.rpartition(".")[0] in stems
+
+    tensors, _ = read_tensors(path, _AGAIN, wanted)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.moments import ChannelSum, MomentSum
+from hisvd_cli.moments import AddUp, ChannelSum, MomentSum, add_up_count
 
 Watch = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]
 
@@ -41,8 +41,8 @@ class Collector:
     owners: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @contextmanager
-    def grouping(self) -> Iterator[None]:
-        """Group the linears, and choose sides, by what the body's run of the block shows."""
+    def grouping(self) -> Iterator[list[list[str]]]:
+        """Yield a list that, after the body's run of the block, holds the groups of linears."""
         # The inputs are kept until the end: a freed tensor's id could become another one's.
         seen: dict[str, Tensor] = {}
 
@@ -52,12 +52,17 @@ class Collector:
 
             return note
 
+        found: list[list[str]] = []
         with self._watching(noter):
-            yield
+            yield found
         groups: dict[int, list[str]] = {}
         for name, tensor in seen.items():
             groups.setdefault(id(tensor), []).append(name)
-        for names in groups.values():
+        found += groups.values()
+
+    def choose_sides(self, groups: Iterable[list[str]]) -> None:
+        """Choose which moments are summed for each group of linears with a common input."""
+        for names in groups:
             self._choose_side(names)
 
     @contextmanager
@@ -65,6 +70,11 @@ class Collector:
         """Add up the moments of all that the linears see while the body runs the block."""
         with self._watching(self._adder):
             yield
+
+    def pool(self, add_up: AddUp) -> None:
+        """Add the sums of other processes, on the first."""
+        for total in self.sums.values():
+            total.pool(add_up)
 
     @contextmanager
     def _watching(self, hook: Callable[[str], Watch]) -> Iterator[None]:
@@ -124,6 +134,13 @@ class TurnSum:
         cosine = torch.cosine_similarity(args[0].float(), state.float(), dim=-1)
         self._sum += float(cosine.clamp(-1, 1).acos().sum()) / math.pi
         self._tokens += cosine.numel()
+
+    def pool(self, add_up: AddUp) -> None:
+        """Add the sums of other processes, on the first."""
+        total = torch.tensor(self._sum, dtype=torch.float64)
+        add_up(total)
+        self._sum = float(total)
+        self._tokens = add_up_count(self._tokens, add_up)
 
     def mean(self) -> float:
         """Return the mean over all tokens so far, from 0 to 1."""

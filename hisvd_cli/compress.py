@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.artifact import building
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import (
     FORMAT_VERSION,
@@ -28,7 +29,9 @@ from hisvd_cli.checkpoint import (
     write_loader,
 )
 from hisvd_cli.decompose import DECOMPOSERS, Decomposer
+from hisvd_cli.distributed import World, building_together, share_by_cost, world
 from hisvd_cli.errors import NumericalError, StaleArtifactError
+from hisvd_cli.estimate import decomposition_cost
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
 from hisvd_cli.model_card import write_card
 from hisvd_cli.paths import digest
@@ -64,13 +67,24 @@ class Layout:
     Attributes:
         architecture: class name of the model.
         parts: part → name in the checkpoint → name on disk of the source, for a factor the name
-            of the matrix it comes from. Parts are written, and resumed, one by one.
+            of the matrix it comes from. Parts are written, and resumed, one by one: what is in no
+            block; of each block what stays as it is; and each of its factored sublayers.
         sizes: part → bytes.
+        costs: part → what factoring it costs, 0 for what stays as it is.
     """
 
     architecture: str
     parts: dict[str, dict[str, str]]
     sizes: dict[str, int]
+    costs: dict[str, int]
+
+    def shared(self, left: Sequence[str], here: World) -> list[str]:
+        """Return which of the parts that are left this process makes."""
+        blocks: dict[str, list[tuple[str, int]]] = {}
+        for part in left:
+            blocks.setdefault(_block_of(part), []).append((part, self.costs[part]))
+        owner = share_by_cost(list(blocks.values()), here.size)
+        return [part for part in left if owner[part] == here.rank]
 
     @property
     def total_bytes(self) -> int:
@@ -82,26 +96,36 @@ def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layou
     """Work out, before any work, every tensor of the checkpoint and its size."""
     model = build_meta_model(source)
     prefix, layers = decoder_blocks(model)
-    parts: dict[str, dict[str, str]] = {_OUTSIDE: {}}
-    parts.update({f"block-{i:05d}": {} for i in range(len(layers))})
-    sizes = dict.fromkeys(parts, 0)
+    groups: dict[str, dict[str, dict[str, str]]] = {_OUTSIDE: {_OUTSIDE: {}}}
+    groups |= {block: {block: {}} for block in (f"block-{i:05d}" for i in range(len(layers)))}
+    sizes: dict[str, int] = defaultdict(int)
+    costs: dict[str, int] = defaultdict(int)
     for name, stored in tensor_names(model, source).items():
-        part = _OUTSIDE
+        block, local = _OUTSIDE, ""
         if name.startswith(f"{prefix}."):
-            index = int(name[len(prefix) + 1 :].partition(".")[0])
-            part = f"block-{index:05d}"
+            index, _, local = name[len(prefix) + 1 :].partition(".")
+            block = f"block-{int(index):05d}"
         info = source.weights.infos[stored]
         rank = ranks.get(name.removesuffix(".weight"))
         if rank is None:
-            parts[part][name] = stored
-            sizes[part] += info.nbytes
-        else:
-            m, n = info.shape
-            for leaf, shape in factor_shapes(storage, m, n, rank).items():
-                parts[part][f"{name.removesuffix('weight')}{leaf}"] = stored
-                width = _INDEX_BYTES if leaf == "weight_order" else info.nbytes // (m * n)
-                sizes[part] += prod(shape) * width
-    return Layout(type(model).__name__, parts, sizes)
+            groups[block][block][name] = stored
+            sizes[block] += info.nbytes
+            continue
+        part = f"{block}.{local.removesuffix('.weight')}"
+        names = groups[block].setdefault(part, {})
+        m, n = info.shape
+        costs[part] = decomposition_cost((m, n))
+        for leaf, shape in factor_shapes(storage, m, n, rank).items():
+            names[f"{name.removesuffix('weight')}{leaf}"] = stored
+            width = _INDEX_BYTES if leaf == "weight_order" else info.nbytes // (m * n)
+            sizes[part] += prod(shape) * width
+    parts = {part: names for group in groups.values() for part, names in group.items()}
+    return Layout(
+        type(model).__name__,
+        parts,
+        {part: sizes[part] for part in parts},
+        {part: costs[part] for part in parts},
+    )
 
 
 def compress(
@@ -120,8 +144,8 @@ def compress(
 ) -> Compressed:
     """Write the compressed model to the folder ``output``.
 
-    A run that was interrupted goes on after its last finished block; the result is the same to the
-    byte.
+    A run that was interrupted goes on after its last finished sublayers; the result is the same to
+    the byte. Several processes share the sublayers, and write the factors of theirs.
 
     Args:
         source: the dense model that the plan was made for.
@@ -134,7 +158,7 @@ def compress(
         device: where decompositions run.
         shard_bytes: largest size of a weight file.
         settings: the resolved settings, recorded as they are.
-        reporter: told of each block.
+        reporter: told of each sublayer.
 
     Raises:
         StaleArtifactError: the plan was made for another model.
@@ -153,28 +177,53 @@ def compress(
     record = _provenance(plan, calibration, decomposer, needs, settings)
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
     started = time.monotonic()
-    with building(output, key) as home:
+    here = world()
+    with building_together(output, key) as home:
         groups = shard_names(layout.sizes, shard_bytes)
         shards = {shard_file(i, len(groups)): parts for i, parts in enumerate(groups)}
-        left = [p for f, parts in shards.items() if not (home / f).is_file() for p in parts]
-        with reporter.stage("Compressing blocks", len(left)) as step:
-            for part in left:
-                factory.write(home / f"{part}.part", part, layout.parts[part])
-                step()
+        left = here.agreed(lambda: _left(home, shards))
+        mine = layout.shared(left, here)
+        with reporter.stage("Compressing layers", len(mine)) as step:
+            for block, parts in groupby(mine, key=_block_of):
+                factory.write(home, block, {part: layout.parts[part] for part in parts}, step)
+        here.wait()
         decomposed = time.monotonic()
-        _join_shards(home, shards, layout)
-        config = compressed_config(
-            read_config(source.folder), layout.architecture, plan.ranks, plan.storage
-        )
-        write_json(home / "config.json", config)
-        write_json(home / PROVENANCE, record)
-        plan.save(home / PLAN_FILE)
-        copy_companions(source.folder, home)
-        write_loader(home)
-        write_card(home, source, plan, record)
+        if here.first:
+            _join_shards(home, shards, layout)
+            _complete(home, source, plan, layout, record)
     written = time.monotonic()
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Compressed(output, size, decomposed - started, written - decomposed)
+
+
+def _block_of(part: str) -> str:
+    return part.partition(".")[0]
+
+
+def _left(home: Path, shards: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the parts (of shard → parts) that no run has written yet."""
+    return [
+        part
+        for file, parts in shards.items()
+        if not (home / file).is_file()
+        for part in parts
+        if not (home / f"{part}.part").is_file()
+    ]
+
+
+def _complete(
+    home: Path, source: Source, plan: Plan, layout: Layout, record: Mapping[str, Any]
+) -> None:
+    """Write all that is no weight."""
+    config = compressed_config(
+        read_config(source.folder), layout.architecture, plan.ranks, plan.storage
+    )
+    write_json(home / "config.json", config)
+    write_json(home / PROVENANCE, record)
+    plan.save(home / PLAN_FILE)
+    copy_companions(source.folder, home)
+    write_loader(home)
+    write_card(home, source, plan, record)
 
 
 def check_plan(plan: Plan, source: Source) -> None:
@@ -218,14 +267,29 @@ class _Factory:
     needs: Collection[Need]
     device: torch.device
 
-    def write(self, path: Path, part: str, names: Mapping[str, str]) -> None:
-        """Write a part (name in the checkpoint → name on disk), unless it is there already."""
-        if path.is_file():
-            return
+    def write(
+        self,
+        home: Path,
+        block: str,
+        parts: Mapping[str, Mapping[str, str]],
+        step: Callable[[], None],
+    ) -> None:
+        """Write parts of one block (part → name in the checkpoint → name on disk) to ``home``, and
+        call ``step`` after each."""
         known: dict[str, Statistics] = {}
-        if self.calibration and part != _OUTSIDE:
-            layer = int(part.rpartition("-")[2])
-            known = self.calibration.statistics(layer, self.needs, self.device)
+        stems = {name.rpartition(".")[0] for names in parts.values() for name in names}
+        factored = stems & self.plan.ranks.keys()
+        if self.calibration and factored:
+            layer = int(block.rpartition("-")[2])
+            known = self.calibration.statistics(layer, self.needs, self.device, factored)
+        for part, names in parts.items():
+            write_tensors(home / f"{part}.part", self._tensors(names, known), {})
+            step()
+
+    def _tensors(
+        self, names: Mapping[str, str], known: Mapping[str, Statistics]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a part."""
         ranks = self.plan.ranks
         tensors: dict[str, Tensor] = {}
         for name, stored in names.items():
@@ -238,7 +302,7 @@ class _Factory:
                     tensors |= {f"{sublayer}.{leaf}": t for leaf, t in factors.items()}
                 else:
                     tensors[name] = weight
-        write_tensors(path, tensors, {})
+        return tensors
 
     def _factor(
         self, sublayer: str, weight: Tensor, statistics: Statistics, rank: int

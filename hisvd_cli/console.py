@@ -48,12 +48,20 @@ class Console:
         as_json: stdout gets one JSON document and nothing else.
         quiet: neither progress nor hints, and results in one line.
         verbose: notes that are otherwise left out.
+        muted: print nothing at all, as one of several processes that do the same.
     """
 
-    def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        as_json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        muted: bool = False,
+    ) -> None:
         self.as_json = as_json
         self.quiet = quiet
         self.verbose = verbose
+        self.muted = muted
         self._stdout = sys.stdout
         bounded = self._stdout.isatty() or "COLUMNS" in os.environ
         self._out = RichConsole(
@@ -90,8 +98,9 @@ class Console:
 
     def text(self, text: str) -> None:
         """Print a text as it is on stdout. Raises BrokenPipeError where nobody reads it."""
-        self._stdout.write(text)
-        self._stdout.flush()
+        if not self.muted:
+            self._stdout.write(text)
+            self._stdout.flush()
 
     def note(self, message: str) -> None:
         """Tell something worth knowing (--verbose)."""
@@ -128,14 +137,16 @@ class Console:
 
     def _tell(self, text: Text) -> None:
         # Lines are left to the terminal to break, so that a command in them can be copied.
-        self._err.print(text, soft_wrap=True)
+        if not self.muted:
+            self._err.print(text, soft_wrap=True)
 
     def stage(self, label: str, total: int) -> AbstractContextManager[Callable[[], None]]:
         """Show progress through ``total`` steps; the function it yields counts one.
 
         A terminal gets a bar with rate and time left, a log file a line now and then.
         """
-        draw = self._bar if self._err.is_terminal and not self.quiet else self._log
+        drawn = self._err.is_terminal and not (self.quiet or self.muted)
+        draw = self._bar if drawn else self._log
         return draw(label, total)
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hisvd_cli.distributed import own_gpu
 from hisvd_cli.errors import UsageError
 
 _RUNNABLE = {
@@ -15,11 +16,13 @@ _RUNNABLE = {
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` is the GPU where there is one.
+    """Return the device called ``name``; ``auto`` is the GPU where there is one, and each of
+    several processes has its own.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: no such device here, or not one for each process.
     """
+    name = own_gpu(name)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -60,6 +60,17 @@ class MemoryLimitError(HisvdError):
     """More memory was asked for than there is."""
 
 
+class LostProcessError(HisvdError):
+    """Another process of a run of several has ended."""
+
+    def __init__(self, message: str = "Another process of this run has ended.") -> None:
+        super().__init__(
+            message,
+            "Run the same command again, with any number of processes: finished blocks are kept. "
+            "Out of memory? Lower --batch, --seqlen or --samples.",
+        )
+
+
 class StoppedError(HisvdError):
     """The user interrupted the run."""
 

@@ -134,11 +134,14 @@ def estimate_measuring(parameters: int, tokens: int, passes: float, rate: float)
 
 def estimate_decomposition(sublayers: Sequence[Sublayer]) -> float:
     """Return the seconds that factoring all sublayers takes, spectra included."""
-    flops = sum(
-        2 * _EIGH_FLOPS * min(s.shape) ** 3 + 4 * s.shape[0] * s.shape[1] * min(s.shape)
-        for s in sublayers
-    )
+    flops = sum(decomposition_cost(s.shape) for s in sublayers)
     return flops / product_rate(torch.device("cpu"), torch.float64, 512)
+
+
+def decomposition_cost(shape: tuple[int, int]) -> int:
+    """Return the operations, at a product's rate, that spectrum and factors of W take."""
+    m, n = shape
+    return 2 * _EIGH_FLOPS * min(shape) ** 3 + 4 * m * n * min(shape)
 
 
 def _squares(sublayers: Sequence[Sublayer]) -> int:

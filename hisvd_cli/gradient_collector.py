@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.moments import MomentSum, Side
+from hisvd_cli.moments import AddUp, MomentSum, Side, add_up_count
 
 Watch = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]
 
@@ -102,6 +102,12 @@ class GradientCollector:
         """Return ``[S, L, width]``; some models hand their linears all tokens in one row."""
         return rows.reshape(-1, self._seqlen, rows.shape[-1])
 
+    def pool(self, add_up: AddUp) -> None:
+        """Add the sums of other processes, on the first."""
+        for sums in (self._sums, self._halves, self._squares, self._weights):
+            for total in sums.values():
+                total.pool(add_up)
+
     def means(self) -> dict[str, Tensor]:
         """Return, for each linear, ``name.output`` → H ``[m, m]`` or ``name.input`` → Wᵀ H W
         ``[n, n]``, and ``name.square`` → E of the mean of g² ``[]``; of sequences of even number
@@ -141,6 +147,13 @@ class MeanSquare:
         self._sum += float(values.float().square().sum())
         self._count += values.numel()
 
+    def pool(self, add_up: AddUp) -> None:
+        """Add the sums of other processes, on the first."""
+        total = torch.tensor(self._sum, dtype=torch.float64)
+        add_up(total)
+        self._sum = float(total)
+        self._count = add_up_count(self._count, add_up)
+
     def mean(self) -> Tensor:
         """Return the mean ``[]`` in float32."""
         return torch.tensor(self._sum / self._count, dtype=torch.float32)
@@ -169,6 +182,12 @@ class WeightSum:
             self._output += whole @ whole.T
             self._input += whole.T @ whole
             self._sequences += 1
+
+    def pool(self, add_up: AddUp) -> None:
+        """Add the sums of other processes, on the first."""
+        for total in (self._mean, self._output, self._input):
+            add_up(total)
+        self._sequences = add_up_count(self._sequences, add_up)
 
     def means(self) -> dict[str, Tensor]:
         """Return the means as ``WeightGradients`` names them, in float32 on the CPU."""

@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hisvd_cli.artifact import building
 from hisvd_cli.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.blocks import BlockWalk
-from hisvd_cli.calibrate import STATE_SECONDS, linears_of
+from hisvd_cli.calibrate import STATE_SECONDS, keep_state, linears_of
 from hisvd_cli.calibration import (
     FORMAT_VERSION,
     GRADIENTS,
@@ -31,16 +30,18 @@ from hisvd_cli.calibration import (
     open_calibration,
     weights_file,
 )
+from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.gradient_collector import GradientCollector
 from hisvd_cli.paths import digest
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.rows import Checkpoints
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import Sublayer, find_sublayers
-from hisvd_cli.tensorfile import read_tensors, write_json, write_tensors
+from hisvd_cli.tensorfile import write_json, write_tensors
 from hisvd_cli.versions import versions
 
-_STATE = "gradient.safetensors"
+_STATE = "gradient"
 
 
 def measure_gradients(
@@ -81,10 +82,9 @@ def measure_gradients(
     precise = torch.float32 if dtype == torch.float16 else dtype
     walk = BlockWalk(source, device, precise, batch)
     key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))
-    with building(calibration.folder / GRADIENTS, key) as partial:
+    with building_together(calibration.folder / GRADIENTS, key) as partial:
         reverse = _Reverse(walk, calibration, sample, partial, weights, state_seconds, reporter)
         reverse.run()
-        (partial / _STATE).unlink(missing_ok=True)
         manifest = {
             "kind": "gradients",
             "format_version": FORMAT_VERSION,
@@ -95,8 +95,11 @@ def measure_gradients(
             "settings": settings,
             "versions": versions(),
         }
-        write_json(partial / GRADIENTS_MANIFEST, manifest)
-    reverse.inputs.remove()
+        if world().first:
+            reverse.state.remove()
+            write_json(partial / GRADIENTS_MANIFEST, manifest)
+    if world().first:
+        reverse.inputs.remove()
     return open_calibration(calibration.folder)
 
 
@@ -116,18 +119,24 @@ class _Reverse:
         self.walk = walk
         self.calibration = calibration
         self.inputs = BlockInputs(calibration.folder / INPUTS)
-        self.tokens = sample.tokens
+        self.total = len(sample.tokens)
+        rows = world().share(self.total)
+        self.start = rows.start  # the first sequence of this process
+        self.tokens = sample.tokens[rows.start : rows.stop]
+        self.state = Checkpoints(partial, _STATE, self.total)
         self.partial = partial
         self.weights = weights
         self.state_seconds = state_seconds
         self.reporter = reporter
         self.count = len(walk.layers)
+        self.left: list[int] = []
         self.sublayers: list[Sublayer] = find_sublayers(walk.prefix, list(walk.layers))
 
     def run(self) -> None:
         """Write the gradients of every block."""
-        left = [i for i in range(self.count) if not self._is_done(i)]
-        if not left:
+        here = world()
+        self.left = here.agreed(lambda: [i for i in range(self.count) if not self._is_done(i)])
+        if not self.left:
             return
         self._forward()
         gradient, start = self._first_gradient()
@@ -135,11 +144,11 @@ class _Reverse:
         with self.reporter.stage("Gradients of blocks", self.count) as step:
             for _ in range(start + 1, self.count):
                 step()
-            for index in range(start, left[0] - 1, -1):
+            for index in range(start, self.left[0] - 1, -1):
                 self._reverse_block(index, gradient)
-                if time.monotonic() - saved >= self.state_seconds and index > 0:
-                    state = {"gradient": gradient}
-                    write_tensors(self.partial / _STATE, state, {"next": str(index - 1)})
+                due = time.monotonic() - saved >= self.state_seconds and index > 0
+                if here.agreed(lambda due=due: due):  # type: ignore[misc]
+                    keep_state(self.state, index - 1, gradient)
                     saved = time.monotonic()
                 step()
 
@@ -149,38 +158,44 @@ class _Reverse:
 
     def _forward(self) -> None:
         """Complete the inputs of all blocks, from the first that is missing."""
-        first = next((i for i in range(self.count + 1) if not self.inputs.has(i)), None)
+        first = world().agreed(
+            lambda: next(
+                (i for i in range(self.count + 1) if not self.inputs.has(i, self.total)), None
+            )
+        )
         self.walk.embed(self.tokens, compute_hidden=first == 0)
         if first is None:
             return
         if first > 0:
-            self.walk.hidden = self.inputs.read(first - 1).to(self.walk.device)
+            end = self.start + len(self.tokens)
+            self.walk.hidden = self.inputs.part(first - 1, self.start, end).to(self.walk.device)
         else:
-            self.inputs.keep(0, self.walk.hidden)
+            self.inputs.keep(0, self.start, self.walk.hidden)
         with self.reporter.stage("Running blocks", self.count) as step:
             for index in range(self.count):
                 if index >= first - 1:
                     self.walk.load(index)
                     self.walk.advance(index)
                     self.walk.free(index)
-                    self.inputs.keep(index + 1, self.walk.hidden)
+                    self.inputs.keep(index + 1, self.start, self.walk.hidden)
                 step()
         self.walk.hidden = torch.empty(0)
 
     def _first_gradient(self) -> tuple[Tensor, int]:
         """Return the gradient at the output of a block, and the block."""
-        path = self.partial / _STATE
-        if path.is_file():
-            tensors, metadata = read_tensors(path, f"Remove {self.partial} and run again.")
-            return tensors["gradient"].to(self.walk.device), int(metadata["next"])
+        if kept := world().agreed(self.state.blocks):
+            hint = f"Remove {self.partial} and run again."
+            end = self.start + len(self.tokens)
+            mine = self.state.at(kept[0]).read(self.start, end, hint)
+            return mine.to(self.walk.device), kept[0]
         with self.reporter.stage("Gradient of the loss", len(self.tokens)) as step:
             rows = []
             with self.walk.whole_outside():
-                for i, ids in enumerate(self.tokens):
+                for i, ids in enumerate(self.tokens, self.start):
                     state = self.inputs.part(self.count, i, i + 1)
                     rows.append(self.walk.loss_gradient(ids[None], state))
                     step()
-        return torch.cat(rows), self.count - 1
+        return torch.cat(rows) if rows else torch.empty(0), self.count - 1
 
     def _reverse_block(self, index: int, gradient: Tensor) -> None:
         """Carry the gradient ``[S, L, d]`` from a block's output to its input, in place, and write
@@ -196,12 +211,15 @@ class _Reverse:
         )
         for start in range(0, len(gradient), self.walk.batch):
             part = gradient[start : start + self.walk.batch]
-            state = self.inputs.part(index, start, start + len(part))
-            with collector.summing(start):
+            number = self.start + start
+            state = self.inputs.part(index, number, number + len(part))
+            with collector.summing(number):
                 part.copy_(self.walk.reverse(index, state, part))
         self.walk.free(index)
-        if not self._is_done(index):
-            self._write(index, names, collector)
+        if index in self.left:
+            collector.pool(world().add_up)
+            if world().first:
+                self._write(index, names, collector)
 
     def _write(self, index: int, names: Sequence[str], collector: GradientCollector) -> None:
         means = collector.means()

@@ -6,6 +6,7 @@ of the output without its bias, M = W G Wᵀ.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 Side = Literal["input", "output"]
+AddUp = Callable[[Tensor], None]
+"""Sums a tensor over all processes into that of the first, in place."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class Moment:
             return self.matrix.double()
         wide = weight.double()
         return wide @ self.matrix.double() @ wide.T
+
+
+def add_up_count(count: int, add_up: AddUp) -> int:
+    """Return a count summed by ``add_up``; it means something on the first process."""
+    total = torch.tensor(count)
+    add_up(total)
+    return int(total)
 
 
 def exact_device(device: torch.device) -> torch.device:
@@ -59,6 +69,11 @@ class MomentSum:
         self._sum += (rows.T @ rows).to(self._sum.device)
         self._tokens += rows.shape[0]
 
+    def pool(self, add_up: AddUp) -> None:
+        """Add the sums of other processes, on the first."""
+        add_up(self._sum)
+        self._tokens = add_up_count(self._tokens, add_up)
+
     def mean(self) -> Tensor:
         """Return E[x xᵀ] ``[width, width]`` in float32 on the CPU."""
         return (self._sum / self._tokens).float().cpu()
@@ -81,6 +96,11 @@ class ChannelSum:
         rows = x.reshape(-1, x.shape[-1]).float()
         self._sum += torch.stack([rows.abs().sum(0), rows.square().sum(0)]).to(self._sum.device)
         self._tokens += rows.shape[0]
+
+    def pool(self, add_up: AddUp) -> None:
+        """Add the sums of other processes, on the first."""
+        add_up(self._sum)
+        self._tokens = add_up_count(self._tokens, add_up)
 
     def mean(self) -> Tensor:
         """Return E|x_j| and E x_j² ``[2, width]`` in float32 on the CPU."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from hisvd_cli.console import Console
+from hisvd_cli.distributed import joining, launched_rank
 from hisvd_cli.presets import PRESETS
 from hisvd_cli.profile import Key, Resolved, resolve
 from hisvd_cli.settings import SECTIONS, Settings, choices_of, flag_of, kind_of, panel_of
@@ -33,6 +34,11 @@ class Run:
     def settings(self) -> Settings:
         """The validated settings."""
         return self.resolved.settings
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one process, or of several the one that writes."""
+        return not self.console.muted
 
 
 def keys_of(*sections: str) -> list[Key]:
@@ -91,13 +97,18 @@ def _take_common(
     ] = False,
 ) -> tuple[Console, Path | None, list[str], bool]:
     """The flags of every command; returns them as :func:`with_settings` uses them."""
-    return Console(as_json, quiet, verbose), profile, overrides or [], show_profile
+    console = Console(as_json, quiet, verbose, muted=launched_rank() > 0)
+    return console, profile, overrides or [], show_profile
 
 
-def with_settings(keys: Iterable[Key]) -> Callable[[Command], Command]:
+def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Command], Command]:
     """Return a decorator that gives a command the flags of ``keys`` and the common ones.
 
     The command is called with a :class:`Run` and its own parameters.
+
+    Args:
+        keys: (section, key) of settings.
+        together: several processes run the command as one; else the first does it alone.
     """
     settings = {f"{section}__{key}": (section, key) for section, key in keys}
     common = inspect.signature(_take_common, eval_str=True).parameters
@@ -114,8 +125,13 @@ def with_settings(keys: Iterable[Key]) -> Callable[[Command], Command]:
                 _show_settings(resolved, console)
                 return
             _prepare_libraries(console)
+            work = partial(command, Run(resolved, console), **given)
             with console.alone():
-                command(Run(resolved, console), **given)
+                if together:
+                    with joining(resolved.settings.model.device, Console().error):
+                        work()
+                elif not console.muted:
+                    work()
 
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         # Panels stand in the order of their first flag: what one method reads comes after the rest.
@@ -139,7 +155,7 @@ def _show_settings(resolved: Resolved, console: Console) -> None:
 def _prepare_libraries(console: Console) -> None:
     from hisvd_cli.libraries import calm_libraries
 
-    calm_libraries(console.quiet, console.verbose)
+    calm_libraries(console.quiet or console.muted, console.verbose and not console.muted)
 
 
 def _parameter(name: str, section: str, key: str) -> inspect.Parameter:

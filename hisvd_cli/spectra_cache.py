@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.calibration import GRADIENTS, Calibration
+from hisvd_cli.distributed import share_by_cost, world
 from hisvd_cli.errors import SourceError
+from hisvd_cli.estimate import decomposition_cost
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
@@ -154,22 +156,33 @@ def _cached(
     reporter: Reporter,
 ) -> dict[str, Tensor]:
     """Return a value per sublayer from ``path`` if it was written under ``key``, else compute it
-    from weights and, where there is a ``need``, statistics."""
-    values = _read(path, key)
+    from weights and, where there is a ``need``, statistics; several processes share the work."""
+    here = world()
+    values = here.agreed(lambda: _read(path, key))
     if all(s.name in values for s in of.sublayers):
         return values
-    layers = sorted({s.layer for s in of.sublayers})
-    with reporter.stage("Computing spectra", len(layers)) as step:
-        for layer in layers:
+    blocks: dict[int, list[Sublayer]] = {}
+    for s in of.sublayers:
+        blocks.setdefault(s.layer, []).append(s)
+    costs = [[(s.name, decomposition_cost(s.shape)) for s in block] for block in blocks.values()]
+    owner = share_by_cost(costs, here.size)
+    mine: dict[str, Tensor] = {}
+    with reporter.stage("Computing spectra", len(blocks)) as step:
+        for layer, block in sorted(blocks.items()):
+            own = [s for s in block if owner[s.name] == here.rank]
             known: dict[str, Statistics] = {}
-            if of.calibration and need:
-                known = of.calibration.statistics(layer, {need}, of.device)
-            for s in (s for s in of.sublayers if s.layer == layer):
+            if of.calibration and need and own:
+                names = {s.name for s in own}
+                known = of.calibration.statistics(layer, {need}, of.device, names)
+            for s in own:
                 weight = of.source.weights.read(of.names[f"{s.name}.weight"]).to(of.device)
                 with decomposing(s.name):
-                    values[s.name] = compute(weight, known.get(s.name, Statistics())).cpu()
+                    mine[s.name] = compute(weight, known.get(s.name, Statistics())).cpu()
             step()
-    write_tensors(path, values, {"key": key})
+    for part in here.gathered(mine):
+        values |= part
+    if here.first:
+        write_tensors(path, values, {"key": key})
     return values
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,21 +126,25 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
     return Header(ordered, metadata)
 
 
-def read_tensors(path: Path, hint: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a whole safetensors file: its tensors and its metadata.
+def read_tensors(
+    path: Path, hint: str, wanted: Callable[[str], bool] = bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors and its metadata.
 
     Args:
         path: the file.
         hint: what to do where it is missing or damaged.
+        wanted: tells by its name whether a tensor is read; by default all are.
 
     Raises:
         SourceError: the file is missing, truncated, or no safetensors file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path), read_header(path).metadata
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+            return found, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise SourceError(f"Cannot read {path}: {reason(error)}", hint) from error
 

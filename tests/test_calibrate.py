@@ -185,8 +185,9 @@ def test_shared_inputs_are_kept_once(
 
 def collect(linears: dict[str, nn.Linear], forward: Callable[[], object]) -> Collector:
     collector = Collector(linears, CPU)
-    with collector.grouping():
+    with collector.grouping() as groups:
         forward()
+    collector.choose_sides(groups)
     with collector.summing():
         forward()
     return collector
@@ -372,9 +373,9 @@ def test_a_stored_state_that_is_damaged_is_named(
         stop_before(2, patch)
         with pytest.raises(StopError):
             run(tiny_model("llama"), tmp_path / "x", state_seconds=0)
-    state = partial_path(tmp_path / "x") / "hidden.safetensors"
+    (state,) = partial_path(tmp_path / "x").glob("hidden-*")
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(SourceError, match=r"hidden\.safetensors") as caught:
+    with pytest.raises(SourceError, match=r"hidden-00002\.000000-000005\.safetensors") as caught:
         run(tiny_model("llama"), tmp_path / "x")
     assert "Remove" in caught.value.hint
 
@@ -427,7 +428,9 @@ def test_a_kill_while_a_file_is_written_leaves_nothing_of_it(
         stop_before(1, patch)
         with pytest.raises(StopError):
             run(tiny_model("llama"), tmp_path / "x")
-    (partial_path(tmp_path / "x") / ".hidden.safetensors.4711.tmp").write_bytes(b"half")
+    (partial_path(tmp_path / "x") / ".hidden-00001.000000-000005.safetensors.4711.tmp").write_bytes(
+        b"half"
+    )
     run(tiny_model("llama"), tmp_path / "x")
     assert hashes(tmp_path / "x") == hashes(run(tiny_model("llama"), tmp_path / "whole").folder)
 

@@ -12,6 +12,7 @@ from hisvd_cli.build.samples import calibration_sample, draw_sample, request_cal
 from hisvd_cli.calibrate import calibrate
 from hisvd_cli.calibration import MANIFEST, Calibration, Sample, calibration_key, open_calibration
 from hisvd_cli.device import pick_device
+from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError, UsageError
 from hisvd_cli.gradients import measure_gradients
 from hisvd_cli.paths import cache_root, slug
@@ -32,7 +33,14 @@ def named_source(resolved: Resolved) -> Source:
         raise UsageError(
             "No model is named.", "Give --model with a hub id, a folder, a .gguf file, or 'demo'."
         )
-    return open_source(model.name, model.revision, model.trust_remote_code)
+
+    def fetch() -> Source:
+        found = open_source(model.name, model.revision, model.trust_remote_code)
+        if world().size > 1:
+            _ = found.fingerprint  # reads all weights of a local model; others find it cached
+        return found
+
+    return world().after_first(fetch)
 
 
 def calibration_home(source: Source) -> Path:
@@ -132,7 +140,9 @@ def ensure_calibration(
     """
     started = time.monotonic()
     wanted = wanted_statistics(resolved) | set(needs)
-    found = find_calibration(resolved, source, reporter) if reuse_any else None
+    found = None
+    if reuse_any:
+        found = world().agreed(lambda: find_calibration(resolved, source, reporter))
     if found is None:
         found = _calibrate(resolved, source, reporter, keep_inputs=wanted != {"moments"})
     if wanted - found.holds:
@@ -146,22 +156,28 @@ def _calibrate(
     request = request_calibration(resolved, source)
     named = resolved.settings.calibration.path
     folder = Path(named).expanduser() if named else calibration_home(source) / request.key[:16]
-    if not named and (folder / MANIFEST).is_file():
-        return open_calibration(folder, source)
-    present = _present(folder, source)
-    sample = draw_sample(request, source, reporter)
     dtype: torch.dtype = getattr(torch, request.dtype)
-    _warn_of_few(source, sample, reporter)
-    if present is not None:
-        if present.key != calibration_key(source, sample, dtype):
+
+    def look() -> Calibration | Sample:
+        """Return the calibration that is there already, or what one is to be made from."""
+        if not named and (folder / MANIFEST).is_file():
+            return open_calibration(folder, source)
+        present = _present(folder, source)
+        sample = draw_sample(request, source, reporter)
+        _warn_of_few(source, sample, reporter)
+        if present is not None and present.key != calibration_key(source, sample, dtype):
             raise StaleArtifactError(
                 f"{folder} holds a calibration of other data or settings.",
                 "Name another folder with --calibration, or remove that one.",
             )
-        return present
+        return present or sample
+
+    found = world().agreed(look)
+    if isinstance(found, Calibration):
+        return found
     return calibrate(
         source,
-        sample,
+        found,
         folder,
         device=torch.device(request.device),
         dtype=dtype,
@@ -187,7 +203,7 @@ def _add_gradients(
     resolved: Resolved, source: Source, found: Calibration, weights: bool, reporter: Reporter
 ) -> Calibration:
     """Take the gradients on the very tokens that a calibration was made from."""
-    sample = calibration_sample(resolved, source, found, reporter)
+    sample = world().agreed(lambda: calibration_sample(resolved, source, found, reporter))
     return measure_gradients(
         source,
         sample,

@@ -25,6 +25,7 @@ from hisvd_cli.compress import Compressed, compress
 from hisvd_cli.convert import to_pt
 from hisvd_cli.data import Text
 from hisvd_cli.device import pick_device
+from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, UsageError
 from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
 from hisvd_cli.moments import exact_device
@@ -169,7 +170,7 @@ def compress_model(
     check_request(resolved, source, output, plan_file, overwrite)
     plan = open_plan(plan_file, source) if plan_file else None
     path = output_path(resolved, output)
-    text = _evaluation_text(resolved, source)
+    text = _evaluation_text(resolved, source) if world().first else None
     needs = decomposer_needs(resolved.settings.compress)
     if plan is None:
         needs |= plan_needs(resolved.settings)
@@ -222,7 +223,7 @@ def _write(
         settings=resolved.recorded("model", "calibration", "plan", "compress"),
         reporter=reporter,
     )
-    if not single:
+    if not single or not world().first:
         return made, path / PLAN_FILE
     started = time.monotonic()
     to_pt(open_checkpoint(folder), path)

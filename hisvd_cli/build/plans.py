@@ -14,6 +14,7 @@ from hisvd_cli.build.probes import open_probe
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import check_plan
 from hisvd_cli.device import pick_device
+from hisvd_cli.distributed import world
 from hisvd_cli.errors import (
     BudgetError,
     OutputError,
@@ -71,7 +72,7 @@ def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
     check_knobs(resolved, source)
     named = resolved.settings.calibration.path is not None
     find = require_calibration if named else find_calibration
-    calibration = find(resolved, source, reporter)
+    calibration = world().agreed(lambda: find(resolved, source, reporter))
     if calibration is None:
         reporter.warn(
             f"{source.name} is not calibrated with these settings: planned from its weights alone."
@@ -157,13 +158,18 @@ def make_plans(
         anatomy=anatomy,
         source=source,
         calibration=calibration,
-        probe=open_probe(resolved, source, anatomy, calibration, reporter),
+        probe=open_probe(resolved, source, anatomy, calibration, reporter)
+        if world().first
+        else None,
     )
-    return [
-        planner.plan(allocator, ratio)
-        for allocator in knobs.allocator
-        for ratio in ratios or knobs.ratio
-    ]
+    # By one process alone: some allocators measure the model on the way.
+    return world().agreed(
+        lambda: [
+            planner.plan(allocator, ratio)
+            for allocator in knobs.allocator
+            for ratio in ratios or knobs.ratio
+        ]
+    )
 
 
 def check_statistics(settings: Settings, calibration: Calibration | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hisvd_cli.options import DryRun, Run, keys_of, with_settings
 
 
-@with_settings(keys_of("model", "calibration"))
+@with_settings(keys_of("model", "calibration"), together=True)
 def calibrate(run: Run, dry_run: DryRun = False) -> None:
     """Run text through a model, block by block, and keep what its sublayers see.
 

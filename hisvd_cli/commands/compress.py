@@ -9,7 +9,9 @@ from typing import Annotated
 from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
 
-@with_settings([*keys_of("plan", "compress", "model", "calibration"), ("eval", "windows")])
+@with_settings(
+    [*keys_of("plan", "compress", "model", "calibration"), ("eval", "windows")], together=True
+)
 def compress(
     run: Run,
     output: Annotated[

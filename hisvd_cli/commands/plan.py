@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hisvd_cli.plan import Plan
 
 
-@with_settings(keys_of("plan", "model", "calibration"))
+@with_settings(keys_of("plan", "model", "calibration"), together=True)
 def plan(
     run: Run,
     output: Annotated[
@@ -50,7 +50,7 @@ def plan(
         run.console.show(plan_view(made, run.console.width))
     if compared:
         run.console.show(comparison_view(plans, run.console.width))
-    if output is not None:
+    if output is not None and run.first:
         plans[0].save(output)
     documents = [made.document() for made in plans]
     document = documents[0] if len(documents) == 1 else {"plans": documents}
