@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _STRIPS = 8
+_LEAST_SIZE = 256  # a smaller mirror costs more than the half that it saves
 
 
 def congruence(outer: Tensor, inner: Tensor) -> Tensor:
@@ -19,6 +20,8 @@ def congruence(outer: Tensor, inner: Tensor) -> Tensor:
 def mirrored_product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``A Bᵀ`` ``[r, r]``, known to be symmetric, for A and B ``[r, n]``."""
     size = len(left)
+    if size < _LEAST_SIZE:
+        return left @ right.T
     result = left.new_empty(size, size)
     for start, end in _strips(size):
         strip = left[start:] @ right[start:end].T
