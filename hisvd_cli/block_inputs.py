@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hisvd_cli.tensorfile import read_tensors, write_tensors
+from hisvd_cli.hidden_states import NAME, StatesHome
 
 INPUTS = "inputs"
 """Name of the folder, in that of a calibration; gone once the gradients are there."""
@@ -29,19 +29,23 @@ class BlockInputs:
         """Tell whether the input of block ``index`` is kept."""
         return self._path(index).is_file()
 
-    def keep(self, index: int, hidden: Tensor) -> None:
+    def keep(self, index: int, hidden: Tensor, home: StatesHome) -> None:
         """Write the input of block ``index``. Raises OutputError."""
         self.folder.mkdir(exist_ok=True)
-        write_tensors(self._path(index), {"hidden": hidden}, {})
+        home.save(self._path(index), hidden, {})
 
-    def read(self, index: int) -> Tensor:
-        """Return the input of block ``index`` ``[S, L, d]``. Raises SourceError."""
-        return read_tensors(self._path(index), f"Remove {self.folder} and run again.")[0]["hidden"]
+    def read(self, index: int, home: StatesHome) -> Tensor:
+        """Return the input of block ``index`` ``[S, L, d]``, in memory of ``home``.
+
+        Raises:
+            SourceError, OutputError: it cannot be read, or there is no space for it.
+        """
+        return home.load(self._path(index), f"Remove {self.folder} and run again.")[0]
 
     def part(self, index: int, start: int, end: int) -> Tensor:
         """Return sequences ``start`` to ``end`` of the input of block ``index``, read alone."""
         with safe_open(self._path(index), framework="pt") as file:
-            part: Tensor = file.get_slice("hidden")[start:end]
+            part: Tensor = file.get_slice(NAME)[start:end]
         return part.clone(memory_format=torch.contiguous_format)
 
     def remove(self) -> None:

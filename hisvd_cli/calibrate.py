@@ -25,10 +25,11 @@ from hisvd_cli.calibration import (
 )
 from hisvd_cli.collector import Collector, TurnSum
 from hisvd_cli.errors import NumericalError, UnsupportedModelError
+from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import Sublayer, find_sublayers
-from hisvd_cli.tensorfile import read_tensors, write_json, write_tensors
+from hisvd_cli.tensorfile import write_json, write_tensors
 from hisvd_cli.versions import versions
 
 STATE_SECONDS = 60.0
@@ -49,6 +50,7 @@ def calibrate(
     reporter: Reporter,
     keep_inputs: bool = False,
     state_seconds: float = STATE_SECONDS,
+    place: Place = "device",
 ) -> Calibration:
     """Accumulate the second moments of every sublayer, block by block.
 
@@ -66,14 +68,15 @@ def calibrate(
         reporter: told of each block.
         keep_inputs: also keep each block's input on disk, for a reverse walk that follows.
         state_seconds: how often hidden states are stored for a resumed run.
+        place: where hidden states live.
 
     Raises:
         SourceError, UnsupportedModelError, NumericalError, OutputError: see each.
     """
     key = calibration_key(source, sample, dtype)
-    walk = BlockWalk(source, device, dtype, batch)
-    sublayers = find_sublayers(walk.prefix, list(walk.layers))
     with building(folder, key) as partial:
+        walk = BlockWalk(source, device, dtype, batch, StatesHome(device, place, partial))
+        sublayers = find_sublayers(walk.prefix, list(walk.layers))
         inputs = BlockInputs(partial / INPUTS) if keep_inputs else None
         _walk_blocks(walk, sublayers, sample, partial, inputs, state_seconds, reporter)
         (partial / _STATE).unlink(missing_ok=True)
@@ -127,7 +130,7 @@ def _walk_blocks(
         for index in range(count):
             if index >= first:
                 if inputs:
-                    inputs.keep(index, walk.hidden)
+                    inputs.keep(index, walk.hidden, walk.home)
                 walk.load(index)
                 if index in done:
                     walk.advance(index)
@@ -136,12 +139,11 @@ def _walk_blocks(
                     _measure_block(walk, index, mine, partial / block_file(index))
                 walk.free(index)
                 if time.monotonic() - saved >= state_seconds and index + 1 < count:
-                    state = {"hidden": walk.hidden}
-                    write_tensors(partial / _STATE, state, {"next": str(index + 1)})
+                    walk.home.save(partial / _STATE, walk.hidden, {"next": str(index + 1)})
                     saved = time.monotonic()
             step()
     if inputs and first < count:
-        inputs.keep(count, walk.hidden)
+        inputs.keep(count, walk.hidden, walk.home)
 
 
 def _resume_state(walk: BlockWalk, sample: Sample, partial: Path) -> int:
@@ -150,9 +152,8 @@ def _resume_state(walk: BlockWalk, sample: Sample, partial: Path) -> int:
     if not path.is_file():
         walk.embed(sample.tokens)
         return 0
-    tensors, metadata = read_tensors(path, f"Remove {partial} and run again.")
     walk.embed(sample.tokens, compute_hidden=False)
-    walk.hidden = tensors["hidden"].to(walk.device)
+    walk.hidden, metadata = walk.home.load(path, f"Remove {partial} and run again.")
     return int(metadata["next"])
 
 
@@ -169,7 +170,8 @@ def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path
     turn = TurnSum()
     with collector.summing(), turn.watching(walk.layers[index]):
         walk.advance(index)
-    means = {key: total.mean() for key, total in collector.sums.items()}
+    # A sum goes as soon as its mean is there.
+    means = {key: collector.sums.pop(key).mean() for key in list(collector.sums)}
     for key, mean in means.items():
         if not bool(mean.isfinite().all()):
             raise NumericalError(

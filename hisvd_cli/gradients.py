@@ -33,11 +33,12 @@ from hisvd_cli.calibration import (
 )
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.gradient_collector import GradientCollector
+from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.paths import digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import Sublayer, find_sublayers
-from hisvd_cli.tensorfile import read_tensors, write_json, write_tensors
+from hisvd_cli.tensorfile import write_json, write_tensors
 from hisvd_cli.versions import versions
 
 _STATE = "gradient.safetensors"
@@ -55,6 +56,7 @@ def measure_gradients(
     settings: Mapping[str, object],
     reporter: Reporter,
     state_seconds: float = STATE_SECONDS,
+    place: Place = "device",
 ) -> Calibration:
     """Add to a calibration the gradients of the loss on its own tokens.
 
@@ -71,6 +73,7 @@ def measure_gradients(
         settings: the resolved settings, recorded as they are.
         reporter: told of each block.
         state_seconds: how often the carried gradient is stored for a resumed run.
+        place: where hidden states, and their gradient, live.
 
     Returns:
         The calibration with its gradients.
@@ -79,9 +82,9 @@ def measure_gradients(
         SourceError, NumericalError, OutputError: see each.
     """
     precise = torch.float32 if dtype == torch.float16 else dtype
-    walk = BlockWalk(source, device, precise, batch)
     key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))
     with building(calibration.folder / GRADIENTS, key) as partial:
+        walk = BlockWalk(source, device, precise, batch, StatesHome(device, place, partial))
         reverse = _Reverse(walk, calibration, sample, partial, weights, state_seconds, reporter)
         reverse.run()
         (partial / _STATE).unlink(missing_ok=True)
@@ -138,8 +141,8 @@ class _Reverse:
             for index in range(start, left[0] - 1, -1):
                 self._reverse_block(index, gradient)
                 if time.monotonic() - saved >= self.state_seconds and index > 0:
-                    state = {"gradient": gradient}
-                    write_tensors(self.partial / _STATE, state, {"next": str(index - 1)})
+                    metadata = {"next": str(index - 1)}
+                    self.walk.home.save(self.partial / _STATE, gradient, metadata)
                     saved = time.monotonic()
                 step()
 
@@ -154,33 +157,37 @@ class _Reverse:
         if first is None:
             return
         if first > 0:
-            self.walk.hidden = self.inputs.read(first - 1).to(self.walk.device)
+            self.walk.hidden = self.inputs.read(first - 1, self.walk.home)
         else:
-            self.inputs.keep(0, self.walk.hidden)
+            self.inputs.keep(0, self.walk.hidden, self.walk.home)
         with self.reporter.stage("Running blocks", self.count) as step:
             for index in range(self.count):
                 if index >= first - 1:
                     self.walk.load(index)
                     self.walk.advance(index)
                     self.walk.free(index)
-                    self.inputs.keep(index + 1, self.walk.hidden)
+                    self.inputs.keep(index + 1, self.walk.hidden, self.walk.home)
                 step()
         self.walk.hidden = torch.empty(0)
 
     def _first_gradient(self) -> tuple[Tensor, int]:
         """Return the gradient at the output of a block, and the block."""
-        path = self.partial / _STATE
+        path, home = self.partial / _STATE, self.walk.home
         if path.is_file():
-            tensors, metadata = read_tensors(path, f"Remove {self.partial} and run again.")
-            return tensors["gradient"].to(self.walk.device), int(metadata["next"])
+            gradient, metadata = home.load(path, f"Remove {self.partial} and run again.")
+            return gradient, int(metadata["next"])
         with self.reporter.stage("Gradient of the loss", len(self.tokens)) as step:
-            rows = []
+            gradient = torch.empty(0)
             with self.walk.whole_outside():
                 for i, ids in enumerate(self.tokens):
                     state = self.inputs.part(self.count, i, i + 1)
-                    rows.append(self.walk.loss_gradient(ids[None], state))
+                    row = self.walk.loss_gradient(ids[None], state)
+                    if i == 0:
+                        gradient = home.take((len(self.tokens), *row.shape[1:]), row.dtype)
+                    gradient[i : i + 1] = row
+                    home.settle()
                     step()
-        return torch.cat(rows), self.count - 1
+        return gradient, self.count - 1
 
     def _reverse_block(self, index: int, gradient: Tensor) -> None:
         """Carry the gradient ``[S, L, d]`` from a block's output to its input, in place, and write
@@ -199,6 +206,7 @@ class _Reverse:
             state = self.inputs.part(index, start, start + len(part))
             with collector.summing(start):
                 part.copy_(self.walk.reverse(index, state, part))
+            self.walk.home.settle()
         self.walk.free(index)
         if not self._is_done(index):
             self._write(index, names, collector)
