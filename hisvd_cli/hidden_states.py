@@ -38,7 +38,9 @@ class StatesHome:
             process, its space comes back.
     """
 
-    def __init__(self, device: torch.device, place: Place = "device", folder: Path = Path()) -> None:
+    def __init__(
+        self, device: torch.device, place: Place = "device", folder: Path = Path()
+    ) -> None:
         self._device = device if place == "device" else torch.device("cpu")
         self._folder = folder if place == "file" else None
         self._map: mmap.mmap | None = None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pydantic_core import PydanticCustomError
+
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or with an i of 1024
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
 HOST = "cpu"
 DEVICES = (HOST, "cuda", "mps")
-WANTED = "a size such as 3GB or 512MiB, or one for each device: cpu=8GB,cuda=20GB"
+_WANTED = "a size such as 3GB or 512MiB, or one for each device: cpu=8GB,cuda=20GB"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ def parse_bounds(text: str) -> MemoryBounds:
             raise ValueError(text)
         found[device] = _bytes(size.strip())
     return MemoryBounds(found.pop(HOST, None), found)
+
+
+def checked(text: str) -> str:
+    """Return a text that :func:`parse_bounds` reads. Raises PydanticCustomError: any other."""
+    try:
+        parse_bounds(text)
+    except ValueError as error:
+        raise PydanticCustomError("memory_bounds", _WANTED) from error
+    return text
 
 
 def _bytes(text: str) -> int:

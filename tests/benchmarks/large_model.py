@@ -1,4 +1,4 @@
-"""A model larger than the memory that it is given: peak memory, and the same bytes as without a bound.
+"""A model larger than the memory it is given: peak memory, and the same bytes as without a bound.
 
 Makes a random llama-shaped model in bfloat16, written block by block, then calibrates and
 compresses it twice through the command, without a bound and with ``--max-memory``; prints a line
@@ -72,11 +72,14 @@ def _shards(count: int, width: int, inner: int) -> Iterator[tuple[str, dict[str,
         noise = torch.empty(m, n, dtype=torch.bfloat16).normal_(generator=generator)
         return noise.mul_(scale)
 
-    yield "outside.safetensors", {
-        "model.embed_tokens.weight": draw(VOCABULARY, width, 1.0),
-        "model.norm.weight": torch.ones(width, dtype=torch.bfloat16),
-        "lm_head.weight": draw(VOCABULARY, width, width**-0.5),
-    }
+    yield (
+        "outside.safetensors",
+        {
+            "model.embed_tokens.weight": draw(VOCABULARY, width, 1.0),
+            "model.norm.weight": torch.ones(width, dtype=torch.bfloat16),
+            "lm_head.weight": draw(VOCABULARY, width, width**-0.5),
+        },
+    )
     shapes = {
         **{f"self_attn.{x}_proj": (width, width) for x in "qkvo"},
         **{f"mlp.{x}_proj": (inner, width) for x in ("gate", "up")},
