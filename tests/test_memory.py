@@ -313,8 +313,16 @@ def test_under_a_hard_limit_a_bounded_run_ends_with_the_same_bytes_and_no_other_
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "model"
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 96}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 96,
+    }
+    heads: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     dense = transformers.AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=SEQLEN)
     )
