@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -28,8 +29,8 @@ from hisvd_cli.lost import end
 from hisvd_cli.tensorfile import reason
 
 _MEMORY_HINT = (
-    "Lower --batch, --seqlen or --samples, or use --dtype bfloat16 or --device cpu; "
-    "finished blocks are kept."
+    "Lower --batch, --seqlen or --samples, or give --max-memory, which keeps hidden states in a "
+    "file; finished blocks are kept."
 )
 _RESUME_HINT = "Run the same command again: it goes on after the last finished block."
 
@@ -113,10 +114,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_memory(error: BaseException) -> bool:
-    """Tell torch's CUDA error, its CPU allocator's and Python's own from all others."""
+    """Tell torch's CUDA error, its CPU allocator's, Python's and the system's from all others."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = ("can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
 
 
 def _memory_message(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hisvd_cli.hidden_states import StatesHome
 from hisvd_cli.rows import RowFiles
 
 INPUTS = "inputs"
@@ -27,16 +28,29 @@ class BlockInputs:
         """Tell whether the input of block ``index`` is kept, of all ``count`` sequences."""
         return self._files(index).hold(count)
 
-    def keep(self, index: int, first: int, hidden: Tensor) -> None:
+    def keep(self, index: int, first: int, hidden: Tensor, home: StatesHome) -> None:
         """Write the input of block ``index``, of sequences from ``first`` on. Raises
         OutputError."""
         self.folder.mkdir(exist_ok=True)
-        self._files(index).keep(first, hidden)
+        self._files(index).keep(first, hidden, home)
+
+    def load(self, index: int, start: int, end: int, home: StatesHome) -> Tensor:
+        """Return sequences ``start`` to ``end`` of the input of block ``index``, in memory of
+        ``home``.
+
+        Raises:
+            SourceError, OutputError: it cannot be read, or there is no space for it.
+        """
+        return self._files(index).load(start, end, home, self._hint)
 
     def part(self, index: int, start: int, end: int) -> Tensor:
         """Return sequences ``start`` to ``end`` of the input of block ``index``, read alone. Raises
         SourceError."""
-        return self._files(index).read(start, end, f"Remove {self.folder} and run again.")
+        return self._files(index).read(start, end, self._hint)
+
+    @property
+    def _hint(self) -> str:
+        return f"Remove {self.folder} and run again."
 
     def remove(self) -> None:
         """Give back the disk space."""

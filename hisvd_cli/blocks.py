@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.errors import NumericalError, SourceError, UnsupportedModelError
+from hisvd_cli.hidden_states import StatesHome
 from hisvd_cli.skeleton import SUPPORTED, build_meta_model, decoder_blocks, tensor_names
 
 if TYPE_CHECKING:
@@ -35,18 +36,25 @@ class BlockWalk:
 
     Args:
         source: the model.
-        device: where blocks are run and hidden states live.
+        device: where blocks are run.
         dtype: in which blocks are run.
         batch: sequences per forward pass.
+        home: where hidden states live; by default on the device.
     """
 
     def __init__(
-        self, source: Source, device: torch.device, dtype: torch.dtype, batch: int
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch: int,
+        home: StatesHome | None = None,
     ) -> None:
         self.source = source
         self.device = device
         self.dtype = dtype
         self.batch = batch
+        self.home = home or StatesHome(device)
         self.model = build_meta_model(source, dtype).requires_grad_(False)
         self.prefix, self.layers = decoder_blocks(self.model)
         self.names = tensor_names(self.model, source)
@@ -77,8 +85,9 @@ class BlockWalk:
 
     def _keep(self, start: int, state: Tensor, count: int) -> None:
         if start == 0:  # all of the memory at once: joining parts would need it twice
-            self.hidden = state.new_empty(count, *state.shape[1:])
+            self.hidden = self.home.take((count, *state.shape[1:]), state.dtype)
         self.hidden[start : start + len(state)] = state
+        self.home.settle()
 
     def load(self, index: int) -> nn.Module:
         """Fill block ``index`` from disk and return it.
@@ -95,7 +104,7 @@ class BlockWalk:
     def probe(self, index: int) -> None:
         """Run the loaded block ``index`` over the first sequence for what watches it; the hidden
         states stay as they are."""
-        self._run(index, self.hidden[:1])
+        self._run(index, self.hidden[:1].to(self.device))
 
     def advance(self, index: int) -> None:
         """Run the loaded block ``index`` over all hidden states, in place.
@@ -105,7 +114,8 @@ class BlockWalk:
         """
         for start in range(0, len(self.hidden), self.batch):
             part = self.hidden[start : start + self.batch]
-            part.copy_(self._run(index, part))
+            part.copy_(self._run(index, part.to(self.device)))
+            self.home.settle()
 
     def reverse(self, index: int, part: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient at the input of the loaded block ``index``.
@@ -118,7 +128,7 @@ class BlockWalk:
         entered = part.to(self.device, self.dtype).requires_grad_()
         with torch.enable_grad():
             state = self._forward(index, entered)
-        return torch.autograd.grad(state, entered, gradient)[0]
+        return torch.autograd.grad(state, entered, gradient.to(self.device))[0]
 
     def loss_gradient(self, ids: Tensor, state: Tensor) -> Tensor:
         """Return the gradient of the summed loss at the last block's output.

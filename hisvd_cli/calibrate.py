@@ -25,6 +25,7 @@ from hisvd_cli.calibration import (
 from hisvd_cli.collector import Collector, TurnSum
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError, UnsupportedModelError
+from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.rows import Checkpoints
 from hisvd_cli.source import Source
@@ -50,6 +51,7 @@ def calibrate(
     reporter: Reporter,
     keep_inputs: bool = False,
     state_seconds: float = STATE_SECONDS,
+    place: Place = "device",
 ) -> Calibration:
     """Accumulate the second moments of every sublayer, block by block; several processes share the
     sequences.
@@ -68,14 +70,15 @@ def calibrate(
         reporter: told of each block.
         keep_inputs: also keep each block's input on disk, for a reverse walk that follows.
         state_seconds: how often hidden states are stored for a resumed run.
+        place: where hidden states live.
 
     Raises:
         SourceError, UnsupportedModelError, NumericalError, OutputError: see each.
     """
     key = calibration_key(source, sample, dtype)
-    walk = BlockWalk(source, device, dtype, batch)
-    sublayers = find_sublayers(walk.prefix, list(walk.layers))
     with building_together(folder, key) as partial:
+        walk = BlockWalk(source, device, dtype, batch, StatesHome(device, place, partial))
+        sublayers = find_sublayers(walk.prefix, list(walk.layers))
         inputs = BlockInputs(partial / INPUTS) if keep_inputs else None
         _walk_blocks(walk, sublayers, sample, partial, inputs, state_seconds, reporter)
         if world().first:
@@ -133,7 +136,7 @@ def _walk_blocks(
         for index in range(count):
             if index >= first:
                 if inputs:
-                    inputs.keep(index, start, walk.hidden)
+                    inputs.keep(index, start, walk.hidden, walk.home)
                 walk.load(index)
                 if index in done:
                     walk.advance(index)
@@ -143,19 +146,19 @@ def _walk_blocks(
                 walk.free(index)
                 due = time.monotonic() - saved >= state_seconds and index + 1 < count
                 if here.agreed(lambda due=due: due):  # type: ignore[misc]
-                    keep_state(state, index + 1, walk.hidden)
+                    keep_state(state, index + 1, walk.hidden, walk.home)
                     saved = time.monotonic()
             step()
     if inputs and first < count:
-        inputs.keep(count, start, walk.hidden)
+        inputs.keep(count, start, walk.hidden, walk.home)
     if here.first:
         state.remove()
 
 
-def keep_state(state: Checkpoints, block: int, rows: Tensor) -> None:
+def keep_state(state: Checkpoints, block: int, rows: Tensor, home: StatesHome) -> None:
     """Keep what goes next into ``block``, of each process's sequences, and drop what was before."""
     here = world()
-    state.at(block).keep(here.share(state.count).start, rows)
+    state.at(block).keep(here.share(state.count).start, rows, home)
     here.wait()
     if here.first:
         state.remove(but=block)
@@ -176,7 +179,7 @@ def _resume_state(walk: BlockWalk, sample: Sample, state: Checkpoints, kept: Seq
     if not kept:
         return 0
     hint = f"Remove {state.folder} and run again."
-    walk.hidden = state.at(kept[-1]).read(rows.start, rows.stop, hint).to(walk.device)
+    walk.hidden = state.at(kept[-1]).load(rows.start, rows.stop, walk.home, hint)
     return kept[-1]
 
 
@@ -206,7 +209,8 @@ def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path
 
 
 def _write_block(collector: Collector, turn: TurnSum, dtype: torch.dtype, path: Path) -> None:
-    means = {key: total.mean() for key, total in collector.sums.items()}
+    # A sum goes as soon as its mean is there.
+    means = {key: collector.sums.pop(key).mean() for key in list(collector.sums)}
     for key, mean in means.items():
         if not bool(mean.isfinite().all()):
             raise NumericalError(

@@ -1,6 +1,6 @@
 """What a run would take: bytes, memory and time, from shapes and one short measurement.
 
-Legend: m outputs and n inputs of a sublayer; T tokens; d hidden width.
+Legend: m outputs and n inputs of a sublayer.
 """
 
 from __future__ import annotations
@@ -12,17 +12,24 @@ from dataclasses import dataclass
 import torch
 
 from hisvd_cli.sublayers import Sublayer
+from hisvd_cli.workload import (
+    Peak,
+    Workload,
+    calibration_peak,
+    gradients_peak,
+    parameters,
+    squares,
+)
 
-_IMPORTS_BYTES = 400_000_000  # resident after importing torch and transformers
 _EIGH_FLOPS = 25  # of an eigendecomposition with vectors, in units of size³ at a product's rate
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a calibration takes: bytes on disk, peak memory in bytes, seconds."""
+    """What a calibration takes: bytes on disk, peak memory, seconds."""
 
     bytes: int
-    peak_memory_bytes: int
+    peak: Peak
     seconds: float
 
 
@@ -38,63 +45,18 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
     return count * 2 * size**3 / (time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What a calibration works on.
-
-    Attributes:
-        sublayers: all of them.
-        outside_parameters: parameters outside the sublayers: embeddings, norms, head.
-        width: d.
-        samples: windows of text.
-        seqlen: tokens per window.
-        batch: windows per forward pass.
-        dtype: of forward passes.
-        device: where they run.
-    """
-
-    sublayers: Sequence[Sublayer]
-    outside_parameters: int
-    width: int
-    samples: int
-    seqlen: int
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def tokens(self) -> int:
-        """All calibration tokens."""
-        return self.samples * self.seqlen
-
-    @property
-    def block(self) -> list[Sublayer]:
-        """The sublayers of the first block."""
-        return [s for s in self.sublayers if s.layer == self.sublayers[0].layer]
-
-    @property
-    def resident_bytes(self) -> int:
-        """What any walk holds: one block, what is in no block, and one state of all tokens."""
-        weights = self.outside_parameters + _size(self.block)
-        return _IMPORTS_BYTES + (weights + self.tokens * self.width) * self.dtype.itemsize
-
-    def seconds(self, passed: int, products: int) -> float:
-        """Return the time of passing tokens through ``passed`` weights, and of ``products``
-        multiplications of moments a token."""
-        forward = passed / product_rate(self.device, self.dtype)
-        return 2 * self.tokens * (forward + products / product_rate(self.device, torch.float32))
+def _seconds(work: Workload, passed: int, products: int) -> float:
+    """Return the time of passing tokens through ``passed`` weights, and of ``products``
+    multiplications of moments a token."""
+    forward = passed / product_rate(work.device, work.dtype)
+    return 2 * work.tokens * (forward + products / product_rate(work.device, torch.float32))
 
 
 def estimate_calibration(work: Workload) -> Estimate:
-    """Estimate a calibration from above: a moment is counted for each sublayer, at its smaller
-    side, though sublayers that read the same tensor share one."""
-    squares, widest = _squares(work.sublayers), max(max(s.shape) for s in work.block)
-    memory = (
-        work.resident_bytes
-        + (8 + 4) * _squares(work.block)  # sums in float64, and their mean in float32
-        + work.batch * work.seqlen * (12 * work.width + 4 * widest) * 4  # one pass's activations
-    )
-    return Estimate(4 * squares, memory, work.seconds(_size(work.sublayers), squares))
+    """Estimate a calibration, from above as in :mod:`hisvd_cli.workload`."""
+    count = squares(work.sublayers)
+    seconds = _seconds(work, parameters(work.sublayers), count)
+    return Estimate(4 * count, calibration_peak(work), seconds)
 
 
 def estimate_gradients(work: Workload, weights: bool) -> Estimate:
@@ -107,24 +69,17 @@ def estimate_gradients(work: Workload, weights: bool) -> Estimate:
     shapes = [s.shape for s in work.sublayers]
     # Forward and backward through every block and the head; a tall weight's gradient is carried
     # to its input once more.
-    passed = 2 * _size(work.sublayers) + 3 * work.outside_parameters
+    passed = 2 * parameters(work.sublayers) + 3 * work.outside_parameters
     passed += sum(m * n for m, n in shapes if m > n)
-    squares = _squares(work.sublayers)
-    products = 2 * squares  # H, and of half the text H and G again
+    count = squares(work.sublayers)
+    products = 2 * count  # H, and of half the text H and G again
     whole = 0
     if weights:
         whole = sum(m * n + m * m + n * n for m, n in shapes)
-        products += _size(work.sublayers)
+        products += parameters(work.sublayers)
         products += sum(m * n * (m + n) for m, n in shapes) // work.seqlen
-    layers = len({s.layer for s in work.sublayers})
-    graph = 3 * sum(map(sum, (s.shape for s in work.block))) * work.dtype.itemsize  # of a token
-    memory = (
-        work.resident_bytes
-        + 3 * (8 + 4) * squares // layers
-        + 4 * whole // layers
-        + work.batch * work.seqlen * graph
-    )
-    return Estimate(4 * (3 * squares + whole), memory, work.seconds(passed, products))
+    seconds = _seconds(work, passed, products)
+    return Estimate(4 * (3 * count + whole), gradients_peak(work, weights), seconds)
 
 
 def estimate_measuring(parameters: int, tokens: int, passes: float, rate: float) -> float:
@@ -142,12 +97,3 @@ def decomposition_cost(shape: tuple[int, int]) -> int:
     """Return the operations, at a product's rate, that spectrum and factors of W take."""
     m, n = shape
     return 2 * _EIGH_FLOPS * min(shape) ** 3 + 4 * m * n * min(shape)
-
-
-def _squares(sublayers: Sequence[Sublayer]) -> int:
-    """Return the entries of a moment of each sublayer, at its smaller side."""
-    return sum(min(s.shape) ** 2 for s in sublayers)
-
-
-def _size(sublayers: Sequence[Sublayer]) -> int:
-    return sum(s.shape[0] * s.shape[1] for s in sublayers)

@@ -33,6 +33,7 @@ from hisvd_cli.calibration import (
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.gradient_collector import GradientCollector
+from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.paths import digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.rows import Checkpoints
@@ -56,6 +57,7 @@ def measure_gradients(
     settings: Mapping[str, object],
     reporter: Reporter,
     state_seconds: float = STATE_SECONDS,
+    place: Place = "device",
 ) -> Calibration:
     """Add to a calibration the gradients of the loss on its own tokens.
 
@@ -72,6 +74,7 @@ def measure_gradients(
         settings: the resolved settings, recorded as they are.
         reporter: told of each block.
         state_seconds: how often the carried gradient is stored for a resumed run.
+        place: where hidden states, and their gradient, live.
 
     Returns:
         The calibration with its gradients.
@@ -80,9 +83,9 @@ def measure_gradients(
         SourceError, NumericalError, OutputError: see each.
     """
     precise = torch.float32 if dtype == torch.float16 else dtype
-    walk = BlockWalk(source, device, precise, batch)
     key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))
     with building_together(calibration.folder / GRADIENTS, key) as partial:
+        walk = BlockWalk(source, device, precise, batch, StatesHome(device, place, partial))
         reverse = _Reverse(walk, calibration, sample, partial, weights, state_seconds, reporter)
         reverse.run()
         manifest = {
@@ -148,7 +151,7 @@ class _Reverse:
                 self._reverse_block(index, gradient)
                 due = time.monotonic() - saved >= self.state_seconds and index > 0
                 if here.agreed(lambda due=due: due):  # type: ignore[misc]
-                    keep_state(self.state, index - 1, gradient)
+                    keep_state(self.state, index - 1, gradient, self.walk.home)
                     saved = time.monotonic()
                 step()
 
@@ -168,34 +171,39 @@ class _Reverse:
             return
         if first > 0:
             end = self.start + len(self.tokens)
-            self.walk.hidden = self.inputs.part(first - 1, self.start, end).to(self.walk.device)
+            self.walk.hidden = self.inputs.load(first - 1, self.start, end, self.walk.home)
         else:
-            self.inputs.keep(0, self.start, self.walk.hidden)
+            self.inputs.keep(0, self.start, self.walk.hidden, self.walk.home)
         with self.reporter.stage("Running blocks", self.count) as step:
             for index in range(self.count):
                 if index >= first - 1:
                     self.walk.load(index)
                     self.walk.advance(index)
                     self.walk.free(index)
-                    self.inputs.keep(index + 1, self.start, self.walk.hidden)
+                    self.inputs.keep(index + 1, self.start, self.walk.hidden, self.walk.home)
                 step()
         self.walk.hidden = torch.empty(0)
 
     def _first_gradient(self) -> tuple[Tensor, int]:
         """Return the gradient at the output of a block, and the block."""
+        home = self.walk.home
         if kept := world().agreed(self.state.blocks):
             hint = f"Remove {self.partial} and run again."
             end = self.start + len(self.tokens)
-            mine = self.state.at(kept[0]).read(self.start, end, hint)
-            return mine.to(self.walk.device), kept[0]
+            return self.state.at(kept[0]).load(self.start, end, home, hint), kept[0]
         with self.reporter.stage("Gradient of the loss", len(self.tokens)) as step:
-            rows = []
+            gradient = torch.empty(0)
             with self.walk.whole_outside():
-                for i, ids in enumerate(self.tokens, self.start):
-                    state = self.inputs.part(self.count, i, i + 1)
-                    rows.append(self.walk.loss_gradient(ids[None], state))
+                for i, ids in enumerate(self.tokens):
+                    number = self.start + i
+                    state = self.inputs.part(self.count, number, number + 1)
+                    row = self.walk.loss_gradient(ids[None], state)
+                    if i == 0:
+                        gradient = home.take((len(self.tokens), *row.shape[1:]), row.dtype)
+                    gradient[i : i + 1] = row
+                    home.settle()
                     step()
-        return torch.cat(rows) if rows else torch.empty(0), self.count - 1
+        return gradient, self.count - 1
 
     def _reverse_block(self, index: int, gradient: Tensor) -> None:
         """Carry the gradient ``[S, L, d]`` from a block's output to its input, in place, and write
@@ -215,6 +223,7 @@ class _Reverse:
             state = self.inputs.part(index, number, number + len(part))
             with collector.summing(number):
                 part.copy_(self.walk.reverse(index, state, part))
+            self.walk.home.settle()
         self.walk.free(index)
         if index in self.left:
             collector.pool(world().add_up)

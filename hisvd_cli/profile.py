@@ -101,6 +101,7 @@ class Resolved:
         for key in ("path", "batch", "gradients", "weight_gradients"):
             document.get("calibration", {}).pop(key, None)
         document.get("compress", {}).pop("evaluate", None)
+        document.get("model", {}).pop("max_memory", None)
         return document
 
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hisvd_cli.errors import SourceError
-from hisvd_cli.tensorfile import reason, write_tensors
+from hisvd_cli.hidden_states import NAME, StatesHome, chunks
+from hisvd_cli.tensorfile import reason
 
 _SPAN = re.compile(r"(\d+)-(\d+)\.safetensors")
 
@@ -27,11 +28,12 @@ class RowFiles:
     folder: Path
     stem: str
 
-    def keep(self, first: int, rows: Tensor) -> None:
-        """Write rows from number ``first`` on; nothing where there are none. Raises OutputError."""
+    def keep(self, first: int, rows: Tensor, home: StatesHome) -> None:
+        """Write rows, of memory of ``home``, from number ``first`` on; nothing where there are
+        none. Raises OutputError."""
         if len(rows):
             name = f"{self.stem}.{first:06d}-{first + len(rows):06d}.safetensors"
-            write_tensors(self.folder / name, {"rows": rows}, {})
+            home.save(self.folder / name, rows)
 
     def _spans(self) -> list[tuple[int, int, Path]]:
         paths = sorted(self.folder.glob(f"{self.stem}.*.safetensors"))
@@ -73,11 +75,27 @@ class RowFiles:
         parts = [_read(path, which, hint) for path, which in pieces]
         return torch.cat(parts) if parts else torch.empty(0)
 
+    def load(self, start: int, end: int, home: StatesHome, hint: str) -> Tensor:
+        """Return rows ``start`` to ``end`` in memory of ``home``, read a few at a time.
+
+        Raises:
+            SourceError: see :meth:`read`.
+            OutputError: no space for them.
+        """
+        if start == end:
+            return torch.empty(0)
+        row = self.read(start, start + 1, hint)
+        states = home.take((end - start, *row.shape[1:]), row.dtype)
+        for first, part in chunks(states):
+            part.copy_(self.read(start + first, start + first + len(part), hint))
+            home.settle()
+        return states
+
 
 def _read(path: Path, which: slice, hint: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
-            part: Tensor = file.get_slice("rows")[which]
+            part: Tensor = file.get_slice(NAME)[which]
             return part
     except (SafetensorError, OSError) as error:
         raise SourceError(f"Cannot read {path}: {reason(error)}", hint) from error

@@ -10,7 +10,9 @@ import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from hisvd_cli.memory_bounds import checked
 
 
 def _as_list(value: object) -> object:
@@ -73,6 +75,7 @@ def _any_of(names: Sequence[str]) -> str:
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Ratios = Annotated[list[Ratio], Field(min_length=1), BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
+Memory = Annotated[str, AfterValidator(checked)]
 Methods = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
 
 
@@ -94,6 +97,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
         "auto",
         "Precision of forward passes: float32, bfloat16 or float16; auto is that of the weights.",
+    )
+    max_memory: Memory | None = _setting(
+        None,
+        "Memory to keep to: 3GB (of the machine), or cpu=8GB,cuda=20GB. Hidden states then go to "
+        "host memory or a file, and fewer windows through a block at a time, where they must.",
     )
 
 

@@ -219,10 +219,50 @@ def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -
     placed = [(part, *item) for part in parts for item in read_header(part).tensors.items()]
     # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
     placed.sort(key=lambda item: item[2].width, reverse=True)
+    header = _header([(name, info) for _, name, info in placed], metadata)
+    with replacing(path) as temporary, temporary.open("wb") as target:
+        target.write(header)
+        for part, _, info in placed:
+            _copy_bytes(part, info, target)
+
+
+def write_parts(
+    path: Path,
+    name: str,
+    parts: Sequence[Tensor],
+    metadata: Mapping[str, str],
+    written: Callable[[], None],
+) -> None:
+    """Write a safetensors file of one tensor, a part of its rows at a time.
+
+    Args:
+        path: the file.
+        name: of the tensor.
+        parts: its rows, in order, of one dtype.
+        metadata: of the file.
+        written: called after each part.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    import torch
+
+    dtype = str(parts[0].dtype).removeprefix("torch.")
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    size = math.prod(shape) * parts[0].element_size()
+    with replacing(path) as temporary, temporary.open("wb") as target:
+        target.write(_header([(name, TensorInfo(dtype, shape, 0, size))], metadata))
+        for part in parts:
+            target.write(part.contiguous().cpu().view(torch.uint8).numpy().data)
+            written()
+
+
+def _header(tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the bytes of tensors that follow each other."""
     names = {torch_name: name for name, torch_name in DTYPE_NAMES.items()}
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for _, name, info in placed:
+    for name, info in tensors:
         entries[name] = {
             "dtype": names.get(info.dtype, info.dtype),
             "shape": list(info.shape),
@@ -231,10 +271,7 @@ def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -
         offset += info.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as the format asks
-    with replacing(path) as temporary, temporary.open("wb") as target:
-        target.write(struct.pack("<Q", len(text)) + text)
-        for part, _, info in placed:
-            _copy_bytes(part, info, target)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _copy_bytes(part: Path, info: TensorInfo, target: BinaryIO) -> None:

@@ -92,6 +92,12 @@ def forecast_view(forecast: dict[str, Any]) -> RenderableType:
     """Show what a run would take."""
     facts = {"time": f"about {duration_text(forecast['seconds'])}"}
     facts["peak memory"] = f"about {size_text(forecast['peak_memory_bytes'])}"
+    if forecast["hidden_states"]:
+        place = {"file": "in a file", "host": "in host memory"}
+        facts["hidden states"] = (
+            f"{place.get(forecast['hidden_states'], 'on the device')}, {forecast['batch']} windows "
+            "at a time through a block"
+        )
     if "dense_bytes" in forecast:
         dense, size = forecast["dense_bytes"], forecast["bytes"]
         facts["checkpoint"] = f"{size_text(size)} (now {size_text(dense)}): {forecast['output']}"

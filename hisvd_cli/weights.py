@@ -18,6 +18,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ((INDEX, SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 """(index of shards, single file) in the order of preference."""
+_CHECKED = 1 << 22
+"""Values that are checked at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,21 @@ class Weights:
         path = self.where[name]
         mapped = self._legacy.get(path)
         tensor = _read_safetensor(path, name) if mapped is None else mapped[name]
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            bad = int((~tensor.isfinite()).sum())
+        if bad := _not_finite(tensor):
             raise NumericalError(
                 f"{name} in {path.name} holds {bad} values that are NaN or infinite.",
                 "The model itself is damaged: fetch it again or use another checkpoint.",
             )
         return tensor
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """Return how many values are NaN or infinite. Looking at all of a tensor at once would take
+    two and a half times its memory."""
+    if not tensor.is_floating_point():
+        return 0
+    parts = tensor.reshape(-1).split(_CHECKED)
+    return sum(int((~part.isfinite()).sum()) for part in parts if not bool(part.isfinite().all()))
 
 
 def _read_safetensor(path: Path, name: str) -> Tensor:

@@ -191,6 +191,7 @@ COMPRESS = strict(
     plan=TEXT,
     perplexity=maybe(strict(before=maybe(NUMBER), after=maybe(NUMBER))),
 )
+PLACE = {"enum": ["device", "host", "file"]}
 COMPRESS_FORECAST = strict(
     dry_run={"const": True},
     output=TEXT,
@@ -199,6 +200,8 @@ COMPRESS_FORECAST = strict(
     dense_bytes=COUNT,
     calibration_bytes=COUNT,
     peak_memory_bytes=COUNT,
+    hidden_states=maybe(PLACE),
+    batch=maybe(COUNT),
     stages=strict(calibrate=NUMBER, plan=NUMBER, decompose=NUMBER),
     seconds=NUMBER,
 )
@@ -217,7 +220,13 @@ CALIBRATE = strict(
     gradients=maybe({"type": "object"}),
 )
 CALIBRATE_FORECAST = strict(
-    dry_run={"const": True}, tokens=COUNT, bytes=COUNT, peak_memory_bytes=COUNT, seconds=NUMBER
+    dry_run={"const": True},
+    tokens=COUNT,
+    bytes=COUNT,
+    peak_memory_bytes=COUNT,
+    hidden_states=PLACE,
+    batch=COUNT,
+    seconds=NUMBER,
 )
 
 CONVERT = strict(output=TEXT, to={"enum": ["hf", "pt", "dense"]}, bytes=COUNT)

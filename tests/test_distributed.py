@@ -17,6 +17,7 @@ from hisvd_cli.artifact import partial_path
 from hisvd_cli.calibration import block_file
 from hisvd_cli.distributed import World, own_gpu, share_by_cost
 from hisvd_cli.errors import SourceError, UsageError
+from hisvd_cli.hidden_states import StatesHome
 from hisvd_cli.rows import Checkpoints, RowFiles
 from tests.cli_helpers import digests, environment, succeed, text_file, two_lines
 from tests.models import save_model
@@ -217,11 +218,11 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_rows_are_read_from_files_of_any_processes(tmp_path: Path) -> None:
-    whole = torch.arange(24.0).reshape(8, 3)
+    whole, home = torch.arange(24.0).reshape(8, 3), StatesHome(torch.device("cpu"))
     state = Checkpoints(tmp_path, "hidden", 8)
     for first, end in ((0, 3), (2, 5), (5, 8)):
-        state.at(4).keep(first, whole[first:end])
-    state.at(7).keep(0, whole[:5])
+        state.at(4).keep(first, whole[first:end], home)
+    state.at(7).keep(0, whole[:5], home)
     assert state.blocks() == [4]
     for start in range(8):
         for end in range(start + 1, 9):
@@ -229,7 +230,7 @@ def test_rows_are_read_from_files_of_any_processes(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="lacks rows 4 to 6 of hidden-00007") as caught:
         state.at(7).read(4, 6, "Do this.")
     assert caught.value.hint == "Do this."
-    RowFiles(tmp_path, "none").keep(0, whole[:0])
+    RowFiles(tmp_path, "none").keep(0, whole[:0], home)
     state.remove(but=4)
     assert state.blocks() == [4]
     assert len(list(tmp_path.iterdir())) == 3

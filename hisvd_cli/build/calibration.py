@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from hisvd_cli.build.samples import calibration_sample, draw_sample, request_calibration
+from hisvd_cli.build.memory import check_whole_model, place_states
+from hisvd_cli.build.samples import SELF, calibration_sample, draw_sample, request_calibration
 from hisvd_cli.calibrate import calibrate
 from hisvd_cli.calibration import MANIFEST, Calibration, Sample, calibration_key, open_calibration
-from hisvd_cli.device import pick_device
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError, UsageError
 from hisvd_cli.gradients import measure_gradients
@@ -21,6 +21,7 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import flag_of
 from hisvd_cli.source import Source, open_source
 from hisvd_cli.statistics import Need
+from hisvd_cli.workload import Workload
 
 TOKENS_PER_CHANNEL = 20
 """Fewer calibration tokens than this for each hidden channel get a warning."""
@@ -144,25 +145,28 @@ def ensure_calibration(
     if reuse_any:
         found = world().agreed(lambda: find_calibration(resolved, source, reporter))
     if found is None:
-        found = _calibrate(resolved, source, reporter, keep_inputs=wanted != {"moments"})
+        found = _calibrate(resolved, source, reporter, wanted)
     if wanted - found.holds:
-        found = _add_gradients(resolved, source, found, "weight-gradients" in wanted, reporter)
+        found = _add_gradients(resolved, source, found, wanted, reporter)
     return found, time.monotonic() - started
 
 
 def _calibrate(
-    resolved: Resolved, source: Source, reporter: Reporter, keep_inputs: bool
+    resolved: Resolved, source: Source, reporter: Reporter, wanted: Collection[Need]
 ) -> Calibration:
     request = request_calibration(resolved, source)
     named = resolved.settings.calibration.path
     folder = Path(named).expanduser() if named else calibration_home(source) / request.key[:16]
     dtype: torch.dtype = getattr(torch, request.dtype)
 
-    def look() -> Calibration | Sample:
+    def look() -> Calibration | tuple[Sample, Workload]:
         """Return the calibration that is there already, or what one is to be made from."""
         if not named and (folder / MANIFEST).is_file():
             return open_calibration(folder, source)
         present = _present(folder, source)
+        if request.dataset == SELF:
+            check_whole_model(resolved, source, f"--dataset {SELF}")
+        work = place_states(resolved, source, wanted, reporter)
         sample = draw_sample(request, source, reporter)
         _warn_of_few(source, sample, reporter)
         if present is not None and present.key != calibration_key(source, sample, dtype):
@@ -170,21 +174,23 @@ def _calibrate(
                 f"{folder} holds a calibration of other data or settings.",
                 "Name another folder with --calibration, or remove that one.",
             )
-        return present or sample
+        return present or (sample, work)
 
     found = world().agreed(look)
     if isinstance(found, Calibration):
         return found
+    sample, work = found
     return calibrate(
         source,
-        found,
+        sample,
         folder,
         device=torch.device(request.device),
         dtype=dtype,
-        batch=resolved.settings.calibration.batch,
+        batch=work.batch,
         settings=resolved.recorded("model", "calibration"),
         reporter=reporter,
-        keep_inputs=keep_inputs,
+        keep_inputs=set(wanted) != {"moments"},
+        place=work.place,
     )
 
 
@@ -200,20 +206,27 @@ def _warn_of_few(source: Source, sample: Sample, reporter: Reporter) -> None:
 
 
 def _add_gradients(
-    resolved: Resolved, source: Source, found: Calibration, weights: bool, reporter: Reporter
+    resolved: Resolved,
+    source: Source,
+    found: Calibration,
+    wanted: Collection[Need],
+    reporter: Reporter,
 ) -> Calibration:
     """Take the gradients on the very tokens that a calibration was made from."""
     sample = world().agreed(lambda: calibration_sample(resolved, source, found, reporter))
+    samples, seqlen = sample.tokens.shape
+    work = place_states(resolved, source, wanted, reporter, (samples, seqlen))
     return measure_gradients(
         source,
         sample,
         found,
-        device=pick_device(resolved.settings.model.device),
+        device=work.device,
         dtype=getattr(torch, found.manifest["dtype"]),
-        batch=resolved.settings.calibration.batch,
-        weights=weights,
+        batch=work.batch,
+        weights="weight-gradients" in wanted,
         settings=resolved.recorded("model"),
         reporter=reporter,
+        place=work.place,
     )
 
 

@@ -16,8 +16,9 @@ import torch
 
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
+from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
-from hisvd_cli.build.plans import check_knobs, make_plans, open_plan
+from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.samples import default_dataset, window_length
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint, open_checkpoint
@@ -122,6 +123,7 @@ def check_request(
     Raises:
         UsageError: several ratios, an unknown method, or flags that a given plan has decided.
         BudgetError: a ratio that cannot be met.
+        MemoryLimitError: a bound on memory that cannot.
         OutputError: something stands at the output.
     """
     decomposer_needs(resolved.settings.compress)
@@ -130,8 +132,12 @@ def check_request(
             if len(resolved.value("plan", key)) > 1:
                 raise UsageError(f"compress takes one --{key}.", f"Run it once per {key}.")
         check_knobs(resolved, source)
+        check_planning_memory(resolved, source)
     else:
         _refuse_knobs(resolved)
+        check_factoring(resolved, source)
+    if _evaluates(resolved, source):
+        check_whole_model(resolved, source, "--evaluate")
     path = output_path(resolved, output)
     check_output(path, overwrite)
     sidecar = _plan_beside(path)
@@ -236,14 +242,18 @@ def _write(
 
 def _evaluation_text(resolved: Resolved, source: Source) -> Text | None:
     """Return the text to measure before and after, read before the work; None for no measuring."""
-    wanted = resolved.settings.compress.evaluate
-    if wanted is False or (wanted is None and default_dataset(source) != source.name):
+    if not _evaluates(resolved, source):
         return None
     text = pick_texts(resolved, source)[0]
     settings = resolved.settings.eval
     # For the error that too short a text raises: now, not after the compression.
     evaluation_windows(text, source, window_length(settings.seqlen, source), settings.windows)
     return text
+
+
+def _evaluates(resolved: Resolved, source: Source) -> bool:
+    wanted = resolved.settings.compress.evaluate
+    return default_dataset(source) == source.name if wanted is None else wanted
 
 
 def _before_and_after(

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
+from hisvd_cli.build.anatomy import Anatomy, dissect
 from hisvd_cli.build.calibration import find_calibration, named_source, wanted_statistics
 from hisvd_cli.build.compression import check_request, output_path
+from hisvd_cli.build.memory import factoring_of, fitted, workload
 from hisvd_cli.build.methods import decomposer_needs, plan_needs, probe_passes
-from hisvd_cli.build.plans import Anatomy, check_knobs, dissect, open_plan
+from hisvd_cli.build.plans import check_knobs, check_planning_memory, open_plan
 from hisvd_cli.build.samples import request_calibration
 from hisvd_cli.compress import lay_out
 from hisvd_cli.estimate import (
     Estimate,
-    Workload,
     estimate_calibration,
     estimate_decomposition,
     estimate_gradients,
@@ -29,16 +30,23 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.statistics import Need
 from hisvd_cli.sublayers import select
+from hisvd_cli.workload import Workload
 
 
 def forecast_calibration(resolved: Resolved, source: Source) -> dict[str, Any]:
-    """Return the tokens, bytes, memory and seconds of a calibration. Does no work."""
-    request = request_calibration(resolved, source)
-    estimate = _calibration(resolved, source, dissect(source), wanted_statistics(resolved))
+    """Return the tokens, bytes, memory and seconds of a calibration. Does no work.
+
+    Raises:
+        MemoryLimitError: the bound of the settings cannot be kept to.
+    """
+    needs = wanted_statistics(resolved)
+    estimate, work = _calibration(resolved, source, dissect(source), needs)
     return {
-        "tokens": request.samples * request.seqlen,
+        "tokens": work.tokens,
         "bytes": estimate.bytes,
-        "peak_memory_bytes": estimate.peak_memory_bytes,
+        "peak_memory_bytes": estimate.peak.total,
+        "hidden_states": work.place,
+        "batch": work.batch,
         "seconds": estimate.seconds,
     }
 
@@ -51,6 +59,7 @@ def forecast_plan(resolved: Resolved) -> dict[str, Any]:
     """
     source = named_source(resolved)
     check_knobs(resolved, source)
+    check_planning_memory(resolved, source)
     anatomy, knobs = dissect(source), resolved.settings.plan
     request = request_calibration(resolved, source)
     count = len(select(anatomy.sublayers, knobs.include, knobs.exclude))
@@ -68,26 +77,15 @@ def forecast_plan(resolved: Resolved) -> dict[str, Any]:
 
 def _calibration(
     resolved: Resolved, source: Source, anatomy: Anatomy, needs: Collection[Need]
-) -> Estimate:
-    """Estimate a calibration with all that it needs to hold."""
-    request = request_calibration(resolved, source)
-    inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
-    work = Workload(
-        sublayers=anatomy.sublayers,
-        outside_parameters=anatomy.total_parameters - inside,
-        width=source.config.get_text_config().hidden_size,
-        samples=request.samples,
-        seqlen=request.seqlen,
-        batch=resolved.settings.calibration.batch,
-        dtype=getattr(torch, request.dtype),
-        device=torch.device(request.device),
-    )
+) -> tuple[Estimate, Workload]:
+    """Estimate a calibration with all that it needs to hold, as it keeps to a bound on memory."""
+    work = fitted(resolved, workload(resolved, source, anatomy), needs)
     plain = estimate_calibration(work)
     if not set(needs) - {"moments"}:
-        return plain
+        return plain, work
     more = estimate_gradients(work, "weight-gradients" in needs)
-    peak = max(plain.peak_memory_bytes, more.peak_memory_bytes)
-    return Estimate(plain.bytes + more.bytes, peak, plain.seconds + more.seconds)
+    peak = plain.peak.joined(more.peak)
+    return Estimate(plain.bytes + more.bytes, peak, plain.seconds + more.seconds), work
 
 
 def forecast_compression(
@@ -111,7 +109,8 @@ def forecast_compression(
     if plan is None:
         needs |= plan_needs(resolved.settings)
     found = found if found and needs <= found.holds else None
-    calibrating = _calibration(resolved, source, anatomy, needs)
+    calibrating, work = _calibration(resolved, source, anatomy, needs)
+    factoring = factoring_of(resolved, source, anatomy)
     measuring = 0.0 if plan else forecast_plan(resolved)["seconds"]
     stages = {
         "calibrate": 0.0 if found else calibrating.seconds,
@@ -124,7 +123,9 @@ def forecast_compression(
         "bytes": _checkpoint_bytes(resolved, source, anatomy, plan),
         "dense_bytes": source.weights.total_bytes,
         "calibration_bytes": 0 if found else calibrating.bytes,
-        "peak_memory_bytes": calibrating.peak_memory_bytes,
+        "peak_memory_bytes": (factoring if found else factoring.joined(calibrating.peak)).total,
+        "hidden_states": None if found else work.place,
+        "batch": None if found else work.batch,
         "stages": stages,
         "seconds": sum(stages.values()),
     }

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.budget import Budget, break_even
+from hisvd_cli.build.anatomy import Anatomy, dissect
 from hisvd_cli.build.calibration import find_calibration, named_source, require_calibration
-from hisvd_cli.build.methods import method_that_needs, plan_needs
+from hisvd_cli.build.memory import check_factoring, check_whole_model
+from hisvd_cli.build.methods import measures, method_that_needs, plan_needs
 from hisvd_cli.build.probes import open_probe
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import check_plan
@@ -27,37 +29,12 @@ from hisvd_cli.profile import Resolved
 from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import PlanSettings, Settings
-from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source
 from hisvd_cli.spectra_cache import SpectraSource, Wanted, load_spectra
 from hisvd_cli.spectrum import Spectrum
 from hisvd_cli.statistics import Need, missing
-from hisvd_cli.sublayers import Sublayer, find_sublayers, select
+from hisvd_cli.sublayers import Sublayer, select
 from hisvd_cli.versions import versions
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """A model's structure: all its sublayers, its size, and its tensors' names on disk."""
-
-    sublayers: list[Sublayer]
-    total_parameters: int
-    names: dict[str, str]
-
-    def size(self, include: Sequence[str], exclude: Sequence[str]) -> ModelSize:
-        """Return the size of the whole, and of the sublayers that a plan covers."""
-        chosen = select(self.sublayers, include, exclude)
-        return ModelSize(self.total_parameters, sum(s.shape[0] * s.shape[1] for s in chosen))
-
-
-def dissect(source: Source) -> Anatomy:
-    """Find the sublayers of a model without reading a weight. Raises UnsupportedModelError."""
-    model = build_meta_model(source)
-    prefix, layers = decoder_blocks(model)
-    names = tensor_names(model, source)
-    shapes = model.state_dict()
-    total = sum(shapes[name].numel() for name in names)
-    return Anatomy(find_sublayers(prefix, list(layers)), total, names)
 
 
 def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
@@ -70,6 +47,7 @@ def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
     """
     source = named_source(resolved)
     check_knobs(resolved, source)
+    check_planning_memory(resolved, source)
     named = resolved.settings.calibration.path is not None
     find = require_calibration if named else find_calibration
     calibration = world().agreed(lambda: find(resolved, source, reporter))
@@ -130,6 +108,17 @@ def check_knobs(resolved: Resolved, source: Source) -> None:
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     for ratio in knobs.ratio:
         _budget(ratio, knobs, chosen, anatomy.size(knobs.include, knobs.exclude))
+
+
+def check_planning_memory(resolved: Resolved, source: Source) -> None:
+    """Find out before any work whether spectra, and what allocators measure, fit into the bound.
+
+    Raises:
+        UsageError, MemoryLimitError: as of :mod:`hisvd_cli.build.memory`.
+    """
+    check_factoring(resolved, source)
+    for name in filter(measures, resolved.settings.plan.allocator):
+        check_whole_model(resolved, source, f"--allocator {name}")
 
 
 def make_plans(

@@ -25,7 +25,7 @@ from hisvd_cli.statistics import Statistics
 from hisvd_cli.truncation import decomposing
 
 if TYPE_CHECKING:
-    from hisvd_cli.build.plans import Anatomy
+    from hisvd_cli.build.anatomy import Anatomy
 
 _STORE = "measured.json"
 

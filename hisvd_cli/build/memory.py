@@ -1,0 +1,170 @@
+"""Settings ─► what memory a run may take, and how it keeps to that."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from hisvd_cli.build.anatomy import Anatomy, dissect
+from hisvd_cli.build.samples import request_calibration, stored_dtype
+from hisvd_cli.device import pick_device
+from hisvd_cli.errors import MemoryLimitError, UsageError
+from hisvd_cli.memory_bounds import HOST, MemoryBounds, parse_bounds
+from hisvd_cli.moments import exact_device
+from hisvd_cli.placement import excess, fit
+from hisvd_cli.profile import Resolved
+from hisvd_cli.reporter import Reporter
+from hisvd_cli.source import Source
+from hisvd_cli.statistics import Need
+from hisvd_cli.workload import (
+    IMPORTS_BYTES,
+    Peak,
+    Workload,
+    calibration_peak,
+    factoring_peak,
+    gradients_peak,
+)
+
+
+def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
+    """Return the bounds of the settings, None where there are none.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+    """
+    model = resolved.settings.model
+    if model.max_memory is None:
+        return None
+    bounds = parse_bounds(model.max_memory)
+    device = pick_device(model.device).type
+    for name in bounds.devices:
+        if name != device:
+            raise UsageError(
+                f"--max-memory {model.max_memory} bounds {name}, but blocks run on {device}.",
+                f"Leave out {name}=, or use --device {name}.",
+            )
+    return bounds
+
+
+def workload(resolved: Resolved, source: Source, anatomy: Anatomy) -> Workload:
+    """Return what a calibration by the settings works on, no bound applied."""
+    request = request_calibration(resolved, source)
+    inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
+    device = torch.device(request.device)
+    return Workload(
+        sublayers=anatomy.sublayers,
+        outside_parameters=anatomy.total_parameters - inside,
+        width=source.config.get_text_config().hidden_size,
+        samples=request.samples,
+        seqlen=request.seqlen,
+        batch=resolved.settings.calibration.batch,
+        dtype=getattr(torch, request.dtype),
+        device=device,
+        place="host" if device.type == HOST else "device",
+    )
+
+
+def fitted(resolved: Resolved, work: Workload, needs: Collection[Need]) -> Workload:
+    """Return a workload as it keeps to the bounds of the settings.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: nothing fits.
+    """
+    bounds = memory_bounds(resolved)
+    return work if bounds is None else fit(work, bounds, partial(_peak, needs=needs))
+
+
+def _peak(work: Workload, needs: Collection[Need]) -> Peak:
+    peak = calibration_peak(work)
+    if set(needs) - {"moments"}:
+        return peak.joined(gradients_peak(work, "weight-gradients" in needs))
+    return peak
+
+
+def place_states(
+    resolved: Resolved,
+    source: Source,
+    needs: Collection[Need],
+    reporter: Reporter,
+    shape: tuple[int, int] | None = None,
+) -> Workload:
+    """Return the workload of a calibration as it fits, and tell what the bound changes.
+
+    Args:
+        resolved: the settings.
+        source: the model.
+        needs: what is taken.
+        reporter: told of what the bound changes.
+        shape: windows and tokens in each, where the settings do not say.
+
+    Raises:
+        UsageError, MemoryLimitError: see :func:`fitted`.
+    """
+    work = workload(resolved, source, dissect(source))
+    if shape is not None:
+        work = replace(work, samples=shape[0], seqlen=shape[1])
+    found = fitted(resolved, work, needs)
+    if found.place != work.place:
+        where = "in a file" if found.place == "file" else "in host memory"
+        size = f"{found.states_bytes / 1e6:,.0f} MB"
+        reporter.note(f"--max-memory: hidden states ({size}) are kept {where}.")
+    if found.batch < min(work.batch, work.samples):
+        reporter.warn(
+            f"--max-memory: only {found.batch} windows pass a block at a time, not {work.batch}; "
+            "results may differ in their last digits."
+        )
+    return found
+
+
+def check_factoring(resolved: Resolved, source: Source) -> None:
+    """Find out whether spectra and factors of the largest sublayer fit into the bound.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: they do not.
+    """
+    bounds = memory_bounds(resolved)
+    if bounds is None:
+        return
+    peak = factoring_of(resolved, source, dissect(source))
+    if found := excess(peak, bounds, pick_device(resolved.settings.model.device).type):
+        raise MemoryLimitError(
+            f"Factoring the largest sublayer takes {found}.",
+            "Raise --max-memory; --samples, --seqlen and --batch make no difference to it.",
+        )
+
+
+def factoring_of(resolved: Resolved, source: Source, anatomy: Anatomy) -> Peak:
+    """Return the peak of computing spectra and factors of all sublayers."""
+    device = exact_device(pick_device(resolved.settings.model.device))
+    itemsize = getattr(torch, stored_dtype(source)).itemsize
+    return factoring_peak(anatomy.sublayers, itemsize, device)
+
+
+def check_whole_model(resolved: Resolved, source: Source, reason: str) -> None:
+    """Find out whether the whole model fits into the bound.
+
+    Args:
+        resolved: the settings.
+        source: the model.
+        reason: the setting that has it loaded.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: it does not.
+    """
+    bounds = memory_bounds(resolved)
+    if bounds is None:
+        return
+    device = pick_device(resolved.settings.model.device).type
+    size = source.weights.total_bytes
+    peak = Peak(IMPORTS_BYTES + size) if device == HOST else Peak(IMPORTS_BYTES, size)
+    if found := excess(peak, bounds, device):
+        raise MemoryLimitError(
+            f"{reason} loads the whole model, which takes {found}.",
+            f"Raise --max-memory, or do without {reason}.",
+        )
