@@ -29,6 +29,8 @@ INTERFACE = (
     "console",
     "views",
     "plan_views",
+    "profile_views",
+    "charts",
 )
 
 
