@@ -57,7 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
-        if self._known():
+        if self.path.startswith("/api/models/"):
+            self._reply({"error": "Repository not found"}, 404)
+        elif self._known():
             self._reply({"name": "me", "type": "user", "auth": {"type": "access_token"}})
 
     def do_PUT(self) -> None:
@@ -93,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         return known
 
     def _create(self, wanted: dict[str, Any]) -> None:
-        if wanted.get("organization", "me") != "me":
+        if (wanted.get("organization") or "me") != "me":
             self._reply({"error": "You don't have the rights"}, 403)
             return
         self.server.created.append(wanted)
