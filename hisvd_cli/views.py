@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hisvd_cli.charts import HeatMap, short_name
+from hisvd_cli.charts import HeatMap, Shaded, short_name
 
 if TYPE_CHECKING:
     from hisvd_cli.audit import Audit
@@ -21,19 +21,11 @@ if TYPE_CHECKING:
 _MAX_PROBLEMS = 20
 
 
-class Ranked(Protocol):
+class Ranked(Shaded, Protocol):
     """What the rank table needs to know of a sublayer."""
 
     @property
-    def layer(self) -> int | None: ...
-    @property
-    def cluster(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
     def rank(self) -> int: ...
-    @property
-    def dense(self) -> bool: ...
 
 
 def size_text(count: float) -> str:

@@ -39,14 +39,14 @@ def folder(made: tuple[Path, Plan], tmp_path: Path) -> Path:
 def metadata(folder: Path) -> ModelCardData:
     """Read a card back, and hold its metadata to be the same when it is written again."""
     card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
-    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    assert ModelCard(str(card)).data.__dict__ == card.data.__dict__
     assert isinstance(card.data, ModelCardData)
     return card.data
 
 
 def test_the_card_of_a_checkpoint_claims_nothing(made: tuple[Path, Plan]) -> None:
-    data = metadata(made[0])
-    assert data.to_dict() == {
+    metadata(made[0])
+    assert metadata_load(made[0] / "README.md") == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["hisvd", "low-rank", "compression"],
@@ -78,7 +78,7 @@ def test_base_model_and_licence_are_carried_over(made: tuple[Path, Plan], tmp_pa
     (home / "README.md").write_text("---\nlicense: llama2\nlanguage: [en]\ntags: [x]\n---\n# M\n")
     data = card_of(source, made[1], tmp_path / "card")
     assert (data.license, data.license_link, data.language) == ("llama2", None, ["en"])
-    assert "x" not in data.tags
+    assert data.tags == ["hisvd", "low-rank", "compression"]
     (home / "README.md").write_text("---\n: [\n---\n# damaged\n")
     assert card_of(source, made[1], tmp_path / "damaged").license == "other"
     local = card_of(Source(str(home), home), made[1], tmp_path / "local")

@@ -133,12 +133,9 @@ def publish(folder: Path, hub: Hub) -> str:
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
     """Say in two lines what the hub, or the way to it, failed at."""
-    # HTTPError is that of the HTTP library that this version of huggingface_hub uses.
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined]
-        OfflineModeIsEnabled,
-    )
+    # WireError is that of the HTTP library that this version of huggingface_hub uses.
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-defined]
 
     try:
         yield
@@ -148,7 +145,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
         ) from error
     except HfHubHTTPError as error:
         raise _refusal(error, repo) from error
-    except (HTTPError, OSError) as error:
+    except (WireError, OSError) as error:
         raise OutputError(
             f"The hub cannot be reached: {reason(error)}", "Check the network, and try again."
         ) from error
