@@ -28,6 +28,7 @@ from hisvd_cli.checkpoint import (
 )
 from hisvd_cli.errors import SourceError
 from hisvd_cli.lowrank import FACTORS, dense_product, is_order
+from hisvd_cli.model_card import write_dense_card
 from hisvd_cli.paths import digest
 from hisvd_cli.tensorfile import replacing, write_json
 
@@ -153,6 +154,7 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
         write_json(partial / "config.json", dense_config(checkpoint.config))
         write_json(partial / PROVENANCE, {**checkpoint.provenance, "kind": "dense"})
         copy_companions(checkpoint.folder, partial)
+        write_dense_card(checkpoint.folder, partial)
 
 
 def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:

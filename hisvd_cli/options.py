@@ -65,8 +65,9 @@ def _take_common(
         Path | None,
         _common(
             "--profile",
-            text="Profile to read; by default the nearest hisvd.toml upward from here. Paths in "
-            "it are relative to the current folder.",
+            text="Profile to read: a file, or the name of one that hisvd brings (plan "
+            "--list-profiles); by default the nearest hisvd.toml upward from here. Paths in it are "
+            "relative to the current folder.",
             metavar="FILE",
         ),
     ] = None,

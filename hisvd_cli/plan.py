@@ -96,6 +96,12 @@ class Plan:
         return sum(s.shape[0] * s.shape[1] for s in self.sublayers)
 
     @property
+    def model_parameters(self) -> int | None:
+        """Parameters of the whole model before compression, where the plan records them."""
+        total: int | None = self.provenance["model"].get("parameters")
+        return total
+
+    @property
     def kept_ratio(self) -> float:
         """Share of the planned sublayers' parameters that is kept."""
         return self.kept_parameters / self.full_parameters

@@ -9,10 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hisvd_cli.charts import HeatMap, sparkline
 from hisvd_cli.views import duration_text, facts_table, make_table, rank_table
 
 if TYPE_CHECKING:
     from hisvd_cli.plan import Plan
+    from hisvd_cli.spectrum import Spectrum
 
 _LOSSES = {
     "whitened": "mean squared output error",
@@ -22,16 +24,49 @@ _LOSSES = {
 }
 
 
-def plan_view(plan: Plan, width: int) -> RenderableType:
-    """Show a plan: ranks per layer and type, then a line per type."""
-    return Group(
-        Text(f"Ranks at keep {plan.ratio:g} ({plan.allocator})", style="bold"),
-        rank_table(plan.sublayers, width),
+def plan_view(plan: Plan, width: int, ranks: bool = False) -> RenderableType:
+    """Show a plan: what each sublayer keeps, then a line per type, and the totals.
+
+    Args:
+        plan: the plan.
+        width: columns of the terminal.
+        ranks: show the rank of each sublayer, too.
+    """
+    parts: list[RenderableType] = [
+        Text(f"Share of each sublayer at keep {plan.ratio:g} ({plan.allocator})", style="bold"),
+        HeatMap(plan.sublayers),
         Text(),
         _cluster_table(plan),
-        Text(),
-        _totals(plan),
+    ]
+    if ranks:
+        parts += [Text(), Text("Ranks", style="bold"), rank_table(plan.sublayers, width)]
+    return Group(*parts, Text(), _totals(plan))
+
+
+def spectra_view(spectra: Sequence[Spectrum], plan: Plan, width: int) -> RenderableType:
+    """Show spectra as sparklines, cut where a plan truncates them.
+
+    Args:
+        spectra: of some sublayers, in the metric of the plan.
+        plan: the plan.
+        width: columns of the terminal.
+    """
+    rows = {row.name: row for row in plan.sublayers}
+    parts: list[RenderableType] = [
+        Text(f"Spectra at keep {plan.ratio:g} ({plan.allocator})", style="bold")
+    ]
+    for spectrum in spectra:
+        energy = spectrum.energy.tolist()
+        row = rows[spectrum.name]
+        kept = sum(energy[: row.rank]) / (sum(energy) or 1)
+        rank = f"dense, {row.full_rank}" if row.dense else f"{row.rank} of {row.full_rank}"
+        parts.append(Text(f"{spectrum.name}: rank {rank}, {kept:.2%} of the energy kept"))
+        parts.append(sparkline(energy, min(width, 76), None if row.dense else row.rank))
+        parts.append(Text(f"σ² from {energy[0]:.3g} to {energy[-1]:.3g}", style="dim"))
+    scale = (
+        f"σ² by component, on a logarithmic scale; behind the line, their sum is the {_unit(plan)}."
     )
+    return Group(*parts, Text(scale, style="dim"))
 
 
 def comparison_view(plans: Sequence[Plan], width: int) -> RenderableType:
@@ -81,17 +116,28 @@ def _unit(plan: Plan) -> str:
 
 
 def _cluster_table(plan: Plan) -> Table:
-    table = make_table("sublayer type", "count", "density", "tail share", "factor", "kept")
+    names = ("sublayer type", "count", "density", "tail share", "factor", "ranks", "full", "kept")
+    table = make_table(*names)
     for row in plan.clusters:
+        rows = [s for s in plan.sublayers if s.cluster == row.cluster]
         table.add_row(
             row.cluster,
             str(row.sublayers),
             "-" if row.density is None else f"{row.density:.3f}",
             f"{row.tail_share:.4f}",
             "-" if row.factor is None else f"{row.factor:.4f}",
+            _span(sorted({s.rank for s in rows if not s.dense})),
+            str(max((s.full_rank for s in rows), default=0)),
             f"{row.kept_ratio:.1%}",
         )
     return table
+
+
+def _span(ranks: Sequence[int]) -> str:
+    """Return the least and the greatest of sorted ranks."""
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
 
 
 def _totals(plan: Plan) -> RenderableType:

@@ -23,6 +23,8 @@ from hisvd_cli.presets import PRESETS
 from hisvd_cli.settings import SECTIONS, Settings, flag_of, kind_of
 
 PROFILE_NAME = "hisvd.toml"
+SHIPPED = Path(__file__).parent / "profiles"
+"""Where the profiles lie that hisvd brings."""
 Key = tuple[str, str]
 
 _PRESET: Key = ("plan", "preset")
@@ -41,10 +43,12 @@ class Resolved:
         settings: the validated settings.
         origins: (section, key) → a flag, an environment variable, the path of a profile, or
             ``preset NAME`` where a preset brought it.
+        profile: the profile that was asked for, None where it was only found.
     """
 
     settings: Settings
     origins: dict[Key, str]
+    profile: str | None = None
 
     def value(self, section: str, key: str) -> Any:
         """Return one setting."""
@@ -59,7 +63,8 @@ class Resolved:
         return not {(section, "preset"), (section, "allocator")} & self.origins.keys()
 
     def flags(self, *sections: str, without: Collection[Key] = (), expanded: bool = False) -> str:
-        """Return the settings of ``sections`` that were given as flags, as text to paste.
+        """Return the settings of ``sections`` that were given as flags, as text to paste; with the
+        model's, the profile that was asked for.
 
         Args:
             sections: where to look.
@@ -67,7 +72,7 @@ class Resolved:
             expanded: take what ``--preset`` brought for flags as well.
         """
         by_preset = expanded and self.is_flag(*_PRESET)
-        words: list[str] = []
+        words = ["--profile", self.profile] if self.profile and "model" in sections else []
         for (section, key), origin in self.origins.items():
             given = origin.startswith(("--", _BY_PRESET) if by_preset else "--")
             if section in sections and given and (section, key) not in without:
@@ -134,7 +139,8 @@ def resolve(
 
     Args:
         flags: (section, key) → value, None where the flag was not given.
-        profile: the profile to read; None searches upward from ``start`` for ``hisvd.toml``.
+        profile: the profile to read, a file or the name of one that hisvd brings; None searches
+            upward from ``start`` for ``hisvd.toml``.
         overrides: ``section.key=value`` texts, as strong as flags.
         environ: the environment; ``os.environ`` by default.
         start: where the search begins; the current folder by default.
@@ -142,7 +148,7 @@ def resolve(
     Raises:
         UsageError: one line for every unknown key, wrong type and value out of bounds.
     """
-    path = profile or find_profile(start or Path.cwd())
+    path = shipped_or_file(profile) if profile else find_profile(start or Path.cwd())
     document = read_profile(path) if path else {}
     problems = _profile_problems(document, str(path))
     layers: list[_Layer] = [
@@ -163,7 +169,7 @@ def resolve(
         lines = dict.fromkeys(line for _, line in problems)
         ratio_only = all(key == ("plan", "ratio") for key, _ in problems)
         raise UsageError("\n".join(lines), _RATIO_HINT if ratio_only else _SETTINGS_HINT)
-    return Resolved(settings, origins)
+    return Resolved(settings, origins, str(profile) if profile else None)
 
 
 _Layer = list[tuple[Key, Any, str]]
@@ -200,6 +206,20 @@ def _validate(
         problems += [(key, line) for key, line in found if key not in told]
         return None
     return None if problems else settings
+
+
+def shipped_or_file(profile: Path) -> Path:
+    """Return the file of a profile: a path that exists wins, then a bare name means one that hisvd
+    brings. Raises UsageError for a name that is neither."""
+    if profile.exists() or profile.name != str(profile) or profile.suffix == ".toml":
+        return profile
+    known = {path.stem: path for path in SHIPPED.glob("*.toml")}
+    if str(profile) not in known:
+        raise UsageError(
+            f"No profile '{profile}': no such file, and none that hisvd brings.",
+            suggest(str(profile), known),
+        )
+    return known[str(profile)]
 
 
 def find_profile(start: Path) -> Path | None:

@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hisvd_cli.charts import HeatMap, Shaded, short_name
+
 if TYPE_CHECKING:
     from hisvd_cli.audit import Audit
     from hisvd_cli.build.compression import Outcome
@@ -19,19 +21,11 @@ if TYPE_CHECKING:
 _MAX_PROBLEMS = 20
 
 
-class Ranked(Protocol):
+class Ranked(Shaded, Protocol):
     """What the rank table needs to know of a sublayer."""
 
     @property
-    def layer(self) -> int | None: ...
-    @property
-    def cluster(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
     def rank(self) -> int: ...
-    @property
-    def dense(self) -> bool: ...
 
 
 def size_text(count: float) -> str:
@@ -131,11 +125,6 @@ def rank_table(rows: Sequence[Ranked], width: int) -> RenderableType:
     return Group(*tables)
 
 
-def short_name(cluster: str) -> str:
-    """Return a sublayer type without what most of them end in: q for q_proj."""
-    return cluster.removesuffix("_proj")
-
-
 def _rank_cell(row: Ranked | None) -> Text:
     if row is None:
         return Text("-", style="dim")
@@ -143,24 +132,36 @@ def _rank_cell(row: Ranked | None) -> Text:
 
 
 def compressed_view(outcome: Outcome) -> RenderableType:
-    """Show what a compression made, and what it cost."""
+    """Show what a compression made, what it was before, and what that took."""
     seconds = outcome.seconds
     stages = ", ".join(f"{name} {duration_text(value)}" for name, value in seconds.items())
     facts = {
         "checkpoint": str(outcome.output),
-        "size": f"{size_text(outcome.bytes)} (dense {size_text(outcome.dense_bytes)})",
         "kept": f"{outcome.plan.kept_ratio:.2%} of the sublayers, "
         f"{outcome.plan.model_ratio:.2%} of the model",
         "time": stages,
         "peak memory": size_text(outcome.peak_memory_bytes),
     }
+    parts: list[RenderableType] = [facts_table(facts), Text(), _before_and_after(outcome)]
+    if outcome.perplexity:
+        before, _ = outcome.perplexity
+        measured = f"{before.windows} windows of {before.seqlen} tokens, {before.dataset}"
+        parts.append(Text(f" Perplexity: {measured}.", style="dim"))
+    return Group(*parts)
+
+
+def _before_and_after(outcome: Outcome) -> Table:
+    table = make_table("", "before", "after", "ratio")
+    total, kept = outcome.dense_parameters, outcome.parameters
+    if total is not None and kept is not None:
+        table.add_row("parameters", f"{total:,}", f"{kept:,}", f"{kept / total:.1%}")
+    dense, size = outcome.dense_bytes, outcome.bytes
+    table.add_row("size", size_text(dense), size_text(size), f"{size / dense:.1%}")
     if outcome.perplexity:
         before, after = outcome.perplexity
-        facts["perplexity"] = (
-            f"{perplexity_text(before)} before, {perplexity_text(after)} after "
-            f"({before.windows} windows of {before.seqlen} tokens, {before.dataset})"
-        )
-    return facts_table(facts)
+        texts = (perplexity_text(before), perplexity_text(after))
+        table.add_row("perplexity", *texts, _times(after, before))
+    return table
 
 
 def perplexity_text(result: PerplexityResult) -> str:
@@ -171,8 +172,8 @@ def perplexity_text(result: PerplexityResult) -> str:
     return f"{result.perplexity:#.4g}" if result.perplexity < 1e4 else f"{result.perplexity:.3e}"
 
 
-def audit_view(audit: Audit, width: int) -> RenderableType:
-    """Show an audit: totals, ranks, problems."""
+def audit_view(audit: Audit, width: int, ranks: bool = False) -> RenderableType:
+    """Show an audit: totals, what each sublayer keeps (and with ``ranks``, its rank), problems."""
     facts = {"what": audit.kind, **audit.table, "on disk": size_text(audit.bytes)}
     if audit.parameters:
         facts["parameters"] = f"{audit.parameters:,} (dense {audit.dense_parameters:,})"
@@ -180,7 +181,8 @@ def audit_view(audit: Audit, width: int) -> RenderableType:
         facts["kept"] = f"{audit.ratio:.3%} of the sublayers, {audit.model_ratio:.3%} of the model"
     parts: list[RenderableType] = [Text(audit.target, style="bold"), facts_table(facts)]
     if audit.sublayers:
-        parts += [Text(), rank_table(audit.sublayers, width), Text(), _kept_table(audit)]
+        parts += [Text(), HeatMap(audit.sublayers), Text(), _kept_table(audit)]
+        parts += [Text(), rank_table(audit.sublayers, width)] if ranks else []
     parts += [Text(), *_problems(audit.problems)]
     return Group(*parts)
 

@@ -95,8 +95,8 @@ def test_a_plan_with_several_ratios_names_a_command_with_one(quick: tuple[object
     words = next_command(result.stderr)
     assert [words[i + 1] for i, word in enumerate(words) if word == "--ratio"] == ["0.7"]
     assert words[-2:] == ["--alpha", "1.0"]
-    assert "Ranks at keep 0.7" in result.stdout
-    assert "Ranks at keep 0.5" in result.stdout
+    assert "Share of each sublayer at keep 0.7" in result.stdout
+    assert "Share of each sublayer at keep 0.5" in result.stdout
 
 
 def test_a_plan_file_is_what_compress_carries_out(quick: tuple[object, ...], here: Path) -> None:
@@ -198,19 +198,44 @@ def test_tables_of_32_layers_fit_80_columns(
     shown = succeed("plan", "--model", folder, "--ratio", 0.6, env={"COLUMNS": "80"}).stdout
     lines = [line.rstrip() for line in shown.splitlines()]
     assert max(map(len, lines)) <= 80
-    header = next(line for line in lines if line.split()[:1] == ["layer"])
-    assert header.split() == ["layer", "q", "k", "v", "o", "gate", "up", "down"]
-    rows = [line.split() for line in lines if len(line.split()) == 8 and line.split()[0].isdigit()]
-    assert [int(row[0]) for row in rows] == list(range(32))
+    header = next(i for i, line in enumerate(lines) if line.split()[:1] == ["L"])
+    assert lines[header].split() == 2 * ["L", "q", "k", "v", "o", "gate", "up", "down"]
+    rows = [line.split()[0] for line in lines[header + 1 : header + 17]]
+    assert [int(row) for row in rows] == list(range(16))
     kept = [line for line in lines if line.startswith(" q_proj")]
     assert kept[0].split()[1] == "32"
 
 
 def test_a_narrow_terminal_gets_several_tables(quick: tuple[object, ...]) -> None:
-    shown = succeed("plan", *quick, env={"COLUMNS": "40"}).stdout
-    assert shown.count("layer ") > 1
-    tables = shown.split("\n\n")[0]
-    assert max(len(line.rstrip()) for line in tables.splitlines()) <= 40
+    shown = succeed("plan", *quick, "--verbose", env={"COLUMNS": "30"}).stdout
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert sum(line.split()[:1] == ["L"] for line in lines) > 1
+    assert sum(line.split()[:1] == ["layer"] for line in lines) > 1
+
+
+def test_spectra_are_drawn_and_given_as_numbers(quick: tuple[object, ...]) -> None:
+    words = (
+        "plan",
+        *quick,
+        "--ratio",
+        0.5,
+        "--spectrum-of",
+        "0.*.q_proj",
+        "--spectrum-of",
+        "v_proj",
+    )
+    lines = succeed(*words, env={"COLUMNS": "80"}).stdout.splitlines()
+    drawn = [i for i, line in enumerate(lines) if "of the energy kept" in line]
+    assert len(drawn) == 1 + 3
+    assert "│" in lines[drawn[0] + 1]
+    document = as_json(*words)
+    plan = {row["name"]: row for row in document["sublayers"]}
+    for spectrum in document["spectra"]:
+        row = plan[spectrum["name"]]
+        assert len(spectrum["energy"]) == row["full_rank"]
+        assert sum(spectrum["energy"][row["rank"] :]) == pytest.approx(row["loss"])
+    message, _ = fail("plan", *quick, "--spectrum-of", "nothing", code=2)
+    assert message == "The pattern 'nothing' matches no sublayer."
 
 
 def test_a_pipe_gets_one_line_per_row(quick: tuple[object, ...], tmp_path: Path) -> None:

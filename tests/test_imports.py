@@ -30,6 +30,8 @@ INTERFACE = (
     "console",
     "views",
     "plan_views",
+    "profile_views",
+    "charts",
 )
 
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from hisvd_cli.audit import Audit, Row
+from hisvd_cli.build.compression import Outcome
+from hisvd_cli.charts import HeatMap, sparkline
 from hisvd_cli.evaluate import PerplexityResult
 from hisvd_cli.plan import ClusterPlan, Plan, SublayerPlan
 from hisvd_cli.plan_views import comparison_view, plan_view
 from hisvd_cli.settings import ALLOCATOR_NAMES
-from hisvd_cli.views import audit_view, duration_text, perplexity_text, rank_table, size_text
+from hisvd_cli.views import (
+    audit_view,
+    compressed_view,
+    duration_text,
+    perplexity_text,
+    rank_table,
+    size_text,
+)
 
 
 def shown(renderable: object, width: int = 80) -> list[str]:
@@ -92,6 +103,86 @@ def test_types_that_do_not_fit_get_a_further_table() -> None:
     assert all(any(cluster in line for line in lines) for cluster in clusters)
 
 
+def heat_map(clusters: list[str], layers: int, width: int = 80, **options: Any) -> list[str]:
+    console = Console(width=width, _environ={}, **options)
+    with console.capture() as captured:
+        console.print(HeatMap(rows(clusters, layers)))
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_a_heat_map_without_colour_shades_in_blocks() -> None:
+    # Rank 11 of a 64 × 48 matrix takes 11·112 of 3072 parameters.
+    assert heat_map(["q_proj", "fc1"], 3)[:4] == [
+        "  L    q  fc1",
+        "  0 █100 █100",
+        "  1 ▄ 40 ▄ 40",
+        "  2 ▄ 44 ▄ 44",
+    ]
+    told = heat_map(["q_proj"], 3, no_color=True, force_terminal=True, color_system="truecolor")
+    assert "  0 █100" in told  # NO_COLOR in a terminal that could show it
+
+
+def test_a_heat_map_in_colour() -> None:
+    lines = heat_map(["q_proj"], 2, color_system="truecolor", force_terminal=True)
+    assert "48;2;253;231;37m 100 " in lines[1]  # a dense one on the lightest
+    assert "48;2;33;112;111m  40 " in lines[2]
+    assert not set("▁▂▃▄▅▆▇█") & set("".join(lines))
+
+
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "height"), [(16, 80, 16), (32, 80, 16), (80, 80, 40), (80, 200, 20)]
+)
+def test_many_layers_are_folded(layers: int, width: int, height: int) -> None:
+    lines = heat_map(LLAMA, layers, width)
+    assert max(map(len, lines)) <= width
+    table = lines[1 : lines.index("")]
+    assert len(table) == height
+    panel = 4 + 7 * 5 + 2
+    starts = range(0, width - panel + 3, panel)
+    labels = [line[start : start + 3].strip() for start in starts for line in table]
+    assert [int(label) for label in labels if label] == list(range(layers))
+    assert table[-1].split()[0] == str(height - 1)
+
+
+def test_a_heat_map_of_types_that_do_not_fit() -> None:
+    clusters = [f"a_rather_long_name_{i}" for i in range(7)]
+    lines = heat_map(clusters, 2)
+    assert max(map(len, lines)) <= 80
+    assert all(any(cluster in line for line in lines) for cluster in clusters)
+
+
+def test_sparklines() -> None:
+    decades = [10.0**-i for i in range(8)]
+    assert sparkline(decades, 80).plain == "█▇▆▅▄▃▂▁"
+    assert sparkline(decades, 80, 3).plain == "█▇▆│▅▄▃▂▁"
+    assert sparkline([x for x in decades for _ in range(500)], 9, 1500).plain == "█▇▆│▅▄▃▂▁"
+    assert sparkline([4.0, 4.0], 80).plain == "▁▁"
+    assert sparkline([1.0, 0.0, -1e-9], 80).plain == "▁▁▁"  # noise counts as the least
+    assert sparkline([0.0], 80, 1).plain == "▁│"
+
+
+def test_before_and_after() -> None:
+    made = plan("uniform", {"q_proj": 0.325}, 1.0)  # 999 of 3072 parameters, of 4000 in all
+    seconds = dict.fromkeys(("calibrate", "plan", "decompose", "write"), 1.0)
+    outcome = Outcome(Path("made"), made, Path("p"), 3000, 8000, seconds, 10**9, None)
+    lines = shown(compressed_view(outcome))
+    assert lines[-3:] == [
+        "             before   after  ratio",
+        " parameters   4,000   1,927  48.2%",
+        " size        8.0 kB  3.0 kB  37.5%",
+    ]
+    result = PerplexityResult("wiki", "test", 20.0, 100, 2, 51, "none", "0" * 64, [])
+    outcome = replace(outcome, perplexity=(result, replace(result, perplexity=30.0)))
+    lines = shown(compressed_view(outcome))
+    assert lines[-2].split() == ["perplexity", "20.00", "30.00", "1.50", "×"]
+    assert "2 windows of 51 tokens, wiki" in lines[-1]
+    made.provenance["model"].pop("parameters")  # a plan from before it was recorded
+    assert not any("parameters" in line for line in shown(compressed_view(outcome)))
+
+
 def test_long_lists_of_problems_are_cut() -> None:
     problems = [f"tensor {i}: missing." for i in range(30)]
     audit = Audit("checkpoint", "[x]", 1, 2, 3, [], {}, problems)
@@ -115,7 +206,7 @@ def plan(
         predicted_loss=loss,
         clusters=[ClusterPlan(name, 2, None, 0.1, None, share) for name, share in kept.items()],
         sublayers=[SublayerPlan("l.0.q", 0, "q_proj", (64, 48), None, 9, 9, 48, False, 999, loss)],
-        provenance={"calibration": "key"},
+        provenance={"calibration": "key", "model": {"parameters": 4000}},
     )
 
 
@@ -180,6 +271,6 @@ def test_what_a_predicted_loss_is(metric: str, calibrated: bool, told: str) -> N
     made = plan("uniform", {"q_proj": 0.8}, 1.0, metric=metric)
     made.provenance["calibration"] = "key" if calibrated else None
     lines = shown(plan_view(made, 200))
-    assert lines[0] == "Ranks at keep 0.8 (uniform)"
+    assert lines[0] == "Share of each sublayer at keep 0.8 (uniform)"
     (line,) = [line for line in lines if line.startswith(" predicted loss")]
     assert told in line

@@ -29,6 +29,7 @@ from hisvd_cli.device import pick_device
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, UsageError
 from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
+from hisvd_cli.model_card import perplexity_results, update_card
 from hisvd_cli.moments import exact_device
 from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan
@@ -54,6 +55,17 @@ class Outcome:
     seconds: dict[str, float]
     peak_memory_bytes: int
     perplexity: tuple[PerplexityResult, PerplexityResult] | None
+
+    @property
+    def dense_parameters(self) -> int | None:
+        """Parameters of the whole model before; None where an old plan does not say."""
+        return self.plan.model_parameters
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters of the whole model now."""
+        total = self.plan.model_parameters
+        return total and total - self.plan.full_parameters + self.plan.kept_parameters
 
     def document(self) -> dict[str, Any]:
         """Return the outcome as JSON data."""
@@ -263,7 +275,10 @@ def _before_and_after(
         return None
     before = measure(resolved, source, [text], reporter)[0]
     with open_target(resolved, str(path)) as made:
-        return before, measure(resolved, made, [text], reporter)[0]
+        after = measure(resolved, made, [text], reporter)[0]
+    if path.is_dir():  # the card inside a single file was written with it
+        update_card(path, perplexity_results([after], [before]))
+    return before, after
 
 
 def peak_memory() -> int:

@@ -58,6 +58,33 @@ def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
     return make_plans(resolved, source, calibration, reporter)
 
 
+def check_sublayers(resolved: Resolved, patterns: Sequence[str]) -> None:
+    """Find out before any work whether patterns match planned sublayers. Raises UsageError."""
+    _chosen(resolved, dissect(named_source(resolved)), patterns)
+
+
+def sublayer_spectra(
+    resolved: Resolved, patterns: Sequence[str], reporter: Reporter
+) -> list[Spectrum]:
+    """Return the spectra that a plan looks at, of the sublayers that match a pattern.
+
+    Raises:
+        UsageError: a pattern that matches nothing.
+    """
+    source = named_source(resolved)
+    anatomy = dissect(source)
+    names = _chosen(resolved, anatomy, patterns)
+    calibration = find_calibration(resolved, source, reporter)
+    spectra = _spectra(resolved, source, anatomy, calibration, reporter)
+    return [s for s in spectra if s.name in names]
+
+
+def _chosen(resolved: Resolved, anatomy: Anatomy, patterns: Sequence[str]) -> set[str]:
+    knobs = resolved.settings.plan
+    planned = select(anatomy.sublayers, knobs.include, knobs.exclude)
+    return {s.name for s in select(planned, patterns, [])}
+
+
 def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[str]) -> None:
     """Refuse a file that a plan cannot go to, before any work.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from hisvd_cli.errors import UsageError
 from hisvd_cli.options import Run, option, with_settings
 
 
@@ -19,28 +20,60 @@ def convert(
         typer.Argument(help="Checkpoint folder, or a .pt file of hisvd.", metavar="CHECKPOINT"),
     ],
     to: Annotated[
-        Literal["hf", "pt", "dense"],
+        Literal["hf", "pt", "dense"] | None,
         option(
             "--to",
             text="hf: low-rank folder; pt: one file; dense: plain model, pairs multiplied.",
             metavar="FORM",
         ),
-    ],
+    ] = None,
     output: Annotated[
-        Path, option("--output", "-o", text="Folder or file to write.", metavar="PATH")
-    ],
+        Path | None, option("--output", "-o", text="Folder or file to write.", metavar="PATH")
+    ] = None,
     overwrite: Annotated[bool, option("--overwrite", text="Replace what stands there.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        option(
+            "--push-to-hub",
+            text="Upload to this repository what --to wrote, or the checkpoint as it is.",
+            metavar="REPO",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, option("--private", text="Make a new repository on the hub private.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        option("--revision", text="Branch on the hub to upload to.", metavar="BRANCH"),
+    ] = None,
 ) -> None:
-    """Write a checkpoint in another form, shard by shard.
+    """Write a checkpoint in another form, shard by shard, or upload it to the hub.
 
-    Example: hisvd convert demo-0.6 --to dense --output demo-dense
+    Examples: hisvd convert demo-0.6 --to dense --output demo-dense
+
+    hisvd convert demo-0.6 --push-to-hub me/demo-0.6
     """
-    from hisvd_cli.build.conversion import convert_checkpoint
+    from hisvd_cli.build.publishing import Hub, check_request, publish
     from hisvd_cli.views import size_text
 
-    shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
-    size = convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes)
-    run.console.show(f"{output}: {size_text(size)}")
-    run.console.result({"output": str(output), "to": to, "bytes": size}, str(output))
-    following = "inspect" if to == "pt" else "eval"
-    run.console.next_command(f"hisvd {following} {shlex.quote(str(output))}")
+    hub = Hub(push_to_hub, private, revision) if push_to_hub else None
+    if hub is None and (private or revision):
+        raise UsageError("--private and --revision say how to upload.", "Add --push-to-hub REPO.")
+    check_request(checkpoint, to, output, hub)
+    document: dict[str, Any] = {"output": str(output or checkpoint)}
+    line = str(output)
+    if to is not None and output is not None:
+        from hisvd_cli.build.conversion import convert_checkpoint  # loads torch
+
+        shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
+        size = convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes)
+        run.console.show(f"{output}: {size_text(size)}")
+        document |= {"to": to, "bytes": size}
+    if hub is not None:
+        line = publish(output or checkpoint, hub)
+        run.console.show(line)
+        document["url"] = line
+    run.console.result(document, line)
+    if output is not None:
+        following = "inspect" if to == "pt" else "eval"
+        run.console.next_command(f"hisvd {following} {shlex.quote(str(output))}")

@@ -38,7 +38,7 @@ def inspect(
 
     model = run.settings.model
     found = audit(target, model.revision, model.trust_remote_code, check_values, run.console)
-    run.console.show(audit_view(found, run.console.width))
+    run.console.show(audit_view(found, run.console.width, run.console.verbose))
     run.console.result(found.document(), found.line())
     if found.problems:
         raise typer.Exit(1)

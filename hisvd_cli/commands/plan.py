@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
@@ -22,9 +23,25 @@ def plan(
     tables: Annotated[
         bool, option("--tables", text="Show all ranks of each plan that is compared, too.")
     ] = False,
+    spectrum_of: Annotated[
+        list[str] | None,
+        option(
+            "--spectrum-of",
+            text="Draw the spectra of sublayers that match this glob of a name or type "
+            "(repeatable).",
+            metavar="NAME",
+        ),
+    ] = None,
+    list_profiles: Annotated[
+        bool,
+        option(
+            "--list-profiles",
+            text="List the profiles that hisvd brings, and the published figures, and stop.",
+        ),
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Show which rank every sublayer would get, before any decomposition.
+    """Show what every sublayer would keep, before any decomposition; its rank, with --verbose.
 
     Uses the model's calibration where there is one, and the weights alone where there is none.
 
@@ -32,8 +49,11 @@ def plan(
 
     hisvd plan --model demo --allocator hisvd --allocator uniform
     """
+    if list_profiles:
+        _list_profiles(run)
+        return
     from hisvd_cli.build.forecast import forecast_plan
-    from hisvd_cli.build.plans import check_plan_file, plan_model
+    from hisvd_cli.build.plans import check_plan_file, check_sublayers, plan_model
     from hisvd_cli.plan_views import comparison_view, plan_forecast_view, plan_view
 
     if dry_run:
@@ -44,18 +64,44 @@ def plan(
     chosen = run.settings.plan
     if output is not None:
         check_plan_file(output, chosen.ratio, chosen.allocator)
+    if spectrum_of:
+        check_sublayers(run.resolved, spectrum_of)
     plans = plan_model(run.resolved, run.console)
     compared = len(chosen.allocator) > 1
     for made in plans if tables or not compared else ():
-        run.console.show(plan_view(made, run.console.width))
+        run.console.show(plan_view(made, run.console.width, run.console.verbose))
     if compared:
         run.console.show(comparison_view(plans, run.console.width))
     if output is not None and run.first:
         plans[0].save(output)
     documents = [made.document() for made in plans]
     document = documents[0] if len(documents) == 1 else {"plans": documents}
+    if spectrum_of:
+        document = {**document, "spectra": _show_spectra(run, plans, spectrum_of)}
     run.console.result(document, " ".join(f"{made.model_ratio:.4f}" for made in plans))
     run.console.next_command(_next_command(run, plans[0], output))
+
+
+def _list_profiles(run: Run) -> None:
+    from hisvd_cli.profile_views import profiles_view
+    from hisvd_cli.shipped import shipped_profiles
+
+    profiles = shipped_profiles()
+    run.console.show(profiles_view(profiles))
+    document = {"profiles": [profile.document() for profile in profiles]}
+    run.console.result(document, " ".join(profile.name for profile in profiles))
+
+
+def _show_spectra(run: Run, plans: Sequence[Plan], patterns: list[str]) -> list[dict[str, Any]]:
+    """Draw the spectra that match; return them as JSON data."""
+    from hisvd_cli.build.plans import sublayer_spectra
+    from hisvd_cli.plan_views import spectra_view
+    from hisvd_cli.reporter import Silent
+
+    spectra = sublayer_spectra(run.resolved, patterns, Silent())  # the plan has told all of it
+    for made in plans:
+        run.console.show(spectra_view(spectra, made, run.console.width))
+    return [{"name": s.name, "energy": s.energy.tolist()} for s in spectra]
 
 
 def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
