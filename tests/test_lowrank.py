@@ -123,8 +123,13 @@ def test_gradients_reach_all_tensors() -> None:
     assert b.shape == (M,)
 
 
+@pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("shape", [(M,), (3, M), (2, 3, M), (0, M), (2, 0, M)])
-def test_wide_pivoted_outputs_are_those_of_the_product(shape: tuple[int, ...]) -> None:
+def test_wide_pivoted_outputs_are_those_of_the_product(
+    shape: tuple[int, ...], gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gathered:
+        monkeypatch.setattr("hisvd_cli.lowrank._MULTIPLICATIONS", 0)
     u, v, _ = factors()
     layer = layer_of(v.T.contiguous(), u.T.contiguous(), torch.arange(N).double(), "pivoted")
     x = torch.randn(shape, dtype=torch.float64)
@@ -134,10 +139,13 @@ def test_wide_pivoted_outputs_are_those_of_the_product(shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("size", [(M, N), (N, M)])
 def test_many_tokens_at_once_are_what_they_are_one_by_one(
-    size: tuple[int, int], with_bias: bool
+    size: tuple[int, int], with_bias: bool, gathered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if gathered:
+        monkeypatch.setattr("hisvd_cli.lowrank._MULTIPLICATIONS", 0)
     (m, n), generator = size, torch.Generator().manual_seed(0)
     u, v, b, x = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
