@@ -123,14 +123,42 @@ def test_gradients_reach_all_tensors() -> None:
     assert b.shape == (M,)
 
 
+@pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("shape", [(M,), (3, M), (2, 3, M), (0, M), (2, 0, M)])
-def test_wide_pivoted_outputs_are_those_of_the_product(shape: tuple[int, ...]) -> None:
+def test_wide_pivoted_outputs_are_those_of_the_product(
+    shape: tuple[int, ...], gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gathered:
+        monkeypatch.setattr("hisvd_cli.lowrank._MULTIPLICATIONS", 0)
     u, v, _ = factors()
     layer = layer_of(v.T.contiguous(), u.T.contiguous(), torch.arange(N).double(), "pivoted")
     x = torch.randn(shape, dtype=torch.float64)
     y = layer(x)
     torch.testing.assert_close(y, x @ (u @ v) + torch.arange(N))
     assert y.view(-1, N).shape == (x.numel() // M, N)  # as models flatten tokens
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("size", [(M, N), (N, M)])
+def test_many_tokens_at_once_are_what_they_are_one_by_one(
+    size: tuple[int, int], with_bias: bool, gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gathered:
+        monkeypatch.setattr("hisvd_cli.lowrank._MULTIPLICATIONS", 0)
+    (m, n), generator = size, torch.Generator().manual_seed(0)
+    u, v, b, x = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((m, RANK), (RANK, n), (m,), (4 * RANK, n))
+    )
+    layer = layer_of(u, v, b if with_bias else None, "pivoted")
+    found = layer(x)
+    torch.testing.assert_close(found, torch.stack([layer(token) for token in x]))
+    many, single = (
+        torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+        for y in (found, torch.stack([layer(token) for token in x]))
+    )
+    torch.testing.assert_close(many, single)
 
 
 @pytest.mark.parametrize("storage", LAYERS)
@@ -144,10 +172,11 @@ def test_gradients_of_inputs_are_those_of_the_product(storage: str) -> None:
         torch.testing.assert_close(found, 2 * x.detach() @ product.T @ product)
 
 
+@pytest.mark.parametrize("tokens", [RANK, RANK + 1])
 @pytest.mark.parametrize("storage", LAYERS)
-def test_compiles_into_one_graph(storage: str) -> None:
+def test_compiles_into_one_graph(storage: str, tokens: int) -> None:
     layer = layer_of(*factors(), storage=storage)
     # The eager backend traces as any other does and needs no compiler on the machine.
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    x = torch.randn(3, N, dtype=torch.float64)
+    x = torch.randn(tokens, N, dtype=torch.float64)
     torch.testing.assert_close(compiled(x), layer(x))

@@ -235,6 +235,15 @@ def test_saving_again_is_bit_exact(
     assert torch.equal(logits(load(tmp_path)), logits(load(folder.path)))
 
 
+@pytest.mark.parametrize("storage", LAYERS)
+def test_a_model_compiles_into_one_graph(storage: str, pristine: MakeFolder) -> None:
+    model = load(pristine("llama", storage).path)
+    expected = logits(model)
+    # The eager backend traces as any other does and needs no compiler on the machine.
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(model), expected)
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_dequantize_gives_a_plain_dense_model(
     architecture: str, pristine: MakeFolder, tmp_path: Path

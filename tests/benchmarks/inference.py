@@ -1,7 +1,10 @@
-"""Prefill of compressed models beside the dense one: tokens per second, as a ratio in one run.
+"""Speed of compressed models beside the dense one: tokens per second, as a ratio in one run.
 
 All models are in memory together and take turns, so that whatever slows the machine slows all
-alike; medians of some turns, after one that is not counted::
+alike; medians of some turns, after one that is not counted. Prefill is what ``generate`` does with
+a prompt: it fills the cache, and makes logits of the last token alone; ``--logits all`` makes those
+of every token, which takes the dense head as long for a compressed model. ``--decode N`` times N
+tokens after the prompt instead::
 
     python tests/benchmarks/inference.py DENSE COMPRESSED [COMPRESSED …] --threads 2
 """
@@ -21,36 +24,72 @@ from torch import Tensor
 from hisvd_cli.checkpoint import load_model
 
 
-def seconds_of(model: Any, ids: Tensor) -> float:
-    """Return how long one forward pass over ``ids`` ``[1, tokens]`` takes."""
+def prefill_seconds(model: Any, ids: Tensor, keep: int) -> float:
+    """Return how long the pass over a prompt ``ids`` ``[batch, tokens]`` takes.
+
+    Args:
+        keep: make logits of so many tokens, the last; 0 for all.
+    """
     started = time.perf_counter()
     with torch.inference_mode():
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=True, logits_to_keep=keep)
     return time.perf_counter() - started
 
 
-def main() -> None:
-    """Parse arguments, measure, print a line for each model."""
+def decode_seconds(model: Any, ids: Tensor, count: int) -> float:
+    """Return how long ``count`` more tokens of each sequence take, the prompt's own pass apart."""
+    with torch.inference_mode():
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        token = ids[:, -1:]
+        started = time.perf_counter()
+        for _ in range(count):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+        return time.perf_counter() - started
+
+
+def parsed() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", type=Path, nargs="+", help="the dense model first")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=1024, help="of each prompt")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    given = parser.parse_args()
+    parser.add_argument("--logits", choices=["last", "all"], default="last")
+    parser.add_argument("--decode", type=int, default=0, metavar="N")
+    parser.add_argument("--compile", action="store_true", help="the models' forward passes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print a line for each model."""
+    given = parsed()
     torch.set_num_threads(given.threads)
     cpu, dtype = torch.device("cpu"), getattr(torch, given.dtype)
-    models = [load_model(folder, cpu, dtype) for folder in given.folders]
+    models: list[Any] = [load_model(folder, cpu, dtype) for folder in given.folders]
+    if given.compile:
+        for model in models:
+            model.forward = torch.compile(model.forward)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, models[0].config.vocab_size, (1, given.tokens), generator=generator)
-    turns = [[seconds_of(model, ids) for model in models] for _ in range(given.turns + 1)][1:]
+    size = (given.batch, given.tokens)
+    ids = torch.randint(0, models[0].config.vocab_size, size, generator=generator)
+
+    def seconds(model: Any) -> float:
+        if given.decode:
+            return decode_seconds(model, ids, given.decode)
+        return prefill_seconds(model, ids, int(given.logits == "last"))
+
+    turns = [[seconds(model) for model in models] for _ in range(given.turns + 1)][1:]
+    made = given.batch * (given.decode or given.tokens)
     dense = median(turn[0] for turn in turns)
     for i, folder in enumerate(given.folders):
         own = median(turn[i] for turn in turns)
         ratio = median(turn[0] / turn[i] for turn in turns)
         sys.stdout.write(
-            f"{folder.name}: {given.tokens / own:.0f} tokens/s, {ratio:.2f} × the dense model "
-            f"({given.tokens / dense:.0f})\n"
+            f"{folder.name}: {made / own:.1f} tokens/s, {ratio:.2f} × the dense model "
+            f"({made / dense:.1f})\n"
         )
 
 
