@@ -16,6 +16,7 @@ PACKAGE = Path(hisvd_cli.__file__).parent
 MATHS = [
     *("budget.py", "spectrum.py", "moments.py", "statistics.py", "metric.py", "held_out.py"),
     *("lowrank.py", "registry.py", "hull.py", "pivot.py", "eigen.py", "single.py", "truncation.py"),
+    *("intervals.py", "divergence.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
     *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),
 ]
@@ -29,6 +30,7 @@ INTERFACE = (
     "console",
     "views",
     "plan_views",
+    "evaluation_views",
 )
 
 

@@ -238,7 +238,7 @@ def _evaluation_text(resolved: Resolved, source: Source) -> Text | None:
     wanted = resolved.settings.compress.evaluate
     if wanted is False or (wanted is None and default_dataset(source) != source.name):
         return None
-    text = pick_texts(resolved, source)[0]
+    text = pick_texts(resolved, [source])[0]
     settings = resolved.settings.eval
     # For the error that too short a text raises: now, not after the compression.
     evaluation_windows(text, source, window_length(settings.seqlen, source), settings.windows)
