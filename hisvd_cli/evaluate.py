@@ -96,15 +96,21 @@ class Sums:
 
     def first(self, count: int) -> Sums:
         """Return the sums of the first ``count`` windows."""
-        return Sums(*(None if part is None else part[:count] for part in self._parts()))
+        kl = None if self.kl is None else self.kl[:count]
+        agreed = None if self.agreed is None else self.agreed[:count]
+        return Sums(self.nats[:count], kl, agreed)
 
     def joined(self, more: Sums) -> Sums:
         """Return these sums with those of the windows that follow."""
-        pairs = zip(self._parts(), more._parts(), strict=True)
-        return Sums(*(a if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
+        return Sums(
+            torch.cat([self.nats, more.nats]),
+            _joined(self.kl, more.kl),
+            _joined(self.agreed, more.agreed),
+        )
 
-    def _parts(self) -> tuple[Any, ...]:
-        return self.nats, self.kl, self.agreed
+
+def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else torch.cat([one, other])
 
 
 @dataclass(frozen=True)

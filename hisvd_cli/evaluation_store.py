@@ -46,7 +46,7 @@ class Store:
             if document["key"] != key:
                 return None
             kept = document["sums"]
-            return Sums(**{part.name: _read(kept[part.name]) for part in fields(Sums)})
+            return Sums(_rows(kept["nats"]), _read(kept["kl"]), _read(kept["agreed"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -67,8 +67,10 @@ def open_store() -> Store:
 
 
 def _read(rows: list[list[float | None]] | None) -> Tensor | None:
-    if rows is None:
-        return None
+    return None if rows is None else _rows(rows)
+
+
+def _rows(rows: list[list[float | None]]) -> Tensor:
     values = [[math.nan if value is None else value for value in row] for row in rows]
     return torch.tensor(values, dtype=torch.float64)
 

@@ -45,13 +45,12 @@ def _table(grid: Grid, results: Sequence[PerplexityResult]) -> Table:
     for column in [*columns, *(["KL", "agreement"] if compared else [])]:
         table.add_column(column, justify="right", no_wrap=True)
     names = _short_names([row.model for row in grid.rows()])
-    if compared:
-        names[0] += " (baseline)"
-    for name, result in zip(names, results, strict=True):
+    for i, (name, result) in enumerate(zip(names, results, strict=True)):
         cells = _cells(result, results[0] if compared else None)
         table.add_row(name, *(value for value, _ in cells))
-        if any(bounds for _, bounds in cells):
-            table.add_row("", *(bounds for _, bounds in cells), style="dim")
+        below = ["(baseline)" if compared and i == 0 else "", *(bounds for _, bounds in cells)]
+        if any(below):
+            table.add_row(*below, style="dim")
     return table
 
 
@@ -103,14 +102,14 @@ def _ranking(comparisons: Sequence[Comparison]) -> str:
     known |= {(each.other, each.model): each for each in comparisons}
     models = list(dict.fromkeys(name for pair in known for name in pair))
 
-    def order(one: str, two: str) -> float:
+    def order(one: str, two: str) -> int:
         each = known.get((one, two))
         if each is None:
             return 0
-        difference = each.difference if each.model == one else -each.difference
-        return -difference if each.figure == "agreement" else difference
+        first_is_less = (each.difference < 0) == (each.model == one)
+        return -1 if first_is_less != (each.figure == "agreement") else 1
 
-    ranked = sorted(models, key=cmp_to_key(lambda a, b: -1 if order(a, b) < 0 else 1))
+    ranked = sorted(models, key=cmp_to_key(order))
     names = dict(zip(models, _short_names(models), strict=True))
     text = names[ranked[0]]
     for better, worse in pairwise(ranked):

@@ -35,7 +35,7 @@ def block_sums(values: Tensor) -> Tensor:
     in float64."""
     short = -values.shape[1] % BLOCK
     padded = torch.nn.functional.pad(values.double(), (0, short))
-    return padded.unflatten(1, (-1, BLOCK)).sum(-1)
+    return padded.view(len(values), -1, BLOCK).sum(-1)
 
 
 def draws_windows(sums: Tensor) -> bool:

@@ -96,7 +96,7 @@ class Streamed:
     def run(self, ids: Tensor) -> Iterator[Output]:
         """Yield the output of each batch. Raises NumericalError for weights that are not finite."""
         walk = self._walk
-        width = walk.model.get_input_embeddings().weight.shape[-1]
+        width = int(walk.model.config.get_text_config().hidden_size)
         together = _HIDDEN_BYTES // (ids.shape[1] * width * walk.dtype.itemsize)
         for chunk in ids.split(max(walk.batch, together // walk.batch * walk.batch)):
             walk.embed(chunk)
@@ -130,7 +130,7 @@ class Head:
         def stub(*_args: Any, **_kwargs: Any) -> BaseModelOutputWithPast:
             return BaseModelOutputWithPast(last_hidden_state=state)
 
-        decoder = self._model.get_decoder()
+        decoder: nn.Module = self._model.get_decoder()
         decoder.forward = stub
         try:
             with torch.inference_mode():
@@ -144,8 +144,9 @@ class Head:
 class _Tap:
     """Keeps what a model's decoder returned last."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder = model.get_decoder()
+        self._decoder: nn.Module | None = None if decoder is model else decoder
         self._seen: Tensor | None = None
 
     @contextmanager
