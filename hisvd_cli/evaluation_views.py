@@ -68,13 +68,13 @@ def _cells(result: PerplexityResult, baseline: PerplexityResult | None) -> list[
         cells.append((_times(result, baseline), ""))
     cells.append(cell("bits_per_byte", result.bits_per_byte, "{:.3f}".format))
     if baseline is not None:
-        cells.append(cell("kl", result.kl, "{:.3g}".format))
+        cells.append(cell("kl", result.kl, "{:#.3g}".format))
         cells.append(cell("agreement", result.agreement, lambda share: f"{share:.1%}"))
     return cells
 
 
 def _short(perplexity: float) -> str:
-    return f"{perplexity:.4g}" if perplexity < 1e4 else f"{perplexity:.2e}"
+    return f"{perplexity:#.4g}" if perplexity < 1e4 else f"{perplexity:.2e}"
 
 
 def _times(result: PerplexityResult, baseline: PerplexityResult) -> str:
