@@ -123,12 +123,12 @@ class Head:
     def logits(self, ids: Tensor, final: Tensor) -> Tensor:
         """Return the logits ``[B, L, V]`` of tokens ``[B, L]`` and the decoder's output for
         them."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Given
 
         state = final.to(self._device)
 
-        def stub(*_args: Any, **_kwargs: Any) -> BaseModelOutputWithPast:
-            return BaseModelOutputWithPast(last_hidden_state=state)
+        def stub(*_args: Any, **_kwargs: Any) -> Given:
+            return Given(last_hidden_state=state)
 
         decoder: nn.Module = self._model.get_decoder()
         decoder.forward = stub

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hisvd_cli import measurement
 from hisvd_cli.data import Text, load_text, token_ends
@@ -175,6 +175,17 @@ def test_streamed_and_replayed_logits_are_the_models_own(
                 head.logits(ids[2:], states.read(2, 1)),
             ]
         assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_model_whose_blocks_are_not_found_can_be_a_baseline(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    source, ids = open_source(str(tmp_path)), random_tokens(2, 24)
+    with open_pass(source, Placement(CPU.device, CPU.dtype, 2)) as model:
+        (output,) = model.run(ids)
+    assert output.final is not None
+    with open_head(source, CPU) as head:
+        assert torch.equal(head.logits(ids, output.final), output.logits)
 
 
 def test_divergence_and_its_interval_are_those_of_numpy() -> None:
