@@ -22,6 +22,8 @@ from hisvd_cli.hidden_states import StatesHome
 from hisvd_cli.skeleton import SUPPORTED, build_meta_model, decoder_blocks, tensor_names
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hisvd_cli.source import Source
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -40,6 +42,8 @@ class BlockWalk:
         dtype: in which blocks are run.
         batch: sequences per forward pass.
         home: where hidden states live; by default on the device.
+        model: its structure on the meta device, where that is not the dense one of its config.
+        refuse_nonfinite: stop at a block whose output is not finite.
     """
 
     def __init__(
@@ -49,13 +53,17 @@ class BlockWalk:
         dtype: torch.dtype,
         batch: int,
         home: StatesHome | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        refuse_nonfinite: bool = True,
     ) -> None:
         self.source = source
         self.device = device
         self.dtype = dtype
         self.batch = batch
         self.home = home or StatesHome(device)
-        self.model = build_meta_model(source, dtype).requires_grad_(False)
+        self.model = (model or build_meta_model(source, dtype)).requires_grad_(False)
+        self._refuse_nonfinite = refuse_nonfinite
         self.prefix, self.layers = decoder_blocks(self.model)
         self.names = tensor_names(self.model, source)
         self._shapes = {name: t.shape for name, t in self.model.state_dict().items()}
@@ -144,18 +152,31 @@ class BlockWalk:
         """
         leaf = state.to(self.device, self.dtype).requires_grad_()
         on_device = ids.to(self.device)
-        last = len(self.layers) - 1
-
-        def stub(index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            passed = leaf if index == last else args[0] if args else kwargs["hidden_states"]
-            return (passed,) if self._as_tuple else passed
-
-        with torch.enable_grad(), self._stubbed(stub):
-            logits = self.model(input_ids=on_device, use_cache=False).logits[0, :-1].float()
+        with torch.enable_grad():
+            logits = self.logits(on_device, leaf)[0, :-1].float()
             loss = nn.functional.cross_entropy(logits, on_device[0, 1:], reduction="sum")
         if not bool(loss.isfinite()):
             raise NumericalError("The loss is NaN or infinite.", overflow_hint(self.dtype))
         return torch.autograd.grad(loss, leaf)[0]
+
+    def logits(self, ids: Tensor, state: Tensor) -> Tensor:
+        """Return the logits ``[B, L, vocabulary]`` for the last block's output.
+
+        Within :meth:`whole_outside`, after :meth:`embed`.
+
+        Args:
+            ids: tokens ``[B, L]``, on the walk's device.
+            state: the last block's output for them ``[B, L, d]``.
+        """
+        last = len(self.layers) - 1
+
+        def stub(index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            passed = state if index == last else args[0] if args else kwargs["hidden_states"]
+            return (passed,) if self._as_tuple else passed
+
+        with self._stubbed(stub):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     def _forward(self, index: int, part: Tensor) -> Tensor:
         args, kwargs = self._arguments[len(part)][index]
@@ -166,7 +187,7 @@ class BlockWalk:
     @torch.no_grad()
     def _run(self, index: int, part: Tensor) -> Tensor:
         state = self._forward(index, part)
-        if not bool(state.isfinite().all()):
+        if self._refuse_nonfinite and not bool(state.isfinite().all()):
             raise NumericalError(
                 f"The output of block {index} is NaN or infinite.", overflow_hint(self.dtype)
             )
@@ -174,7 +195,7 @@ class BlockWalk:
 
     def free(self, index: int) -> None:
         """Give back the memory of block ``index``."""
-        _drop_weights(self.layers[index], recurse=True)
+        drop_weights(self.layers[index], recurse=True)
 
     def _read(self, name: str) -> Tensor:
         tensor = self.source.weights.read(self.names[name])
@@ -205,7 +226,7 @@ class BlockWalk:
             head.weight = embedding.weight
         yield
         self._empty_outside()
-        _drop_weights(head, recurse=False)
+        drop_weights(head, recurse=False)
 
     def _fill_outside(self, with_head: bool = False) -> None:
         head = self.model.get_output_embeddings()
@@ -219,7 +240,7 @@ class BlockWalk:
 
     def _empty_outside(self) -> None:
         for module, _, _ in self._outside():
-            _drop_weights(module, recurse=False)
+            drop_weights(module, recurse=False)
 
     def _record(self, ids: Tensor) -> Tensor:
         """Return the first block's input ``[B, L, d]`` and keep every block's other arguments."""
@@ -301,7 +322,7 @@ def _same(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
     return same
 
 
-def _drop_weights(module: nn.Module, recurse: bool) -> None:
+def drop_weights(module: nn.Module, recurse: bool) -> None:
     """Send parameters to the meta device; buffers, which no file may hold, stay."""
     for part in module.modules() if recurse else [module]:
         for name, parameter in list(part.named_parameters(recurse=False)):

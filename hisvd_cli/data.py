@@ -236,6 +236,29 @@ def tokenize(text: Text, source: Source) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
+def token_ends(text: Text, source: Source) -> tuple[Tensor, Tensor | None]:
+    """Return the token ids ``[T]`` of a whole text, and where in it each ends ``[T]``.
+
+    Ends are counted in UTF-8 bytes from the start of the text, and never fall: a character that
+    several tokens share ends with the first of them, what a tokenizer skips belongs to the token
+    behind it, and a token that stands for no text ends where the one before it does. So the
+    difference of two ends is exactly the bytes of the text between them.
+
+    Ends are None for a tokenizer that cannot say where its tokens stand (one without a fast form).
+    """
+    import torch
+
+    if not source.tokenizer.is_fast:
+        return tokenize(text, source), None
+    encoded = source.tokenizer(text.content, verbose=False, return_offsets_mapping=True)
+    data = torch.frombuffer(bytearray(text.content.encode()), dtype=torch.uint8)
+    # Bytes of the form 10xxxxxx go on with a character that began before them.
+    starts = ((data & 0xC0) != 0x80).nonzero().flatten()
+    places = torch.cat([starts, torch.tensor([len(data)])])  # of each character, and of the end
+    ends = places[torch.tensor([end for _, end in encoded["offset_mapping"]])]
+    return torch.tensor(encoded["input_ids"], dtype=torch.long), ends.cummax(0).values
+
+
 def sample_windows(tokens: Tensor, samples: int, seqlen: int, seed: int, name: str) -> Tensor:
     """Draw windows ``[S, L]`` without overlap; S is less than ``samples`` where the text is short.
 

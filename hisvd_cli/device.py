@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 
 from hisvd_cli.distributed import own_gpu
@@ -46,3 +49,13 @@ def pick_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32" if stored == "float16" and device.type == "cpu" else stored
     return _RUNNABLE.get(name, torch.float32)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a device has left, or None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = Path("/proc/meminfo")
+    if known.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", known.read_text())):
+        return int(found[1]) * 1024
+    return None

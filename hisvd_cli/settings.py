@@ -292,7 +292,14 @@ class EvalSettings(Section):
     )
     windows: int = _setting(0, "Only the first so many windows of the text; 0 takes all.", ge=0)
     batch: int = _setting(1, "Windows per forward pass.", ge=1)
-    baseline: str | None = _setting(None, "Model to measure beside it, named as for --model.")
+    baseline: str | None = _setting(
+        None, "Model to hold the others against, named as for --model: adds KL and agreement."
+    )
+    stream: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Hold one block of a model in memory at a time: on, off, or auto: where its weights do not "
+        "fit. The numbers are the same.",
+    )
 
 
 class Settings(Section):

@@ -58,6 +58,29 @@ def build_meta_model(
     return model
 
 
+def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model without weights as it lies on disk: with low-rank layers where it is
+    compressed.
+
+    Raises:
+        UnsupportedModelError: see :func:`build_meta_model`.
+        SourceError: the ranks in its config do not fit the model.
+    """
+    model = build_meta_model(source, dtype, compressed=True)
+    if source.quantization.get("quant_method") == "hisvd":
+        from hisvd_cli.transformers_plugin import HiSVDConfig, replace_linears
+
+        try:
+            config = HiSVDConfig(**source.quantization)
+            replace_linears(model, config.ranks, config.storage)
+        except ValueError as error:
+            raise SourceError(
+                f"{source.name} cannot be built: {reason(error)}",
+                f"Look closer with: hisvd inspect {source.name}",
+            ) from error
+    return model
+
+
 def _check_precision(source: Source, compressed: bool) -> None:
     method = source.quantization.get("quant_method")
     if method == "hisvd" and not compressed:

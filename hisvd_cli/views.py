@@ -14,7 +14,6 @@ from hisvd_cli.charts import HeatMap, Shaded, short_name
 if TYPE_CHECKING:
     from hisvd_cli.audit import Audit
     from hisvd_cli.build.compression import Outcome
-    from hisvd_cli.build.evaluation import Evaluation
     from hisvd_cli.calibration import Calibration
     from hisvd_cli.evaluate import PerplexityResult
 
@@ -160,7 +159,7 @@ def _before_and_after(outcome: Outcome) -> Table:
     if outcome.perplexity:
         before, after = outcome.perplexity
         texts = (perplexity_text(before), perplexity_text(after))
-        table.add_row("perplexity", *texts, _times(after, before))
+        table.add_row("perplexity", *texts, times_text(after, before))
     return table
 
 
@@ -170,6 +169,13 @@ def perplexity_text(result: PerplexityResult) -> str:
         windows = result.nonfinite_windows
         return f"not finite (window {windows[0]})" if windows else "not finite"
     return f"{result.perplexity:#.4g}" if result.perplexity < 1e4 else f"{result.perplexity:.3e}"
+
+
+def times_text(result: PerplexityResult, baseline: PerplexityResult) -> str:
+    """Return how many times as large a perplexity is as the baseline's."""
+    if result.perplexity is None or baseline.perplexity is None:
+        return "-"
+    return f"{result.perplexity / baseline.perplexity:.2f} ×"
 
 
 def audit_view(audit: Audit, width: int, ranks: bool = False) -> RenderableType:
@@ -212,24 +218,3 @@ def _problems(problems: list[str]) -> list[Text]:
     if len(problems) > _MAX_PROBLEMS:
         lines.append(Text(f"  and {len(problems) - _MAX_PROBLEMS} more (--json lists all)"))
     return lines
-
-
-def evaluation_view(evaluation: Evaluation) -> RenderableType:
-    """Show perplexities, a line per text, the baseline's beside them."""
-    beside = evaluation.baseline
-    names = ["dataset", "perplexity"] + (["baseline", "ratio"] if beside else [])
-    table = make_table(*names, "tokens", "windows")
-    for i, result in enumerate(evaluation.results):
-        cells = [result.dataset.rpartition("/")[2], perplexity_text(result)]
-        if beside:
-            cells += [perplexity_text(beside[i]), _times(result, beside[i])]
-        table.add_row(*cells, f"{result.tokens:,}", f"{result.windows} × {result.seqlen}")
-    first = evaluation.results[0]
-    note = Text(f"BOS: {first.bos}. Text {first.dataset_hash[:12]}.", style="dim")
-    return Group(Text(evaluation.model, style="bold"), table, note)
-
-
-def _times(result: PerplexityResult, baseline: PerplexityResult) -> str:
-    if result.perplexity is None or baseline.perplexity is None:
-        return "-"
-    return f"{result.perplexity / baseline.perplexity:.2f} ×"

@@ -161,23 +161,57 @@ INSPECT = strict(
     problems={"type": "array", "items": TEXT},
 )
 
+SIGNED: Schema = {"type": "number"}
+INTERVAL = maybe({"type": "array", "items": SIGNED, "minItems": 2, "maxItems": 2})
 RESULTS = rows(
     dataset=TEXT,
     split=TEXT,
     perplexity=maybe(NUMBER),
+    bits_per_byte=maybe(NUMBER),
+    kl=maybe(SIGNED),
+    agreement=maybe(SHARE),
+    intervals=strict(perplexity=INTERVAL, bits_per_byte=INTERVAL, kl=INTERVAL, agreement=INTERVAL),
+    bootstrap=strict(
+        unit={"enum": ["windows", "blocks of tokens"]},
+        units=COUNT,
+        draws=COUNT,
+        seed=COUNT,
+        level=SHARE,
+    ),
     tokens=COUNT,
+    bytes=maybe(COUNT),
     windows=COUNT,
     seqlen=COUNT,
     bos=TEXT,
     dataset_hash=SHA256,
     nonfinite_windows={"type": "array", "items": COUNT},
 )
+COMPARISONS: Schema = {
+    "type": "array",
+    "items": strict(
+        dataset=TEXT,
+        figure={"enum": ["nats_per_token", "kl", "agreement"]},
+        model=TEXT,
+        other=TEXT,
+        difference=SIGNED,
+        interval=INTERVAL,
+        better=maybe(TEXT),
+    ),
+}
+BASELINE = maybe(strict(model=TEXT, results=RESULTS))
 EVAL = strict(
     model=TEXT,
     results=RESULTS,
-    baseline=maybe(strict(model=TEXT, results=RESULTS)),
+    baseline=BASELINE,
+    comparisons=COMPARISONS,
     efficiency={"type": "null"},
     tasks={"type": "null"},
+)
+EVALS = strict(
+    evaluations={"type": "array", "items": EVAL},
+    baseline=BASELINE,
+    comparisons=COMPARISONS,
+    failures={"type": "array", "items": strict(model=TEXT, message=TEXT)},
 )
 
 COMPRESS = strict(

@@ -17,6 +17,7 @@ MATHS = [
     *("budget.py", "spectrum.py", "moments.py", "statistics.py", "metric.py", "held_out.py"),
     *("lowrank.py", "registry.py", "hull.py", "pivot.py", "eigen.py", "single.py", "truncation.py"),
     *("products.py", "subspace.py", "tridiagonal.py"),
+    *("intervals.py", "divergence.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
     *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),
 ]
@@ -32,6 +33,7 @@ INTERFACE = (
     "plan_views",
     "profile_views",
     "charts",
+    "evaluation_views",
 )
 
 

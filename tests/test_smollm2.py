@@ -59,9 +59,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _perplexity(folder: Path, target: str, windows: int = 20) -> float:
+def _evaluate(folder: Path, *targets: str, windows: int = 20) -> dict[str, Any]:
     options = ["--dataset", str(DATA / "test.raw.txt"), "--seqlen", "1024"]
-    result = _hisvd(folder, "eval", target, *options, "--windows", str(windows))
+    return _hisvd(folder, "eval", *targets, *options, "--windows", str(windows))
+
+
+def _perplexity(folder: Path, *targets: str, windows: int = 20) -> float:
+    result = _evaluate(folder, *targets, windows=windows)
     return float(result["results"][0]["perplexity"])
 
 
@@ -69,7 +73,7 @@ def test_dense_perplexity_equals_an_independent_loop(workspace: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model_folder = next((workspace / "cache" / "gguf").iterdir())
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     text = (DATA / "test.raw.txt").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(model_folder)(text, return_tensors="pt").input_ids
     losses = []
@@ -78,7 +82,8 @@ def test_dense_perplexity_equals_an_independent_loop(workspace: Path) -> None:
         with torch.no_grad():
             losses.append(float(model(window, labels=window).loss))
     by_hand = math.exp(sum(losses) / len(losses))
-    assert _perplexity(workspace, GGUF, windows=3) == pytest.approx(by_hand, rel=1e-3)
+    measured = _perplexity(workspace, GGUF, "--dtype", "float32", windows=3)
+    assert measured == pytest.approx(by_hand, rel=1e-3)
 
 
 def test_plan_is_exact_and_quick_once_spectra_are_cached(workspace: Path) -> None:
@@ -120,6 +125,31 @@ def test_best_reaches_its_perplexity(workspace: Path, ratio: str, limit: float) 
     assert audit["problems"] == []
     assert float(ratio) - 0.0005 <= audit["ratio"] <= float(ratio)
     assert DENSE < _perplexity(workspace, target) <= limit * ROOM
+
+
+def test_eight_windows_order_the_methods(workspace: Path) -> None:
+    """Uses what the tests above made where they ran, and makes it where they did not."""
+    made = ("compress", "--model", GGUF, "--ratio", "0.8")
+    text = ("--dataset", str(DATA / "validation.tokens.txt"), "--samples", "16")
+    best = (*text, "--seqlen", "1024", "--calibration", "gradients", "--preset", "best")
+    plain = ("--calibration", "calibration")
+    methods = {"best-0.8": best, "hisvd-0.8": plain}
+    methods["uniform-0.8"] = (*plain, "--allocator", "uniform")
+    for target, options in methods.items():
+        if not (workspace / target).exists():
+            _hisvd(workspace, *made, *options, "--output", target)
+    found = _evaluate(workspace, *methods, "--baseline", GGUF, windows=8)
+    for figure in ("kl", "nats_per_token", "agreement"):
+        better = {
+            (each["model"], each["other"]): each["better"]
+            for each in found["comparisons"]
+            if each["figure"] == figure
+        }
+        assert better == {
+            ("best-0.8", "hisvd-0.8"): "best-0.8",
+            ("best-0.8", "uniform-0.8"): "best-0.8",
+            ("hisvd-0.8", "uniform-0.8"): "hisvd-0.8",
+        }
 
 
 def test_truncation_error_is_the_predicted_loss(workspace: Path) -> None:

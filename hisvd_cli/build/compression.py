@@ -256,7 +256,7 @@ def _evaluation_text(resolved: Resolved, source: Source) -> Text | None:
     """Return the text to measure before and after, read before the work; None for no measuring."""
     if not _evaluates(resolved, source):
         return None
-    text = pick_texts(resolved, source)[0]
+    text = pick_texts(resolved, [source])[0]
     settings = resolved.settings.eval
     # For the error that too short a text raises: now, not after the compression.
     evaluation_windows(text, source, window_length(settings.seqlen, source), settings.windows)

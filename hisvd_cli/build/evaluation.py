@@ -1,79 +1,128 @@
-"""Settings ─► perplexities of a model, and of a baseline beside it."""
+"""Settings ─► what models are on texts, and beside a baseline: measured once, kept, and reused."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hisvd_cli.audit import part
-from hisvd_cli.build.samples import default_dataset, stored_dtype, window_length
-from hisvd_cli.checkpoint import is_checkpoint, load_model, open_checkpoint
+from hisvd_cli.build.measuring import Bench, Measured
+from hisvd_cli.build.samples import default_dataset, window_length
+from hisvd_cli.checkpoint import is_checkpoint, open_checkpoint
 from hisvd_cli.convert import unpacked
 from hisvd_cli.data import Text, load_text
-from hisvd_cli.device import pick_device, pick_dtype
-from hisvd_cli.errors import DataError, UsageError
-from hisvd_cli.evaluate import PerplexityResult, perplexity
+from hisvd_cli.errors import DataError, HisvdError, UsageError
+from hisvd_cli.evaluate import Comparison, PerplexityResult, compare, result_of
+from hisvd_cli.grid import Evaluation, Failure, Grid
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import DEMO, Source, open_source
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Perplexities of a model, and of its baseline where one was named."""
+def evaluate_models(
+    resolved: Resolved, targets: Sequence[str], reporter: Reporter, fresh: bool = False
+) -> Grid:
+    """Measure models, and hold them against the baseline of the settings.
 
-    model: str
-    results: list[PerplexityResult]
-    baseline_model: str | None = None
-    baseline: list[PerplexityResult] | None = None
+    All models get windows of one length, the longest that each has positions for. Of several
+    models, one that fails leaves the others.
 
-    def document(self) -> dict[str, Any]:
-        """Return the evaluation as JSON data."""
-        baseline = None
-        if self.baseline is not None:
-            rows = [result.document() for result in self.baseline]
-            baseline = {"model": self.baseline_model, "results": rows}
-        return {
-            "model": self.model,
-            "results": [result.document() for result in self.results],
-            "baseline": baseline,
-            "efficiency": None,
-            "tasks": None,
-        }
-
-    def line(self) -> str:
-        """Return the perplexities in one line."""
-        return " ".join(
-            "non-finite" if r.perplexity is None else f"{r.perplexity:.4f}" for r in self.results
-        )
-
-
-def evaluate_model(resolved: Resolved, target: str, reporter: Reporter) -> Evaluation:
-    """Measure a model, and the baseline of the settings beside it.
+    Args:
+        resolved: the settings.
+        targets: checkpoint folders, ``.pt`` files, or any models.
+        reporter: told of progress.
+        fresh: measure again what was measured before.
 
     Raises:
         UsageError: no model is named.
-        DataError: the text is that of the calibration, empty, or too short.
+        DataError: a text is empty, too short, or not to be had.
+        HisvdError: the baseline, or the only model, cannot be evaluated.
     """
-    if not target:
+    if not targets or not all(targets):
         raise UsageError("No model is named.", "Name a checkpoint folder or a model.")
     named = resolved.settings.eval.baseline
     baseline = open_source(named, compressible=False) if named else None
-    with open_target(resolved, target) as source:
-        texts = pick_texts(resolved, source, baseline)
-        check_texts(texts, calibration_of(source), target)
-        # Both in windows of one length, or their perplexities could not be compared.
-        models = [source] if baseline is None else [source, baseline]
-        seqlen = min(window_length(resolved.settings.eval.seqlen, model) for model in models)
-        results = measure(resolved, source, texts, reporter, seqlen)
-    if baseline is None:
-        return Evaluation(target, results)
-    beside = measure(resolved, baseline, texts, reporter, seqlen)
-    return Evaluation(target, results, baseline.name, beside)
+    failures: list[Failure] = []
+    with ExitStack() as stack:
+        sources: list[tuple[str, Source]] = []
+        for target in targets:
+            with _tolerated(target, failures, len(targets) == 1):
+                source = stack.enter_context(open_target(resolved, target))
+                window_length(resolved.settings.eval.seqlen, source)
+                sources.append((target, source))
+        grid = Grid([], None, [], failures, len(targets) == 1)
+        return _fill(grid, resolved, sources, baseline, reporter, fresh) if sources else grid
+
+
+def _fill(
+    grid: Grid,
+    resolved: Resolved,
+    sources: Sequence[tuple[str, Source]],
+    baseline: Source | None,
+    reporter: Reporter,
+    fresh: bool,
+) -> Grid:
+    """Return the grid with everything that can be measured of ``sources`` and the baseline."""
+    every = [source for _, source in sources] + ([baseline] if baseline else [])
+    texts = pick_texts(resolved, every)
+    # Windows of one length for all, or their perplexities could not be compared.
+    seqlen = min(window_length(resolved.settings.eval.seqlen, source) for source in every)
+    bench = Bench(resolved, texts, seqlen, reporter, fresh)
+    cells: dict[str, list[Measured]] = {}
+    with bench.beside(baseline):
+        for target, source in sources:
+            with _tolerated(target, grid.failures, grid.single):
+                check_texts(texts, calibration_of(source), target)
+                cells[target] = bench.measure(source)
+        beside = bench.baseline()
+    dense = baseline.name if baseline else ""
+    return Grid(
+        [
+            Evaluation(target, _results(cell), _comparisons((target, cell), (dense, beside)))
+            for target, cell in cells.items()
+        ],
+        Evaluation(dense, _results(beside)) if beside else None,
+        [each for pair in combinations(cells.items(), 2) for each in _comparisons(*pair)],
+        grid.failures,
+        grid.single,
+    )
+
+
+def _results(cell: Sequence[Measured]) -> list[PerplexityResult]:
+    return [result_of(each.windows, each.sums) for each in cell]
+
+
+def _comparisons(
+    one: tuple[str, Sequence[Measured]], other: tuple[str, Sequence[Measured]]
+) -> list[Comparison]:
+    """Compare two models on all texts that they read into the same tokens."""
+    return [
+        each
+        for a, b in zip(one[1], other[1], strict=False)
+        if a.windows.key == b.windows.key
+        for each in compare(a.windows, (one[0], a.sums), (other[0], b.sums))
+    ]
+
+
+@contextmanager
+def _tolerated(target: str, failures: list[Failure], alone: bool) -> Iterator[None]:
+    """Note that a model failed in the body, and go on; where it is the only one, fail."""
+    try:
+        yield
+    except HisvdError as error:
+        if alone:
+            raise
+        failures.append(Failure(target, error.message, error.hint))
+    except (MemoryError, torch.OutOfMemoryError):
+        if alone:
+            raise
+        failures.append(Failure(target, "Out of memory.", "Pass --stream on, or lower --batch."))
 
 
 @contextmanager
@@ -88,10 +137,10 @@ def open_target(resolved: Resolved, target: str) -> Iterator[Source]:
         yield open_source(target, model.revision, model.trust_remote_code, compressible=False)
 
 
-def pick_texts(resolved: Resolved, source: Source, baseline: Source | None = None) -> list[Text]:
-    """Load the texts of the settings; where they name none, the default of the model."""
-    fallback = DEMO if _is_demo(source) or (baseline and _is_demo(baseline)) else None
-    names = resolved.settings.eval.dataset or [fallback or default_dataset(source)]
+def pick_texts(resolved: Resolved, sources: Sequence[Source]) -> list[Text]:
+    """Load the texts of the settings; where they name none, the default of the models."""
+    fallback = DEMO if any(map(_is_demo, sources)) else default_dataset(sources[0])
+    names = resolved.settings.eval.dataset or [fallback]
     return [load_text(name, "evaluation") for name in names]
 
 
@@ -126,35 +175,8 @@ def check_texts(texts: Sequence[Text], calibration: dict[str, Any], model: str) 
 
 
 def measure(
-    resolved: Resolved,
-    source: Source,
-    texts: Sequence[Text],
-    reporter: Reporter,
-    seqlen: int | None = None,
+    resolved: Resolved, source: Source, texts: Sequence[Text], reporter: Reporter
 ) -> list[PerplexityResult]:
-    """Measure the perplexity of a model on each text.
-
-    Args:
-        resolved: the settings.
-        source: the model.
-        texts: what it is measured on.
-        reporter: told of progress.
-        seqlen: tokens per window; by default that of the settings.
-    """
-    settings = resolved.settings.eval
-    device = pick_device(resolved.settings.model.device)
-    dtype = pick_dtype(resolved.settings.model.dtype, stored_dtype(source), device)
-    length = seqlen or window_length(settings.seqlen, source)
-    model = load_model(source.folder, device, dtype, source.trust_remote_code)
-    return [
-        perplexity(
-            model,
-            source,
-            text,
-            seqlen=length,
-            windows=settings.windows,
-            batch=settings.batch,
-            reporter=reporter,
-        )
-        for text in texts
-    ]
+    """Measure a model by itself on each text."""
+    seqlen = window_length(resolved.settings.eval.seqlen, source)
+    return _results(Bench(resolved, texts, seqlen, reporter).measure(source))

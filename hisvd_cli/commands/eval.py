@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hisvd_cli.options import Run, keys_of, with_settings
+from hisvd_cli.errors import HisvdError
+from hisvd_cli.options import Run, keys_of, option, with_settings
 
 _MODEL = [key for key in keys_of("model") if key[1] != "name"]
 
@@ -14,20 +16,37 @@ _MODEL = [key for key in keys_of("model") if key[1] != "name"]
 @with_settings([*keys_of("eval"), *_MODEL])
 def evaluate(
     run: Run,
-    target: Annotated[
-        str | None,
+    targets: Annotated[
+        list[str] | None,
         typer.Argument(
-            help="Checkpoint folder, .pt file, or any model.", metavar="MODEL", show_default=False
+            help="Checkpoint folders, .pt files, or any models.",
+            metavar="MODEL...",
+            show_default=False,
         ),
     ] = None,
+    markdown: Annotated[
+        Path | None, option("--markdown", text="Also write a markdown table.", metavar="FILE")
+    ] = None,
+    csv: Annotated[Path | None, option("--csv", text="Also write CSV.", metavar="FILE")] = None,
+    fresh: Annotated[
+        bool, option("--fresh", text="Measure again what was measured before.")
+    ] = False,
 ) -> None:
-    """Measure perplexity, of a compressed or of any model.
+    """Measure perplexity and divergence, of compressed or of any models.
 
-    Example: hisvd eval demo-0.6 --baseline demo
+    Example: hisvd eval demo-0.8 demo-0.6 --baseline demo
     """
-    from hisvd_cli.build.evaluation import evaluate_model
-    from hisvd_cli.views import evaluation_view
+    from hisvd_cli.build.evaluation import evaluate_models
+    from hisvd_cli.evaluation_views import grid_view
+    from hisvd_cli.report_tables import check_report_path, write_reports
 
-    outcome = evaluate_model(run.resolved, target or run.settings.model.name, run.console)
-    run.console.show(evaluation_view(outcome))
-    run.console.result(outcome.document(), outcome.line())
+    check_report_path(markdown, "--markdown")
+    check_report_path(csv, "--csv")
+    named = targets or [run.settings.model.name]
+    grid = evaluate_models(run.resolved, named, run.console, fresh)
+    write_reports(grid, markdown, csv)
+    run.console.show(grid_view(grid))
+    run.console.result(grid.document(), grid.line())
+    if grid.failures:
+        told = [f"{each.model}: {each.message}" for each in grid.failures]
+        raise HisvdError("\n".join(told), grid.failures[0].hint)

@@ -1,0 +1,44 @@
+"""Losses of tokens from logits, and how far one model's predictions are from another's.
+
+Legend: L tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_ROWS = 128  # positions whose distributions are held in float32 at a time: few stay in the cache
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the negative log-likelihood in nats of all tokens but the first: ``[L − 1]``.
+
+    Args:
+        logits: ``[L, V]``.
+        ids: ``[L]``.
+    """
+    parts = [
+        functional.cross_entropy(rows.float(), targets, reduction="none")
+        for rows, targets in zip(logits[:-1].split(_ROWS), ids[1:].split(_ROWS), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def token_divergences(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(reference ‖ other) in nats, and whether both rank the same token first.
+
+    Args:
+        reference: logits ``[L, V]``.
+        logits: of the other model ``[L, V]``.
+
+    Returns:
+        Two ``[L − 1]``: of the last position nothing is known of the token that follows.
+    """
+    divergences, agreements = [], []
+    for one, other in zip(reference[:-1].split(_ROWS), logits[:-1].split(_ROWS), strict=True):
+        agreements.append(one.argmax(-1) == other.argmax(-1))
+        p, q = one.float().log_softmax(-1), other.float().log_softmax(-1)
+        divergences.append(q.sub_(p).neg_().mul_(p.exp_()).sum(-1))
+    return torch.cat(divergences), torch.cat(agreements)

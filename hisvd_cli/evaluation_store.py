@@ -1,0 +1,81 @@
+"""What evaluations found, kept in the cache: sums of blocks of tokens, one file per measurement.
+
+A measurement is a checkpoint, in one precision, on the tokens of a text, with or without a
+baseline. Its file is written as windows are done, so that a run that was killed goes on after the
+last ones, and a complete one is not measured again. Sums, not figures, are kept: any two models can
+be compared later.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hisvd_cli.evaluate import Sums
+from hisvd_cli.paths import cache_root
+from hisvd_cli.tensorfile import write_text
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of measurements by key.
+
+    Attributes:
+        folder: where they lie.
+    """
+
+    folder: Path
+
+    def path(self, key: str) -> Path:
+        """Return the file of a measurement."""
+        return self.folder / f"{key}.json"
+
+    def load(self, key: str) -> Sums | None:
+        """Return the sums of the windows that are done; None for none, or a damaged file."""
+        try:
+            document = json.loads(self.path(key).read_text(encoding="utf-8"))
+            if document["key"] != key:
+                return None
+            kept = document["sums"]
+            return Sums(_rows(kept["nats"]), _read(kept["kl"]), _read(kept["agreed"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self, key: str, about: Mapping[str, Any], sums: Sums) -> None:
+        """Write the sums of the windows that are done, and what they are of. Raises OutputError."""
+        kept = {part.name: _written(getattr(sums, part.name)) for part in fields(sums)}
+        document = {"key": key, **about, "sums": kept}
+        write_text(self.path(key), json.dumps(document, allow_nan=False) + "\n")
+
+    def forget(self, key: str) -> None:
+        """Remove a measurement."""
+        self.path(key).unlink(missing_ok=True)
+
+
+def open_store() -> Store:
+    """Return the store in hisvd's cache."""
+    return Store(cache_root() / "evaluations")
+
+
+def _read(rows: list[list[float | None]] | None) -> Tensor | None:
+    return None if rows is None else _rows(rows)
+
+
+def _rows(rows: list[list[float | None]]) -> Tensor:
+    values = [[math.nan if value is None else value for value in row] for row in rows]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _written(sums: Tensor | None) -> list[list[float | None]] | None:
+    if sums is None:
+        return None
+    return [[v if math.isfinite(v) else None for v in row] for row in sums.tolist()]

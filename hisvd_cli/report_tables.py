@@ -1,0 +1,95 @@
+"""Evaluations as files that other programs read: CSV, and a table in markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hisvd_cli.errors import OutputError
+from hisvd_cli.evaluate import PerplexityResult
+from hisvd_cli.grid import Grid
+from hisvd_cli.tensorfile import write_text
+
+FIGURES = {
+    "perplexity": ("perplexity", "{:.2f}"),
+    "bits_per_byte": ("bits/byte", "{:.4f}"),
+    "kl": ("KL", "{:.4f}"),
+    "agreement": ("agreement", "{:.3f}"),
+}
+"""Figure → its title and its form in a table."""
+_FACTS = ("split", "tokens", "bytes", "windows", "seqlen", "dataset_hash")
+
+
+def check_report_path(path: Path | None, flag: str) -> None:
+    """Find out before any work whether a file can be written.
+
+    Raises:
+        OutputError: a folder stands there, or nothing can be written there.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"{flag} {path} is a folder.", "Name a file.")
+    home = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK)):
+        raise OutputError(f"Cannot write {flag} {path}: {home} takes no files.", "Name another.")
+
+
+def write_reports(grid: Grid, markdown: Path | None, table: Path | None) -> None:
+    """Write the reports that are asked for. Raises OutputError."""
+    if markdown is not None:
+        write_text(markdown, markdown_table(grid))
+    if table is not None:
+        write_text(table, csv_table(grid))
+
+
+def csv_table(grid: Grid) -> str:
+    """Return a row for each model and text, the baseline's first, and columns for the bounds of
+    each interval; what is not known is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    bounds = [f"{figure}{end}" for figure in FIGURES for end in ("", "_low", "_high")]
+    writer.writerow(["model", "dataset", *bounds, *_FACTS])
+    for model, result in _rows(grid):
+        cells: list[object] = [model, result.dataset]
+        for figure in FIGURES:
+            low, high = (result.intervals or {}).get(figure) or (None, None)
+            cells += [getattr(result, figure), low, high]
+        writer.writerow([*cells, *(getattr(result, fact) for fact in _FACTS)])
+    return out.getvalue()
+
+
+def markdown_table(grid: Grid) -> str:
+    """Return a row for each model and text, the baseline's first, intervals behind figures."""
+    head = ["model", "dataset", *(title for title, _ in FIGURES.values())]
+    lines = [_line(head), "|---" * 2 + "|---:" * len(FIGURES) + "|"]
+    for model, result in _rows(grid):
+        cells = [_figure(result, figure, form) for figure, (_, form) in FIGURES.items()]
+        lines.append(_line([f"`{model}`", f"{result.dataset} ({result.split})", *cells]))
+    rows = _rows(grid)
+    for _, result in rows:
+        made = result.bootstrap or {}
+        lines += ["", f"{result.windows} windows of {result.seqlen} tokens; in brackets "]
+        lines[-1] += f"{made['level']:.0%} bootstrap intervals ({made['units']} {made['unit']})."
+        break
+    return "\n".join(lines) + "\n"
+
+
+def _rows(grid: Grid) -> Iterator[tuple[str, PerplexityResult]]:
+    for each in grid.rows():
+        yield from ((each.model, result) for result in each.results)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _figure(result: PerplexityResult, figure: str, form: str) -> str:
+    value, bounds = getattr(result, figure), (result.intervals or {}).get(figure)
+    if value is None:
+        return "not finite" if figure == "perplexity" else ""
+    text = form.format(value)
+    return text + (f" ({form.format(bounds[0])}–{form.format(bounds[1])})" if bounds else "")

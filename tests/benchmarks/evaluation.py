@@ -1,0 +1,89 @@
+"""Evaluation beside an independent loop, and bfloat16 beside float32, as ratios in one run.
+
+The loop is what people write: tokenize, ``model(window, labels=window).loss``, the mean. Both read
+the same windows with the same model in memory and take turns, so that whatever slows the machine
+slows both; medians of some turns, after one that is not counted::
+
+    python tests/benchmarks/evaluation.py MODEL ../shared/data/wikitext-2/test.raw.txt --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from hisvd_cli.checkpoint import load_model
+from hisvd_cli.data import load_text
+from hisvd_cli.divergence import token_losses
+from hisvd_cli.evaluate import evaluation_windows
+from hisvd_cli.passes import Resident
+from hisvd_cli.source import open_source
+
+
+def by_hand(model: Any, ids: torch.Tensor) -> float:
+    """Return the perplexity of windows ``[W, L]``, as the independent loop has it."""
+    losses = []
+    for window in ids.split(1):
+        with torch.no_grad():
+            losses.append(float(model(window, labels=window).loss))
+    return math.exp(sum(losses) / len(losses))
+
+
+def by_hisvd(model: Any, ids: torch.Tensor) -> float:
+    """Return the same from the parts of ``hisvd eval``."""
+    total = 0.0
+    for window, output in zip(ids, Resident(model, 1).run(ids), strict=True):
+        total += float(token_losses(output.logits[0], window).double().sum())
+    return math.exp(total / ids[:, 1:].numel())
+
+
+def timed(measure: Callable[[Any, torch.Tensor], float], model: Any, ids: torch.Tensor) -> float:
+    """Return the seconds of one measurement."""
+    started = time.perf_counter()
+    measure(model, ids)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Parse arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", help="folder, .gguf file or hub id")
+    parser.add_argument("text", help="evaluation text")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--turns", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    source, cpu = open_source(given.model), torch.device("cpu")
+    text = load_text(given.text, "evaluation")
+    ids = evaluation_windows(text, source, given.seqlen, given.windows).ids
+    dtypes = (torch.float32, torch.bfloat16)
+    models = [load_model(Path(source.folder), cpu, dtype) for dtype in dtypes]
+    pairs = [(measure, model) for model in models for measure in (by_hand, by_hisvd)]
+    turns = [
+        [timed(measure, model, ids) for measure, model in pairs] for _ in range(given.turns + 1)
+    ][1:]
+    for i, dtype in enumerate(dtypes):
+        hand, own = (median(turn[2 * i + k] for turn in turns) for k in (0, 1))
+        ratio = median(turn[2 * i] / turn[2 * i + 1] for turn in turns)
+        values = by_hand(models[i], ids), by_hisvd(models[i], ids)
+        sys.stdout.write(
+            f"{str(dtype).removeprefix('torch.')}: {ids.numel() / own:.0f} tokens/s, "
+            f"{ratio:.2f} × the loop ({ids.numel() / hand:.0f}); perplexity {values[1]:.4f} and "
+            f"{values[0]:.4f}\n"
+        )
+    gain = median(turn[1] / turn[3] for turn in turns)
+    sys.stdout.write(f"bfloat16: {gain:.2f} × float32\n")
+
+
+if __name__ == "__main__":
+    main()
