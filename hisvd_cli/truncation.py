@@ -17,8 +17,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # missing fr
 from hisvd_cli.eigen import Solver, leading
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.metric import Metric
-from hisvd_cli.single import energies_single, truncate_single
+from hisvd_cli.precision import energies_in, truncate_in
 
+_PRECISIONS = (torch.float32, torch.float64)
 Eigenvectors = Callable[[Tensor, int], Tensor]
 """``(gram [p, p], rank) -> [p, rank]``, orthonormal, the largest first."""
 
@@ -70,9 +71,9 @@ def truncate(
         v, u = truncate(weight.T, plain, rank, solver, eigenvectors)
         return _balanced(u.T, v.T)
     if eigenvectors is None and solver != "svd":
-        single = truncate_single(weight, metric, rank, solver)
-        if single is not None:
-            return single if metric.left is None else _balanced(*single)
+        for dtype in _PRECISIONS:
+            if found := truncate_in(dtype, weight, metric, rank, solver):
+                return found if metric.left is None else _balanced(*found)
         eigenvectors = partial(_top, solver=solver)
     weighted = metric.weigh(weight.double())  # Lᵀ W
     if eigenvectors is None:
@@ -110,9 +111,10 @@ def energies(weight: Tensor, metric: Metric) -> Tensor:
     """
     if metric.transposed:
         return energies(weight.T, replace(metric, transposed=False))
-    single = energies_single(weight, metric)
-    if single is not None:
-        return single.clamp_min(0)
+    for dtype in _PRECISIONS:
+        found = energies_in(dtype, weight, metric)
+        if found is not None:
+            return found.clamp_min(0).cpu()
     weighted = metric.weigh(weight.double())
     if metric.narrows(weight):
         weighted = torch.linalg.qr(weighted, mode="r").R

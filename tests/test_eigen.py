@@ -16,7 +16,7 @@ from hisvd_cli.products import (
 )
 from hisvd_cli.subspace import EXCESS, leading_subspace
 from hisvd_cli.tridiagonal import leading_part
-from tests.test_single import draw, psd
+from tests.test_precision import draw, psd
 
 
 @pytest.mark.parametrize("rank", [1, 7, 20, 39, 40])

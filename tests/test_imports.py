@@ -15,7 +15,15 @@ import hisvd_cli
 PACKAGE = Path(hisvd_cli.__file__).parent
 MATHS = [
     *("budget.py", "spectrum.py", "moments.py", "statistics.py", "metric.py", "held_out.py"),
-    *("lowrank.py", "registry.py", "hull.py", "pivot.py", "eigen.py", "single.py", "truncation.py"),
+    *(
+        "lowrank.py",
+        "registry.py",
+        "hull.py",
+        "pivot.py",
+        "eigen.py",
+        "precision.py",
+        "truncation.py",
+    ),
     *("products.py", "subspace.py", "tridiagonal.py"),
     *("intervals.py", "divergence.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),

@@ -1,4 +1,4 @@
-"""Truncation in single precision, where that does not change the result.
+"""Truncation of large matrices in as much precision as the result needs.
 
 Everything in float32 takes a CPU half the time, and most GPUs a fraction. Rounding moves the
 eigenvalues of ``Lᵀ W G Wᵀ L`` by about ε times their sum each, and the loss of a truncation by no
@@ -37,29 +37,28 @@ float32 on a CPU: 1.28 s; × 1792: 0.86 s), so a few components more are found, 
 
 _FAST_DOUBLES = {(8, 0), (9, 0), (10, 0)}  # compute capabilities
 
-_EPSILON = torch.finfo(torch.float32).eps
 
-
-def truncate_single(
-    weight: Tensor, metric: Metric, rank: int, solver: Solver = "auto"
+def truncate_in(
+    dtype: torch.dtype, weight: Tensor, metric: Metric, rank: int, solver: Solver = "auto"
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the factors of the best replacement of W of rank k, from products in float32.
+    """Return the factors of the best replacement of W of rank k, from products in a precision.
 
     Args:
+        dtype: float32 or float64.
         weight: W ``[m, n]``.
         metric: what is minimised; not transposed, and of moments.
         rank: k.
         solver: finds the eigenvectors.
 
     Returns:
-        U ``[m, k]`` and V ``[k, n]`` in float32; None where float32 may not be enough.
+        U ``[m, k]`` and V ``[k, n]`` in it; None where it may not be enough, or W is small.
 
     Raises:
         LinAlgError: the eigenvectors did not converge.
     """
     if rank >= min(weight.shape):
         return None
-    problem = _pose(weight, metric)
+    problem = _pose(dtype, weight, metric)
     # Before the work of finding eigenvectors: what a truncation loses at most.
     if problem is None or _most_loss(problem.gram, rank) < problem.least_loss:
         return None
@@ -72,18 +71,19 @@ def truncate_single(
     return None if factors is None else (factors[0][:, :rank], factors[1][:rank])
 
 
-def energies_single(weight: Tensor, metric: Metric) -> Tensor | None:
-    """Return the eigenvalues ``[min(m, n)]`` that :func:`truncate_single` finds vectors of, falling
-    and in float64; None where those of the lesser half may be no more than rounding.
+def energies_in(dtype: torch.dtype, weight: Tensor, metric: Metric) -> Tensor | None:
+    """Return the eigenvalues ``[min(m, n)]`` that :func:`truncate_in` finds vectors of, falling and
+    in float64; None where those of the lesser half may be no more than rounding.
 
     Args:
+        dtype: in which they are found, float32 or float64.
         weight: W ``[m, n]``.
         metric: not transposed.
 
     Raises:
         LinAlgError: they did not converge.
     """
-    problem = _pose(weight, metric)
+    problem = _pose(dtype, weight, metric)
     if problem is None:
         return None
     values = torch.linalg.eigvalsh(problem.gram).flip(0).double()
@@ -97,7 +97,7 @@ class _Wide:
     Attributes:
         weight: W ``[m, n]``.
         left: L ``[m, m]``, lower triangular; None for the identity.
-        gram: in float32, as all here.
+        gram: in the dtype of W, as all here.
         scale: the sum of what was added up for the diagonal of ``gram``.
     """
 
@@ -109,7 +109,7 @@ class _Wide:
     @property
     def least_loss(self) -> float:
         """The least loss that stands above rounding."""
-        return _EPSILON * math.sqrt(len(self.gram)) * self.scale / TOLERANCE
+        return _least_loss(self.gram, self.scale)
 
     def factors(self, _values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``U = L⁻ᵀ Q`` and ``V = Qᵀ Lᵀ W`` for eigenvectors Q ``[m, k]``."""
@@ -127,7 +127,7 @@ class _Narrow:
         weight: W ``[m, n]``.
         columns: C ``[n, n]``.
         root: R ``[n, n]``, lower triangular.
-        gram: in float32, as all here.
+        gram: in the dtype of W, as all here.
     """
 
     weight: Tensor
@@ -138,8 +138,7 @@ class _Narrow:
     @property
     def least_loss(self) -> float:
         """The least loss that stands above rounding."""
-        scale = float(self.gram.diagonal().double().sum())
-        return _EPSILON * math.sqrt(len(self.gram)) * scale / TOLERANCE
+        return _least_loss(self.gram, float(self.gram.diagonal().double().sum()))
 
     def factors(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return ``U = W R E Λ^-½`` ``[m, k]``, orthonormal, and ``V = Uᵀ W = (R E Λ^-½)ᵀ C`` for
@@ -152,28 +151,34 @@ class _Narrow:
         return None if made is None else (made, made.T @ self.weight)
 
 
-def _pose(weight: Tensor, metric: Metric) -> _Wide | _Narrow | None:
-    """Return the eigenproblem on the smaller side of W; None where float32 is not for it."""
+def _least_loss(gram: Tensor, scale: float) -> float:
+    return torch.finfo(gram.dtype).eps * math.sqrt(len(gram)) * scale / TOLERANCE
+
+
+def _pose(dtype: torch.dtype, weight: Tensor, metric: Metric) -> _Wide | _Narrow | None:
+    """Return the eigenproblem on the smaller side of W; None where this is not for it."""
     moment, left = metric.right, metric.left
-    if has_fast_doubles(weight.device) or min(weight.shape) < LEAST_SIZE:
+    if min(weight.shape) < LEAST_SIZE:
+        return None
+    if dtype == torch.float32 and has_fast_doubles(weight.device):
         return None
     if not isinstance(moment, Moment) or (left is not None and left.ndim == 1):
         return None
     if not bool(moment.matrix.isfinite().all()):
         return None
-    single, matrix = weight.float(), moment.matrix.float()
+    wide, matrix = weight.to(dtype), moment.matrix.to(dtype)
     if left is None and metric.narrows(weight):
         root = _root(matrix)
         if root is None:
             return None
-        columns = mirrored_product(single.T, single.T)
-        return _Narrow(single, columns, root, triangular_congruence(root, columns))
-    energy = matrix if moment.side == "output" else congruence(single, matrix)
+        columns = mirrored_product(wide.T, wide.T)
+        return _Narrow(wide, columns, root, triangular_congruence(root, columns))
+    energy = matrix if moment.side == "output" else congruence(wide, matrix)
     if left is None:
-        return _Wide(single, None, energy, float(energy.diagonal().double().sum()))
+        return _Wide(wide, None, energy, float(energy.diagonal().double().sum()))
     scale = float((left.double().square().sum(1) * energy.diagonal().double()).sum())
-    root = left.float()
-    return _Wide(single, root, congruence(root.T, energy), scale)
+    root = left.to(dtype)
+    return _Wide(wide, root, congruence(root.T, energy), scale)
 
 
 def has_fast_doubles(device: torch.device) -> bool:
@@ -183,13 +188,13 @@ def has_fast_doubles(device: torch.device) -> bool:
 
 
 def _root(matrix: Tensor) -> Tensor | None:
-    """Return R of G = R Rᵀ in float32, lower triangular; None where G is zero."""
+    """Return R of G = R Rᵀ, lower triangular; None where G is zero."""
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrix)
     if not int(failed):
         return root
     exact = triangular_root(matrix.double())
-    return None if exact is None else exact.float()
+    return None if exact is None else exact.to(matrix.dtype)
 
 
 def _most_loss(gram: Tensor, rank: int) -> float:
@@ -197,7 +202,8 @@ def _most_loss(gram: Tensor, rank: int) -> float:
     rank no larger than the others."""
     size = len(gram)
     count = min(_PROBES, rank)
-    basis = torch.randn(size, count, generator=torch.Generator().manual_seed(0)).to(gram.device)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(size, count, generator=generator, dtype=gram.dtype).to(gram.device)
     for _ in range(2):
         basis = torch.linalg.qr(gram @ basis).Q
     large = float((basis * (gram @ basis)).double().sum())

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli import single
+from hisvd_cli import precision
 from hisvd_cli.eigen import Solver
 from hisvd_cli.metric import Metric, triangular_root
 from hisvd_cli.moments import Moment, Side
-from hisvd_cli.single import energies_single, truncate_single
+from hisvd_cli.precision import energies_in, truncate_in
 from hisvd_cli.truncation import energies, truncate
 
 SHAPES = [(48, 48), (40, 96), (96, 40)]
@@ -40,7 +40,7 @@ def loss_of(weight: Tensor, made: tuple[Tensor, Tensor], inputs: Tensor, outputs
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have small matrices take the way of large ones."""
-    monkeypatch.setattr(single, "LEAST_SIZE", 8)
+    monkeypatch.setattr(precision, "LEAST_SIZE", 8)
 
 
 @pytest.mark.usefixtures("small")
@@ -59,7 +59,7 @@ def test_loss_is_that_of_double_precision(
     outputs = psd(m, 3) + 0.1 * torch.eye(m) if with_left else torch.eye(m).double()
     left = triangular_root(outputs) if with_left else None
     metric = Metric(left, moment_of(weight, inputs, side))
-    made = truncate_single(weight.float(), metric, rank, solver)
+    made = truncate_in(torch.float32, weight.float(), metric, rank, solver)
     assert made is not None
     assert made[0].dtype == made[1].dtype == torch.float32
     optimum = float(energies(weight, metric)[rank:].sum())
@@ -78,9 +78,12 @@ def test_what_rounding_would_spoil_is_left_to_double_precision(shape: tuple[int,
     inputs[0] *= 1e6
     inputs[:, 0] *= 1e6
     metric, rank = Metric(right=Moment(inputs, "input")), min(shape) // 2
-    assert truncate_single(weight.float(), metric, rank) is None
+    assert truncate_in(torch.float32, weight.float(), metric, rank) is None
     optimum = float(energies(weight, metric)[rank:].sum())
     made = truncate(weight, metric, rank)
+    by_itself = truncate_in(torch.float64, weight, metric, rank)
+    assert by_itself is not None  # and not the way of small matrices
+    torch.testing.assert_close(made[0] @ made[1], by_itself[0] @ by_itself[1])
     # A loss taken as the trace of a product drowns too: without the large channel it does not.
     error = (weight - made[0] @ made[1])[:, 1:]
     rest = float((error @ inputs[1:, 1:] @ error.T).trace())
@@ -98,7 +101,7 @@ def test_no_size_of_outliers_slips_through(shape: tuple[int, int]) -> None:
         inputs = (psd(n, 2) + tall @ tall.T).float().double()
         metric = Metric(right=Moment(inputs, "input"))
         for rank in (min(m, n) // 4, min(m, n) // 2):
-            made = truncate_single(weight.float(), metric, rank)
+            made = truncate_in(torch.float32, weight.float(), metric, rank)
             if made is not None:
                 optimum = float(energies(weight.float().double(), metric)[rank:].sum())
                 lost = loss_of(weight.float().double(), made, inputs, torch.eye(m).double())
@@ -110,13 +113,13 @@ def test_no_size_of_outliers_slips_through(shape: tuple[int, int]) -> None:
 @pytest.mark.usefixtures("small")
 def test_what_has_no_loss_or_no_moment_is_left_to_double_precision() -> None:
     weight, moment = draw(24, 24), Moment(psd(24, 2), "input")
-    assert truncate_single(weight, Metric(right=moment), 24) is None
-    assert truncate_single(weight, Metric(), 5) is None
-    assert truncate_single(weight, Metric(torch.ones(24), moment), 5) is None
+    assert truncate_in(torch.float32, weight, Metric(right=moment), 24) is None
+    assert truncate_in(torch.float32, weight, Metric(), 5) is None
+    assert truncate_in(torch.float32, weight, Metric(torch.ones(24), moment), 5) is None
     zero = Moment(torch.zeros(24, 24), "input")
     for matrix in (weight, draw(40, 24)):
-        assert truncate_single(matrix.float(), Metric(right=zero), 5) is None
-        assert truncate_single(torch.zeros_like(matrix), Metric(right=moment), 5) is None
+        assert truncate_in(torch.float32, matrix.float(), Metric(right=zero), 5) is None
+        assert truncate_in(torch.float32, torch.zeros_like(matrix), Metric(right=moment), 5) is None
 
 
 @pytest.mark.usefixtures("small")
@@ -127,7 +130,9 @@ def test_what_is_no_number_is_left_to_double_precision(
 ) -> None:
     broken = psd(shape[1], 2)
     broken[3, 3] = value
-    assert truncate_single(draw(*shape), Metric(right=Moment(broken, "input")), 5) is None
+    assert (
+        truncate_in(torch.float32, draw(*shape), Metric(right=Moment(broken, "input")), 5) is None
+    )
 
 
 def test_large_matrices_take_single_precision_by_themselves() -> None:
@@ -138,7 +143,7 @@ def test_large_matrices_take_single_precision_by_themselves() -> None:
     torch.testing.assert_close(
         energies(weight, metric), exact, rtol=1e-3, atol=1e-7 * float(exact.sum())
     )
-    by_itself = truncate_single(weight.float(), metric, rank)
+    by_itself = truncate_in(torch.float32, weight.float(), metric, rank)
     assert by_itself is not None
     product = by_itself[0].double() @ by_itself[1].double()
     assert made[0].dtype == torch.float32
@@ -153,12 +158,12 @@ def test_energies_are_those_of_double_precision_or_refused(shape: tuple[int, int
     m, n = shape
     weight, inputs = draw(m, n, seed=1), psd(n, 2)
     exact = torch.linalg.eigvalsh(weight @ inputs @ weight.T).flip(0)[: min(m, n)]
-    found = energies_single(weight.float(), Metric(right=Moment(inputs, "input")))
+    found = energies_in(torch.float32, weight.float(), Metric(right=Moment(inputs, "input")))
     assert found is not None
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-5 * float(exact[0]))
     inputs[0] *= 1e6
     inputs[:, 0] *= 1e6
-    assert energies_single(weight.float(), Metric(right=Moment(inputs, "input"))) is None
+    assert energies_in(torch.float32, weight.float(), Metric(right=Moment(inputs, "input"))) is None
 
 
 @pytest.mark.usefixtures("small")
@@ -166,7 +171,7 @@ def test_a_tall_weight_of_wide_range_keeps_orthonormal_outputs() -> None:
     """Rounding tilts the outputs of the smallest components, which are then made straight."""
     weight, inputs = draw(96, 40, seed=1), psd(40, 2)
     weight = weight * torch.logspace(0, -3.4, 40)
-    made = truncate_single(weight.float(), Metric(right=Moment(inputs, "input")), 8)
+    made = truncate_in(torch.float32, weight.float(), Metric(right=Moment(inputs, "input")), 8)
     assert made is not None
     gram = made[0].double().T @ made[0].double()
     torch.testing.assert_close(gram, torch.eye(8).double(), rtol=0, atol=2e-3)
