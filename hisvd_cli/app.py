@@ -29,8 +29,8 @@ from hisvd_cli.lost import end
 from hisvd_cli.tensorfile import reason
 
 _MEMORY_HINT = (
-    "Lower --batch, --seqlen or --samples, or give --max-memory, which keeps hidden states in a "
-    "file; finished blocks are kept."
+    "Lower --batch, --seqlen or --samples, give --max-memory, which keeps hidden states in a file, "
+    "or use --dtype bfloat16 or --device cpu; finished blocks are kept."
 )
 _RESUME_HINT = "Run the same command again: it goes on after the last finished block."
 

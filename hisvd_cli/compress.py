@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hisvd_cli.ahead import ahead
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import (
     FORMAT_VERSION,
@@ -173,7 +173,7 @@ def compress(
     layout = lay_out(source, plan.ranks, plan.storage)
     method = DECOMPOSERS.get(decomposer)
     prepared = partial(method, **accepted(method, knobs))
-    factory = _Factory(source, plan, calibration, prepared, needs, device)
+    factory = _Factory(source, layout, plan, calibration, prepared, needs, device)
     record = _provenance(plan, calibration, decomposer, needs, settings)
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
     started = time.monotonic()
@@ -184,8 +184,9 @@ def compress(
         left = here.agreed(lambda: _left(home, shards))
         mine = layout.shared(left, here)
         with reporter.stage("Compressing layers", len(mine)) as step:
-            for block, parts in groupby(mine, key=_block_of):
-                factory.write(home, block, {part: layout.parts[part] for part in parts}, step)
+            for part, material in ahead(factory.gather, mine):
+                write_tensors(home / f"{part}.part", factory.made(part, material), {})
+                step()
         here.wait()
         decomposed = time.monotonic()
         if here.first:
@@ -257,51 +258,50 @@ def _provenance(
 
 
 @dataclass(frozen=True)
+class _Material:
+    """What a part is made from: tensors by their names on disk, and statistics of sublayers."""
+
+    tensors: Mapping[str, Tensor]
+    known: Mapping[str, Statistics]
+
+
+@dataclass(frozen=True)
 class _Factory:
-    """Writes the tensors of a part: as they are, or as the pair of factors that the plan asks."""
+    """Makes the tensors of a part: as they are, or as the pair of factors that the plan asks."""
 
     source: Source
+    layout: Layout
     plan: Plan
     calibration: Calibration | None
     method: Decomposer
     needs: Collection[Need]
     device: torch.device
 
-    def write(
-        self,
-        home: Path,
-        block: str,
-        parts: Mapping[str, Mapping[str, str]],
-        step: Callable[[], None],
-    ) -> None:
-        """Write parts of one block (part → name in the checkpoint → name on disk) to ``home``, and
-        call ``step`` after each."""
-        known: dict[str, Statistics] = {}
-        stems = {name.rpartition(".")[0] for names in parts.values() for name in names}
-        factored = stems & self.plan.ranks.keys()
+    def gather(self, part: str) -> _Material:
+        """Read what a part is made from. Raises SourceError, NumericalError."""
+        names = self.layout.parts[part]
+        factored = {name.rpartition(".")[0] for name in names} & self.plan.ranks.keys()
+        known: Mapping[str, Statistics] = {}
         if self.calibration and factored:
-            layer = int(block.rpartition("-")[2])
+            layer = int(_block_of(part).rpartition("-")[2])
             known = self.calibration.statistics(layer, self.needs, self.device, factored)
-        for part, names in parts.items():
-            write_tensors(home / f"{part}.part", self._tensors(names, known), {})
-            step()
+        read = self.source.weights.read
+        return _Material({stored: read(stored) for stored in names.values()}, known)
 
-    def _tensors(
-        self, names: Mapping[str, str], known: Mapping[str, Statistics]
-    ) -> dict[str, Tensor]:
-        """Return the tensors of a part."""
+    def made(self, part: str, material: _Material) -> dict[str, Tensor]:
+        """Return the tensors of a part. Raises NumericalError."""
         ranks = self.plan.ranks
         tensors: dict[str, Tensor] = {}
-        for name, stored in names.items():
-            sublayer = name.removesuffix(".weight")
-            if name not in tensors:  # all factors come with the first
-                weight = self.source.weights.read(stored)
-                if name.endswith(".weight") and sublayer in ranks:
-                    statistics = known.get(sublayer, Statistics())
-                    factors = self._factor(sublayer, weight, statistics, ranks[sublayer])
-                    tensors |= {f"{sublayer}.{leaf}": t for leaf, t in factors.items()}
-                else:
-                    tensors[name] = weight
+        for name, stored in self.layout.parts[part].items():
+            sublayer, weight = name.removesuffix(".weight"), material.tensors[stored]
+            if name in tensors:  # all factors come with the first
+                continue
+            if name.endswith(".weight") and sublayer in ranks:
+                statistics = material.known.get(sublayer, Statistics())
+                factors = self._factor(sublayer, weight, statistics, ranks[sublayer])
+                tensors |= {f"{sublayer}.{leaf}": t for leaf, t in factors.items()}
+            else:
+                tensors[name] = weight
         return tensors
 
     def _factor(

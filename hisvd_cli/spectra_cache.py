@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hisvd_cli.ahead import ahead
 from hisvd_cli.calibration import GRADIENTS, Calibration
 from hisvd_cli.distributed import share_by_cost, world
 from hisvd_cli.errors import SourceError
@@ -166,18 +167,20 @@ def _cached(
         blocks.setdefault(s.layer, []).append(s)
     costs = [[(s.name, decomposition_cost(s.shape)) for s in block] for block in blocks.values()]
     owner = share_by_cost(costs, here.size)
+    own = [s for block in blocks.values() for s in block if owner[s.name] == here.rank]
+
+    def gather(s: Sublayer) -> tuple[Tensor, Statistics]:
+        known: dict[str, Statistics] = {}
+        if of.calibration and need:
+            known = of.calibration.statistics(s.layer, {need}, of.device, {s.name})
+        weight = of.source.weights.read(of.names[f"{s.name}.weight"])
+        return weight, known.get(s.name, Statistics())
+
     mine: dict[str, Tensor] = {}
-    with reporter.stage("Computing spectra", len(blocks)) as step:
-        for layer, block in sorted(blocks.items()):
-            own = [s for s in block if owner[s.name] == here.rank]
-            known: dict[str, Statistics] = {}
-            if of.calibration and need and own:
-                names = {s.name for s in own}
-                known = of.calibration.statistics(layer, {need}, of.device, names)
-            for s in own:
-                weight = of.source.weights.read(of.names[f"{s.name}.weight"]).to(of.device)
-                with decomposing(s.name):
-                    mine[s.name] = compute(weight, known.get(s.name, Statistics())).cpu()
+    with reporter.stage("Computing spectra", len(own)) as step:
+        for s, (weight, statistics) in ahead(gather, own):
+            with decomposing(s.name):
+                mine[s.name] = compute(weight.to(of.device), statistics).cpu()
             step()
     for part in here.gathered(mine):
         values |= part

@@ -44,7 +44,7 @@ how = os.environ["HOW"]
 if (how, os.environ["RANK"]) == ("killed", "1"):
     BlockWalk.advance = die
 if (how, os.environ["RANK"]) == ("failing", "1"):
-    compress._Factory.write = fail
+    compress._Factory.gather = fail
 main()
 """
 RUNS = {"whole": (2, 5), "killed": (2, 5), "failing": (2, 1)}

@@ -1,0 +1,27 @@
+"""Get the next thing ready while this one is worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with what ``work`` makes of it, in a thread of its own and one item ahead.
+
+    Raises:
+        Exception: whatever ``work`` raises, when the item's turn has come.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[Item, Future[Result]] | None = None
+        for item in items:
+            following = item, pool.submit(work, item)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
