@@ -50,7 +50,7 @@ def _spectra(facts: ModelFacts) -> Spectra | None:
         return None
     if isinstance(key, str):
         folder = cache_root() / "calibration"
-        for path in sorted(folder.glob(f"*-{fingerprint[:12]}/{key[:16]}/spectra.safetensors")):
+        for path in sorted(folder.glob(f"*-{fingerprint[:12]}/*/spectra.safetensors")):
             if found := _read("whitened", path, key):
                 return found
     path = cache_root() / "weights" / fingerprint / "spectra.safetensors"

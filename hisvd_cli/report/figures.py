@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _WIDTH = 4.0  # inches: text stays readable where a phone shows all of it
 _LOGARITHMIC = 5.0  # a larger span of values gets a logarithmic axis
 _NUMBERED = 400  # cells of a heat map that still have room for numbers
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.hashsalt": "hisvd",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -35,7 +35,7 @@ _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "#dfe3e7",
-    "axes.unicode_minus": True,
+    "text.parse_math": False,  # a $ in a name is a $
 }
 
 Point = tuple[float, float, tuple[float, float] | None]
@@ -54,7 +54,7 @@ class Drawing:
 def curves(report: Report, index: int) -> list[Drawing]:
     """Return perplexity and KL on a text, each against the share kept and against bytes."""
     drawn = []
-    for figure, title in (("perplexity", "Perplexity"), ("kl", "KL from the baseline")):
+    for figure, title in (("perplexity", "Perplexity"), ("kl", "KL")):
         for name, axis in (("share kept", _share), ("size", _megabytes)):
             made = _curve(report, index, figure, title, (name, axis))
             drawn += [made] if made else []
@@ -76,6 +76,8 @@ def _curve(
     title: str,
     x: tuple[str, Callable[[ModelFacts], float | None]],
 ) -> Drawing | None:
+    from matplotlib.ticker import MaxNLocator
+
     name, axis = x
     series: dict[str, list[Point]] = {}
     baseline: float | None = None
@@ -93,8 +95,9 @@ def _curve(
             axes.axhline(baseline, color=LINE, linestyle=":", linewidth=1.2, label="baseline")
         values = [y for points in series.values() for _, y, _ in points]
         _scale(axes, [*values, *([baseline] if baseline else [])])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("share of the sublayers kept" if axis is _share else "weights in MB")
-        axes.set_ylabel(title + (" (nats/token)" if figure == "kl" else ""))
+        axes.set_ylabel(title + (" from the baseline, nats/token" if figure == "kl" else ""))
         axes.grid(axis="y", linewidth=0.6)
         axes.legend(frameon=False, fontsize=8)
         svg = _svg(drawing, f"{figure}-{name.replace(' ', '-')}-{index}")
@@ -115,7 +118,10 @@ def _draw_series(axes: Axes, series: dict[str, list[Point]]) -> None:
         xs, ys, bounds = zip(*sorted(points), strict=True)
         below = [max(0.0, y - b[0]) if b else 0.0 for y, b in zip(ys, bounds, strict=True)]
         above = [max(0.0, b[1] - y) if b else 0.0 for y, b in zip(ys, bounds, strict=True)]
-        look = {"marker": MARKERS[i % len(MARKERS)], "linestyle": STYLES[i % len(STYLES)]}
+        look: dict[str, Any] = {
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": STYLES[i % len(STYLES)],
+        }
         colour = SERIES[i % len(SERIES)]
         axes.errorbar(
             xs, ys, [below, above], label=label, color=colour, capsize=3, markersize=5, **look
@@ -136,6 +142,8 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 def heat_map(model: str, plan: Plan, number: int) -> Drawing:
     """Return the share of its parameters that each sublayer keeps, a line per layer."""
+    from matplotlib import colormaps
+
     clusters = [row.cluster for row in plan.clusters]
     layers = sorted({row.layer for row in plan.sublayers})
     shares = [[math.nan] * len(clusters) for _ in layers]
@@ -143,7 +151,8 @@ def heat_map(model: str, plan: Plan, number: int) -> Drawing:
         share = 100.0 if row.dense else 100 * row.parameters / math.prod(row.shape)
         shares[layers.index(row.layer)][clusters.index(row.cluster)] = share
     with _canvas(_WIDTH, 1.1 + 0.16 * len(layers)) as (drawing, axes):
-        mesh = axes.pcolormesh(shares, vmin=0, vmax=100, cmap="viridis", edgecolor="white", lw=0.4)
+        steps = colormaps["viridis"].resampled(20)  # more would be drawn as a bitmap
+        mesh = axes.pcolormesh(shares, vmin=0, vmax=100, cmap=steps, edgecolor="white", lw=0.4)
         axes.set_yticks([i + 0.5 for i in range(len(layers))], [str(layer) for layer in layers])
         names = [cluster.removesuffix("_proj") for cluster in clusters]
         axes.set_xticks([i + 0.5 for i in range(len(clusters))], names)
@@ -165,7 +174,7 @@ def _number_cells(axes: Axes, shares: Sequence[Sequence[float]], mesh: Any) -> N
         for j, share in enumerate(line):
             if not math.isnan(share):
                 colour = ink_on(to_hex(mesh.cmap(mesh.norm(share))))
-                where = {"ha": "center", "va": "center", "fontsize": 7}
+                where: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
                 axes.text(j + 0.5, i + 0.5, f"{share:.0f}", color=colour, **where)
 
 

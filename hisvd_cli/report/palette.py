@@ -25,8 +25,8 @@ def contrast(one: str, other: str) -> float:
 
 
 def ink_on(colour: str) -> str:
-    """Return the one of dark and white text that stands out more from a colour."""
-    return max(TEXT, BACKGROUND, key=lambda ink: contrast(ink, colour))
+    """Return black or white, whichever stands out more from a colour."""
+    return max("#000000", "#ffffff", key=lambda ink: contrast(ink, colour))
 
 
 def _luminance(colour: str) -> float:
