@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from hisvd_cli.build import compression_grid
+from hisvd_cli.build import compression, compression_grid
 from hisvd_cli.errors import NumericalError
 from tests import schemas
 from tests.cli_helpers import as_json, digests, fail, hisvd, succeed, text_file
@@ -74,7 +74,7 @@ def test_ratios_of_a_profile_are_a_grid(command: tuple[object, ...], here: Path)
 def test_a_failure_leaves_the_others_and_a_rerun_goes_on(
     command: tuple[object, ...], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., Any] = compression_grid.compress_model
+    real: Callable[..., Any] = compression.compress_model
 
     def failing(resolved: Any, output: Path, *more: Any) -> Any:
         if output.name == CELLS[1]:

@@ -129,13 +129,16 @@ def _draw_series(axes: Axes, series: dict[str, list[Point]]) -> None:
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
+    if min(values) > 0 and max(values) >= _LOGARITHMIC * min(values):
+        _logarithmic(axes, max(values) / min(values))
+
+
+def _logarithmic(axes: Axes, span: float) -> None:
+    """Give an axis a logarithmic scale, its marks as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if min(values) <= 0 or max(values) < _LOGARITHMIC * min(values):
-        return
     axes.set_yscale("log")
-    wide = max(values) / min(values) > 1000
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -186,9 +189,11 @@ def spectra_figures(spectra: Spectra, plan: Plan) -> list[Drawing]:
         chosen = list(dict.fromkeys([0, len(rows) // 2, len(rows) - 1])) if rows else []
         if not chosen:
             continue
+        least = 1.0
         with _canvas(_WIDTH, 2.3) as (drawing, axes):
             for i, row in enumerate(rows[j] for j in chosen):
                 energy = [e for e in spectra.energies[row.name] if e > 0] or [1.0]
+                least = min(least, energy[-1] / energy[0])
                 shown = range(0, len(energy), max(1, len(energy) // 200))
                 axes.plot(
                     [100 * j / len(energy) for j in shown],
@@ -197,7 +202,7 @@ def spectra_figures(spectra: Spectra, plan: Plan) -> list[Drawing]:
                     linestyle=STYLES[i],
                     label=f"layer {row.layer}",
                 )
-            axes.set_yscale("log")
+            _logarithmic(axes, 1 / least)
             axes.set_xlabel("component, in % of the full rank")
             axes.set_ylabel("energy, first = 1")
             axes.grid(axis="y", linewidth=0.6)
