@@ -111,6 +111,16 @@ def test_a_checkpoint_of_other_settings_stands_in_the_way(
     assert "from other settings: model." in fail(*other)[0]
 
 
+def test_all_cells_are_of_one_calibration(
+    command: tuple[object, ...], tmp_path: Path, here: Path
+) -> None:
+    """The same settings, but another text stands in the file."""
+    succeed(*command, *GRID[:2], "--ratio", 0.8, "--output", CELLS[0])
+    text_file(tmp_path, seed=1).rename(text_file(tmp_path))
+    assert "from other settings: calibration." in fail(*command, *GRID)[0]
+    assert names(here) == [CELLS[0]]
+
+
 def test_a_grid_of_wrong_things_starts_nothing(command: tuple[object, ...], here: Path) -> None:
     (here / "file").touch()
     assert "file is a file" in fail(*command, *GRID, "--output", "file")[0]

@@ -126,6 +126,9 @@ def compress_grid(
     left = _left(cells, source, overwrite, reporter, find_calibration(resolved, source, reporter))
     if left:
         shared, _ = ensure_calibration(resolved, source, reporter, needs=_needs(left))
+        for cell in cells:
+            if cell not in left:  # a text may have changed under the same name
+                _check_same(cell, source, shared)
     done = []
     for cell in cells:
         failures: list[Failure] = []
