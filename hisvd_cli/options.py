@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
@@ -15,7 +15,15 @@ from hisvd_cli.console import Console
 from hisvd_cli.distributed import joining, launched_rank
 from hisvd_cli.presets import PRESETS
 from hisvd_cli.profile import Key, Resolved, resolve
-from hisvd_cli.settings import SECTIONS, Settings, choices_of, flag_of, kind_of, panel_of
+from hisvd_cli.settings import (
+    SECTIONS,
+    Settings,
+    choices_of,
+    flag_of,
+    item_of,
+    kind_of,
+    panel_of,
+)
 
 Command = Callable[..., None]
 
@@ -208,9 +216,8 @@ def _section_panel(section: str) -> str:
 
 
 def _metavar(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "NAME"
-    return _METAVARS[get_args(kind)[0] if get_origin(kind) is list else kind]
+    item = item_of(kind)
+    return "NAME" if get_origin(item) is Literal else _METAVARS[item]
 
 
 def _default_text(default: Any) -> str:

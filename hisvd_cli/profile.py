@@ -9,9 +9,9 @@ import difflib
 import os
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import tomli
 import tomli_w
@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from hisvd_cli.errors import UsageError, suggest
 from hisvd_cli.presets import PRESETS
-from hisvd_cli.settings import SECTIONS, Settings, flag_of, kind_of
+from hisvd_cli.settings import SECTIONS, Settings, flag_of, item_of, kind_of
 
 PROFILE_NAME = "hisvd.toml"
 SHIPPED = Path(__file__).parent / "profiles"
@@ -44,11 +44,26 @@ class Resolved:
         origins: (section, key) → a flag, an environment variable, the path of a profile, or
             ``preset NAME`` where a preset brought it.
         profile: the profile that was asked for, None where it was only found.
+        variants: the same with each of several presets; none where at most one was given. Several
+            bring nothing to ``settings`` itself.
     """
 
     settings: Settings
     origins: dict[Key, str]
     profile: str | None = None
+    variants: tuple[Resolved, ...] = ()
+
+    def cells(self) -> list[Resolved]:
+        """Return the settings of each preset at each ratio: as if given with these alone."""
+        return [
+            each._at(ratio)
+            for each in self.variants or (self,)
+            for ratio in dict.fromkeys(self.settings.plan.ratio)
+        ]
+
+    def _at(self, ratio: float) -> Resolved:
+        plan = self.settings.plan.model_copy(update={"ratio": [ratio]})
+        return replace(self, settings=self.settings.model_copy(update={"plan": plan}))
 
     def value(self, section: str, key: str) -> Any:
         """Return one setting."""
@@ -82,10 +97,9 @@ class Resolved:
     def toml(self) -> str:
         """Return the settings as a profile, each line with its origin as a comment."""
         lines: list[str] = []
-        for section, model in SECTIONS.items():
+        for section, values in self.settings.model_dump(mode="json").items():
             lines.append(f"[{section}]")
-            for key in model.model_fields:
-                value = self.value(section, key)
+            for key, value in values.items():
                 origin = " ".join(self.origins.get((section, key), "default").splitlines())
                 # TOML has no null: an unset key is shown as a comment.
                 setting = f"# {key} is unset" if value is None else f"{key} = {_toml(value)}"
@@ -159,17 +173,14 @@ def resolve(
             *_from_overrides(overrides, problems),
         ],
     ]
-    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    origins: dict[Key, str] = {}
-    for (section, key), value, origin in _with_preset(layers):
-        merged[section][key] = value
-        origins[section, key] = origin
-    settings = _validate(merged, origins, str(path), problems)
-    if settings is None:
-        lines = dict.fromkeys(line for _, line in problems)
-        ratio_only = all(key == ("plan", "ratio") for key, _ in problems)
-        raise UsageError("\n".join(lines), _RATIO_HINT if ratio_only else _SETTINGS_HINT)
-    return Resolved(settings, origins, str(profile) if profile else None)
+    asked = str(profile) if profile else None
+    base = Resolved(*_settled(layers, str(path), problems), asked)
+    several = base.settings.plan.preset
+    if len(several) < 2:
+        return base
+    narrowed = (_narrowed(layers, name) for name in several)
+    variants = (Resolved(*_settled(each, str(path), []), asked) for each in narrowed)
+    return replace(base, variants=tuple(variants))
 
 
 _Layer = list[tuple[Key, Any, str]]
@@ -179,19 +190,52 @@ _Problems = list[tuple[Key, str]]
 """What is wrong, a line each, with the setting that it is about."""
 
 
+def _settled(
+    layers: Sequence[_Layer], profile: str, problems: _Problems
+) -> tuple[Settings, dict[Key, str]]:
+    """Merge layers, weakest first; return the settings and their origins. Raises UsageError."""
+    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    origins: dict[Key, str] = {}
+    for (section, key), value, origin in _with_preset(layers):
+        merged[section][key] = value
+        origins[section, key] = origin
+    settings = _validate(merged, origins, profile, problems)
+    if settings is None:
+        lines = dict.fromkeys(line for _, line in problems)
+        ratio_only = all(key == ("plan", "ratio") for key, _ in problems)
+        raise UsageError("\n".join(lines), _RATIO_HINT if ratio_only else _SETTINGS_HINT)
+    return settings, origins
+
+
 def _with_preset(layers: Sequence[_Layer]) -> Iterator[tuple[Key, Any, str]]:
     """Yield the settings of all layers, weakest first, with those of the preset that wins.
 
     A preset of a weaker layer brings nothing: of two combinations, no mixture is meant.
     """
-    given = [{key: value for key, value, _ in layer}.get(_PRESET) for layer in layers]
-    chosen = max((i for i, name in enumerate(given) if name is not None), default=None)
+    given = [_preset_of(layer) for layer in layers]
+    chosen = max((i for i, names in enumerate(given) if names is not None), default=None)
     for i, layer in enumerate(layers):
-        name = given[i] if i == chosen else None
-        if isinstance(name, str) and name in PRESETS:  # any other is refused by the validation
-            for key, value in _flatten(PRESETS[name].settings):
-                yield key, value, f"{_BY_PRESET}{name}"
+        names = (given[i] if i == chosen else None) or []
+        # Of several, each has settings of its own; an unknown one is refused by the validation.
+        if len(names) == 1 and names[0] in PRESETS:
+            for key, value in _flatten(PRESETS[names[0]].settings):
+                yield key, value, f"{_BY_PRESET}{names[0]}"
         yield from layer
+
+
+def _narrowed(layers: Sequence[_Layer], preset: str) -> list[_Layer]:
+    """Return layers with one preset where they name any."""
+    return [
+        [(key, [preset] if key == _PRESET else value, origin) for key, value, origin in layer]
+        for layer in layers
+    ]
+
+
+def _preset_of(layer: _Layer) -> list[str] | None:
+    """Return the presets that a layer names; None where it says nothing of them."""
+    value = {key: value for key, value, _ in layer}.get(_PRESET)
+    names = [value] if isinstance(value, str) else value
+    return list(dict.fromkeys(map(str, names))) if isinstance(names, list) else None
 
 
 def _validate(
@@ -348,8 +392,7 @@ def _reason(detail: ErrorDetails, section: str, key: str) -> str:
     if kind == "too_short":
         return "must name at least one."
     if kind == "int_from_float" or kind.endswith(("_type", "_parsing")):
-        wanted = kind_of(section, key)
-        wanted = get_args(wanted)[0] if get_origin(wanted) is list else wanted
+        wanted = item_of(kind_of(section, key))
         quoted = isinstance(value, str) and kind.endswith("_type")
         return f"must be {_TYPES[wanted]}{', without quotes' * quoted}."
     return f"must be {detail['msg'].removeprefix('Input should be ')}."

@@ -26,7 +26,7 @@ def profiles_view(profiles: Sequence[ShippedProfile]) -> RenderableType:
         parts += [_figures(profile, sources), Text()]
     parts.append(Text("Perplexity on WikiText-2 by keep ratio; a run fills the columns 'run'."))
     parts += [Text(f"[{i}] {source}", style="dim") for i, source in enumerate(sources, 1)]
-    parts.append(Text("Run one: hisvd compress --profile NAME --ratio 0.8 --preset PRESET"))
+    parts.append(Text("Run one: hisvd compress --profile NAME [--ratio 0.8] [--preset PRESET]"))
     return Group(*parts)
 
 

@@ -10,13 +10,28 @@ import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+)
 
 from hisvd_cli.memory_bounds import checked
 
 
 def _as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
+
+
+def _none_or_list(value: object) -> object:
+    return [] if value is None else _as_list(value)
+
+
+def _once(values: list[str]) -> list[str]:
+    return list(dict.fromkeys(values))
 
 
 def _setting(
@@ -75,6 +90,7 @@ def _any_of(names: Sequence[str]) -> str:
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Ratios = Annotated[list[Ratio], Field(min_length=1), BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
+Presets = Annotated[list[PresetName], BeforeValidator(_none_or_list), AfterValidator(_once)]
 Memory = Annotated[str, AfterValidator(checked)]
 Methods = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
 
@@ -136,10 +152,10 @@ class PlanSettings(Section):
     ratio_of: Literal["sublayers", "model"] = _setting(
         "sublayers", "What the ratio counts: the factored sublayers, or the whole model."
     )
-    preset: PresetName | None = _setting(
-        None,
+    preset: Presets = _setting(
+        [],
         f"Named combination of methods: {_any_of(get_args(PresetName))}. Settings given beside it "
-        "win.",
+        "win; compress makes several.",
     )
     allocator: Methods = _setting(
         ["hisvd"],
@@ -245,6 +261,11 @@ class PlanSettings(Section):
         le=1,
     )
 
+    @field_serializer("preset")
+    def _one_or_several(self, preset: list[str]) -> str | list[str] | None:
+        # Artifacts are made by one preset or by none, and record it as such.
+        return preset if len(preset) > 1 else next(iter(preset), None)
+
 
 class CompressSettings(Section):
     """``[compress]``: how sublayers are factored, and what is written."""
@@ -333,7 +354,7 @@ def panel_of(section: str, key: str) -> str:
 
 def choices_of(section: str, key: str) -> list[str]:
     """Return the values that completion offers for a setting, none where they are unknown."""
-    kind = kind_of(section, key)
+    kind = item_of(kind_of(section, key))
     listed: list[str] = _extra(section, key)["choices"]
     return list(get_args(kind)) if get_origin(kind) is Literal else listed
 
@@ -345,6 +366,11 @@ def _extra(section: str, key: str) -> dict[str, Any]:
 def kind_of(section: str, key: str) -> Any:
     """Return a setting's plain type: without bounds, and without the None of an unset one."""
     return _plain(SECTIONS[section].model_fields[key].annotation)
+
+
+def item_of(kind: Any) -> Any:
+    """Return the type of a list's items, and any other type as it is."""
+    return get_args(kind)[0] if get_origin(kind) is list else kind
 
 
 def _plain(annotation: Any) -> Any:

@@ -14,6 +14,7 @@ from hisvd_cli.charts import HeatMap, Shaded, short_name
 if TYPE_CHECKING:
     from hisvd_cli.audit import Audit
     from hisvd_cli.build.compression import Outcome
+    from hisvd_cli.build.compression_grid import Cell
     from hisvd_cli.calibration import Calibration
     from hisvd_cli.evaluate import PerplexityResult
 
@@ -161,6 +162,34 @@ def _before_and_after(outcome: Outcome) -> Table:
         texts = (perplexity_text(before), perplexity_text(after))
         table.add_row("perplexity", *texts, times_text(after, before))
     return table
+
+
+def compressed_grid_view(cells: Sequence[Cell]) -> RenderableType:
+    """Show what became of each checkpoint of a grid."""
+    table = make_table("checkpoint", "", "size", "of the model", "perplexity", left=2)
+    table.columns[0].no_wrap = False
+    table.columns[0].overflow = "fold"
+    for cell in cells:
+        plan, perplexity = cell.plan(), cell.outcome and cell.outcome.perplexity
+        table.add_row(
+            str(cell.output),
+            Text(cell.status, style="red" if cell.failure else "dim"),
+            size_text(cell.bytes) if plan else "-",
+            f"{plan.model_ratio:.1%}" if plan else "-",
+            perplexity_text(perplexity[1]) if perplexity else "-",
+        )
+    return table
+
+
+def forecast_grid_view(forecast: dict[str, Any]) -> RenderableType:
+    """Show what the checkpoints of a grid that are left would take."""
+    facts = {
+        each["output"]: f"{size_text(each['bytes'])}, peak memory "
+        f"{size_text(each['peak_memory_bytes'])}"
+        for each in forecast["cells"]
+    }
+    facts["time"] = f"about {duration_text(forecast['seconds'])} in all"
+    return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
 
 
 def perplexity_text(result: PerplexityResult) -> str:

@@ -214,16 +214,34 @@ EVALS = strict(
     failures={"type": "array", "items": strict(model=TEXT, message=TEXT)},
 )
 
+_STAGES = strict(calibrate=NUMBER, plan=NUMBER, decompose=NUMBER, write=NUMBER)
+_PERPLEXITY = maybe(strict(before=maybe(NUMBER), after=maybe(NUMBER)))
 COMPRESS = strict(
     output=TEXT,
     ratio=RATIO,
     model_ratio=RATIO,
     kept_parameters=COUNT,
     bytes=COUNT,
-    seconds=strict(calibrate=NUMBER, plan=NUMBER, decompose=NUMBER, write=NUMBER),
+    seconds=_STAGES,
     peak_memory_bytes=COUNT,
     plan=TEXT,
-    perplexity=maybe(strict(before=maybe(NUMBER), after=maybe(NUMBER))),
+    perplexity=_PERPLEXITY,
+)
+CELLS = strict(
+    cells=rows(
+        output=TEXT,
+        preset=maybe(TEXT),
+        ratio=RATIO,
+        status={"enum": ["made", "kept", "failed"]},
+        model_ratio=maybe(RATIO),
+        kept_parameters=maybe(COUNT),
+        bytes=maybe(COUNT),
+        seconds=maybe(_STAGES),
+        peak_memory_bytes=maybe(COUNT),
+        plan=maybe(TEXT),
+        perplexity=_PERPLEXITY,
+        message=maybe(TEXT),
+    )
 )
 PLACE = {"enum": ["device", "host", "file"]}
 COMPRESS_FORECAST = strict(

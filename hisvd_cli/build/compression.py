@@ -133,20 +133,24 @@ def check_request(
     """Find out before any work whether a compression can succeed.
 
     Raises:
-        UsageError: several ratios, an unknown method, or flags that a given plan has decided.
+        UsageError: several allocators, an unknown method, or flags that a given plan has decided.
         BudgetError: a ratio that cannot be met.
         MemoryLimitError: a bound on memory that cannot.
         OutputError: something stands at the output.
     """
     decomposer_needs(resolved.settings.compress)
     if plan_file is None:
-        for key in ("ratio", "allocator"):
-            if len(resolved.value("plan", key)) > 1:
-                raise UsageError(f"compress takes one --{key}.", f"Run it once per {key}.")
+        if len(resolved.settings.plan.allocator) > 1:
+            raise UsageError("compress takes one --allocator.", "Run it once per allocator.")
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
         _refuse_knobs(resolved)
+        if resolved.variants:
+            raise UsageError(
+                "Several presets are set, but --plan names one plan.",
+                "Leave out --plan, or set one preset.",
+            )
         check_factoring(resolved, source)
     if _evaluates(resolved, source):
         check_whole_model(resolved, source, "--evaluate")

@@ -24,6 +24,8 @@ from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import DEMO, Source, open_source
 
+_MEMORY_HINT = "Pass --stream on, or lower --batch."
+
 
 def evaluate_models(
     resolved: Resolved, targets: Sequence[str], reporter: Reporter, fresh: bool = False
@@ -52,7 +54,7 @@ def evaluate_models(
     with ExitStack() as stack:
         sources: list[tuple[str, Source]] = []
         for target in targets:
-            with _tolerated(target, failures, len(targets) == 1):
+            with tolerated(target, failures, len(targets) == 1):
                 source = stack.enter_context(open_target(resolved, target))
                 window_length(resolved.settings.eval.seqlen, source)
                 sources.append((target, source))
@@ -77,7 +79,7 @@ def _fill(
     cells: dict[str, list[Measured]] = {}
     with bench.beside(baseline):
         for target, source in sources:
-            with _tolerated(target, grid.failures, grid.single):
+            with tolerated(target, grid.failures, grid.single):
                 check_texts(texts, calibration_of(source), target)
                 cells[target] = bench.measure(source)
         beside = bench.baseline()
@@ -111,7 +113,9 @@ def _comparisons(
 
 
 @contextmanager
-def _tolerated(target: str, failures: list[Failure], alone: bool) -> Iterator[None]:
+def tolerated(
+    target: str, failures: list[Failure], alone: bool, memory_hint: str = _MEMORY_HINT
+) -> Iterator[None]:
     """Note that a model failed in the body, and go on; where it is the only one, fail."""
     try:
         yield
@@ -122,7 +126,7 @@ def _tolerated(target: str, failures: list[Failure], alone: bool) -> Iterator[No
     except (MemoryError, torch.OutOfMemoryError):
         if alone:
             raise
-        failures.append(Failure(target, "Out of memory.", "Pass --stream on, or lower --batch."))
+        failures.append(Failure(target, "Out of memory.", memory_hint))
 
 
 @contextmanager

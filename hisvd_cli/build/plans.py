@@ -125,10 +125,15 @@ def check_knobs(resolved: Resolved, source: Source) -> None:
     """Find out before any work whether the settings can be planned at all.
 
     Raises:
-        UsageError: an unknown allocator, or a pattern that matches nothing.
+        UsageError: several presets, an unknown allocator, or a pattern that matches nothing.
         BudgetError: a ratio that cannot be met.
     """
     knobs = resolved.settings.plan
+    if resolved.variants:
+        raise UsageError(
+            f"Several presets are set: {', '.join(knobs.preset)}; only compress makes several.",
+            "Give one --preset, or several --allocator.",
+        )
     for name in knobs.allocator:
         ALLOCATORS.get(name)
     anatomy = dissect(source)

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
+from hisvd_cli.errors import HisvdError
 from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
 
@@ -19,7 +20,8 @@ def compress(
         option(
             "--output",
             "-o",
-            text="Folder, or one file ending in .pt (default MODEL-RATIO).",
+            text="Folder, or one file ending in .pt (default MODEL-RATIO). Of several presets or "
+            "ratios, the folder that gets MODEL-PRESET-RATIO of each.",
             metavar="PATH",
         ),
     ] = None,
@@ -34,8 +36,16 @@ def compress(
 ) -> None:
     """Compress a model: calibrate, plan and factor, reusing what is already there.
 
-    Example: hisvd compress --model demo --ratio 0.6
+    Several ratios and presets make a checkpoint each, from one calibration; what is there already
+    stays as it is.
+
+    Examples: hisvd compress --model demo --ratio 0.6
+
+    hisvd compress --model demo --ratio 0.8 --ratio 0.6 --preset hisvd --preset best
     """
+    if plan is None and len(run.resolved.cells()) > 1:
+        _compress_grid(run, output, overwrite, dry_run)
+        return
     from hisvd_cli.build.compression import compress_model
     from hisvd_cli.build.forecast import forecast_compression
     from hisvd_cli.views import compressed_view, forecast_view
@@ -52,3 +62,24 @@ def compress(
     baseline = shlex.quote(run.settings.model.name)
     measuring = f"eval {made} --baseline {baseline}"
     run.console.next_command(f"hisvd {f'inspect {made}' if outcome.perplexity else measuring}")
+
+
+def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool) -> None:
+    from hisvd_cli.build.compression_grid import compress_grid, forecast_grid
+    from hisvd_cli.views import compressed_grid_view, forecast_grid_view
+
+    if dry_run:
+        forecast = forecast_grid(run.resolved, output, overwrite, run.console)
+        run.console.show(forecast_grid_view(forecast))
+        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        return
+    cells = compress_grid(run.resolved, output, overwrite, run.console)
+    run.console.show(compressed_grid_view(cells))
+    there = [str(cell.output) for cell in cells if not cell.failure]
+    run.console.result({"cells": [cell.document() for cell in cells]}, " ".join(there))
+    failures = [cell.failure for cell in cells if cell.failure]
+    if failures:
+        told = [f"{each.model}: {each.message}" for each in failures]
+        raise HisvdError("\n".join(told), failures[0].hint)
+    baseline = shlex.quote(run.settings.model.name)
+    run.console.next_command(f"hisvd eval {shlex.join(there)} --baseline {baseline}")

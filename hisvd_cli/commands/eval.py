@@ -28,6 +28,14 @@ def evaluate(
         Path | None, option("--markdown", text="Also write a markdown table.", metavar="FILE")
     ] = None,
     csv: Annotated[Path | None, option("--csv", text="Also write CSV.", metavar="FILE")] = None,
+    report: Annotated[
+        Path | None,
+        option(
+            "--report",
+            text="Also write an HTML page with tables, figures and settings.",
+            metavar="FILE",
+        ),
+    ] = None,
     fresh: Annotated[
         bool, option("--fresh", text="Measure again what was measured before.")
     ] = False,
@@ -37,14 +45,21 @@ def evaluate(
     Example: hisvd eval demo-0.8 demo-0.6 --baseline demo
     """
     from hisvd_cli.build.evaluation import evaluate_models
+    from hisvd_cli.build.reporting import write_report
     from hisvd_cli.evaluation_views import grid_view
+    from hisvd_cli.report.page import check_libraries
     from hisvd_cli.report_tables import check_report_path, write_reports
 
     check_report_path(markdown, "--markdown")
     check_report_path(csv, "--csv")
+    check_report_path(report, "--report")
+    if report is not None:
+        check_libraries()
     named = targets or [run.settings.model.name]
     grid = evaluate_models(run.resolved, named, run.console, fresh)
     write_reports(grid, markdown, csv)
+    if report is not None:
+        write_report(run.resolved, grid, report)
     run.console.show(grid_view(grid))
     run.console.result(grid.document(), grid.line())
     if grid.failures:

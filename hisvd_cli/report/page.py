@@ -1,0 +1,144 @@
+"""A report's data and figures ─► one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hisvd_cli.errors import UsageError
+from hisvd_cli.evaluate import PerplexityResult
+from hisvd_cli.grid import Evaluation
+from hisvd_cli.report import palette
+from hisvd_cli.report.content import ModelFacts, Report, as_text, flat, short_name
+from hisvd_cli.report.figures import curves, heat_map, spectra_figures
+
+_HERE = Path(__file__).parent
+_TEMPLATE = "template.html.jinja"
+_LIBRARIES = ("jinja2", "matplotlib")
+_FORMS = {"bits_per_byte": "{:.4f}", "kl": "{:.4f}", "agreement": "{:.1%}"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A table's cell: what it shows, its interval, and what it sorts by."""
+
+    text: str
+    bounds: str = ""
+    value: float | None = None
+
+
+def check_libraries() -> None:
+    """Raise UsageError, naming the extra, where a library that pages are made with is missing."""
+    for name in _LIBRARIES:
+        if find_spec(name) is None:
+            raise UsageError(
+                f"--report needs the package '{name}'.", "Run: pip install 'hisvd[report]'"
+            )
+
+
+def render(report: Report) -> str:
+    """Return the page: the same bytes for the same report."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"value": as_text, "short": short_name, "leaves": flat}
+    environment.filters["svg"] = Markup  # drawn here: nothing of a user stands in it unescaped
+    planned = report.planned
+    dense = planned[0][1] if planned else None
+    return environment.get_template(_TEMPLATE).render(
+        report=report,
+        palette=palette,
+        texts=[
+            {
+                "of": first,
+                "rows": [_row(*each) for each in report.results(i)],
+                "curves": curves(report, i),
+            }
+            for i, first in enumerate(report.datasets)
+        ],
+        heat_maps=[heat_map(facts.name, plan, i) for i, (facts, plan) in enumerate(planned)],
+        spectra=spectra_figures(report.spectra, dense) if report.spectra and dense else [],
+        sublayers=_sublayers(report),
+        details=_details(report),
+        measured={
+            title: [(each.model, table(each.document()[key])) for each in report.grid.rows()]
+            for title, key in (("Zero-shot", "tasks"), ("Efficiency", "efficiency"))
+            if any(each.document()[key] for each in report.grid.rows())
+        },
+    )
+
+
+def _row(each: Evaluation, facts: ModelFacts, result: PerplexityResult) -> dict[str, Any]:
+    plan = facts.plan
+    return {
+        "model": each.model,
+        "kept": Number(f"{plan.kept_ratio:.1%}", "", plan.kept_ratio) if plan else Number("–"),
+        "whole": Number(f"{plan.model_ratio:.1%}", "", plan.model_ratio) if plan else Number("–"),
+        "size": Number(f"{facts.bytes / 1e6:,.1f}", "", facts.bytes),
+        "figures": [_figure(result, name) for name in ("perplexity", *_FORMS)],
+    }
+
+
+def _figure(result: PerplexityResult, name: str) -> Number:
+    value: float | None = getattr(result, name)
+    if value is None:
+        return Number("not finite" if name == "perplexity" else "–")
+    form = _FORMS.get(name, "{:,.2f}" if value < 1e4 else "{:.3e}")
+    bounds = (result.intervals or {}).get(name)
+    shown = f"{form.format(bounds[0])} to {form.format(bounds[1])}" if bounds else ""
+    return Number(form.format(value), shown, value)
+
+
+def _sublayers(report: Report) -> list[dict[str, Any]]:
+    """Return a row per sublayer with its rank in each model that has a plan."""
+    names: dict[str, dict[str, Any]] = {}
+    ranks: list[dict[str, Number]] = []
+    for _, plan in report.planned:
+        for row in plan.sublayers:
+            facts = {
+                "layer": row.layer,
+                "type": row.cluster,
+                "shape": "×".join(map(str, row.shape)),
+            }
+            names.setdefault(row.name, {**facts, "full": row.full_rank})
+        ranks.append(
+            {
+                r.name: Number("dense" if r.dense else str(r.rank), "", r.rank)
+                for r in plan.sublayers
+            }
+        )
+    return [
+        {"name": name, **facts, "ranks": [each.get(name, Number("–")) for each in ranks]}
+        for name, facts in names.items()
+    ]
+
+
+def _details(report: Report) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """Return every setting and version: of this run, then of each model that records them."""
+    run = {"settings": report.settings, "versions": report.versions}
+    records = [(each.model, report.models[each.model].record) for each in report.grid.rows()]
+    found = [("This evaluation", run), *((model, record) for model, record in records if record)]
+    return [(title, flat(document)) for title, document in found]
+
+
+def table(measured: Any) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+    """Return JSON data as a head and rows: records of a list or an object stay rows, all else is
+    a row per leaf."""
+    records = measured
+    if isinstance(measured, Mapping) and all(isinstance(v, Mapping) for v in measured.values()):
+        records = [{"": name, **record} for name, record in measured.items()]
+    if isinstance(records, list) and records and all(isinstance(r, Mapping) for r in records):
+        lines = [dict(flat(record)) for record in records]
+        head = list(dict.fromkeys(key for line in lines for key in line))
+        return head, [[line.get(key) for key in head] for line in lines]
+    return ("figure", "value"), [list(leaf) for leaf in flat(measured)] if measured else []
