@@ -94,6 +94,7 @@ RECORDED = strict(
     plan=strict(ratio={"type": "array", "items": RATIO}, allocator=_ALLOCATORS, **_KNOBS),
     compress=strict(
         decomposer=TEXT,
+        solver=TEXT,
         max_shard_size=NUMBER,
         asvd_alpha=NUMBER,
         weighting=TEXT,

@@ -110,7 +110,7 @@ def test_all_errors_of_a_profile_at_once(here: Path) -> None:
     [
         (("plan", "--modle", "demo"), "--modle"),
         (("pln",), "Did you mean 'plan'?"),
-        (("convert", "x", "--output", "y"), "Missing option '--to'"),
+        (("convert", "x", "--output", "y"), "--output without --to"),
         (("convert", "x", "--output", "y", "--to", "gguf"), "'gguf' is not one of"),
         (("inspect",), "TARGET"),
         (("plan", *QUICK, "--samples", "many"), "--samples many must be a whole number"),
