@@ -59,8 +59,12 @@ class Metric:
     def narrows(self, weight: Tensor) -> bool:
         """Return whether A Aᵀ has a smaller equivalent ``[n, n]``; with M in place of G it has
         none."""
-        from_output = isinstance(self.right, Moment) and self.right.side == "output"
-        return weight.shape[0] > weight.shape[1] and not from_output
+        return weight.shape[0] > weight.shape[1] and not self.knows_outputs
+
+    @property
+    def knows_outputs(self) -> bool:
+        """Whether the right side is M, and not G."""
+        return isinstance(self.right, Moment) and self.right.side == "output"
 
     def gram(self, weighted: Tensor) -> Tensor:
         """Return B G Bᵀ ``[r, r]`` for B ``[r, n]``: A Aᵀ where B = Lᵀ W.

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hisvd_cli.eigen import LEAST_SIZE, Solver, leading
 from hisvd_cli.metric import Metric, triangular_root
-from hisvd_cli.moments import Moment
 from hisvd_cli.products import (
     congruence,
     mirrored_product,
@@ -46,7 +45,7 @@ def truncate_in(
     Args:
         dtype: float32 or float64.
         weight: W ``[m, n]``.
-        metric: what is minimised; not transposed, and of moments.
+        metric: what is minimised; not transposed.
         rank: k.
         solver: finds the eigenvectors.
 
@@ -126,13 +125,13 @@ class _Narrow:
     Attributes:
         weight: W ``[m, n]``.
         columns: C ``[n, n]``.
-        root: R ``[n, n]``, lower triangular.
+        root: R ``[n, n]``, lower triangular; None for the identity.
         gram: in the dtype of W, as all here.
     """
 
     weight: Tensor
     columns: Tensor
-    root: Tensor
+    root: Tensor | None
     gram: Tensor
 
     @property
@@ -143,7 +142,9 @@ class _Narrow:
     def factors(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return ``U = W R E Λ^-½`` ``[m, k]``, orthonormal, and ``V = Uᵀ W = (R E Λ^-½)ᵀ C`` for
         eigenvalues Λ and eigenvectors E: no inverse of G. None where rounding leaves no U."""
-        directions = triangular_product(self.root, vectors / values.sqrt())
+        directions = vectors / values.sqrt()
+        if self.root is not None:
+            directions = triangular_product(self.root, directions)
         u = self.weight @ directions
         if float((u.norm(dim=0) - 1).abs().max()) < _SKEW:
             return u, directions.T @ self.columns
@@ -162,23 +163,29 @@ def _pose(dtype: torch.dtype, weight: Tensor, metric: Metric) -> _Wide | _Narrow
         return None
     if dtype == torch.float32 and has_fast_doubles(weight.device):
         return None
-    if not isinstance(moment, Moment) or (left is not None and left.ndim == 1):
+    if isinstance(moment, Tensor) or (left is not None and left.ndim == 1):
         return None
-    if not bool(moment.matrix.isfinite().all()):
+    wide = weight.to(dtype)
+    matrix = None if moment is None else moment.matrix.to(dtype)
+    if not bool((wide if matrix is None else matrix).isfinite().all()):
         return None
-    wide, matrix = weight.to(dtype), moment.matrix.to(dtype)
     if left is None and metric.narrows(weight):
+        columns = mirrored_product(wide.T, wide.T)
+        if matrix is None:
+            return _Narrow(wide, columns, None, columns)
         root = _root(matrix)
         if root is None:
             return None
-        columns = mirrored_product(wide.T, wide.T)
         return _Narrow(wide, columns, root, triangular_congruence(root, columns))
-    energy = matrix if moment.side == "output" else congruence(wide, matrix)
+    if matrix is None:
+        energy = mirrored_product(wide, wide)
+    else:
+        energy = matrix if metric.knows_outputs else congruence(wide, matrix)
     if left is None:
         return _Wide(wide, None, energy, float(energy.diagonal().double().sum()))
     scale = float((left.double().square().sum(1) * energy.diagonal().double()).sum())
-    root = left.to(dtype)
-    return _Wide(wide, root, congruence(root.T, energy), scale)
+    lower = left.to(dtype)
+    return _Wide(wide, lower, congruence(lower.T, energy), scale)
 
 
 def has_fast_doubles(device: torch.device) -> bool:

@@ -57,7 +57,7 @@ class SpectraSource:
 
     Attributes:
         source: the model.
-        sublayers: all of them, in order.
+        sublayers: those that are wanted, in order.
         names: name of a tensor in the model → name on disk.
         calibration: where statistics come from; None for spectra of the weights alone.
         device: where eigenvalues are computed.
@@ -160,10 +160,11 @@ def _cached(
     from weights and, where there is a ``need``, statistics; several processes share the work."""
     here = world()
     values = here.agreed(lambda: _read(path, key))
-    if all(s.name in values for s in of.sublayers):
+    lacking = [s for s in of.sublayers if s.name not in values]
+    if not lacking:
         return values
     blocks: dict[int, list[Sublayer]] = {}
-    for s in of.sublayers:
+    for s in lacking:
         blocks.setdefault(s.layer, []).append(s)
     costs = [[(s.name, decomposition_cost(s.shape)) for s in block] for block in blocks.values()]
     owner = share_by_cost(costs, here.size)

@@ -114,7 +114,6 @@ def test_no_size_of_outliers_slips_through(shape: tuple[int, int]) -> None:
 def test_what_has_no_loss_or_no_moment_is_left_to_double_precision() -> None:
     weight, moment = draw(24, 24), Moment(psd(24, 2), "input")
     assert truncate_in(torch.float32, weight, Metric(right=moment), 24) is None
-    assert truncate_in(torch.float32, weight, Metric(), 5) is None
     assert truncate_in(torch.float32, weight, Metric(torch.ones(24), moment), 5) is None
     zero = Moment(torch.zeros(24, 24), "input")
     for matrix in (weight, draw(40, 24)):
@@ -150,6 +149,20 @@ def test_large_matrices_take_single_precision_by_themselves() -> None:
     torch.testing.assert_close(made[0].double() @ made[1].double(), product)
     loss = loss_of(weight, made, inputs, torch.eye(1024).double())
     assert loss == pytest.approx(float(exact[rank:].sum()), rel=1e-3)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_weight_alone_is_truncated_too(shape: tuple[int, int]) -> None:
+    weight = draw(*shape, seed=1)
+    made = truncate_in(torch.float32, weight, Metric(), 12)
+    found = energies_in(torch.float32, weight, Metric())
+    sigma = torch.linalg.svdvals(weight)
+    assert found is not None
+    torch.testing.assert_close(found, sigma**2, rtol=1e-4, atol=1e-4)
+    assert made is not None
+    lost = loss_of(weight, made, torch.eye(shape[1]).double(), torch.eye(shape[0]).double())
+    assert lost == pytest.approx(float((sigma[12:] ** 2).sum()), rel=1e-3)
 
 
 @pytest.mark.usefixtures("small")

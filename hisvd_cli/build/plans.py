@@ -215,15 +215,15 @@ def _spectra(
 ) -> list[Spectrum]:
     knobs = resolved.settings.plan
     device = exact_device(pick_device(resolved.settings.model.device))
-    of = SpectraSource(source, anatomy.sublayers, anatomy.names, calibration, device)
+    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
+    of = SpectraSource(source, chosen, anatomy.names, calibration, device)
     wanted = Wanted(
         knobs.metric,
         changes=any("weight-gradients" in ALLOCATORS.needs(name) for name in knobs.allocator),
         input_shrinkage=knobs.input_shrinkage,
         output_shrinkage=knobs.output_shrinkage,
     )
-    chosen = {s.name for s in select(anatomy.sublayers, knobs.include, knobs.exclude)}
-    return [s for s in load_spectra(of, wanted, reporter) if s.name in chosen]
+    return load_spectra(of, wanted, reporter)
 
 
 @dataclass(frozen=True)
