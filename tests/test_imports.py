@@ -34,6 +34,7 @@ INTERFACE = (
     "profile_views",
     "charts",
     "evaluation_views",
+    "efficiency_views",
 )
 
 
