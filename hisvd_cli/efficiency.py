@@ -180,6 +180,9 @@ def time_in_turns(
     Raises:
         HisvdError: ``torch.compile`` failed.
     """
+    if any(runner.timed is not runner.model for runner in runners.values()):
+        # Each shape of each model is compiled anew, and after a few torch runs them as they are.
+        torch.compiler.reset()
     peaks = {name: runner.peak_memory(work) for name, runner in runners.items()}
     ids = prompts(next(iter(runners.values())).model, work)
     turns: dict[str, list[Turn]] = {name: [] for name in runners}
