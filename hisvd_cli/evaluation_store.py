@@ -41,20 +41,32 @@ class Store:
 
     def load(self, key: str) -> Sums | None:
         """Return the sums of the windows that are done; None for none, or a damaged file."""
+        document = self.load_document(key)
+        if document is None:
+            return None
         try:
-            document = json.loads(self.path(key).read_text(encoding="utf-8"))
-            if document["key"] != key:
-                return None
             kept = document["sums"]
             return Sums(_rows(kept["nats"]), _read(kept["kl"]), _read(kept["agreed"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
 
     def save(self, key: str, about: Mapping[str, Any], sums: Sums) -> None:
         """Write the sums of the windows that are done, and what they are of. Raises OutputError."""
         kept = {part.name: _written(getattr(sums, part.name)) for part in fields(sums)}
-        document = {"key": key, **about, "sums": kept}
-        write_text(self.path(key), json.dumps(document, allow_nan=False) + "\n")
+        self.save_document(key, {**about, "sums": kept})
+
+    def load_document(self, key: str) -> dict[str, Any] | None:
+        """Return a measurement that is no sums; None for none, or a damaged file."""
+        try:
+            document = json.loads(self.path(key).read_text(encoding="utf-8"))
+            return dict(document) if document["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save_document(self, key: str, document: Mapping[str, Any]) -> None:
+        """Write a measurement that is no sums. Raises OutputError."""
+        text = json.dumps({"key": key, **document}, allow_nan=False)
+        write_text(self.path(key), text + "\n")
 
     def forget(self, key: str) -> None:
         """Remove a measurement."""

@@ -1,4 +1,4 @@
-"""What evaluations look like in a terminal: a table a text, and who is better for sure."""
+"""What evaluations look like in a terminal: tables, and who is better for sure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hisvd_cli.efficiency_views import speed_view, tasks_view
 from hisvd_cli.views import perplexity_text, times_text
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ def grid_view(grid: Grid) -> RenderableType:
         parts += [_table(grid, [row.results[i] for row in rows]), Text()]
         parts += _rankings(grid, first.dataset)
     if any(each and each.intervals for row in rows for each in row.results):
-        parts.append(Text(_interval_note(rows[0].results[0]), style="dim"))
+        parts += [Text(_interval_note(rows[0].results[0]), style="dim"), Text()]
+    names = _short_names([row.model for row in rows])
+    parts += tasks_view(rows, names)
+    for name, row in zip(names, rows, strict=True):
+        parts += speed_view(name, row.speed) if row.speed else []
+    if parts and isinstance(parts[-1], Text) and not parts[-1].plain:
+        parts.pop()
     return Group(*parts)
 
 

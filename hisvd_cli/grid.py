@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hisvd_cli.evaluate import Comparison, PerplexityResult
+from hisvd_cli.speed import Speed
+from hisvd_cli.zero_shot import Score
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,15 @@ class Evaluation:
         model: as the user named it.
         results: one for each text.
         comparisons: with the baseline.
+        scores: in lm-eval's tasks, where some were asked for.
+        speed: beside the baseline's, where it was asked for.
     """
 
     model: str
     results: list[PerplexityResult]
     comparisons: list[Comparison] = field(default_factory=list)
+    scores: list[Score] | None = None
+    speed: Speed | None = None
 
     def document(self, baseline: Evaluation | None = None) -> dict[str, Any]:
         """Return the evaluation as JSON data, the baseline's results beside it."""
@@ -30,16 +36,20 @@ class Evaluation:
             "results": [result.document() for result in self.results],
             "baseline": baseline.beside() if baseline else None,
             "comparisons": [each.document() for each in self.comparisons],
-            "efficiency": None,
-            "tasks": None,
+            "efficiency": self.speed.document() if self.speed else None,
+            "tasks": self._tasks(),
         }
 
     def beside(self) -> dict[str, Any]:
-        """Return model and results alone, as JSON data."""
+        """Return model, results and tasks alone, as JSON data."""
         return {
             "model": self.model,
             "results": [result.document() for result in self.results],
+            "tasks": self._tasks(),
         }
+
+    def _tasks(self) -> list[dict[str, Any]] | None:
+        return None if self.scores is None else [each.document() for each in self.scores]
 
 
 @dataclass(frozen=True)

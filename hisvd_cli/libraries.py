@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -20,12 +21,13 @@ def calm_libraries(quiet: bool, verbose: bool) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars that nobody turned on or off
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as logs
 
     downloads = not (quiet or are_progress_bars_disabled())
-    logging.disable_progress_bar()  # the hub's as well
+    logs.disable_progress_bar()  # the hub's as well
     if downloads:
         enable_progress_bars()
     if not verbose:
-        logging.set_verbosity_error()
+        logs.set_verbosity_error()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")

@@ -12,6 +12,7 @@ from hisvd_cli.errors import OutputError
 from hisvd_cli.evaluate import PerplexityResult
 from hisvd_cli.grid import Grid
 from hisvd_cli.tensorfile import write_text
+from hisvd_cli.zero_shot import Score
 
 FIGURES = {
     "perplexity": ("perplexity", "{:.2f}"),
@@ -20,6 +21,7 @@ FIGURES = {
     "agreement": ("agreement", "{:.3f}"),
 }
 """Figure → its title and its form in a table."""
+_TASK_FACTS = ("metric", "filter", "value", "stderr", "num_fewshot", "questions")
 _FACTS = ("split", "tokens", "bytes", "windows", "seqlen", "dataset_hash")
 
 
@@ -47,18 +49,23 @@ def write_reports(grid: Grid, markdown: Path | None, table: Path | None) -> None
 
 
 def csv_table(grid: Grid) -> str:
-    """Return a row for each model and text, the baseline's first, and columns for the bounds of
-    each interval; what is not known is empty."""
+    """Return a row for each model and text, the baseline's first, with columns for the bounds of
+    each interval, then one for each model, task and metric; what is not known is empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     bounds = [f"{figure}{end}" for figure in FIGURES for end in ("", "_low", "_high")]
-    writer.writerow(["model", "dataset", *bounds, *_FACTS])
+    writer.writerow(["model", "dataset", *bounds, *_FACTS, *_TASK_FACTS])
     for model, result in _rows(grid):
         cells: list[object] = [model, result.dataset]
         for figure in FIGURES:
             low, high = (result.intervals or {}).get(figure) or (None, None)
             cells += [getattr(result, figure), low, high]
-        writer.writerow([*cells, *(getattr(result, fact) for fact in _FACTS)])
+        cells += [getattr(result, fact) for fact in _FACTS]
+        writer.writerow([*cells, *("" for _ in _TASK_FACTS)])
+    blank = [""] * (len(bounds) + len(_FACTS))
+    for model, found in _scores(grid):
+        facts = [getattr(found, fact) for fact in _TASK_FACTS]
+        writer.writerow([model, found.task, *blank, *facts])
     return out.getvalue()
 
 
@@ -75,12 +82,30 @@ def markdown_table(grid: Grid) -> str:
         lines += ["", f"{result.windows} windows of {result.seqlen} tokens; in brackets "]
         lines[-1] += f"{made['level']:.0%} bootstrap intervals ({made['units']} {made['unit']})."
         break
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _task_lines(grid)) + "\n"
+
+
+def _task_lines(grid: Grid) -> list[str]:
+    """Return the lines of a table of all scores in tasks, or none."""
+    lines = []
+    for model, found in _scores(grid):
+        metric = found.metric if found.filter == "none" else f"{found.metric} ({found.filter})"
+        value = "not finite" if found.value is None else f"{found.value:.4f}"
+        value += "" if found.stderr is None else f" ± {found.stderr:.4f}"
+        shots = "" if found.num_fewshot is None else str(found.num_fewshot)
+        lines.append(_line([f"`{model}`", found.task, shots, metric, value]))
+    head = ["", _line(["model", "task", "few-shot", "metric", "value"]), "|---|---|---:|---|---:|"]
+    return head + lines if lines else []
 
 
 def _rows(grid: Grid) -> Iterator[tuple[str, PerplexityResult]]:
     for each in grid.rows():
         yield from ((each.model, result) for result in each.results)
+
+
+def _scores(grid: Grid) -> Iterator[tuple[str, Score]]:
+    for each in grid.rows():
+        yield from ((each.model, score) for score in each.scores or ())
 
 
 def _line(cells: Sequence[str]) -> str:

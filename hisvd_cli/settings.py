@@ -34,6 +34,13 @@ def _once(values: list[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
+def _words(value: object) -> object:
+    """Take commas in each text of a list apart, as lm-eval's command line does."""
+    items = value if isinstance(value, list | tuple) else [value]
+    texts = (item.split(",") if isinstance(item, str) else [item] for item in items)
+    return [item.strip() if isinstance(item, str) else item for part in texts for item in part]
+
+
 def _setting(
     default: Any,
     text: str,
@@ -59,6 +66,8 @@ def _setting(
 
 _ALLOCATORS = "Knobs of allocators"
 _DECOMPOSERS = "Knobs of decomposers"
+_TASKS = "Tasks (lm-eval)"
+_EFFICIENCY = "Efficiency"
 
 PresetName = Literal[
     "hisvd",
@@ -91,6 +100,8 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Ratios = Annotated[list[Ratio], Field(min_length=1), BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 Presets = Annotated[list[PresetName], BeforeValidator(_none_or_list), AfterValidator(_once)]
+Words = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_words)]
+Counts = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1), BeforeValidator(_words)]
 Memory = Annotated[str, AfterValidator(checked)]
 Methods = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
 
@@ -321,6 +332,40 @@ class EvalSettings(Section):
         "Hold one block of a model in memory at a time: on, off, or auto: where its weights do not "
         "fit. The numbers are the same.",
     )
+    tasks: Words = _setting(
+        [],
+        "Tasks that lm-eval runs, with commas between: arc_easy,piqa. Needs the extra: pip install "
+        "'hisvd[eval]'.",
+        panel=_TASKS,
+    )
+    num_fewshot: int | None = _setting(
+        None, "Examples in front of each question; by default as the task says.", panel=_TASKS, ge=0
+    )
+    limit: int | None = _setting(
+        None, "Only the first so many questions of each task.", panel=_TASKS, ge=1
+    )
+    task_path: str | None = _setting(
+        None, "Folder of tasks of your own, in lm-eval's YAML.", panel=_TASKS
+    )
+    efficiency: bool = _setting(
+        False,
+        "Also time prefill and decode, in turns with the baseline.",
+        panel=_EFFICIENCY,
+    )
+    batch_sizes: Counts = _setting(
+        [1, 8, 32], "Sequences that are timed together.", panel=_EFFICIENCY
+    )
+    prompt_tokens: int | None = _setting(
+        None,
+        "Tokens of each prompt; by default 512, or what the model has positions for if fewer.",
+        panel=_EFFICIENCY,
+        ge=1,
+    )
+    new_tokens: int = _setting(64, "Tokens that are made after it.", panel=_EFFICIENCY, ge=1)
+    turns: int = _setting(
+        5, "Turns that are timed, after one that is not.", panel=_EFFICIENCY, ge=1
+    )
+    compile: bool = _setting(False, "Time what torch.compile makes.", panel=_EFFICIENCY)
 
 
 class Settings(Section):

@@ -43,7 +43,10 @@ QUANT_METHOD = "hisvd"
 FORMAT_VERSIONS = {"pair": 1, "pivoted": 2}
 MODELING_FILE = "modeling_hisvd.py"
 AUTO_CLASS = "AutoModelForCausalLM"
-AUTO_MAP = {AUTO_CLASS: "modeling_hisvd.HiSVDForCausalLM"}
+AUTO_MAP = {
+    AUTO_CLASS: "modeling_hisvd.HiSVDForCausalLM",
+    "AutoConfig": "modeling_hisvd.HiSVDAutoConfig",
+}
 
 _ADDED = {leaf for leaves in FACTORS.values() for leaf in leaves} - {"weight"}
 
@@ -259,6 +262,26 @@ class HiSVDForCausalLM:
     @classmethod
     def register_for_auto_class(cls, auto_class: str = AUTO_CLASS) -> None:
         """Do nothing: transformers calls this to have a class's own file saved with the model."""
+
+
+class HiSVDAutoConfig:
+    """What ``auto_map`` names for the config: hands over to the model's own class.
+
+    Programs such as lm-eval read ``quantization_config`` before they load a model: by then this
+    file must have been imported, so that transformers knows the quantizer.
+    """
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Any:
+        """Load the config; takes and returns what ``AutoConfig.from_pretrained`` does."""
+        from transformers import AutoConfig
+
+        kwargs["trust_remote_code"] = False  # this call is the remote code
+        return AutoConfig.from_pretrained(path, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing, as for the model."""
 
 
 def remote_code_files() -> dict[str, Path]:
@@ -504,7 +527,8 @@ def _drop_code(model: PreTrainedModel) -> None:
     """Undo ``_carry_code``, for a model that is dense again."""
     model.__dict__.pop("save_pretrained", None)
     if _names_our_code(model.config):
-        del model.config.auto_map[AUTO_CLASS]
+        for auto_class in AUTO_MAP:
+            model.config.auto_map.pop(auto_class, None)
         if not model.config.auto_map:
             del model.config.auto_map
 

@@ -199,14 +199,52 @@ COMPARISONS: Schema = {
         better=maybe(TEXT),
     ),
 }
-BASELINE = maybe(strict(model=TEXT, results=RESULTS))
+TASKS: Schema = {
+    "type": "array",
+    "items": strict(
+        task=TEXT,
+        metric=TEXT,
+        filter=TEXT,
+        value=maybe(SIGNED),
+        stderr=maybe(NUMBER),
+        higher_is_better=maybe(FLAG),
+        num_fewshot=maybe(COUNT),
+        questions=maybe(COUNT),
+        version={"type": "string"},
+    ),
+}
+_PHASE = strict(
+    tokens=COUNT,
+    tokens_per_second=NUMBER,
+    latency_seconds=strict(p50=NUMBER, p90=NUMBER, p99=NUMBER),
+)
+_TIMING = strict(prefill=_PHASE, decode=_PHASE, peak_memory_bytes=COUNT)
+_VERSUS = strict(speedup=NUMBER, verdict={"enum": ["faster", "slower", "unclear"]})
+EFFICIENCY = strict(
+    device=TEXT,
+    dtype=TEXT,
+    threads=COUNT,
+    compiled=FLAG,
+    prompt_tokens=COUNT,
+    new_tokens=COUNT,
+    turns=COUNT,
+    weight_bytes=COUNT,
+    baseline_weight_bytes=maybe(COUNT),
+    batches=rows(
+        batch=COUNT,
+        model=_TIMING,
+        baseline=maybe(_TIMING),
+        versus_baseline=maybe(strict(prefill=_VERSUS, decode=_VERSUS)),
+    ),
+)
+BASELINE = maybe(strict(model=TEXT, results=RESULTS, tasks=maybe(TASKS)))
 EVAL = strict(
     model=TEXT,
     results=RESULTS,
     baseline=BASELINE,
     comparisons=COMPARISONS,
-    efficiency={"type": "null"},
-    tasks={"type": "null"},
+    efficiency=maybe(EFFICIENCY),
+    tasks=maybe(TASKS),
 )
 EVALS = strict(
     evaluations={"type": "array", "items": EVAL},

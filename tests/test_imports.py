@@ -42,6 +42,7 @@ INTERFACE = (
     "profile_views",
     "charts",
     "evaluation_views",
+    "efficiency_views",
 )
 
 

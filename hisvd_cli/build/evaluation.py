@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from hisvd_cli.audit import part
+from hisvd_cli.build.efficiency import Track
 from hisvd_cli.build.measuring import Bench, Measured
 from hisvd_cli.build.samples import default_dataset, window_length
+from hisvd_cli.build.tasks import Examination
 from hisvd_cli.checkpoint import is_checkpoint, open_checkpoint
 from hisvd_cli.convert import unpacked
 from hisvd_cli.data import Text, load_text
@@ -23,6 +25,8 @@ from hisvd_cli.grid import Evaluation, Failure, Grid
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import DEMO, Source, open_source
+from hisvd_cli.speed import Speed
+from hisvd_cli.zero_shot import Score
 
 _MEMORY_HINT = "Pass --stream on, or lower --batch."
 
@@ -76,20 +80,30 @@ def _fill(
     # Windows of one length for all, or their perplexities could not be compared.
     seqlen = min(window_length(resolved.settings.eval.seqlen, source) for source in every)
     bench = Bench(resolved, texts, seqlen, reporter, fresh)
+    track = Track(resolved, every, baseline, reporter)
+    exam = Examination(resolved, reporter, fresh)
     cells: dict[str, list[Measured]] = {}
+    more: dict[str, tuple[list[Score] | None, Speed | None]] = {}
     with bench.beside(baseline):
         for target, source in sources:
             with tolerated(target, grid.failures, grid.single):
                 check_texts(texts, calibration_of(source), target)
-                cells[target] = bench.measure(source)
+                cell = bench.measure(source)
+                more[target] = exam.scores(source), track.time(source)
+                cells[target] = cell
         beside = bench.baseline()
     dense = baseline.name if baseline else ""
     return Grid(
         [
-            Evaluation(target, _results(cell), _comparisons((target, cell), (dense, beside)))
+            Evaluation(
+                target,
+                _results(cell),
+                _comparisons((target, cell), (dense, beside)),
+                *more[target],
+            )
             for target, cell in cells.items()
         ],
-        Evaluation(dense, _results(beside)) if beside else None,
+        Evaluation(dense, _results(beside), [], exam.scores(baseline)) if baseline else None,
         [each for pair in combinations(cells.items(), 2) for each in _comparisons(*pair)],
         grid.failures,
         grid.single,

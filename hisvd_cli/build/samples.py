@@ -65,7 +65,7 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
     key = digest(
         str(FORMAT_VERSION),
         source.fingerprint,
-        _tokenizer_digest(source),
+        tokenizer_digest(source),
         content,
         f"{wanted.samples} {seqlen} {wanted.seed} {dtype}",
     )
@@ -80,7 +80,8 @@ def stored_dtype(source: Source) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _tokenizer_digest(source: Source) -> str:
+def tokenizer_digest(source: Source) -> str:
+    """Return a hash of a model's tokenizer, the same for models that share it."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
     files = [source.folder / name for name in names]
     return digest(*(file_digest(path) for path in files if path.is_file()))

@@ -4,7 +4,7 @@ All models are in memory together and take turns, so that whatever slows the mac
 alike; medians of some turns, after one that is not counted. Prefill is what ``generate`` does with
 a prompt: it fills the cache, and makes logits of the last token alone; ``--logits all`` makes those
 of every token, which takes the dense head as long for a compressed model. ``--decode N`` times N
-tokens after the prompt instead::
+tokens after the prompt instead. The loop is that of ``hisvd eval --efficiency``::
 
     python tests/benchmarks/inference.py DENSE COMPRESSED [COMPRESSED …] --threads 2
 """
@@ -13,39 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hisvd_cli.checkpoint import load_model
-
-
-def prefill_seconds(model: Any, ids: Tensor, keep: int) -> float:
-    """Return how long the pass over a prompt ``ids`` ``[batch, tokens]`` takes.
-
-    Args:
-        keep: make logits of so many tokens, the last; 0 for all.
-    """
-    started = time.perf_counter()
-    with torch.inference_mode():
-        model(input_ids=ids, use_cache=True, logits_to_keep=keep)
-    return time.perf_counter() - started
-
-
-def decode_seconds(model: Any, ids: Tensor, count: int) -> float:
-    """Return how long ``count`` more tokens of each sequence take, the prompt's own pass apart."""
-    with torch.inference_mode():
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        token = ids[:, -1:]
-        started = time.perf_counter()
-        for _ in range(count):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            token = output.logits[:, -1:].argmax(-1)
-        return time.perf_counter() - started
+from hisvd_cli.efficiency import take_turn
 
 
 def parsed() -> argparse.Namespace:
@@ -77,9 +52,8 @@ def main() -> None:
     ids = torch.randint(0, models[0].config.vocab_size, size, generator=generator)
 
     def seconds(model: Any) -> float:
-        if given.decode:
-            return decode_seconds(model, ids, given.decode)
-        return prefill_seconds(model, ids, int(given.logits == "last"))
+        turn = take_turn(model, ids, given.decode, keep=int(given.logits == "last"))
+        return turn.seconds("decode" if given.decode else "prefill")
 
     turns = [[seconds(model) for model in models] for _ in range(given.turns + 1)][1:]
     made = given.batch * (given.decode or given.tokens)
