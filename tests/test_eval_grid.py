@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hisvd_cli import passes
@@ -60,6 +61,25 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(measuring, "open_pass", noting)
     return opened
+
+
+def test_cards_of_checkpoints_take_the_results(
+    models: Path, words: tuple[object, ...], here: Path
+) -> None:
+    made = shutil.copytree(models / "good", here / "good")
+    document = as_json("eval", made, models / "small", *words, "--update-card")
+    for folder, each in zip((made, models / "small"), document["evaluations"], strict=True):
+        (result,) = ModelCard.load(folder / "README.md").data.eval_results
+        found = each["results"][0]["perplexity"]
+        assert result.metric_type == "perplexity"
+        assert result.metric_value == pytest.approx(found, rel=1e-4)
+        dense = document["baseline"]["results"][0]["perplexity"]
+        assert result.metric_args["dense"] == pytest.approx(dense, rel=1e-4)
+    assert not (models / "dense" / "README.md").exists()
+    again = as_json("eval", made, *words)  # a card is no part of what was measured
+    assert again["results"] == document["evaluations"][0]["results"]
+    (made / "README.md").unlink()
+    assert "has no README.md" in fail("eval", made, *words, "--update-card")[0]
 
 
 def test_a_grid_in_every_form(

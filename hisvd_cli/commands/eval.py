@@ -36,6 +36,10 @@ def evaluate(
             metavar="FILE",
         ),
     ] = None,
+    update_card: Annotated[
+        bool,
+        option("--update-card", text="Put the results into the model cards of checkpoints."),
+    ] = False,
     fresh: Annotated[
         bool, option("--fresh", text="Measure again what was measured before.")
     ] = False,
@@ -44,6 +48,7 @@ def evaluate(
 
     Example: hisvd eval demo-0.8 demo-0.6 --baseline demo
     """
+    from hisvd_cli.build.cards import update_cards
     from hisvd_cli.build.evaluation import evaluate_models
     from hisvd_cli.build.reporting import write_report
     from hisvd_cli.evaluation_views import grid_view
@@ -60,6 +65,8 @@ def evaluate(
     write_reports(grid, markdown, csv)
     if report is not None:
         write_report(run.resolved, grid, report)
+    if update_card:
+        update_cards(grid)
     run.console.show(grid_view(grid))
     run.console.result(grid.document(), grid.line())
     if grid.failures:
