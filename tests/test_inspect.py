@@ -124,7 +124,10 @@ def test_what_a_person_sees(made: Path) -> None:
     shown = succeed("inspect", made / "checkpoint", env={"COLUMNS": "80"}).stdout
     assert "No problems found." in shown
     assert "4 × 32 tokens of" in shown
-    assert [line for line in shown.splitlines() if line.split()[:1] == ["full"]]
+    assert "(100: dense)" in shown
+    ranks = succeed("inspect", made / "checkpoint", "-v", env={"COLUMNS": "80"}).stdout
+    for text, there in ((shown, False), (ranks, True)):
+        assert any(line.split()[:1] == ["full"] for line in text.splitlines()) is there
     assert succeed("inspect", made / "checkpoint", "-q").stdout == "checkpoint: no problems\n"
 
 

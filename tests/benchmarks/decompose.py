@@ -11,16 +11,19 @@ Weights and inputs are random; 64 directions hold most of the inputs' energy, an
 off holds some hundredths of it, as in the attention layers of SmolLM2. Loss is ``tr(Δ G Δᵀ)`` in
 float64, relative to the optimum that eigenvalues in float64 give::
 
-    python tests/benchmarks/decompose.py --threads 2
+    python tests/benchmarks/decompose.py --threads 2 --output tests/benchmarks/decompose.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +82,8 @@ def loss_of(weight: Tensor, moment: Tensor, made: Pair) -> float:
     return float(((error @ moment.double()) * error).sum())
 
 
-def measure(shape: tuple[int, int], repeats: int) -> None:
-    """Print a line for each ratio."""
+def measure(shape: tuple[int, int], repeats: int) -> Iterator[dict[str, Any]]:
+    """Print a line for each ratio, and yield what it says."""
     weight, moment = draw(shape, seed=0)
     m, n = shape
     product = weight @ moment @ weight.T
@@ -101,6 +104,13 @@ def measure(shape: tuple[int, int], repeats: int) -> None:
             f"svd_lowrank {drawn:.2f} s ({drawn / own:.1f} ×), loss {losses[1]:+.2%}\n"
         )
         sys.stdout.flush()
+        yield {
+            "shape": shape,
+            "ratio": ratio,
+            "rank": rank,
+            "seconds": {"hisvd": own, "cholesky + svd": usual, "svd_lowrank": drawn},
+            "excess_loss": {"hisvd": losses[0], "svd_lowrank": losses[1]},
+        }
 
 
 def main() -> None:
@@ -109,11 +119,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=[f"{m}x{n}" for m, n in SHAPES])
+    parser.add_argument("--output", type=Path, help="a .json file, written again after each shape")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    rows: list[dict[str, Any]] = []
     for shape in given.shapes:
         m, n = map(int, shape.split("x"))
-        measure((m, n), given.repeats)
+        rows += measure((m, n), given.repeats)
+        if given.output:
+            document = {"threads": given.threads, "dtype": "float32", "cases": rows}
+            given.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

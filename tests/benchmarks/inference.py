@@ -12,6 +12,7 @@ tokens after the prompt instead. The loop is that of ``hisvd eval --efficiency``
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--logits", choices=["last", "all"], default="last")
     parser.add_argument("--decode", type=int, default=0, metavar="N")
+    parser.add_argument("--output", type=Path, help="a .json file to which this run is added")
     parser.add_argument("--compile", action="store_true", help="the models' forward passes")
     return parser.parse_args()
 
@@ -58,6 +60,7 @@ def main() -> None:
     turns = [[seconds(model) for model in models] for _ in range(given.turns + 1)][1:]
     made = given.batch * (given.decode or given.tokens)
     dense = median(turn[0] for turn in turns)
+    rates = {}
     for i, folder in enumerate(given.folders):
         own = median(turn[i] for turn in turns)
         ratio = median(turn[0] / turn[i] for turn in turns)
@@ -65,6 +68,19 @@ def main() -> None:
             f"{folder.name}: {made / own:.1f} tokens/s, {ratio:.2f} × the dense model "
             f"({made / dense:.1f})\n"
         )
+        rates[folder.name] = {"tokens_per_second": made / own, "times_dense": ratio}
+    if given.output:
+        _add(given, rates)
+
+
+def _add(given: argparse.Namespace, rates: dict[str, dict[str, float]]) -> None:
+    """Add a run to the file of results; one of the same settings is replaced."""
+    known = json.loads(given.output.read_text()) if given.output.is_file() else []
+    keys = ("dtype", "logits", "batch", "tokens", "decode", "threads", "turns", "compile")
+    how = {key: getattr(given, key) for key in keys}
+    kept = [run for run in known if {key: run[key] for key in keys} != how]
+    text = json.dumps([*kept, {**how, "models": rates}], indent=1)
+    given.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
