@@ -1,0 +1,43 @@
+"""How sublayers are factored, and what is written."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hisvd_cli.settings.fields import DECOMPOSER_NAMES, Section, any_of, setting
+
+_DECOMPOSERS = "Knobs of decomposers"
+
+
+class CompressSettings(Section):
+    """``[compress]``: how sublayers are factored, and what is written."""
+
+    decomposer: str = setting(
+        "whitened",
+        f"Method that factors a sublayer: {any_of(DECOMPOSER_NAMES)}.",
+        choices=DECOMPOSER_NAMES,
+    )
+    solver: Literal["auto", "eigh", "svd", "partial", "subspace"] = setting(
+        "auto",
+        "How a decomposition finds its vectors: eigh (all of them), svd (the same, of the whitened "
+        "matrix itself), partial (those that are kept), subspace (nearly those, at most 0.1 % "
+        "above the least loss); auto picks by size, rank and device.",
+    )
+    max_shard_size: float = setting(5.0, "Largest weight file in GB.", gt=0)
+    evaluate: bool | None = setting(
+        None, "Measure perplexity before and after; by default only for the demo model."
+    )
+    asvd_alpha: float = setting(
+        0.5, "asvd: exponent of the mean absolute input.", panel=_DECOMPOSERS, ge=0, le=8
+    )
+    weighting: Literal["svd", "asvd", "whitened", "fwsvd", "gfwsvd", "fisher"] = setting(
+        "whitened",
+        "randomized: whose weighting: svd, asvd, whitened, fwsvd, gfwsvd or fisher.",
+        panel=_DECOMPOSERS,
+    )
+    oversamples: int = setting(
+        10, "randomized: directions drawn beyond the rank.", panel=_DECOMPOSERS, ge=0
+    )
+    power_iterations: int = setting(
+        2, "randomized: passes that sharpen the directions.", panel=_DECOMPOSERS, ge=0
+    )
