@@ -52,12 +52,14 @@ _INDEX_BYTES = 4
 
 @dataclass(frozen=True)
 class Compressed:
-    """A finished checkpoint: where, how large, and how long each part took (seconds)."""
+    """A finished checkpoint: where, how large, how long each part took (seconds), and what its
+    ``hisvd.json`` says."""
 
     output: Path
     bytes: int
     decompose_seconds: float
     write_seconds: float
+    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def compress(
             _complete(home, source, plan, layout, record)
     written = time.monotonic()
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    return Compressed(output, size, decomposed - started, written - decomposed)
+    return Compressed(output, size, decomposed - started, written - decomposed, record)
 
 
 def _block_of(part: str) -> str:

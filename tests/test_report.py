@@ -120,10 +120,15 @@ def test_the_page_can_be_used_by_all(command: tuple[object, ...], here: Path) ->
     viewport = {"name": "viewport", "content": "width=device-width, initial-scale=1"}
     assert viewport in made.all("meta")
     sortable = [table for table in made.all("table") if table.get("class") == "sortable"]
-    assert len(sortable) == 3  # results, pairs, sublayers
+    assert len(sortable) == 4  # results, pairs, sublayers, times
     assert 'querySelectorAll("table.sortable")' in text
     assert "model.layers.2.mlp.down_proj" in made.text
-    assert "Left out: checkpoints hold no times" in made.text
+    made_in = re.search(r"calibrate plan decompose write in all (.*) Settings", made.text)
+    assert made_in
+    seconds = [float(word) for word in made_in[1].split() if word not in NAMES]
+    assert len(seconds) == 4 * 5
+    for *stages, total in zip(*[iter(seconds)] * 5, strict=True):
+        assert sum(stages) == pytest.approx(total, abs=0.3)  # each is rounded to a tenth
     succeed(*command, "--report", "again.html")
     assert (here / "again.html").read_text(encoding="utf-8") == text
 
@@ -142,6 +147,7 @@ def test_without_a_cache_or_plans_the_page_says_what_is_left_out(
     assert "a <b> & 'c' $x$" in made.text
     assert "None of these models comes with a plan" in made.text
     assert "Left out: neither the calibration nor spectra" in made.text
+    assert "Left out: none of these models was compressed on this machine" in made.text
 
 
 def test_what_stops_a_report_stops_it_before_the_work(

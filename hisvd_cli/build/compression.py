@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import SECTIONS, flag_of
 from hisvd_cli.source import Source
+from hisvd_cli.stage_times import keep_times
 
 
 @dataclass(frozen=True)
@@ -203,18 +204,21 @@ def compress_model(
     plan = plan or make_plans(resolved, source, calibration, reporter)[0]
     planning = time.monotonic() - started
     made, plan_path = _write(resolved, source, plan, calibration, path, reporter)
+    seconds = {
+        "calibrate": calibrating,
+        "plan": planning,
+        "decompose": made.decompose_seconds,
+        "write": made.write_seconds,
+    }
+    if world().first:
+        keep_times(made.record, seconds)
     return Outcome(
         output=path,
         plan=plan,
         plan_path=plan_path,
         bytes=made.bytes,
         dense_bytes=source.weights.total_bytes,
-        seconds={
-            "calibrate": calibrating,
-            "plan": planning,
-            "decompose": made.decompose_seconds,
-            "write": made.write_seconds,
-        },
+        seconds=seconds,
         peak_memory_bytes=peak_memory(),
         perplexity=_before_and_after(resolved, source, path, text, reporter),
     )
@@ -253,7 +257,8 @@ def _write(
     shutil.rmtree(folder)
     writing = made.write_seconds + time.monotonic() - started
     size = path.stat().st_size
-    return Compressed(path, size, made.decompose_seconds, writing), _plan_beside(path)
+    single_file = replace(made, output=path, bytes=size, write_seconds=writing)
+    return single_file, _plan_beside(path)
 
 
 def _evaluation_text(resolved: Resolved, source: Source) -> Text | None:

@@ -14,6 +14,7 @@ from hisvd_cli.plan import load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.report.content import ModelFacts, Report, Spectra
 from hisvd_cli.report.page import render
+from hisvd_cli.stage_times import times_of
 from hisvd_cli.tensorfile import read_tensors, write_text
 from hisvd_cli.versions import versions
 
@@ -38,7 +39,8 @@ def _facts(resolved: Resolved, model: str) -> ModelFacts:
             return ModelFacts(model, size)
         file = source.folder / PLAN_FILE
         plan = load_plan(file) if file.is_file() else None
-        return ModelFacts(model, size, plan, open_checkpoint(source.folder).provenance)
+        record = open_checkpoint(source.folder).provenance
+        return ModelFacts(model, size, plan, record, times_of(record))
 
 
 def _spectra(facts: ModelFacts) -> Spectra | None:

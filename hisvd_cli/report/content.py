@@ -34,12 +34,14 @@ class ModelFacts:
         bytes: of its weights.
         plan: its ranks; None where it is not compressed, or has no plan.
         record: its ``hisvd.json``, empty where there is none.
+        seconds: by stage, of the run that made it; None where this machine knows of none.
     """
 
     name: str
     bytes: int
     plan: Plan | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] | None = None
 
     @property
     def series(self) -> str:

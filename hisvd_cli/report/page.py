@@ -70,6 +70,7 @@ def render(report: Report) -> str:
         spectra=spectra_figures(report.spectra, dense) if report.spectra and dense else [],
         sublayers=_sublayers(report),
         details=_details(report),
+        times=_times(report),
         measured={
             title: [(each.model, table(each.document()[key])) for each in report.grid.rows()]
             for title, key in (("Zero-shot", "tasks"), ("Efficiency", "efficiency"))
@@ -121,6 +122,24 @@ def _sublayers(report: Report) -> list[dict[str, Any]]:
         {"name": name, **facts, "ranks": [each.get(name, Number("–")) for each in ranks]}
         for name, facts in names.items()
     ]
+
+
+def _times(report: Report) -> tuple[list[str], list[tuple[str, list[Number]]]]:
+    """Return the stages, and of each model whose times are known its seconds in each."""
+    known = [(facts.name, facts.seconds) for facts, _ in report.planned if facts.seconds]
+    stages = list(dict.fromkeys(stage for _, seconds in known for stage in seconds))
+    rows = [
+        (
+            name,
+            [_seconds(seconds.get(stage)) for stage in stages] + [_seconds(sum(seconds.values()))],
+        )
+        for name, seconds in known
+    ]
+    return stages, rows
+
+
+def _seconds(value: float | None) -> Number:
+    return Number("–") if value is None else Number(f"{value:,.1f}", "", value)
 
 
 def _details(report: Report) -> list[tuple[str, list[tuple[str, Any]]]]:
