@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hisvd_cli.products import mirrored_product
+from hisvd_cli.products import gram
 
 Side = Literal["input", "output"]
 AddUp = Callable[[Tensor], None]
@@ -68,7 +68,7 @@ class MomentSum:
     def add(self, x: Tensor) -> None:
         """Add activations ``[..., width]``; all leading dimensions count as tokens."""
         rows = x.reshape(-1, x.shape[-1]).float()  # [T, width]
-        self._sum += mirrored_product(rows.T, rows.T).to(self._sum.device)
+        self._sum += gram(rows.T).to(self._sum.device)
         self._tokens += rows.shape[0]
 
     def pool(self, add_up: AddUp) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hisvd_cli.blas import serves, upper_gram
+
 _STRIPS = 8
 _LEAST_SIZE = 256  # a smaller mirror costs more than the half that it saves
 
@@ -15,6 +17,18 @@ def congruence(outer: Tensor, inner: Tensor) -> Tensor:
     Only its lower triangle is multiplied out, in strips; the upper one is its mirror.
     """
     return mirrored_product(outer @ inner, outer)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``; no more than a triangle is multiplied out."""
+    if len(rows) < _LEAST_SIZE or not serves(rows):
+        return mirrored_product(rows, rows)
+    result = upper_gram(rows)
+    for start, end in _strips(len(rows)):
+        corner = result[start:end, start:end]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        result[end:, start:end] = result[start:end, end:].T
+    return result
 
 
 def mirrored_product(left: Tensor, right: Tensor) -> Tensor:
@@ -57,7 +71,7 @@ def orthonormal(columns: Tensor) -> Tensor | None:
     """Return orthonormal columns ``[m, k]`` of the same span, from nearly orthonormal ones: twice
     by Cholesky's factor (CholeskyQR2, Yamamoto and others 2015). None where they are not."""
     for _ in range(2):
-        products = mirrored_product(columns.T, columns.T)
+        products = gram(columns.T)
         factor, failed = torch.linalg.cholesky_ex(products, upper=True)
         if int(failed):
             return None

@@ -9,6 +9,7 @@ from torch import Tensor
 from hisvd_cli.eigen import leading
 from hisvd_cli.products import (
     congruence,
+    gram,
     mirrored_product,
     orthonormal,
     triangular_congruence,
@@ -34,6 +35,19 @@ def test_symmetric_products_are_whole(size: int) -> None:
     outer, inner = draw(size, 30), psd(30, 1)
     torch.testing.assert_close(congruence(outer, inner), outer @ inner @ outer.T)
     torch.testing.assert_close(mirrored_product(outer, outer), outer @ outer.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("size", [1, 40, 256, 300])
+def test_a_matrix_by_its_own_transpose(size: int, dtype: torch.dtype) -> None:
+    rows = draw(size, 30).to(dtype)
+    exact = rows.double() @ rows.double().T
+    tolerance = 300 * torch.finfo(dtype).eps
+    for read in (rows, rows.T.contiguous().T, torch.stack([rows, rows], -1)[..., 0]):
+        made = gram(read)
+        torch.testing.assert_close(made.double(), exact, rtol=0, atol=tolerance)
+        torch.testing.assert_close(made, made.T)
+    assert torch.equal(gram(rows[:, :0]), torch.zeros(size, size, dtype=dtype))
 
 
 SPECTRA = {

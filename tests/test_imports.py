@@ -24,7 +24,7 @@ MATHS = [
         "precision.py",
         "truncation.py",
     ),
-    *("products.py", "subspace.py", "tridiagonal.py"),
+    *("blas.py", "products.py", "subspace.py", "tridiagonal.py"),
     *("intervals.py", "divergence.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
     *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),
@@ -80,7 +80,7 @@ def test_maths_imports_torch_and_itself_alone(module: str) -> None:
             known = {
                 *sys.stdlib_module_names,
                 "torch",
-                *(["numpy", "scipy"] if module == "tridiagonal.py" else []),
+                *(["numpy", "scipy"] if module in {"blas.py", "tridiagonal.py"} else []),
             }
             assert name.split(".")[0] in known, name
         else:

@@ -70,6 +70,19 @@ def test_loss_is_that_of_double_precision(
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("spread", [0.0, 1e9])
+def test_either_way_to_the_right_factor_gives_the_rows_of_the_weight(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a triangular solve, and by a product where that might divide by next to nothing."""
+    monkeypatch.setattr(precision, "_MOST_SPREAD", spread)
+    weight, metric = draw(96, 40).float(), Metric(right=Moment(psd(40, 2), "input"))
+    made = truncate_in(torch.float32, weight, metric, 15)
+    assert made is not None
+    torch.testing.assert_close(made[1], made[0].T @ weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_rounding_would_spoil_is_left_to_double_precision(shape: tuple[int, int]) -> None:
     """One channel a million times as large as the others: their loss drowns in its rounding."""
