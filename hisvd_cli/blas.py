@@ -13,6 +13,19 @@ def serves(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu" and matrix.dtype in _KINDS and matrix.numel() > 0
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``A B`` ``[m, k]`` for A ``[m, n]`` and B ``[n, k]``, both row by row.
+
+    Torch's own library is held back on processors that its maker does not sell (11008 × 4096 × 1792
+    in float32, two cores of another: 1.2 s, here 0.9 s).
+    """
+    from scipy.linalg import get_blas_funcs
+
+    columns, rows = right.contiguous().numpy().T, left.contiguous().numpy().T
+    (gemm,) = get_blas_funcs(("gemm",), (columns,))
+    return torch.from_numpy(gemm(1.0, columns, rows).T)
+
+
 def upper_gram(rows: Tensor) -> Tensor:
     """Return the upper triangle of ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``, any numbers below it.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hisvd_cli.blas import product, serves
 from hisvd_cli.eigen import LEAST_SIZE, Solver, leading
 from hisvd_cli.metric import Metric, triangular_root
 from hisvd_cli.products import (
@@ -147,7 +148,8 @@ class _Narrow:
         directions = vectors / values.sqrt()
         if self.root is not None:
             directions = triangular_product(self.root, directions)
-        u = self.weight @ directions
+        multiplied = product if serves(self.weight) else torch.mm
+        u = multiplied(self.weight, directions)
         if float((u.norm(dim=0) - 1).abs().max()) < _SKEW:
             return u, self._right(values, vectors, directions)
         made = orthonormal(u)
