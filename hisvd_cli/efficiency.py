@@ -35,7 +35,7 @@ PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
-class Workload:
+class TimedWork:
     """What a model is timed on: ``batch`` prompts of ``prompt`` tokens, and ``new`` tokens more of
     each, ``turns`` times after one that does not count."""
 
@@ -143,7 +143,7 @@ class Runner:
         """Bytes of all parameters, shared ones once."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
-    def peak_memory(self, work: Workload) -> int:
+    def peak_memory(self, work: TimedWork) -> int:
         """Return the bytes of the weights and of the most that a turn holds beside them.
 
         A GPU counts it. Elsewhere all tensors are counted while they are alive, but not what an
@@ -165,7 +165,7 @@ class Runner:
 
 def time_in_turns(
     runners: Mapping[str, Runner],
-    work: Workload,
+    work: TimedWork,
     step: Callable[[], None],
     clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
@@ -193,7 +193,7 @@ def time_in_turns(
     return {name: Timing(tuple(made[1:]), peaks[name]) for name, made in turns.items()}
 
 
-def prompts(model: PreTrainedModel, work: Workload) -> Tensor:
+def prompts(model: PreTrainedModel, work: TimedWork) -> Tensor:
     """Return random tokens ``[B, P]``, the same in every run: speed depends on no text."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)

@@ -14,8 +14,6 @@ Solver = Literal["auto", "eigh", "svd", "partial", "subspace"]
 """How eigenvectors are found: all of them (eigh, or the singular vectors of a root, svd), those
 that are kept (partial), or nearly those (subspace)."""
 
-LEAST_SIZE = 1024
-"""Smaller matrices take no time worth saving."""
 _LEAST_PART = 2048
 """A smaller matrix has all its eigenvectors as soon as a part of them."""
 _WHOLE = 0.7

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.blas import product, serves
-from hisvd_cli.eigen import LEAST_SIZE, Solver, leading
+from hisvd_cli.eigen import Solver, leading
 from hisvd_cli.metric import Metric, triangular_root
 from hisvd_cli.products import (
     congruence,
@@ -29,6 +29,8 @@ from hisvd_cli.products import (
 TOLERANCE = 3e-3
 """How much of the optimal loss the bound on rounding may be. The bound is loose: where it was
 5e-3, rounding added 1e-5 of the loss or less, and 5e-3 where it was 1.3e-2."""
+LEAST_SIZE = 1024
+"""Smaller matrices take no time worth saving."""
 _PROBES = 64
 _MOST_SPREAD = 1e2
 """Between the diagonal's numbers of a triangle that is solved with."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hisvd_cli.efficiency import PHASES, Timing, Versus, Workload, versus
+from hisvd_cli.efficiency import PHASES, TimedWork, Timing, Versus, versus
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Speed:
     dtype: str
     threads: int
     compiled: bool
-    work: Workload
+    work: TimedWork
     weight_bytes: int
     baseline_weight_bytes: int | None
     races: Sequence[Race]

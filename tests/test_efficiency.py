@@ -14,9 +14,9 @@ import torch
 from hisvd_cli.efficiency import (
     AliveBytes,
     Runner,
+    TimedWork,
     Timing,
     Turn,
-    Workload,
     percentiles,
     take_turn,
     time_in_turns,
@@ -64,7 +64,7 @@ def test_models_take_turns_and_the_first_does_not_count() -> None:
     steps: list[None] = []
     # Seconds grow from call to call, so the turn that does not count would be seen.
     clock = (float(i * i) for i in count())
-    work = Workload(2, 4, 3, turns=2)
+    work = TimedWork(2, 4, 3, turns=2)
     timings = time_in_turns(runners, work, lambda: steps.append(None), clock.__next__)
     turn = [4, 1, 1, 1]  # a prompt, then a token at a time, though each ends a text
     passes = [(name, length) for name in "ab" * 4 for length in turn]  # memory, warm-up, two turns

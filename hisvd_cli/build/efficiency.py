@@ -12,7 +12,7 @@ from hisvd_cli.build.samples import stored_dtype
 from hisvd_cli.checkpoint import load_model
 from hisvd_cli.data import model_positions
 from hisvd_cli.device import pick_device, pick_dtype
-from hisvd_cli.efficiency import Runner, Workload, time_in_turns
+from hisvd_cli.efficiency import Runner, TimedWork, time_in_turns
 from hisvd_cli.errors import UsageError
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
@@ -93,7 +93,7 @@ class Track:
         return Runner(model, self._settings.eval.compile)
 
 
-def workload(settings: Settings, sources: Sequence[Source]) -> Workload:
+def workload(settings: Settings, sources: Sequence[Source]) -> TimedWork:
     """Return what all models are timed on, of one sequence.
 
     Raises:
@@ -112,4 +112,4 @@ def workload(settings: Settings, sources: Sequence[Source]) -> Workload:
                 f"Keep both together at {limit} or less.",
             )
         prompt = limit - new
-    return Workload(1, prompt, new, settings.eval.turns)
+    return TimedWork(1, prompt, new, settings.eval.turns)
