@@ -4,12 +4,14 @@ The loop is what people write: tokenize, ``model(window, labels=window).loss``, 
 the same windows with the same model in memory and take turns, so that whatever slows the machine
 slows both; medians of some turns, after one that is not counted::
 
-    python tests/benchmarks/evaluation.py MODEL ../shared/data/wikitext-2/test.raw.txt --threads 2
+    python tests/benchmarks/evaluation.py MODEL ../shared/data/wikitext-2/test.raw.txt --threads 2 \
+        --output tests/benchmarks/evaluation.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="a .json file")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     source, cpu = open_source(given.model), torch.device("cpu")
@@ -72,17 +75,29 @@ def main() -> None:
     turns = [
         [timed(measure, model, ids) for measure, model in pairs] for _ in range(given.turns + 1)
     ][1:]
+    rows = []
     for i, dtype in enumerate(dtypes):
         hand, own = (median(turn[2 * i + k] for turn in turns) for k in (0, 1))
-        ratio = median(turn[2 * i] / turn[2 * i + 1] for turn in turns)
         values = by_hand(models[i], ids), by_hisvd(models[i], ids)
+        rows.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens_per_second": ids.numel() / own,
+                "times_the_loop": median(turn[2 * i] / turn[2 * i + 1] for turn in turns),
+                "perplexity": {"hisvd": values[1], "loop": values[0]},
+            }
+        )
         sys.stdout.write(
-            f"{str(dtype).removeprefix('torch.')}: {ids.numel() / own:.0f} tokens/s, "
-            f"{ratio:.2f} × the loop ({ids.numel() / hand:.0f}); perplexity {values[1]:.4f} and "
-            f"{values[0]:.4f}\n"
+            f"{rows[-1]['dtype']}: {ids.numel() / own:.0f} tokens/s, "
+            f"{rows[-1]['times_the_loop']:.2f} × the loop ({ids.numel() / hand:.0f}); perplexity "
+            f"{values[1]:.4f} and {values[0]:.4f}\n"
         )
     gain = median(turn[1] / turn[3] for turn in turns)
     sys.stdout.write(f"bfloat16: {gain:.2f} × float32\n")
+    if given.output:
+        about = {"threads": given.threads, "windows": len(ids), "turns": given.turns}
+        document = {**about, "dtypes": rows, "bfloat16_times_float32": gain}
+        given.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
