@@ -9,8 +9,8 @@ Legend: S sequences, L tokens each, d hidden width; hidden states ``[S, L, d]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 class _DivertedError(Exception):
     """A block was given something else than the state that the one before it returned."""
+
+
+class _ReachedError(Exception):
+    """A module was reached; what it is given was all that was wanted."""
 
 
 class BlockWalk:
@@ -124,6 +128,30 @@ class BlockWalk:
             part = self.hidden[start : start + self.batch]
             part.copy_(self._run(index, part.to(self.device)))
             self.home.settle()
+
+    @torch.no_grad()
+    def entering(self, index: int, part: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+        """Run the loaded block ``index`` up to the first of ``modules``, and return its input.
+
+        Args:
+            index: the block.
+            part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be fewer).
+            modules: modules of the block, one of which runs on every token.
+        """
+        seen: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _ReachedError
+
+        handles = [module.register_forward_pre_hook(stop) for module in modules]
+        try:
+            with suppress(_ReachedError):
+                self._forward(index, part.to(self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[0]
 
     def reverse(self, index: int, part: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient at the input of the loaded block ``index``.

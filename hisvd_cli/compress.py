@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hisvd_cli.ahead import ahead
 from hisvd_cli.calibration import Calibration
@@ -28,22 +27,22 @@ from hisvd_cli.checkpoint import (
     write_index,
     write_loader,
 )
-from hisvd_cli.decompose import DECOMPOSERS, Decomposer
+from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.distributed import World, building_together, share_by_cost, world
-from hisvd_cli.errors import NumericalError, StaleArtifactError
+from hisvd_cli.errors import StaleArtifactError
 from hisvd_cli.estimate import decomposition_cost
-from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
+from hisvd_cli.factory import Factory, block_of
+from hisvd_cli.lowrank import Storage, factor_shapes
 from hisvd_cli.model_card import write_card
 from hisvd_cli.paths import digest
-from hisvd_cli.pivot import pivoted
 from hisvd_cli.plan import Plan
 from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source, read_config
-from hisvd_cli.statistics import Need, Statistics, missing
+from hisvd_cli.statistics import Need, missing
 from hisvd_cli.tensorfile import join_files, write_json, write_tensors
-from hisvd_cli.truncation import decomposing
+from hisvd_cli.updating import Update, Updating
 from hisvd_cli.versions import versions
 
 _OUTSIDE = "outside"
@@ -84,9 +83,17 @@ class Layout:
         """Return which of the parts that are left this process makes."""
         blocks: dict[str, list[tuple[str, int]]] = {}
         for part in left:
-            blocks.setdefault(_block_of(part), []).append((part, self.costs[part]))
+            blocks.setdefault(block_of(part), []).append((part, self.costs[part]))
         owner = share_by_cost(list(blocks.values()), here.size)
         return [part for part in left if owner[part] == here.rank]
+
+    def factored(self) -> dict[str, str]:
+        """Return sublayer → part of all that are factored, in order."""
+        return {
+            next(iter(names)).rpartition(".")[0]: part
+            for part, names in self.parts.items()
+            if self.costs[part]
+        }
 
     @property
     def total_bytes(self) -> int:
@@ -143,6 +150,7 @@ def compress(
     shard_bytes: int,
     settings: Mapping[str, object],
     reporter: Reporter,
+    update: Update | None = None,
 ) -> Compressed:
     """Write the compressed model to the folder ``output``.
 
@@ -161,6 +169,7 @@ def compress(
         shard_bytes: largest size of a weight file.
         settings: the resolved settings, recorded as they are.
         reporter: told of each sublayer.
+        update: how weights are fitted to the inputs that the compressed model gives them.
 
     Raises:
         StaleArtifactError: the plan was made for another model.
@@ -175,8 +184,8 @@ def compress(
     layout = lay_out(source, plan.ranks, plan.storage)
     method = DECOMPOSERS.get(decomposer)
     prepared = partial(method, **accepted(method, knobs))
-    factory = _Factory(source, layout, plan, calibration, prepared, needs, device)
-    record = _provenance(plan, calibration, decomposer, needs, settings)
+    factory = Factory(source, layout.parts, plan, calibration, prepared, needs, device)
+    record = _provenance(plan, calibration, decomposer, needs, settings, update)
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
     started = time.monotonic()
     here = world()
@@ -184,11 +193,15 @@ def compress(
         groups = shard_names(layout.sizes, shard_bytes)
         shards = {shard_file(i, len(groups)): parts for i, parts in enumerate(groups)}
         left = here.agreed(lambda: _left(home, shards))
-        mine = layout.shared(left, here)
+        updated = layout.factored() if update else {}
+        mine = layout.shared([part for part in left if part not in updated.values()], here)
         with reporter.stage("Compressing layers", len(mine)) as step:
             for part, material in ahead(factory.gather, mine):
                 write_tensors(home / f"{part}.part", factory.made(part, material), {})
                 step()
+        if update:
+            waiting = [part for part in left if part in updated.values()]
+            Updating(update, factory, updated, home).run(waiting, reporter)
         here.wait()
         decomposed = time.monotonic()
         if here.first:
@@ -197,10 +210,6 @@ def compress(
     written = time.monotonic()
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Compressed(output, size, decomposed - started, written - decomposed, record)
-
-
-def _block_of(part: str) -> str:
-    return part.partition(".")[0]
 
 
 def _left(home: Path, shards: Mapping[str, Sequence[str]]) -> list[str]:
@@ -245,8 +254,9 @@ def _provenance(
     decomposer: str,
     needs: Collection[Need],
     settings: Mapping[str, object],
+    update: Update | None,
 ) -> dict[str, Any]:
-    return {
+    record = {
         "kind": "checkpoint",
         "format_version": FORMAT_VERSION,
         "model": plan.provenance["model"],
@@ -257,72 +267,7 @@ def _provenance(
         "settings": settings,
         "versions": versions(),
     }
-
-
-@dataclass(frozen=True)
-class _Material:
-    """What a part is made from: tensors by their names on disk, and statistics of sublayers."""
-
-    tensors: Mapping[str, Tensor]
-    known: Mapping[str, Statistics]
-
-
-@dataclass(frozen=True)
-class _Factory:
-    """Makes the tensors of a part: as they are, or as the pair of factors that the plan asks."""
-
-    source: Source
-    layout: Layout
-    plan: Plan
-    calibration: Calibration | None
-    method: Decomposer
-    needs: Collection[Need]
-    device: torch.device
-
-    def gather(self, part: str) -> _Material:
-        """Read what a part is made from. Raises SourceError, NumericalError."""
-        names = self.layout.parts[part]
-        factored = {name.rpartition(".")[0] for name in names} & self.plan.ranks.keys()
-        known: Mapping[str, Statistics] = {}
-        if self.calibration and factored:
-            layer = int(_block_of(part).rpartition("-")[2])
-            known = self.calibration.statistics(layer, self.needs, self.device, factored)
-        read = self.source.weights.read
-        return _Material({stored: read(stored) for stored in names.values()}, known)
-
-    def made(self, part: str, material: _Material) -> dict[str, Tensor]:
-        """Return the tensors of a part. Raises NumericalError."""
-        ranks = self.plan.ranks
-        tensors: dict[str, Tensor] = {}
-        for name, stored in self.layout.parts[part].items():
-            sublayer, weight = name.removesuffix(".weight"), material.tensors[stored]
-            if name in tensors:  # all factors come with the first
-                continue
-            if name.endswith(".weight") and sublayer in ranks:
-                statistics = material.known.get(sublayer, Statistics())
-                factors = self._factor(sublayer, weight, statistics, ranks[sublayer])
-                tensors |= {f"{sublayer}.{leaf}": t for leaf, t in factors.items()}
-            else:
-                tensors[name] = weight
-        return tensors
-
-    def _factor(
-        self, sublayer: str, weight: Tensor, statistics: Statistics, rank: int
-    ) -> dict[str, Tensor]:
-        """Return the factors on the CPU, in the dtype of the weight. Raises NumericalError."""
-        with decomposing(sublayer):
-            u, v = self.method(weight.to(self.device), statistics, rank)
-            factors = pivoted(u, v) if self.plan.storage == "pivoted" else (v, u)
-        stored: dict[str, Tensor] = dict(zip(FACTORS[self.plan.storage], factors, strict=True))
-        for leaf, tensor in stored.items():
-            dtype = weight.dtype if tensor.is_floating_point() else tensor.dtype
-            stored[leaf] = tensor.to("cpu", dtype)
-            if not bool(stored[leaf].isfinite().all()):
-                raise NumericalError(
-                    f"The decomposition of {sublayer} is not finite in {str(weight.dtype)[6:]}.",
-                    "Check the model with 'hisvd inspect', and calibrate again.",
-                )
-        return stored
+    return {**record, "update": update.record()} if update else record
 
 
 def _join_shards(home: Path, shards: Mapping[str, Sequence[str]], layout: Layout) -> None:

@@ -121,6 +121,9 @@ class Resolved:
             document.get("calibration", {}).pop(key, None)
         document.get("compress", {}).pop("evaluate", None)
         document.get("model", {}).pop("max_memory", None)
+        if self.settings.compress.update == "none":
+            for key in ("update", "update_damping"):
+                document.get("compress", {}).pop(key, None)
         return document
 
 

@@ -8,7 +8,7 @@ same tensor share one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -101,6 +101,19 @@ def gradients_peak(work: Workload, weights: bool) -> Peak:
     graph = 3 * sum(map(sum, (s.shape for s in block))) * size  # of a token
     running = size * parameters(block) + moments + work.batch * work.seqlen * graph
     return _spread(work, max(head, running), moments // 3)
+
+
+def update_peak(work: Workload) -> Peak:
+    """Return the peak of the walk of two models that updates sublayers; factoring comes beside."""
+    block, size = work.block, work.dtype.itemsize
+    widest = max(s.shape[1] for s in block) ** 2
+    # C and G′ of what is fitted and of what is held back, their means, and what solves for K.
+    sums = _DOUBLE * 10 * widest
+    running = 2 * size * parameters(block) + sums + 2 * _activations(work)
+    both = replace(work, samples=2 * work.samples, batch=2 * work.batch)
+    factoring = max(_factoring(s, size) for s in block)
+    most = max(size * work.outside_parameters, running + factoring)
+    return _spread(both, most, _SINGLE * squares(block))
 
 
 def factoring_peak(sublayers: Sequence[Sublayer], size: int, device: torch.device) -> Peak:

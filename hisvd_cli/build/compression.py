@@ -20,6 +20,7 @@ from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.samples import default_dataset, window_length
+from hisvd_cli.build.updates import prepare_update
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed, compress
@@ -38,6 +39,7 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import SECTIONS, flag_of
 from hisvd_cli.source import Source
 from hisvd_cli.stage_times import keep_times
+from hisvd_cli.updating import Update
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,11 @@ def compress_model(
     calibration, calibrating = ensure_calibration(resolved, source, reporter, needs=needs)
     if text is not None:
         check_texts([text], calibration.manifest, source.name)
+    update = prepare_update(resolved, source, calibration, reporter)
     started = time.monotonic()
     plan = plan or make_plans(resolved, source, calibration, reporter)[0]
     planning = time.monotonic() - started
-    made, plan_path = _write(resolved, source, plan, calibration, path, reporter)
+    made, plan_path = _write(resolved, source, plan, calibration, path, update, reporter)
     seconds = {
         "calibrate": calibrating,
         "plan": planning,
@@ -230,6 +233,7 @@ def _write(
     plan: Plan,
     calibration: Calibration,
     path: Path,
+    update: Update | None,
     reporter: Reporter,
 ) -> tuple[Compressed, Path]:
     """Write the checkpoint; return what it took, and a file that holds its plan."""
@@ -248,6 +252,7 @@ def _write(
         shard_bytes=int(knobs.max_shard_size * 1e9),
         settings=resolved.recorded("model", "calibration", "plan", "compress"),
         reporter=reporter,
+        update=update,
     )
     if not single or not world().first:
         return made, path / PLAN_FILE

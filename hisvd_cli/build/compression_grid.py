@@ -200,8 +200,8 @@ def _check_same(cell: Cell, source: Source, calibration: Calibration | None) -> 
     differs = [
         f"{section}.{key}"
         for section in ("plan", "compress", "calibration")
-        for key, value in wanted[section].items()
-        if part(made_with, section).get(key) != value
+        for key in {**wanted[section], **part(made_with, section)}
+        if part(made_with, section).get(key) != wanted[section].get(key)
     ]
     if part(made_with, "model").get("dtype") != wanted["model"]["dtype"]:
         differs.append("model.dtype")

@@ -26,6 +26,7 @@ from hisvd_cli.workload import (
     calibration_peak,
     factoring_peak,
     gradients_peak,
+    update_peak,
 )
 
 
@@ -108,16 +109,52 @@ def place_states(
     if shape is not None:
         work = replace(work, samples=shape[0], seqlen=shape[1])
     found = fitted(resolved, work, needs)
+    _tell(work, found, found.states_bytes, reporter)
+    return found
+
+
+def place_update(
+    resolved: Resolved, source: Source, reporter: Reporter, shape: tuple[int, int]
+) -> Workload:
+    """Return the workload of an update as it fits, and tell what the bound changes.
+
+    Args:
+        resolved: the settings.
+        source: the model.
+        reporter: told of what the bound changes.
+        shape: windows and tokens in each.
+
+    Raises:
+        UsageError, MemoryLimitError: see :func:`fitted_update`.
+    """
+    work = replace(workload(resolved, source, dissect(source)), samples=shape[0], seqlen=shape[1])
+    found = fitted_update(resolved, work)
+    _tell(work, found, 2 * found.states_bytes, reporter)
+    return found
+
+
+def fitted_update(resolved: Resolved, work: Workload) -> Workload:
+    """Return the workload of an update as it keeps to the bounds of the settings.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: nothing fits.
+    """
+    bounds = memory_bounds(resolved)
+    return work if bounds is None else fit(work, bounds, update_peak)
+
+
+def _tell(work: Workload, found: Workload, states: int, reporter: Reporter) -> None:
+    """Tell what a bound on memory changed."""
     if found.place != work.place:
         where = "in a file" if found.place == "file" else "in host memory"
-        size = f"{found.states_bytes / 1e6:,.0f} MB"
+        size = f"{states / 1e6:,.0f} MB"
         reporter.note(f"--max-memory: hidden states ({size}) are kept {where}.")
     if found.batch < min(work.batch, work.samples):
         reporter.warn(
             f"--max-memory: only {found.batch} windows pass a block at a time, not {work.batch}; "
             "results may differ in their last digits."
         )
-    return found
 
 
 def check_factoring(resolved: Resolved, source: Source) -> None:

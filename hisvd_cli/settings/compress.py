@@ -23,6 +23,17 @@ class CompressSettings(Section):
         "matrix itself), partial (those that are kept), subspace (nearly those, at most 0.1 % "
         "above the least loss); auto picks by size, rank and device.",
     )
+    update: Literal["none", "closed-form", "propagated"] = setting(
+        "none",
+        "Fit each sublayer to the inputs that the compressed model gives it: closed-form (U alone, "
+        "SVD-LLM's update) or propagated (the weight, before it is truncated); none leaves it.",
+    )
+    update_damping: float | None = setting(
+        None,
+        "How far an update is held back, relative to the mean square of the inputs; by default "
+        "chosen, for each group of sublayers, on a quarter of the windows that the fit leaves out.",
+        ge=0,
+    )
     max_shard_size: float = setting(5.0, "Largest weight file in GB.", gt=0)
     evaluate: bool | None = setting(
         None, "Measure perplexity before and after; by default only for the demo model."
