@@ -141,6 +141,7 @@ def compress(
     shard_bytes: int,
     settings: Mapping[str, object],
     reporter: Reporter,
+    history: Mapping[str, Any] | None = None,
 ) -> Compressed:
     """Write the compressed model to the folder ``output``.
 
@@ -148,7 +149,8 @@ def compress(
     the byte. Several processes share the sublayers, and write the factors of theirs.
 
     Args:
-        source: the dense model that the plan was made for.
+        source: the dense model that the plan was made for. Of one with corrected weights, what
+            stays dense is that of the original.
         plan: the ranks.
         calibration: statistics, for decomposers that use them.
         output: the folder; what stands there is replaced once the new one is complete.
@@ -159,6 +161,7 @@ def compress(
         shard_bytes: largest size of a weight file.
         settings: the resolved settings, recorded as they are.
         reporter: told of each sublayer.
+        history: what the provenance says beside, or instead of, what is known here.
 
     Raises:
         StaleArtifactError: the plan was made for another model.
@@ -174,7 +177,7 @@ def compress(
     method = DECOMPOSERS.get(decomposer)
     prepared = partial(method, **accepted(method, knobs))
     factory = _Factory(source, layout, plan, calibration, prepared, needs, device)
-    record = _provenance(plan, calibration, decomposer, needs, settings)
+    record = {**_provenance(plan, calibration, decomposer, needs, settings), **(history or {})}
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
     started = time.monotonic()
     here = world()
@@ -230,7 +233,7 @@ def _complete(
 def check_plan(plan: Plan, source: Source) -> None:
     """Raise StaleArtifactError where a plan was made for other weights than those of ``source``."""
     made_for = plan.provenance["model"]
-    if made_for["fingerprint"] != source.fingerprint:
+    if made_for["fingerprint"] != source.original.fingerprint:
         raise StaleArtifactError(
             f"The plan was made for {made_for['name']}, not for the weights of {source.name}.",
             "Plan again for this model.",
@@ -285,8 +288,8 @@ class _Factory:
         if self.calibration and factored:
             layer = int(_block_of(part).rpartition("-")[2])
             known = self.calibration.statistics(layer, self.needs, self.device, factored)
-        read = self.source.weights.read
-        return _Material({stored: read(stored) for stored in names.values()}, known)
+        weights = (self.source if factored else self.source.original).weights
+        return _Material({stored: weights.read(stored) for stored in names.values()}, known)
 
     def made(self, part: str, material: _Material) -> dict[str, Tensor]:
         """Return the tensors of a part. Raises NumericalError."""
