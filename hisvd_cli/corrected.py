@@ -6,11 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from hisvd_cli.paths import digest, file_digest
+from hisvd_cli.skeleton import tensor_names
 from hisvd_cli.source import Source
 from hisvd_cli.tensorfile import read_header
 from hisvd_cli.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +70,14 @@ def corrected(teacher: Source, changed: Path) -> Corrected:
         teacher=teacher,
         changed=changed,
     )
+
+
+@torch.no_grad()
+def take_corrected(source: Source, model: PreTrainedModel) -> None:
+    """Put the corrected weights of ``source``, where it has any, into its loaded original."""
+    if not isinstance(source, Corrected):
+        return
+    own = {name for path in source.changed_files for name in read_header(path).tensors}
+    for name, stored in tensor_names(model, source).items():
+        if stored in own:
+            model.get_parameter(name).copy_(source.weights.read(stored))

@@ -85,7 +85,7 @@ def _unit(direction: Tensor) -> Tensor | None:
     if not bool(largest):
         return None
     scaled = direction / largest
-    return scaled / torch.linalg.vector_norm(scaled, dtype=torch.float64).float()
+    return scaled / float(torch.linalg.vector_norm(scaled, dtype=torch.float64))
 
 
 def _inner(a: Tensor, b: Tensor) -> float:

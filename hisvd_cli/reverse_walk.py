@@ -126,9 +126,7 @@ class ReverseWalk:
     def _forward(self, count: int) -> None:
         """Complete the inputs of all blocks, from the first that is missing."""
         first = world().agreed(
-            lambda: next(
-                (i for i in range(count + 1) if not self.inputs.has(i, self._total)), None
-            )
+            lambda: next((i for i in range(count + 1) if not self.inputs.has(i, self._total)), None)
         )
         self.walk.embed(self._tokens, compute_hidden=first == 0)
         if first is None:

@@ -91,7 +91,9 @@ def write_weights(
     """
     with building_together(folder, _KEY) as home:
         layers = list(truncated.layers) if world().first else []
-        with reporter.stage("Correcting blocks" if step else "Multiplying out", len(layers)) as tell:
+        with reporter.stage(
+            "Correcting blocks" if step else "Multiplying out", len(layers)
+        ) as tell:
             for layer in layers:
                 if not (home / block_file(layer)).is_file():
                     tensors = truncated.block(layer, step, _none)
