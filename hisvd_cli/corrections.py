@@ -21,6 +21,7 @@ from torch import Tensor
 Correction = Literal["pull-subspace", "project-to-delta", "alpha-blend", "gradient-step"]
 BY_GRADIENT: tuple[Correction, ...] = ("pull-subspace", "project-to-delta", "gradient-step")
 """Those that need gradients at the truncated model."""
+_CHUNK = 1 << 22
 
 
 def correction(
@@ -89,4 +90,6 @@ def _unit(direction: Tensor) -> Tensor | None:
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
-    return float(torch.sum(a * b, dtype=torch.float64))
+    """Return ⟨a, b⟩ in float64, a few entries at a time."""
+    pairs = zip(a.flatten().split(_CHUNK), b.flatten().split(_CHUNK), strict=True)
+    return sum(float(torch.dot(x.double(), y.double())) for x, y in pairs)
