@@ -185,4 +185,13 @@ def provenance_table(made: dict[str, Any]) -> dict[str, str]:
         table["calibration"] = (
             f"{data.get('samples')} × {data.get('seqlen')} tokens of {data.get('dataset')}"
         )
+    table["stages"] = stages_text(made)
     return {name: str(value) for name, value in table.items() if value}
+
+
+def stages_text(made: Mapping[str, Any]) -> str:
+    """Say in how many stages a checkpoint was made, as far as it is recorded; empty for one."""
+    stages = made.get("stages")
+    if not isinstance(stages, list) or not stages or not isinstance(stages[0], dict):
+        return ""
+    return f"{len(stages)}, corrected by {stages[0].get('correction')} between"

@@ -151,6 +151,7 @@ def compress(
     settings: Mapping[str, object],
     reporter: Reporter,
     update: Update | None = None,
+    history: Mapping[str, Any] | None = None,
 ) -> Compressed:
     """Write the compressed model to the folder ``output``.
 
@@ -158,7 +159,8 @@ def compress(
     the byte. Several processes share the sublayers, and write the factors of theirs.
 
     Args:
-        source: the dense model that the plan was made for.
+        source: the dense model that the plan was made for. Of one with corrected weights, what
+            stays dense is that of the original.
         plan: the ranks.
         calibration: statistics, for decomposers that use them.
         output: the folder; what stands there is replaced once the new one is complete.
@@ -170,6 +172,7 @@ def compress(
         settings: the resolved settings, recorded as they are.
         reporter: told of each sublayer.
         update: how weights are fitted to the inputs that the compressed model gives them.
+        history: what the provenance says beside, or instead of, what is known here.
 
     Raises:
         StaleArtifactError: the plan was made for another model.
@@ -186,6 +189,7 @@ def compress(
     prepared = partial(method, **accepted(method, knobs))
     factory = Factory(source, layout.parts, plan, calibration, prepared, needs, device)
     record = _provenance(plan, calibration, decomposer, needs, settings, update)
+    record |= history or {}
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
     started = time.monotonic()
     here = world()
@@ -241,7 +245,7 @@ def _complete(
 def check_plan(plan: Plan, source: Source) -> None:
     """Raise StaleArtifactError where a plan was made for other weights than those of ``source``."""
     made_for = plan.provenance["model"]
-    if made_for["fingerprint"] != source.fingerprint:
+    if made_for["fingerprint"] != source.original.fingerprint:
         raise StaleArtifactError(
             f"The plan was made for {made_for['name']}, not for the weights of {source.name}.",
             "Plan again for this model.",

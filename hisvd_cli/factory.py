@@ -58,8 +58,8 @@ class Factory:
             known = self.calibration.statistics(
                 block_number(part), self.needs, self.device, factored
             )
-        read = self.source.weights.read
-        return Material({stored: read(stored) for stored in names.values()}, known)
+        weights = (self.source if factored else self.source.original).weights
+        return Material({stored: weights.read(stored) for stored in names.values()}, known)
 
     def made(self, part: str, material: Material) -> dict[str, Tensor]:
         """Return the tensors of a part. Raises NumericalError."""

@@ -78,7 +78,8 @@ class GradientCollector:
                 self._sums[name].add(narrow)
                 self._add_half(name, narrow)
                 if name in self._weights:
-                    self._weights[name].add(self._sequences(x), self._sequences(gradient))
+                    pair = (as_sequences(t, self._seqlen) for t in (x, gradient))
+                    self._weights[name].add(*pair)
 
             output.register_hook(add)
 
@@ -94,13 +95,9 @@ class GradientCollector:
 
     def _add_half(self, key: str, rows: Tensor) -> None:
         """Add sequences of even number alone."""
-        even = self._sequences(rows)[self._start % 2 :: 2]
+        even = as_sequences(rows, self._seqlen)[self._start % 2 :: 2]
         if len(even):
             self._halves[key].add(even)
-
-    def _sequences(self, rows: Tensor) -> Tensor:
-        """Return ``[S, L, width]``; some models hand their linears all tokens in one row."""
-        return rows.reshape(-1, self._seqlen, rows.shape[-1])
 
     def pool(self, add_up: AddUp) -> None:
         """Add the sums of other processes, on the first."""
@@ -127,6 +124,11 @@ class GradientCollector:
             for name, total in self._weights.items()
             for part, mean in total.means().items()
         }
+
+
+def as_sequences(rows: Tensor, seqlen: int) -> Tensor:
+    """Return ``[S, L, width]``; some models hand their linears all tokens in one row."""
+    return rows.reshape(-1, seqlen, rows.shape[-1])
 
 
 def side_of(linear: nn.Linear) -> Side:

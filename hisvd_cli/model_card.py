@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from hisvd_cli.audit import stages_text
 from hisvd_cli.data import NAMED
 from hisvd_cli.errors import SourceError
 from hisvd_cli.paths import slug
@@ -43,7 +44,7 @@ _BODY = """
 | kept of the whole model | {model_kept:.2%} |
 | low-rank sublayers | {low_rank} of {sublayers}, {storage} |
 | rank allocation | {allocator} |
-| decomposition | {decomposer} |
+| decomposition | {decomposer} |{stages}
 | calibration | {calibration} |
 
 ## What it costs
@@ -187,6 +188,7 @@ def _write(
         storage="multiplied out" if multiplied else pairs,
         allocator=plan.allocator,
         decomposer=record["decomposer"],
+        stages=f"\n| stages | {stages} |" if (stages := stages_text(record)) else "",
         calibration=_calibration(record["calibration"]),
         results=f"{_BEGIN}\n{_UNMEASURED}\n{_END}",
         loading=_PLAIN_LOADING if multiplied else _LOADING,
@@ -241,7 +243,8 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / _PROVENANCE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
+        known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
+        return {**known, "stages": record.get("stages")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{path} is missing or damaged.", "Compress again.") from error
 

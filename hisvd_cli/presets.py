@@ -1,8 +1,7 @@
 """Presets: named combinations of methods, with the defaults that their authors published.
 
 What was read for them: the papers named below, and the programs that go with them. Where a program
-does more than its paper's allocation and decomposition (a second pass that updates weights, a
-quantised store, several stages), the preset stands for those two alone.
+also quantises what it stores, the preset leaves that to ``--quantize``.
 """
 
 from __future__ import annotations
@@ -20,11 +19,21 @@ class Preset:
         about: what it does, in a line.
         source: paper and year.
         settings: section → key → value; whatever it does not name stays as it is.
+        low: the same for ``compress`` alone, at keep ratios below ``low_ratio``.
+        low_ratio: 0 where there is no such difference.
     """
 
     about: str
     source: str
     settings: dict[str, dict[str, Any]]
+    low: dict[str, Any]
+    low_ratio: float
+
+    def at(self, ratio: float | None) -> dict[str, dict[str, Any]]:
+        """Return the settings at one keep ratio; None for what all ratios share."""
+        if ratio is None or ratio >= self.low_ratio:
+            return self.settings
+        return {**self.settings, "compress": {**self.settings["compress"], **self.low}}
 
 
 def _preset(
@@ -36,6 +45,8 @@ def _preset(
     metric: str = "whitened",
     plan: Mapping[str, Any] | None = None,
     compress: Mapping[str, Any] | None = None,
+    low: Mapping[str, Any] | None = None,
+    low_ratio: float = 0.0,
 ) -> Preset:
     # Only HiSVD has a floor of ranks; the others must not inherit its default. Uniform shares are
     # above any floor. All but best write plain pairs.
@@ -44,7 +55,8 @@ def _preset(
         **(plan or {}),
     }
     factored = {"decomposer": decomposer, **(compress or {})}
-    return Preset(about, source, {"plan": chosen, "compress": factored})
+    settings = {"plan": chosen, "compress": factored}
+    return Preset(about, source, settings, dict(low or {}), low_ratio)
 
 
 PRESETS: dict[str, Preset] = {
@@ -64,11 +76,14 @@ PRESETS: dict[str, Preset] = {
             "tail_redundancy_weight": 30.0,
         },
     ),
+    # Program: whitening alone where at most 0.3 is pruned, with the update of U where more is.
     "svd-llm": _preset(
-        "The same share everywhere, whitened truncation",
+        "The same share everywhere, whitened truncation; updated below keep 0.7",
         "SVD-LLM, ICLR 2025 (arXiv 2403.07378)",
         allocator="uniform",
         decomposer="whitened",
+        low={"update": "closed-form"},
+        low_ratio=0.7,
     ),
     "svd-llm-v2": _preset(
         "Shares by theoretical truncation loss within each type",
@@ -109,13 +124,21 @@ PRESETS: dict[str, Preset] = {
         allocator="uniform",
         decomposer="gfwsvd",
     ),
-    # Program: floor 0, but 0.3 of the break-even rank at keep 0.4.
+    # Program: floor 0, but 0.3 of the break-even rank at keep 0.4; six stages ("required"
+    # for all models but its first, and better for that), corrected by the gradient of one window,
+    # drawn for each stage; its stages take importance from one window too, here from all.
     "zs-svd": _preset(
-        "Components chosen so that predicted changes of the loss cancel",
+        "Components chosen so that predicted changes of the loss cancel, six stages",
         "Zero Sum SVD, ICML 2026 (arXiv 2602.02848)",
         allocator="zero-sum",
         decomposer="whitened",
         plan={"selection": "zero-sum"},
+        compress={
+            "stages": 6,
+            "correction": "pull-subspace",
+            "correction_samples": 1,
+            "correction_batches": 1,
+        },
     ),
     # Program: KL measured at keep 0.1 on 32 windows, depth factor falling evenly from 1 + 5 to 1
     # (the start of its search), 0.1 of G and 0.3 of H replaced by their mean diagonal.

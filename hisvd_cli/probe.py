@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.checkpoint import load_model
+from hisvd_cli.corrected import take_corrected
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import decoder_blocks
 from hisvd_cli.source import Source
@@ -180,6 +181,7 @@ class _Loaded:
         self._model: PreTrainedModel = load_model(
             source.folder, device, dtype, source.trust_remote_code
         ).requires_grad_(False)
+        take_corrected(source, self._model)
         self._prefix, self._layers = decoder_blocks(self._model)
         self._windows = windows.to(device)
         # What entered each block, and behind the last what left it: [blocks + 1][S] of [1, L, d].

@@ -9,7 +9,7 @@ import difflib
 import os
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,20 @@ class Resolved:
         profile: the profile that was asked for, None where it was only found.
         variants: the same with each of several presets; none where at most one was given. Several
             bring nothing to ``settings`` itself.
+        by_ratio: the same at each of several ratios, where the preset says more at some of them;
+            ``settings`` itself is what all share.
     """
 
     settings: Settings
     origins: dict[Key, str]
     profile: str | None = None
     variants: tuple[Resolved, ...] = ()
+    by_ratio: Mapping[float, Resolved] = field(default_factory=dict)
 
     def cells(self) -> list[Resolved]:
         """Return the settings of each preset at each ratio: as if given with these alone."""
         return [
-            each._at(ratio)
+            each.by_ratio.get(ratio, each)._at(ratio)
             for each in self.variants or (self,)
             for ratio in dict.fromkeys(self.settings.plan.ratio)
         ]
@@ -177,12 +180,12 @@ def resolve(
         ],
     ]
     asked = str(profile) if profile else None
-    base = Resolved(*_settled(layers, str(path), problems), asked)
+    base = _at_ratios(layers, str(path), problems, asked)
     several = base.settings.plan.preset
     if len(several) < 2:
         return base
     narrowed = (_narrowed(layers, name) for name in several)
-    variants = (Resolved(*_settled(each, str(path), []), asked) for each in narrowed)
+    variants = (_at_ratios(each, str(path), [], asked) for each in narrowed)
     return replace(base, variants=tuple(variants))
 
 
@@ -193,13 +196,32 @@ _Problems = list[tuple[Key, str]]
 """What is wrong, a line each, with the setting that it is about."""
 
 
+def _at_ratios(
+    layers: Sequence[_Layer], profile: str, problems: _Problems, asked: str | None
+) -> Resolved:
+    """Merge layers, with what their preset says at their ratio, or at each. Raises UsageError."""
+    base = Resolved(*_settled(layers, profile, problems), asked)
+    ratios, presets = dict.fromkeys(base.settings.plan.ratio), base.settings.plan.preset
+    if len(presets) != 1 or all(ratio >= PRESETS[presets[0]].low_ratio for ratio in ratios):
+        return base
+    each = {r: Resolved(*_settled(layers, profile, [], r), asked) for r in ratios}
+    return replace(base, by_ratio=each) if len(each) > 1 else next(iter(each.values()))
+
+
 def _settled(
-    layers: Sequence[_Layer], profile: str, problems: _Problems
+    layers: Sequence[_Layer], profile: str, problems: _Problems, ratio: float | None = None
 ) -> tuple[Settings, dict[Key, str]]:
-    """Merge layers, weakest first; return the settings and their origins. Raises UsageError."""
+    """Merge layers, weakest first; return the settings and their origins. Raises UsageError.
+
+    Args:
+        layers: the settings that were given.
+        profile: path of the profile.
+        problems: what is wrong with them so far.
+        ratio: the keep ratio at which a preset is asked for its settings.
+    """
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     origins: dict[Key, str] = {}
-    for (section, key), value, origin in _with_preset(layers):
+    for (section, key), value, origin in _with_preset(layers, ratio):
         merged[section][key] = value
         origins[section, key] = origin
     settings = _validate(merged, origins, profile, problems)
@@ -210,7 +232,7 @@ def _settled(
     return settings, origins
 
 
-def _with_preset(layers: Sequence[_Layer]) -> Iterator[tuple[Key, Any, str]]:
+def _with_preset(layers: Sequence[_Layer], ratio: float | None) -> Iterator[tuple[Key, Any, str]]:
     """Yield the settings of all layers, weakest first, with those of the preset that wins.
 
     A preset of a weaker layer brings nothing: of two combinations, no mixture is meant.
@@ -221,7 +243,7 @@ def _with_preset(layers: Sequence[_Layer]) -> Iterator[tuple[Key, Any, str]]:
         names = (given[i] if i == chosen else None) or []
         # Of several, each has settings of its own; an unknown one is refused by the validation.
         if len(names) == 1 and names[0] in PRESETS:
-            for key, value in _flatten(PRESETS[names[0]].settings):
+            for key, value in _flatten(PRESETS[names[0]].at(ratio)):
                 yield key, value, f"{_BY_PRESET}{names[0]}"
         yield from layer
 

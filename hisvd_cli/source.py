@@ -38,6 +38,11 @@ class Source:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def original(self) -> Source:
+        """The model as it was published: itself, but for one with corrected weights."""
+        return self
+
     @cached_property
     def config(self) -> PretrainedConfig:
         """The config. Raises UnsupportedModelError for a type that transformers does not know."""

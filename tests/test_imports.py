@@ -25,6 +25,7 @@ MATHS = [
         "truncation.py",
     ),
     *("blas.py", "products.py", "subspace.py", "tridiagonal.py"),
+    *("corrections.py", "updates.py"),
     *("intervals.py", "divergence.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
     *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),

@@ -72,6 +72,7 @@ def compressed_perplexity(
         ("plan", "preset"): preset,
         ("plan", "ratio"): [ratio],
         ("compress", "evaluate"): False,
+        ("compress", "stages"): 1,  # as the reference of zs-svd, whose preset has six
     }
     if preset == "asvd":
         flags["plan", "probe_samples"] = WINDOWS

@@ -147,7 +147,9 @@ def ensure_calibration(
     if found is None:
         found = _calibrate(resolved, source, reporter, wanted)
     if wanted - found.holds:
-        found = _add_gradients(resolved, source, found, wanted, reporter)
+        made = found
+        sample = world().agreed(lambda: calibration_sample(resolved, source, made, reporter))
+        found = _add_gradients(resolved, source, made, sample, wanted, reporter)
     return found, time.monotonic() - started
 
 
@@ -205,15 +207,57 @@ def _warn_of_few(source: Source, sample: Sample, reporter: Reporter) -> None:
         )
 
 
+def calibrate_again(
+    resolved: Resolved,
+    source: Source,
+    sample: Sample,
+    folder: Path,
+    dtype: str,
+    wanted: Collection[Need],
+    reporter: Reporter,
+) -> Calibration:
+    """Take statistics of a model with corrected weights, on the tokens of the original's.
+
+    Args:
+        resolved: the settings.
+        source: the corrected model.
+        sample: the tokens.
+        folder: where the calibration goes, or is already.
+        dtype: in which the original's was taken.
+        wanted: what it must hold.
+        reporter: told of progress.
+    """
+    if world().agreed((folder / MANIFEST).is_file):
+        found = open_calibration(folder, source)
+    else:
+        samples, seqlen = sample.tokens.shape
+        work = place_states(resolved, source, wanted, reporter, (samples, seqlen))
+        found = calibrate(
+            source,
+            sample,
+            folder,
+            device=work.device,
+            dtype=getattr(torch, dtype),
+            batch=work.batch,
+            settings=resolved.recorded("model", "calibration"),
+            reporter=reporter,
+            keep_inputs=set(wanted) != {"moments"},
+            place=work.place,
+        )
+    if set(wanted) - found.holds:
+        return _add_gradients(resolved, source, found, sample, wanted, reporter)
+    return found
+
+
 def _add_gradients(
     resolved: Resolved,
     source: Source,
     found: Calibration,
+    sample: Sample,
     wanted: Collection[Need],
     reporter: Reporter,
 ) -> Calibration:
-    """Take the gradients on the very tokens that a calibration was made from."""
-    sample = world().agreed(lambda: calibration_sample(resolved, source, found, reporter))
+    """Take the gradients on ``sample``, the very tokens that a calibration was made from."""
     samples, seqlen = sample.tokens.shape
     work = place_states(resolved, source, wanted, reporter, (samples, seqlen))
     return measure_gradients(

@@ -17,21 +17,19 @@ import torch
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_whole_model
-from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
+from hisvd_cli.build.methods import decomposer_needs, plan_needs
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.samples import default_dataset, window_length
+from hisvd_cli.build.stages import Stage, check_stages, factored, last_stage
 from hisvd_cli.build.updates import prepare_update
-from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint, open_checkpoint
-from hisvd_cli.compress import Compressed, compress
+from hisvd_cli.compress import Compressed
 from hisvd_cli.convert import to_pt
 from hisvd_cli.data import Text
-from hisvd_cli.device import pick_device
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, UsageError
 from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
 from hisvd_cli.model_card import perplexity_results, update_card
-from hisvd_cli.moments import exact_device
 from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
@@ -136,12 +134,14 @@ def check_request(
     """Find out before any work whether a compression can succeed.
 
     Raises:
-        UsageError: several allocators, an unknown method, or flags that a given plan has decided.
+        UsageError: several allocators, an unknown method, flags that a given plan has decided, or
+            a correction without a second stage.
         BudgetError: a ratio that cannot be met.
         MemoryLimitError: a bound on memory that cannot.
         OutputError: something stands at the output.
     """
     decomposer_needs(resolved.settings.compress)
+    check_stages(resolved)
     if plan_file is None:
         if len(resolved.settings.plan.allocator) > 1:
             raise UsageError("compress takes one --allocator.", "Run it once per allocator.")
@@ -204,20 +204,23 @@ def compress_model(
         check_texts([text], calibration.manifest, source.name)
     update = prepare_update(resolved, source, calibration, reporter)
     started = time.monotonic()
+    fixed = plan is not None
     plan = plan or make_plans(resolved, source, calibration, reporter)[0]
     planning = time.monotonic() - started
-    made, plan_path = _write(resolved, source, plan, calibration, path, update, reporter)
+    first = Stage(source, calibration, plan)
+    with last_stage(resolved, first, fixed, path, reporter) as (last, before):
+        made, plan_path = _write(resolved, last, path, update, reporter)
     seconds = {
-        "calibrate": calibrating,
-        "plan": planning,
-        "decompose": made.decompose_seconds,
-        "write": made.write_seconds,
+        "calibrate": calibrating + before["calibrate"],
+        "plan": planning + before["plan"],
+        "decompose": made.decompose_seconds + before["decompose"],
+        "write": made.write_seconds + before["write"],
     }
     if world().first:
         keep_times(made.record, seconds)
     return Outcome(
         output=path,
-        plan=plan,
+        plan=last.plan,
         plan_path=plan_path,
         bytes=made.bytes,
         dense_bytes=source.weights.total_bytes,
@@ -228,37 +231,17 @@ def compress_model(
 
 
 def _write(
-    resolved: Resolved,
-    source: Source,
-    plan: Plan,
-    calibration: Calibration,
-    path: Path,
-    update: Update | None,
-    reporter: Reporter,
+    resolved: Resolved, last: Stage, path: Path, update: Update | None, reporter: Reporter
 ) -> tuple[Compressed, Path]:
     """Write the checkpoint; return what it took, and a file that holds its plan."""
-    knobs = resolved.settings.compress
     single = path.suffix == ".pt"
     folder = path.with_name(f".{path.name}.folder") if single else path
-    made = compress(
-        source,
-        plan,
-        calibration,
-        folder,
-        decomposer=knobs.decomposer,
-        knobs=decomposer_knobs(resolved.settings, plan.settings),
-        needs=decomposer_needs(knobs),
-        device=exact_device(pick_device(resolved.settings.model.device)),
-        shard_bytes=int(knobs.max_shard_size * 1e9),
-        settings=resolved.recorded("model", "calibration", "plan", "compress"),
-        reporter=reporter,
-        update=update,
-    )
+    made = factored(resolved, last, folder, reporter, update)
     if not single or not world().first:
         return made, path / PLAN_FILE
     started = time.monotonic()
     to_pt(open_checkpoint(folder), path)
-    plan.save(_plan_beside(path))
+    last.plan.save(_plan_beside(path))
     shutil.rmtree(folder)
     writing = made.write_seconds + time.monotonic() - started
     size = path.stat().st_size

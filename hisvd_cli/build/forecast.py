@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hisvd_cli.build.methods import decomposer_needs, plan_needs, probe_passes
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, open_plan
 from hisvd_cli.build.samples import request_calibration
 from hisvd_cli.compress import lay_out
+from hisvd_cli.corrections import BY_GRADIENT
 from hisvd_cli.estimate import (
     Estimate,
     estimate_calibration,
@@ -88,6 +90,21 @@ def _calibration(
     return Estimate(plain.bytes + more.bytes, peak, plain.seconds + more.seconds), work
 
 
+def _between_stages(
+    resolved: Resolved, source: Source, anatomy: Anatomy, needs: Collection[Need]
+) -> Estimate:
+    """Estimate what a stage takes of the text before it: gradients at the truncated model, where
+    its correction asks for them, and the statistics of the corrected one."""
+    again, work = _calibration(resolved, source, anatomy, needs)
+    knobs = resolved.settings.compress
+    if knobs.correction not in BY_GRADIENT:
+        return again
+    few = replace(work, samples=min(knobs.correction_samples or work.samples, work.samples))
+    forward, back = estimate_calibration(few), estimate_gradients(few, True)
+    peak = again.peak.joined(back.peak)
+    return Estimate(again.bytes, peak, again.seconds + forward.seconds + back.seconds)
+
+
 def forecast_compression(
     resolved: Resolved,
     output: Path | None,
@@ -112,18 +129,22 @@ def forecast_compression(
     calibrating, work = _calibration(resolved, source, anatomy, needs)
     factoring = factoring_of(resolved, source, anatomy)
     measuring = 0.0 if plan else forecast_plan(resolved)["seconds"]
+    count = resolved.settings.compress.stages
+    between = _between_stages(resolved, source, anatomy, needs) if count > 1 else None
+    again = (count - 1) * between.seconds if between else 0.0
     stages = {
-        "calibrate": 0.0 if found else calibrating.seconds,
-        "plan": measuring,
-        "decompose": estimate_decomposition(anatomy.sublayers),
+        "calibrate": (0.0 if found else calibrating.seconds) + again,
+        "plan": measuring * count,
+        "decompose": estimate_decomposition(anatomy.sublayers) * count,
     }
+    peak = factoring.joined(between.peak) if between else factoring
     return {
         "output": str(output_path(resolved, output)),
         "ratio": plan.ratio if plan else resolved.settings.plan.ratio[0],
         "bytes": _checkpoint_bytes(resolved, source, anatomy, plan),
         "dense_bytes": source.weights.total_bytes,
         "calibration_bytes": 0 if found else calibrating.bytes,
-        "peak_memory_bytes": (factoring if found else factoring.joined(calibrating.peak)).total,
+        "peak_memory_bytes": (peak if found else peak.joined(calibrating.peak)).total,
         "hidden_states": None if found else work.place,
         "batch": None if found else work.batch,
         "stages": stages,

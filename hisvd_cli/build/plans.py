@@ -263,7 +263,7 @@ class _Planner:
                 "model": {
                     "name": self.source.name,
                     "revision": self.source.revision,
-                    "fingerprint": self.source.fingerprint,
+                    "fingerprint": self.source.original.fingerprint,
                     "parameters": size.total,
                 },
                 "calibration": self.calibration.key if self.calibration else None,

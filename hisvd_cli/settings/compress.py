@@ -7,6 +7,7 @@ from typing import Literal
 from hisvd_cli.settings.fields import DECOMPOSER_NAMES, Section, any_of, setting
 
 _DECOMPOSERS = "Knobs of decomposers"
+_CORRECTIONS = "Knobs of corrections"
 
 
 class CompressSettings(Section):
@@ -37,6 +38,35 @@ class CompressSettings(Section):
     max_shard_size: float = setting(5.0, "Largest weight file in GB.", gt=0)
     evaluate: bool | None = setting(
         None, "Measure perplexity before and after; by default only for the demo model."
+    )
+    stages: int = setting(
+        1,
+        "How often the model is truncated to the full ratio: between two stages it is multiplied "
+        "out, corrected, and calibrated on the same text again.",
+        ge=1,
+    )
+    correction: Literal["pull-subspace", "project-to-delta", "alpha-blend", "gradient-step"] = (
+        setting(
+            "pull-subspace",
+            "What stages add to a truncated weight: pull-subspace (the part of the way back that "
+            "lies along the gradient of the loss), project-to-delta (the part of the gradient "
+            "along the way back), alpha-blend (a share of the way back) or gradient-step.",
+        )
+    )
+    correction_samples: int = setting(
+        0, "Calibration windows whose gradients correct; 0 takes all.", panel=_CORRECTIONS, ge=0
+    )
+    correction_batches: int = setting(
+        1,
+        "pull-subspace: into how many batches they are parted, each with a direction of its own.",
+        panel=_CORRECTIONS,
+        ge=1,
+    )
+    correction_alpha: float = setting(
+        0.5, "alpha-blend: share of the way back to the original.", panel=_CORRECTIONS, gt=0, le=1
+    )
+    correction_step: float = setting(
+        1e-4, "gradient-step: step against the gradient.", panel=_CORRECTIONS, gt=0
     )
     asvd_alpha: float = setting(
         0.5, "asvd: exponent of the mean absolute input.", panel=_DECOMPOSERS, ge=0, le=8
