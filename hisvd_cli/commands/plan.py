@@ -114,5 +114,7 @@ def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
     one_each = [("plan", "ratio"), ("plan", "allocator")]
     several = run.settings.plan.allocator[1:]
     knobs = run.resolved.flags("plan", "compress", without=one_each if several else one_each[:1])
+    if plan.bytes is not None:
+        return f"hisvd compress {flags} {knobs}"
     allocator = f"--allocator {shlex.quote(plan.allocator)} " if several else ""
     return f"hisvd compress {flags} --ratio {plan.ratio:g} {allocator}{knobs}"
