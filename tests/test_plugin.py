@@ -491,7 +491,7 @@ def test_a_rank_that_is_no_positive_integer_is_an_error(rank: object, qwen2: Fol
 
 
 def test_ranks_that_are_no_mapping_are_an_error() -> None:
-    with pytest.raises(ValueError, match="must map names to ranks"):
+    with pytest.raises(ValueError, match="must map names to integers"):
         HiSVDConfig([3, 4])  # type: ignore[arg-type]
 
 

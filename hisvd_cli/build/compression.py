@@ -19,6 +19,7 @@ from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_t
 from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
+from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
 from hisvd_cli.build.samples import default_dataset, window_length
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint, open_checkpoint
@@ -139,6 +140,7 @@ def check_request(
         OutputError: something stands at the output.
     """
     decomposer_needs(resolved.settings.compress)
+    check_quantization(resolved)
     if plan_file is None:
         if len(resolved.settings.plan.allocator) > 1:
             raise UsageError("compress takes one --allocator.", "Run it once per allocator.")
@@ -232,19 +234,22 @@ def _write(
     knobs = resolved.settings.compress
     single = path.suffix == ".pt"
     folder = path.with_name(f".{path.name}.folder") if single else path
+    whole = folder.with_name(f".{path.name}.whole") if quantizes(resolved) else folder
     made = compress(
         source,
         plan,
         calibration,
-        folder,
+        whole,
         decomposer=knobs.decomposer,
         knobs=decomposer_knobs(resolved.settings, plan.settings),
         needs=decomposer_needs(knobs),
         device=exact_device(pick_device(resolved.settings.model.device)),
         shard_bytes=int(knobs.max_shard_size * 1e9),
-        settings=resolved.recorded("model", "calibration", "plan", "compress"),
+        settings=resolved.recorded("model", "calibration", "plan", "compress", "quantize"),
         reporter=reporter,
     )
+    if quantizes(resolved) and world().first:
+        made = quantize_compressed(resolved, source, calibration, made, folder, reporter)
     if not single or not world().first:
         return made, path / PLAN_FILE
     started = time.monotonic()

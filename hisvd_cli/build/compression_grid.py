@@ -199,7 +199,7 @@ def _check_same(cell: Cell, source: Source, calibration: Calibration | None) -> 
     made_with, wanted = part(record, "settings"), cell.resolved.recorded()
     differs = [
         f"{section}.{key}"
-        for section in ("plan", "compress", "calibration")
+        for section in ("plan", "compress", "quantize", "calibration")
         for key, value in wanted[section].items()
         if part(made_with, section).get(key) != value
     ]

@@ -9,17 +9,32 @@ from pathlib import Path
 from typing import Literal
 
 from hisvd_cli.build.compression import check_output
+from hisvd_cli.build.quantization import check_quantization, quantize_checkpoint
 from hisvd_cli.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.convert import from_pt, repack, to_dense, to_pt, unpacked
 from hisvd_cli.errors import OutputError, SourceError, UsageError
+from hisvd_cli.profile import Resolved
+from hisvd_cli.reporter import Reporter
 
 Target = Literal["hf", "pt", "dense"]
 
 
+def asks_to_quantize(resolved: Resolved) -> bool:
+    """Tell whether a flag of this very command asks for integers: a profile's setting is meant for
+    compress."""
+    return resolved.is_flag("quantize", "bits") and resolved.settings.quantize.bits != "none"
+
+
 def convert_checkpoint(
-    checkpoint: Path, to: Target, output: Path, overwrite: bool, shard_bytes: int
+    resolved: Resolved,
+    checkpoint: Path,
+    to: Target,
+    output: Path,
+    overwrite: bool,
+    reporter: Reporter,
 ) -> int:
-    """Convert a checkpoint folder or ``.pt`` file; return the bytes written.
+    """Convert a checkpoint folder or ``.pt`` file, and quantize it where a flag says so; return the
+    bytes written.
 
     Raises:
         SourceError: ``checkpoint`` is none.
@@ -33,14 +48,27 @@ def convert_checkpoint(
             f"--to {to} cannot write '{output}'.",
             "A single file ends in .pt; every other form is a folder.",
         )
+    if to == "dense" and asks_to_quantize(resolved):
+        raise UsageError(
+            "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
+            "Leave out --to dense, or --quantize.",
+        )
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"{output} is the input itself.", "Name another --output.")
     check_output(output, overwrite)
-    if checkpoint.is_file() and to == "hf":
+    check_quantization(resolved)
+    shard_bytes = int(resolved.settings.compress.max_shard_size * 1e9)
+    quantizing = asks_to_quantize(resolved)
+    if checkpoint.is_file() and to == "hf" and not quantizing:
         from_pt(checkpoint, output, shard_bytes)
     else:
-        with _opened(checkpoint, output) as opened:
-            _convert(opened, to, output, shard_bytes)
+        with _opened(checkpoint, output) as opened, _scratch(output) as scratch:
+            if quantizing:
+                made = scratch / "quantized" if to == "pt" else output
+                quantize_checkpoint(resolved, opened, made, None, reporter)
+                opened = open_checkpoint(made)
+            if to == "pt" or not quantizing:
+                _convert(opened, to, output, shard_bytes)
     if output.is_file():
         return output.stat().st_size
     return sum(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -62,6 +90,13 @@ def _opened(checkpoint: Path, output: Path) -> Iterator[Checkpoint]:
     if checkpoint.is_dir():
         yield open_checkpoint(checkpoint)
         return
+    with _scratch(output) as scratch:
+        yield open_checkpoint(unpacked(checkpoint, scratch / "unpacked"))
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """Make a folder beside the output, for while the body runs."""
     home = next(folder for folder in output.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".hisvd-", dir=home) as scratch:
-        yield open_checkpoint(unpacked(checkpoint, Path(scratch) / "unpacked"))
+        yield Path(scratch)

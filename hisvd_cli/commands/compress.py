@@ -11,7 +11,8 @@ from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
 
 @with_settings(
-    [*keys_of("plan", "compress", "model", "calibration"), ("eval", "windows")], together=True
+    [*keys_of("plan", "compress", "quantize", "model", "calibration"), ("eval", "windows")],
+    together=True,
 )
 def compress(
     run: Run,
