@@ -93,12 +93,3 @@ def diagonals(
 
 def _shrunk(diagonal: Tensor, shrinkage: float) -> Tensor:
     return (1 - shrinkage) * diagonal + shrinkage * diagonal.mean()
-
-
-def nearest(matrix: Tensor, bits: int, group: int) -> Tensor:
-    width = matrix.shape[1]
-    top = 127 if bits == 8 else 7
-    size = width if bits == 8 else group
-    parts = torch.nn.functional.pad(matrix.float(), (0, -width % size)).unflatten(1, (-1, size))
-    scale = parts.abs().amax(2, keepdim=True).clamp_min(1e-30) / top
-    return ((parts / scale).round() * scale).flatten(1)[:, :width]

@@ -14,15 +14,13 @@ from hisvd_cli.errors import BudgetError, UsageError
 from hisvd_cli.plan import BytePlan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.rounding_noise import Rounding
-from hisvd_cli.settings import PlanSettings
+from hisvd_cli.settings import PlanSettings, Settings
 from hisvd_cli.source import Source
 from hisvd_cli.spectrum import Spectrum
 from hisvd_cli.sublayers import Sublayer, select
 
 ALLOCATOR = "waterfill"
 """The method whose rule chooses rank and bits; others know no losses of bits."""
-GROUP_SIZE = 64
-"""Numbers that share a scale, with 4 bits."""
 
 
 def bytes_ratio(resolved: Resolved) -> float | None:
@@ -143,12 +141,13 @@ class ByteScope:
         ]
 
 
-def scope(ratio: float, knobs: PlanSettings, source: Source, anatomy: Anatomy) -> ByteScope:
+def scope(ratio: float, settings: Settings, source: Source, anatomy: Anatomy) -> ByteScope:
     """Find out what a plan by bytes covers. Raises UsageError: a pattern that matches nothing."""
+    knobs, group = settings.plan, settings.quantize.group_size
     sublayers = select(anatomy.sublayers, knobs.include, knobs.exclude)
     infos = source.weights.infos
     widths = [infos[anatomy.names[f"{s.name}.weight"]].nbytes // prod(s.shape) for s in sublayers]
-    return ByteScope(ratio, knobs, sublayers, widths, source.weights.total_bytes, GROUP_SIZE)
+    return ByteScope(ratio, knobs, sublayers, widths, source.weights.total_bytes, group)
 
 
 def choose(

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.budget import Budget, break_even, cost
 from hisvd_cli.build.anatomy import Anatomy, dissect
@@ -34,7 +36,8 @@ from hisvd_cli.plan import ModelSize, Plan, assemble, by_bytes, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.rounding_noise import Rounding, nearest
+from hisvd_cli.rounding import round_nearest
+from hisvd_cli.rounding_noise import Rounding
 from hisvd_cli.settings import PlanSettings, Settings
 from hisvd_cli.source import Source
 from hisvd_cli.spectra_cache import SpectraSource, Wanted, load_roundings, load_spectra
@@ -145,7 +148,7 @@ def check_knobs(resolved: Resolved, source: Source) -> None:
         ALLOCATORS.get(name)
     anatomy = dissect(source)
     if (ratio := bytes_ratio(resolved)) is not None:
-        byte_scope(ratio, knobs, source, anatomy).check()
+        byte_scope(ratio, resolved.settings, source, anatomy).check()
         return
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     for ratio in knobs.ratio:
@@ -195,7 +198,7 @@ def make_plans(
         else None,
     )
     if share is not None:
-        scope = byte_scope(share, knobs, source, anatomy)
+        scope = byte_scope(share, resolved.settings, source, anatomy)
         roundings = _roundings(resolved, source, anatomy, calibration, scope.group, reporter)
         return world().agreed(lambda: [planner.plan_bytes(scope, roundings)])
     # By one process alone: some allocators measure the model on the way.
@@ -241,8 +244,12 @@ def _roundings(
     reporter: Reporter,
 ) -> dict[str, dict[int, Rounding]]:
     of, wanted = _spectra_source(resolved, source, anatomy, calibration)
-    methods = {bits: partial(nearest, bits=bits, group=group) for bits in BITS if bits < FULL_BITS}
+    methods = {bits: partial(_as_rounded, bits, group) for bits in BITS if bits < FULL_BITS}
     return load_roundings(of, wanted, methods, f"nearest {group}", reporter)
+
+
+def _as_rounded(bits: int, group: int, weight: Tensor) -> Tensor:
+    return round_nearest(weight, bits, group).matrix()
 
 
 def _spectra_source(
