@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hisvd_cli.build.byte_budgets import bytes_ratio
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_whole_model
@@ -88,10 +89,13 @@ class Outcome:
 
 
 def output_path(resolved: Resolved, output: Path | None) -> Path:
-    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder."""
+    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder, of a
+    bytes ratio ``MODEL-bytes-RATIO``."""
     if output is not None:
         return output
-    return Path(f"{slug(resolved.settings.model.name)}-{resolved.settings.plan.ratio[0]:g}")
+    by_bytes = bytes_ratio(resolved)
+    ratio = f"{resolved.settings.plan.ratio[0]:g}" if by_bytes is None else f"bytes-{by_bytes:g}"
+    return Path(f"{slug(resolved.settings.model.name)}-{ratio}")
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -140,14 +144,15 @@ def check_request(
         OutputError: something stands at the output.
     """
     decomposer_needs(resolved.settings.compress)
-    check_quantization(resolved)
     if plan_file is None:
+        check_quantization(resolved, planned=bytes_ratio(resolved) is not None)
         if len(resolved.settings.plan.allocator) > 1:
             raise UsageError("compress takes one --allocator.", "Run it once per allocator.")
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
         _refuse_knobs(resolved)
+        check_quantization(resolved, planned=open_plan(plan_file, source).bytes is not None)
         if resolved.variants:
             raise UsageError(
                 "Several presets are set, but --plan names one plan.",
@@ -234,7 +239,8 @@ def _write(
     knobs = resolved.settings.compress
     single = path.suffix == ".pt"
     folder = path.with_name(f".{path.name}.folder") if single else path
-    whole = folder.with_name(f".{path.name}.whole") if quantizes(resolved) else folder
+    rounds = quantizes(resolved, plan)
+    whole = folder.with_name(f".{path.name}.whole") if rounds else folder
     made = compress(
         source,
         plan,
@@ -248,8 +254,9 @@ def _write(
         settings=resolved.recorded("model", "calibration", "plan", "compress", "quantize"),
         reporter=reporter,
     )
-    if quantizes(resolved) and world().first:
-        made = quantize_compressed(resolved, source, calibration, made, folder, reporter)
+    if rounds and world().first:
+        by_plan = plan if plan.bits else None
+        made = quantize_compressed(resolved, source, calibration, made, folder, reporter, by_plan)
     if not single or not world().first:
         return made, path / PLAN_FILE
     started = time.monotonic()

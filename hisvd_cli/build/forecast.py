@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from hisvd_cli.build.anatomy import Anatomy, dissect
+from hisvd_cli.build.byte_budgets import bytes_ratio
+from hisvd_cli.build.byte_budgets import scope as byte_scope
 from hisvd_cli.build.calibration import find_calibration, named_source, wanted_statistics
 from hisvd_cli.build.compression import check_request, output_path
 from hisvd_cli.build.memory import factoring_of, fitted, workload
@@ -134,8 +136,13 @@ def forecast_compression(
 def _checkpoint_bytes(
     resolved: Resolved, source: Source, anatomy: Anatomy, plan: Plan | None
 ) -> int:
+    if plan is not None and plan.bytes is not None:
+        return plan.bytes.model - plan.bytes.full + plan.bytes.kept
     if plan is not None:
         return lay_out(source, plan.ranks, plan.storage).total_bytes
+    if (share := bytes_ratio(resolved)) is not None:
+        scope = byte_scope(share, resolved.settings, source, anatomy)
+        return scope.model - scope.full + scope.budget(share)
     knobs = resolved.settings.plan
     size = anatomy.size(knobs.include, knobs.exclude)
     dropped = size.sublayers - size.budget(knobs.ratio[0], knobs.ratio_of)

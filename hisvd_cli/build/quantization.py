@@ -14,6 +14,7 @@ from hisvd_cli.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed
 from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.errors import UsageError
+from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.quantization import Recipe, Text, quantize, sublayer_names
 from hisvd_cli.quantized import dequantize
@@ -24,18 +25,32 @@ from hisvd_cli.source import Source
 _BITS = {"none": 16, "int8": 8, "int4": 4}
 
 
-def quantizes(resolved: Resolved) -> bool:
-    """Tell whether integers are asked for."""
-    return resolved.settings.quantize.bits != "none"
+def quantizes(resolved: Resolved, plan: Plan | None = None) -> bool:
+    """Tell whether integers are asked for, by the settings or by a plan."""
+    return resolved.settings.quantize.bits != "none" or bool(plan and plan.bits)
 
 
-def check_quantization(resolved: Resolved) -> None:
+def check_quantization(resolved: Resolved, planned: bool = False) -> None:
     """Find out before any work whether what is asked for can be done.
 
+    Args:
+        resolved: the settings.
+        planned: a plan chooses the bits of every sublayer.
+
     Raises:
-        UsageError: flags that say how, where none says to quantize; or a device that cannot run it.
+        UsageError: flags that say how, where none says to quantize; bits where a plan has chosen
+            them; or a device that cannot run it.
     """
     knobs = resolved.settings.quantize
+    if planned:
+        if quantizes(resolved):
+            raise UsageError(
+                f"{flag_of('quantize', 'bits')} {knobs.bits} meets a plan by bytes, which chooses "
+                "the bits of every sublayer.",
+                f"Leave out {flag_of('quantize', 'bits')}, or --bytes-ratio.",
+            )
+        _check_device(resolved, "int4")
+        return
     if not quantizes(resolved):
         for key in ("method", "group_size", "damping"):
             if resolved.is_flag("quantize", key):
@@ -44,15 +59,19 @@ def check_quantization(resolved: Resolved) -> None:
                     f"Add {flag_of('quantize', 'bits')} int8 or int4.",
                 )
         return
+    _check_device(resolved, knobs.bits)
+
+
+def _check_device(resolved: Resolved, bits: str) -> None:
     device = pick_device(resolved.settings.model.device)
-    dtype = torch.uint8 if knobs.bits == "int4" else torch.int8
+    dtype = torch.uint8 if bits == "int4" else torch.int8
     try:
         codes = torch.zeros(2, 2, dtype=dtype, device=device)
         scales = torch.zeros(2, 1, dtype=torch.int16, device=device)
         dequantize(codes, scales, 2, 2, torch.float32)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UsageError(
-            f"The device {device} cannot run {knobs.bits}.", "Use another --device, or int8."
+            f"The device {device} cannot run {bits}.", "Use another --device, or int8."
         ) from error
 
 
@@ -62,6 +81,7 @@ def quantize_checkpoint(
     output: Path,
     sample: Sample | None,
     reporter: Reporter,
+    plan: Plan | None = None,
 ) -> int:
     """Write a checkpoint of integers, by the settings; return the bytes of its weights.
 
@@ -72,13 +92,14 @@ def quantize_checkpoint(
         sample: text for gptq; by default what the settings name, else what the checkpoint was
             calibrated on.
         reporter: told of progress.
+        plan: one by bytes, whose bits are those of the sublayers.
 
     Raises:
         UsageError, SourceError, NumericalError, OutputError: see :func:`check_quantization` and
             :func:`hisvd_cli.quantization.quantize`.
         DataError, StaleArtifactError: the text for gptq cannot be read, or reads otherwise now.
     """
-    check_quantization(resolved)
+    check_quantization(resolved, planned=plan is not None)
     settings = resolved.settings
     knobs = settings.quantize
     source = Source(str(checkpoint.folder), checkpoint.folder)
@@ -89,10 +110,12 @@ def quantize_checkpoint(
         dtype = pick_dtype(settings.model.dtype, checkpoint.weights.dtype, device)
         sample = sample or _sample(resolved, source, checkpoint, reporter)
         text = Text(sample, device, dtype, settings.calibration.batch)
-    names = sublayer_names(checkpoint)
-    recipe = Recipe(
-        dict.fromkeys(names, _BITS[knobs.bits]), knobs.group_size, knobs.method, knobs.damping
-    )
+    if plan is not None and plan.bytes is not None:
+        bits, group = plan.bits, plan.bytes.group_size
+    else:
+        bits = dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
+        group = knobs.group_size
+    recipe = Recipe(bits, group, knobs.method, knobs.damping)
     return quantize(
         checkpoint,
         output,
@@ -123,6 +146,7 @@ def quantize_compressed(
     made: Compressed,
     output: Path,
     reporter: Reporter,
+    plan: Plan | None = None,
 ) -> Compressed:
     """Turn what ``compress`` made into integers, and remove it.
 
@@ -133,6 +157,7 @@ def quantize_compressed(
         made: the checkpoint in full precision.
         output: the folder.
         reporter: told of progress.
+        plan: one by bytes, whose bits are those of the sublayers.
 
     Raises:
         HisvdError: see :func:`quantize_checkpoint`.
@@ -142,7 +167,7 @@ def quantize_compressed(
     if resolved.settings.quantize.method == "gptq":
         sample = calibration_sample(resolved, source, calibration, reporter)
     checkpoint = open_checkpoint(made.output)
-    size = quantize_checkpoint(resolved, checkpoint, output, sample, reporter)
+    size = quantize_checkpoint(resolved, checkpoint, output, sample, reporter, plan)
     shutil.rmtree(made.output)
     seconds = made.write_seconds + time.monotonic() - started
     return Compressed(output, size, made.decompose_seconds, seconds)
