@@ -68,7 +68,11 @@ class _Way:
 
 
 def frontier(
-    candidates: Sequence[Candidate], budgets: Mapping[float, int], group: int, step: int
+    candidates: Sequence[Candidate],
+    budgets: Mapping[float, int],
+    group: int,
+    step: int,
+    rest: int = 0,
 ) -> list[Point]:
     """Return the points of each way at each budget that it can keep to, in a fixed order.
 
@@ -77,6 +81,7 @@ def frontier(
         budgets: bytes ratio → bytes that all of them may take.
         group: numbers that share a scale, with 4 bits.
         step: ranks are multiples of this.
+        rest: bytes of what stays as it is, where ratios count that too.
     """
     full = sum(c.full_bytes for c in candidates)
     points = []
@@ -84,24 +89,16 @@ def frontier(
         options = [way.options(c) for c in candidates]
         for ratio, budget in sorted(budgets.items(), reverse=True):
             if least_price(options) <= budget:
-                points.append(_point(name, ratio, candidates, spend(options, budget), way, full))
+                chosen = spend(options, budget)
+                pairs = zip(candidates, chosen, strict=True)
+                taken = sum(way.taken(candidate, choice) for candidate, choice in pairs)
+                loss = sum(choice.loss for choice in chosen)
+                points.append(Point(name, ratio, (rest + taken) / (rest + full), loss))
     for bits in BITS[1:]:
         taken = sum(stored_bytes(c.shape, full_rank(c.shape), bits, group, 0) for c in candidates)
         loss = sum(c.dense_loss(bits) for c in candidates)
-        points.append(Point(f"int{bits} dense", None, taken / full, loss))
+        points.append(Point(f"int{bits} dense", None, (rest + taken) / (rest + full), loss))
     return points
-
-
-def _point(
-    name: str,
-    ratio: float,
-    candidates: Sequence[Candidate],
-    chosen: Sequence[Choice],
-    way: _Way,
-    full: int,
-) -> Point:
-    taken = sum(way.taken(c, choice) for c, choice in zip(candidates, chosen, strict=True))
-    return Point(name, ratio, taken / full, sum(choice.loss for choice in chosen))
 
 
 def _ways(candidates: Sequence[Candidate], group: int, step: int) -> dict[str, _Way]:

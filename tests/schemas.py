@@ -60,6 +60,7 @@ CALIBRATION_SETTINGS = strict(dataset=TEXT, samples=COUNT, seqlen=maybe(COUNT), 
 STORAGE: Schema = {"enum": ["pair", "pivoted"]}
 _KNOBS: dict[str, Schema] = {
     "preset": maybe(TEXT),
+    "bytes_ratio": maybe(RATIO),
     "ratio_of": {"enum": ["sublayers", "model"]},
     "storage": STORAGE,
     "metric": {"enum": ["whitened", "fisher", "held-out", "weight"]},
@@ -103,6 +104,15 @@ RECORDED = strict(
     ),
 )
 
+BYTES = strict(
+    ratio=RATIO,
+    budget=COUNT,
+    kept=COUNT,
+    full=COUNT,
+    model=COUNT,
+    group_size=COUNT,
+    frontier=rows(method=TEXT, budget=maybe(RATIO), bytes_ratio=NUMBER, predicted_loss=NUMBER),
+)
 PLAN = strict(
     kind={"const": "plan"},
     format_version=COUNT,
@@ -133,8 +143,11 @@ PLAN = strict(
         dense=FLAG,
         parameters=COUNT,
         loss=NUMBER,
+        bits={"enum": [16, 8, 4]},
+        bytes=maybe(COUNT),
     ),
     provenance=strict(model=PLANNED_MODEL, calibration=maybe(SHA256), versions=VERSIONS),
+    bytes=maybe(BYTES),
 )
 PLANS = strict(plans={"type": "array", "items": PLAN, "minItems": 2})
 

@@ -95,11 +95,14 @@ class ByteScope:
         """Bytes of the sublayers in the model."""
         return sum(prod(s.shape) * w for s, w in zip(self.sublayers, self.widths, strict=True))
 
+    @property
+    def rest(self) -> int:
+        """Bytes of what stays as it is, where the ratio counts that too; else 0."""
+        return self.model - self.full if self.knobs.ratio_of == "model" else 0
+
     def budget(self, ratio: float) -> int:
         """Return the bytes that all sublayers may take at a bytes ratio."""
-        if self.knobs.ratio_of == "model":
-            return int(ratio * self.model) - (self.model - self.full)
-        return int(ratio * self.full)
+        return int(ratio * (self.full + self.rest)) - self.rest
 
     def floor(self, shape: Shape) -> int:
         """Return the smallest rank of a sublayer: what equal shares of 16 bits would give, times
@@ -120,12 +123,10 @@ class ByteScope:
             for s, width in zip(self.sublayers, self.widths, strict=True)
         )
         if least > self.budget(self.ratio):
-            rest = self.model - self.full if self.knobs.ratio_of == "model" else 0
-            whole = self.model if self.knobs.ratio_of == "model" else self.full
+            share = (least + self.rest) / (self.full + self.rest)
             raise BudgetError(
                 f"Bytes ratio {self.ratio:g} cannot be met: the smallest ranks at 4 bits"
-                f"{' and what stays as it is' if rest else ''} take "
-                f"{(least + rest) / whole:.3f}.",
+                f"{' and what stays as it is' if self.rest else ''} take {share:.3f}.",
                 "Raise --bytes-ratio, or lower --min-rank-ratio or --multiple-of.",
             )
 
@@ -169,5 +170,5 @@ def choose(
         full=of.full,
         model=of.model,
         group_size=of.group,
-        frontier=frontier(candidates, budgets, of.group, step),
+        frontier=frontier(candidates, budgets, of.group, step, of.rest),
     )
