@@ -105,5 +105,5 @@ def byte_facts(plan: Plan, counted: BytePlan) -> dict[str, str]:
         "parameters": f"{plan.kept_parameters:,} of {plan.full_parameters:,} "
         f"({plan.kept_ratio:.3%})",
         "whole model": f"{counted.model_ratio:.2%} of the bytes kept",
-        "scales": f"counted: {scales}",
+        "rounding": f"{counted.method}; scales are counted: {scales}",
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -58,6 +58,7 @@ class BytePlan:
         kept: bytes that they take.
         full: bytes that they take in the model.
         model: bytes that the whole model takes.
+        method: how numbers are rounded: nearest or gptq.
         group_size: numbers that share a scale, with 4 bits.
         frontier: what this choice and others would lose at this and other ratios.
     """
@@ -67,6 +68,7 @@ class BytePlan:
     kept: int
     full: int
     model: int
+    method: Literal["nearest", "gptq"]
     group_size: int
     frontier: list[Point]
 

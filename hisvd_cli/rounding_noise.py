@@ -32,6 +32,18 @@ class Rounding:
     noise: float
     loss: float
 
+    def compensated(self, bits: int) -> Rounding:
+        """Return it where each error is made up for in what is rounded after it (GPTQ)."""
+        noise, loss = _COMPENSATED[bits]
+        return Rounding(noise * self.noise, loss * self.loss)
+
+
+_COMPENSATED = {8: (1.0, 0.25), 4: (0.15, 0.27)}
+"""Bits → what GPTQ leaves of the noise of U and of the loss of W. What U is given has components
+that are nearly independent, so that nothing can be made up for; with 4 bits they are rotated into
+each other first. Geometric means over 12 sublayers of SmolLM2-135M, of which single ones are from
+0.6 to 2 times as large."""
+
 
 @dataclass(frozen=True)
 class Diagonals:

@@ -110,6 +110,7 @@ BYTES = strict(
     kept=COUNT,
     full=COUNT,
     model=COUNT,
+    method={"enum": ["nearest", "gptq"]},
     group_size=COUNT,
     frontier=rows(method=TEXT, budget=maybe(RATIO), bytes_ratio=NUMBER, predicted_loss=NUMBER),
 )

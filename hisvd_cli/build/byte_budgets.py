@@ -14,7 +14,7 @@ from hisvd_cli.errors import BudgetError, UsageError
 from hisvd_cli.plan import BytePlan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.rounding_noise import Rounding
-from hisvd_cli.settings import PlanSettings, Settings
+from hisvd_cli.settings import PlanSettings, QuantizeSettings, Settings
 from hisvd_cli.source import Source
 from hisvd_cli.spectrum import Spectrum
 from hisvd_cli.sublayers import Sublayer, select
@@ -80,7 +80,7 @@ class ByteScope:
         sublayers: those that it covers.
         widths: bytes of a number of each in the model.
         model: bytes of the whole model.
-        group: numbers that share a scale, with 4 bits.
+        rounds: how numbers are rounded, and in which groups those of 4 bits.
     """
 
     ratio: float
@@ -88,7 +88,12 @@ class ByteScope:
     sublayers: Sequence[Sublayer]
     widths: Sequence[int]
     model: int
-    group: int
+    rounds: QuantizeSettings
+
+    @property
+    def group(self) -> int:
+        """Numbers that share a scale, with 4 bits."""
+        return self.rounds.group_size
 
     @property
     def full(self) -> int:
@@ -144,11 +149,11 @@ class ByteScope:
 
 def scope(ratio: float, settings: Settings, source: Source, anatomy: Anatomy) -> ByteScope:
     """Find out what a plan by bytes covers. Raises UsageError: a pattern that matches nothing."""
-    knobs, group = settings.plan, settings.quantize.group_size
+    knobs = settings.plan
     sublayers = select(anatomy.sublayers, knobs.include, knobs.exclude)
     infos = source.weights.infos
     widths = [infos[anatomy.names[f"{s.name}.weight"]].nbytes // prod(s.shape) for s in sublayers]
-    return ByteScope(ratio, knobs, sublayers, widths, source.weights.total_bytes, group)
+    return ByteScope(ratio, knobs, sublayers, widths, source.weights.total_bytes, settings.quantize)
 
 
 def choose(
@@ -169,6 +174,7 @@ def choose(
         kept=sum(choice.price for choice in made),
         full=of.full,
         model=of.model,
+        method=of.rounds.method,
         group_size=of.group,
         frontier=frontier(candidates, budgets, of.group, step, of.rest),
     )

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,11 @@ def check_request(
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
-        _refuse_knobs(resolved)
-        check_quantization(resolved, planned=open_plan(plan_file, source).bytes is not None)
+        _refuse_knobs(resolved, "plan", SECTIONS["plan"].model_fields)
+        by_bytes = open_plan(plan_file, source).bytes is not None
+        if by_bytes:
+            _refuse_knobs(resolved, "quantize", ("method", "group_size"))
+        check_quantization(resolved, planned=by_bytes)
         if resolved.variants:
             raise UsageError(
                 "Several presets are set, but --plan names one plan.",
@@ -168,10 +172,10 @@ def check_request(
         raise OutputError(f"{sidecar} exists.", "Pass --overwrite, or name another --output.")
 
 
-def _refuse_knobs(resolved: Resolved) -> None:
-    for key in SECTIONS["plan"].model_fields:
-        if resolved.is_flag("plan", key):
-            flag = flag_of("plan", key)
+def _refuse_knobs(resolved: Resolved, section: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        if resolved.is_flag(section, key):
+            flag = flag_of(section, key)
             raise UsageError(
                 f"{flag} cannot change the plan that --plan names.",
                 f"Leave out {flag}, or make the plan anew without --plan.",

@@ -245,7 +245,13 @@ def _roundings(
 ) -> dict[str, dict[int, Rounding]]:
     of, wanted = _spectra_source(resolved, source, anatomy, calibration)
     methods = {bits: partial(_as_rounded, bits, group) for bits in BITS if bits < FULL_BITS}
-    return load_roundings(of, wanted, methods, f"nearest {group}", reporter)
+    known = load_roundings(of, wanted, methods, f"nearest {group}", reporter)
+    if resolved.settings.quantize.method == "nearest":
+        return known
+    return {
+        name: {bits: each.compensated(bits) for bits, each in own.items()}
+        for name, own in known.items()
+    }
 
 
 def _as_rounded(bits: int, group: int, weight: Tensor) -> Tensor:

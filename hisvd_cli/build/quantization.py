@@ -104,18 +104,20 @@ def quantize_checkpoint(
     knobs = settings.quantize
     source = Source(str(checkpoint.folder), checkpoint.folder)
     text = None
-    if knobs.method == "gptq":
+    counted = plan.bytes if plan else None
+    method = counted.method if counted else knobs.method
+    if method == "gptq":
         checkpoint.refuse_quantized()
         device = pick_device(settings.model.device)
         dtype = pick_dtype(settings.model.dtype, checkpoint.weights.dtype, device)
         sample = sample or _sample(resolved, source, checkpoint, reporter)
         text = Text(sample, device, dtype, settings.calibration.batch)
-    if plan is not None and plan.bytes is not None:
-        bits, group = plan.bits, plan.bytes.group_size
+    if plan and counted:
+        bits, group = plan.bits, counted.group_size
     else:
         bits = dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
         group = knobs.group_size
-    recipe = Recipe(bits, group, knobs.method, knobs.damping)
+    recipe = Recipe(bits, group, method, knobs.damping)
     return quantize(
         checkpoint,
         output,
@@ -164,7 +166,8 @@ def quantize_compressed(
     """
     started = time.monotonic()
     sample = None
-    if resolved.settings.quantize.method == "gptq":
+    method = plan.bytes.method if plan and plan.bytes else resolved.settings.quantize.method
+    if method == "gptq":
         sample = calibration_sample(resolved, source, calibration, reporter)
     checkpoint = open_checkpoint(made.output)
     size = quantize_checkpoint(resolved, checkpoint, output, sample, reporter, plan)

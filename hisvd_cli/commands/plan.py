@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 @with_settings(
-    [*keys_of("plan"), ("quantize", "group_size"), *keys_of("model", "calibration")], together=True
+    [
+        *keys_of("plan"),
+        ("quantize", "method"),
+        ("quantize", "group_size"),
+        *keys_of("model", "calibration"),
+    ],
+    together=True,
 )
 def plan(
     run: Run,
