@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ def quantize_checkpoint(
     output: Path,
     sample: Sample | None,
     reporter: Reporter,
+    bits: Mapping[str, int] | None = None,
 ) -> int:
     """Write a checkpoint of integers, by the settings; return the bytes of its weights.
 
@@ -72,6 +74,7 @@ def quantize_checkpoint(
         sample: text for gptq; by default what the settings name, else what the checkpoint was
             calibrated on.
         reporter: told of progress.
+        bits: name of a sublayer → 16, 8 or 4; by default all have those of the settings.
 
     Raises:
         UsageError, SourceError, NumericalError, OutputError: see :func:`check_quantization` and
@@ -89,10 +92,8 @@ def quantize_checkpoint(
         dtype = pick_dtype(settings.model.dtype, checkpoint.weights.dtype, device)
         sample = sample or _sample(resolved, source, checkpoint, reporter)
         text = Text(sample, device, dtype, settings.calibration.batch)
-    names = sublayer_names(checkpoint)
-    recipe = Recipe(
-        dict.fromkeys(names, _BITS[knobs.bits]), knobs.group_size, knobs.method, knobs.damping
-    )
+    bits = bits or dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
+    recipe = Recipe(bits, knobs.group_size, knobs.method, knobs.damping)
     return quantize(
         checkpoint,
         output,
