@@ -191,7 +191,10 @@ def _write(
     named = record["model"]["name"]
     # A path says where the model lay on one machine, which is nobody's business.
     model = Path(named).name if Path(named).exists() or Path(named).is_absolute() else named
-    pairs = {"pair": "stored as plain pairs", "pivoted": "stored as pivoted pairs"}[plan.storage]
+    integers: Mapping[str, Any] = record.get("quantization", {})
+    pairs = {"pair": "stored as plain pairs", "pivoted": "stored as pivoted pairs"}[
+        integers.get("storage", plan.storage)
+    ]
     body = _BODY.format(
         name=Path(named).name,
         what=(_MULTIPLIED if multiplied else _LOW_RANK).format(model=model),
@@ -201,7 +204,7 @@ def _write(
         low_rank=len(plan.ranks),
         sublayers=len(plan.sublayers),
         storage="multiplied out" if multiplied else pairs,
-        integers="" if multiplied else _integers(record.get("quantization")),
+        integers="" if multiplied else _integers(integers),
         allocator=plan.allocator,
         decomposer=record["decomposer"],
         calibration=_calibration(record["calibration"]),
@@ -341,9 +344,9 @@ def _metadata(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _integers(made: Mapping[str, Any] | None) -> str:
+def _integers(made: Mapping[str, Any]) -> str:
     """Return the lines that say how numbers are stored, where some are integers."""
-    if made is None:
+    if not made:
         return ""
     counts = Counter(made["bits"].values())
     kinds = ", ".join(f"int{bits} in {count} sublayers" for bits, count in sorted(counts.items()))

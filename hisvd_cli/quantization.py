@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -43,7 +43,7 @@ from hisvd_cli.paths import digest
 from hisvd_cli.plan import load_plan
 from hisvd_cli.quantized import MATRICES, SCALE, quantized_shapes, storage_with
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.rounding import quantize_compensated, quantize_nearest
+from hisvd_cli.rounding import Metric, metric_of, quantize_compensated, quantize_nearest
 from hisvd_cli.skeleton import build_meta_model, build_stored_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import find_sublayers
@@ -62,7 +62,7 @@ class Recipe:
     """How a checkpoint is quantized.
 
     Attributes:
-        bits: name of a sublayer → 8 or 4; what it does not name stays as it is.
+        bits: name of a sublayer → 8 or 4; what it does not name, or with 16, stays as it is.
         group_size: columns that share a scale, with 4 bits.
         method: how numbers are rounded.
         damping: gptq: what is added to the diagonal of a moment, as a share of its mean.
@@ -123,6 +123,7 @@ def quantize(
         OutputError: the folder cannot be written.
     """
     checkpoint.refuse_quantized()
+    recipe = replace(recipe, bits={name: n for name, n in recipe.bits.items() if n != 16})
     source = Source(str(checkpoint.folder), checkpoint.folder)
     work = _Work(source, checkpoint, recipe, text)
     sizes = work.sizes()
@@ -143,14 +144,14 @@ def _complete(
     home: Path, checkpoint: Checkpoint, recipe: Recipe, record: Mapping[str, Any]
 ) -> None:
     """Write all that is no weight."""
-    config = checkpoint.config
+    config, storage = checkpoint.config, record["quantization"]["storage"]
     write_json(
         home / "config.json",
         compressed_config(
             config,
             config["architectures"][0],
             checkpoint.ranks,
-            checkpoint.storage,
+            storage,
             bits=dict(recipe.bits),
             group_size=recipe.group_size,
         ),
@@ -170,7 +171,7 @@ def _provenance(
     text: Text | None,
     settings: Mapping[str, object],
 ) -> dict[str, Any]:
-    known = asdict(recipe)
+    known = {**asdict(recipe), "storage": _storage(checkpoint, recipe)}
     if text is not None:
         samples, seqlen = text.sample.tokens.shape
         known["text"] = {
@@ -275,24 +276,34 @@ class _Work:
         """Return the tensors of a part. Raises SourceError, NumericalError."""
         recipe = self._recipe
         made: dict[str, Tensor] = {}
+        metric: Metric | None = None
         for sublayer, leaves in _by_sublayer(self._names[part]).items():
             tensors = {leaf: self._weights.read(f"{sublayer}.{leaf}") for leaf in leaves}
             if bits := recipe.bits.get(sublayer):
                 kept = {"bias": tensors.pop("bias")} if "bias" in tensors else {}
                 factors = {leaf: tensor.to(self._device) for leaf, tensor in tensors.items()}
-                tensors = kept | self._rounded(sublayer, factors, moments.get(sublayer), bits)
+                metric = self._metric(sublayer, moments, metric)
+                tensors = kept | self._rounded(sublayer, factors, metric, bits)
             made |= {f"{sublayer}.{leaf}": tensor for leaf, tensor in tensors.items()}
         return made
 
+    def _metric(
+        self, sublayer: str, moments: Mapping[str, Tensor], last: Metric | None
+    ) -> Metric | None:
+        """Return the metric of a sublayer's input: the last one where it is the same input's."""
+        moment = moments.get(sublayer)
+        if moment is None or (last and last.moment is moment):
+            return last
+        return metric_of(moment.to(self._device), self._recipe.damping)
+
     def _rounded(
-        self, sublayer: str, factors: Mapping[str, Tensor], moment: Tensor | None, bits: int
+        self, sublayer: str, factors: Mapping[str, Tensor], metric: Metric | None, bits: int
     ) -> dict[str, Tensor]:
         recipe = self._recipe
         try:
-            if moment is None:
+            if metric is None:
                 return quantize_nearest(factors, bits, recipe.group_size)
-            moment = moment.to(self._device)
-            return quantize_compensated(factors, moment, bits, recipe.group_size, recipe.damping)
+            return quantize_compensated(factors, metric, bits, recipe.group_size, recipe.damping)
         except NumericalError as error:
             raise NumericalError(f"{sublayer}: {error.message}", error.hint) from error
         except LinAlgError as error:
@@ -339,11 +350,17 @@ class _Work:
         walk.free(index)
 
 
+def _storage(checkpoint: Checkpoint, recipe: Recipe) -> Storage:
+    """Return the storage of the low-rank sublayers that are left in it, a pair where none are."""
+    pairs = all(recipe.bits.get(name) == 4 for name in checkpoint.ranks)
+    return "pair" if pairs else checkpoint.storage
+
+
 def _replace(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Put the layers of integers, and low-rank ones, into a dense model on the meta device."""
     from hisvd_cli.transformers_plugin import HiSVDConfig, format_version_of, replace_linears
 
-    storage = checkpoint.storage
+    storage = _storage(checkpoint, recipe)
     version = format_version_of(storage, recipe.bits)
     config = HiSVDConfig(checkpoint.ranks, version, storage, recipe.bits, recipe.group_size)
     replace_linears(model, config)

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -83,7 +83,7 @@ class HiSVDConfig(QuantizationConfigMixin):
         self,
         ranks: Mapping[str, int] | None = None,
         format_version: int = 1,
-        storage: Storage = "pair",
+        storage: str = "pair",
         bits: Mapping[str, int] | None = None,
         group_size: int = GROUP_SIZE,
         **kwargs: Any,  # noqa: ARG002 (``quant_method`` itself comes back here)
@@ -98,7 +98,7 @@ class HiSVDConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.ranks = _checked("ranks", ranks, "no positive integer", _is_positive)
-        self.storage = storage
+        self.storage = cast(Storage, storage)
         self.bits = _checked("bits", bits, f"none of {BITS}", lambda value: value in BITS)
         if not _is_positive(group_size):
             raise ValueError(f"quantization_config.group_size is no positive integer: {group_size}")

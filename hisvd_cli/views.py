@@ -225,6 +225,8 @@ def times_text(result: PerplexityResult, baseline: PerplexityResult) -> str:
 def audit_view(audit: Audit, width: int, ranks: bool = False) -> RenderableType:
     """Show an audit: totals, what each sublayer keeps (and with ``ranks``, its rank), problems."""
     facts = {"what": audit.kind, **audit.table, "on disk": size_text(audit.bytes)}
+    if audit.dense_bytes and audit.bytes_ratio is not None:
+        facts["on disk"] += f", {audit.bytes_ratio:.3%} of {size_text(audit.dense_bytes)}"
     if audit.parameters:
         facts["parameters"] = f"{audit.parameters:,} (dense {audit.dense_parameters:,})"
     if audit.ratio is not None and audit.model_ratio is not None:

@@ -159,6 +159,8 @@ INSPECT = strict(
     parameters=maybe(COUNT),
     dense_parameters=maybe(COUNT),
     bytes=COUNT,
+    dense_bytes=maybe(COUNT),
+    bytes_ratio=maybe(NUMBER),
     sublayers={
         "type": "array",
         "items": strict(
@@ -170,6 +172,7 @@ INSPECT = strict(
             dense=FLAG,
             dtype={"type": "string"},
             storage=STORAGE,
+            bits=maybe(COUNT),
         ),
     },
     provenance={"type": "object"},

@@ -636,7 +636,7 @@ assert not [f for f in sys.meta_path if "hisvd_cli" in type(f).__module__]
 
 def test_remote_code_files_exist_and_name_the_auto_map() -> None:
     files = remote_code_files()
-    assert set(files) == {MODELING_FILE, "lowrank.py"}
+    assert set(files) == {MODELING_FILE, "lowrank.py", "quantized.py"}
     assert all(path.is_file() for path in files.values())
     module, class_name = AUTO_MAP["AutoModelForCausalLM"].split(".")
     assert f"{module}.py" == MODELING_FILE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from hisvd_cli.budget import Shape, break_even, full_rank
@@ -11,7 +11,7 @@ from hisvd_cli.build.anatomy import Anatomy
 from hisvd_cli.byte_budget import BITS, Candidate, Choice, choices, spend, stored_bytes
 from hisvd_cli.byte_frontier import BUDGETS, frontier
 from hisvd_cli.errors import BudgetError, UsageError
-from hisvd_cli.plan import BytePlan
+from hisvd_cli.plan import BytePlan, Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.rounding_noise import Rounding
 from hisvd_cli.settings import PlanSettings, QuantizeSettings, Settings
@@ -68,6 +68,15 @@ def _check_methods(resolved: Resolved) -> None:
             "others multiply the noise.",
             "Leave it out: --bytes-ratio stores plain pairs.",
         )
+
+
+def rounded_by(resolved: Resolved, plan: Plan) -> Resolved:
+    """Return settings that round as a plan by bytes counts; others as they are."""
+    if plan.bytes is None:
+        return resolved
+    how = {"method": plan.bytes.method, "group_size": plan.bytes.group_size}
+    quantize = resolved.settings.quantize.model_copy(update=how)
+    return replace(resolved, settings=resolved.settings.model_copy(update={"quantize": quantize}))
 
 
 @dataclass(frozen=True)

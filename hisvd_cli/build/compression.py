@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hisvd_cli.build.byte_budgets import bytes_ratio
+from hisvd_cli.build.byte_budgets import bytes_ratio, rounded_by
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_whole_model
@@ -243,7 +243,8 @@ def _write(
     knobs = resolved.settings.compress
     single = path.suffix == ".pt"
     folder = path.with_name(f".{path.name}.folder") if single else path
-    rounds = quantizes(resolved, plan)
+    resolved = rounded_by(resolved, plan)
+    rounds = quantizes(resolved) or bool(plan.bits)
     whole = folder.with_name(f".{path.name}.whole") if rounds else folder
     made = compress(
         source,
@@ -259,8 +260,8 @@ def _write(
         reporter=reporter,
     )
     if rounds and world().first:
-        by_plan = plan if plan.bits else None
-        made = quantize_compressed(resolved, source, calibration, made, folder, reporter, by_plan)
+        bits = plan.bits or None
+        made = quantize_compressed(resolved, source, calibration, made, folder, reporter, bits)
     if not single or not world().first:
         return made, path / PLAN_FILE
     started = time.monotonic()

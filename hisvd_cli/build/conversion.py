@@ -19,13 +19,31 @@ from hisvd_cli.reporter import Reporter
 Target = Literal["hf", "pt", "dense"]
 
 
+def convert_checkpoint(
+    checkpoint: Path, to: Target, output: Path, overwrite: bool, shard_bytes: int
+) -> int:
+    """Convert a checkpoint folder or ``.pt`` file; return the bytes written.
+
+    Raises:
+        SourceError: ``checkpoint`` is none.
+        UsageError: the name of ``output`` does not fit ``to``.
+        OutputError: something stands at ``output``.
+    """
+    _check_paths(checkpoint, to, output, overwrite)
+    if checkpoint.is_file() and to == "hf":
+        from_pt(checkpoint, output, shard_bytes)
+    else:
+        with _opened(checkpoint, output) as opened:
+            _convert(opened, to, output, shard_bytes)
+    return _bytes_of(output)
+
+
 def asks_to_quantize(resolved: Resolved) -> bool:
-    """Tell whether a flag of this very command asks for integers: a profile's setting is meant for
-    compress."""
+    """Tell whether a flag asks for integers: what a profile says is meant for compress."""
     return resolved.is_flag("quantize", "bits") and resolved.settings.quantize.bits != "none"
 
 
-def convert_checkpoint(
+def quantize_to(
     resolved: Resolved,
     checkpoint: Path,
     to: Target,
@@ -33,14 +51,31 @@ def convert_checkpoint(
     overwrite: bool,
     reporter: Reporter,
 ) -> int:
-    """Convert a checkpoint folder or ``.pt`` file, and quantize it where a flag says so; return the
-    bytes written.
+    """Write a checkpoint folder or ``.pt`` file as integers; return the bytes written.
 
     Raises:
-        SourceError: ``checkpoint`` is none.
-        UsageError: the name of ``output`` does not fit ``to``.
-        OutputError: something stands at ``output``.
+        UsageError: a dense model is to be made.
+        HisvdError: see :func:`convert_checkpoint` and :func:`quantize_checkpoint`.
     """
+    if to == "dense":
+        raise UsageError(
+            "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
+            "Leave out --to dense, or --quantize.",
+        )
+    _check_paths(checkpoint, to, output, overwrite)
+    check_quantization(resolved)
+    with _opened(checkpoint, output) as opened:
+        if to == "hf":
+            quantize_checkpoint(resolved, opened, output, None, reporter)
+        else:
+            with _scratch(output) as scratch:
+                made = scratch / "quantized"
+                quantize_checkpoint(resolved, opened, made, None, reporter)
+                to_pt(open_checkpoint(made), output)
+    return _bytes_of(output)
+
+
+def _check_paths(checkpoint: Path, to: Target, output: Path, overwrite: bool) -> None:
     if not checkpoint.exists():
         raise SourceError(f"There is no checkpoint '{checkpoint}'.", "Check the path.")
     if (output.suffix == ".pt") != (to == "pt"):
@@ -48,27 +83,12 @@ def convert_checkpoint(
             f"--to {to} cannot write '{output}'.",
             "A single file ends in .pt; every other form is a folder.",
         )
-    if to == "dense" and asks_to_quantize(resolved):
-        raise UsageError(
-            "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
-            "Leave out --to dense, or --quantize.",
-        )
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"{output} is the input itself.", "Name another --output.")
     check_output(output, overwrite)
-    check_quantization(resolved)
-    shard_bytes = int(resolved.settings.compress.max_shard_size * 1e9)
-    quantizing = asks_to_quantize(resolved)
-    if checkpoint.is_file() and to == "hf" and not quantizing:
-        from_pt(checkpoint, output, shard_bytes)
-    else:
-        with _opened(checkpoint, output) as opened, _scratch(output) as scratch:
-            if quantizing:
-                made = scratch / "quantized" if to == "pt" else output
-                quantize_checkpoint(resolved, opened, made, None, reporter)
-                opened = open_checkpoint(made)
-            if to == "pt" or not quantizing:
-                _convert(opened, to, output, shard_bytes)
+
+
+def _bytes_of(output: Path) -> int:
     if output.is_file():
         return output.stat().st_size
     return sum(path.stat().st_size for path in output.glob("*.safetensors"))

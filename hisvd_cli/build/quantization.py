@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from hisvd_cli.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed
 from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.errors import UsageError
-from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.quantization import Recipe, Text, quantize, sublayer_names
 from hisvd_cli.quantized import dequantize
@@ -25,9 +25,9 @@ from hisvd_cli.source import Source
 _BITS = {"none": 16, "int8": 8, "int4": 4}
 
 
-def quantizes(resolved: Resolved, plan: Plan | None = None) -> bool:
-    """Tell whether integers are asked for, by the settings or by a plan."""
-    return resolved.settings.quantize.bits != "none" or bool(plan and plan.bits)
+def quantizes(resolved: Resolved) -> bool:
+    """Tell whether integers are asked for."""
+    return resolved.settings.quantize.bits != "none"
 
 
 def check_quantization(resolved: Resolved, planned: bool = False) -> None:
@@ -81,7 +81,7 @@ def quantize_checkpoint(
     output: Path,
     sample: Sample | None,
     reporter: Reporter,
-    plan: Plan | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> int:
     """Write a checkpoint of integers, by the settings; return the bytes of its weights.
 
@@ -92,32 +92,26 @@ def quantize_checkpoint(
         sample: text for gptq; by default what the settings name, else what the checkpoint was
             calibrated on.
         reporter: told of progress.
-        plan: one by bytes, whose bits are those of the sublayers.
+        bits: name of a sublayer → 16, 8 or 4; by default all have those of the settings.
 
     Raises:
         UsageError, SourceError, NumericalError, OutputError: see :func:`check_quantization` and
             :func:`hisvd_cli.quantization.quantize`.
         DataError, StaleArtifactError: the text for gptq cannot be read, or reads otherwise now.
     """
-    check_quantization(resolved, planned=plan is not None)
+    check_quantization(resolved, planned=bits is not None)
     settings = resolved.settings
     knobs = settings.quantize
     source = Source(str(checkpoint.folder), checkpoint.folder)
     text = None
-    counted = plan.bytes if plan else None
-    method = counted.method if counted else knobs.method
-    if method == "gptq":
+    if knobs.method == "gptq":
         checkpoint.refuse_quantized()
         device = pick_device(settings.model.device)
         dtype = pick_dtype(settings.model.dtype, checkpoint.weights.dtype, device)
         sample = sample or _sample(resolved, source, checkpoint, reporter)
         text = Text(sample, device, dtype, settings.calibration.batch)
-    if plan and counted:
-        bits, group = plan.bits, counted.group_size
-    else:
-        bits = dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
-        group = knobs.group_size
-    recipe = Recipe(bits, group, method, knobs.damping)
+    bits = bits or dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
+    recipe = Recipe(bits, knobs.group_size, knobs.method, knobs.damping)
     return quantize(
         checkpoint,
         output,
@@ -148,7 +142,7 @@ def quantize_compressed(
     made: Compressed,
     output: Path,
     reporter: Reporter,
-    plan: Plan | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> Compressed:
     """Turn what ``compress`` made into integers, and remove it.
 
@@ -159,18 +153,17 @@ def quantize_compressed(
         made: the checkpoint in full precision.
         output: the folder.
         reporter: told of progress.
-        plan: one by bytes, whose bits are those of the sublayers.
+        bits: see :func:`quantize_checkpoint`.
 
     Raises:
         HisvdError: see :func:`quantize_checkpoint`.
     """
     started = time.monotonic()
     sample = None
-    method = plan.bytes.method if plan and plan.bytes else resolved.settings.quantize.method
-    if method == "gptq":
+    if resolved.settings.quantize.method == "gptq":
         sample = calibration_sample(resolved, source, calibration, reporter)
     checkpoint = open_checkpoint(made.output)
-    size = quantize_checkpoint(resolved, checkpoint, output, sample, reporter, plan)
+    size = quantize_checkpoint(resolved, checkpoint, output, sample, reporter, bits)
     shutil.rmtree(made.output)
     seconds = made.write_seconds + time.monotonic() - started
     return Compressed(output, size, made.decompose_seconds, seconds)

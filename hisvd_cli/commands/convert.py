@@ -75,9 +75,7 @@ def convert(
     document: dict[str, Any] = {"output": str(output or checkpoint)}
     line = str(output)
     if to is not None and output is not None:
-        from hisvd_cli.build.conversion import convert_checkpoint  # loads torch
-
-        size = convert_checkpoint(run.resolved, checkpoint, to, output, overwrite, run.console)
+        size = _written(run, checkpoint, to, output, overwrite)
         run.console.show(f"{output}: {size_text(size)}")
         document |= {"to": to, "bytes": size}
     if hub is not None:
@@ -88,3 +86,17 @@ def convert(
     if output is not None:
         following = "inspect" if to == "pt" else "eval"
         run.console.next_command(f"hisvd {following} {shlex.quote(str(output))}")
+
+
+def _written(
+    run: Run, checkpoint: Path, to: Literal["hf", "pt", "dense"], output: Path, overwrite: bool
+) -> int:
+    """Convert, and return the bytes written."""
+    from hisvd_cli.build.conversion import asks_to_quantize, convert_checkpoint, quantize_to
+    from hisvd_cli.build.quantization import check_quantization
+
+    check_quantization(run.resolved)
+    if asks_to_quantize(run.resolved):
+        return quantize_to(run.resolved, checkpoint, to, output, overwrite, run.console)
+    shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
+    return convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes)
