@@ -98,12 +98,11 @@ def _frontier(points: Sequence[Point]) -> list[RenderableType]:
 def byte_facts(plan: Plan, counted: BytePlan) -> dict[str, str]:
     """Return what a plan by bytes comes to."""
     unspent = counted.budget - counted.kept
-    scales = f"one a row of 8 bits, one for {counted.group_size} numbers of 4"
     return {
         "kept": f"{size_text(counted.kept)} of {size_text(counted.full)} "
         f"({counted.kept_ratio:.3%}); {unspent:,} bytes of the budget unspent",
         "parameters": f"{plan.kept_parameters:,} of {plan.full_parameters:,} "
         f"({plan.kept_ratio:.3%})",
         "whole model": f"{counted.model_ratio:.2%} of the bytes kept",
-        "rounding": f"{counted.method}; scales are counted: {scales}",
+        "rounding": f"{counted.method}; 4 bits in groups of {counted.group_size}; scales counted",
     }

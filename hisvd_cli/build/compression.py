@@ -153,15 +153,15 @@ def check_request(
         check_planning_memory(resolved, source)
     else:
         _refuse_knobs(resolved, "plan", SECTIONS["plan"].model_fields)
-        by_bytes = open_plan(plan_file, source).bytes is not None
-        if by_bytes:
-            _refuse_knobs(resolved, "quantize", ("method", "group_size"))
-        check_quantization(resolved, planned=by_bytes)
         if resolved.variants:
             raise UsageError(
                 "Several presets are set, but --plan names one plan.",
                 "Leave out --plan, or set one preset.",
             )
+        by_bytes = open_plan(plan_file, source).bytes is not None
+        if by_bytes:
+            _refuse_knobs(resolved, "quantize", ("method", "group_size"))
+        check_quantization(resolved, planned=by_bytes)
         check_factoring(resolved, source)
     if _evaluates(resolved, source):
         check_whole_model(resolved, source, "--evaluate")

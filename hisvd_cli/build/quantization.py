@@ -99,7 +99,8 @@ def quantize_checkpoint(
             :func:`hisvd_cli.quantization.quantize`.
         DataError, StaleArtifactError: the text for gptq cannot be read, or reads otherwise now.
     """
-    check_quantization(resolved, planned=bits is not None)
+    if bits is None:
+        check_quantization(resolved)
     settings = resolved.settings
     knobs = settings.quantize
     source = Source(str(checkpoint.folder), checkpoint.folder)
