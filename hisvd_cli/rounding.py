@@ -86,13 +86,15 @@ def round_nearest(matrix: Tensor, bits: int, group: int) -> Rounded:
     wide = matrix.float()
     group = wide.shape[1] if bits == 8 else group
     scales = _find_scales(wide, bits, group)
-    codes = _codes(wide, _spread(scales, wide.shape[1], group), bits)
+    codes = _codes(wide, _spread(scales, wide.shape[1], group), bits).to(torch.int8)
     return Rounded(codes, scales, group, bits)
 
 
 def _codes(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Return the nearest codes, as floating-point numbers."""
     # Where a scale is zero, so small are the numbers that they are taken for zero.
-    return (numbers / scales).nan_to_num(0, 0, 0).round().clamp(*_RANGE[bits]).to(torch.int8)
+    divisors = torch.where(scales == 0, torch.inf, scales)
+    return (numbers / divisors).round_().clamp_(*_RANGE[bits])
 
 
 def _find_scales(matrix: Tensor, bits: int, group: int, importance: Tensor | None = None) -> Tensor:
@@ -205,18 +207,17 @@ def round_compensated(matrix: Tensor, metric: Metric, bits: int, group: int) -> 
     group = columns if bits == 8 else group
     order, factor = metric.order, metric.factor
     scales = _find_scales(matrix.float(), bits, group, metric.moment.diagonal())
-    left, spread = matrix.float()[:, order], _spread(scales, columns, group)[:, order]
-    codes = torch.empty_like(left, dtype=torch.int8)
+    spread = _spread(scales, columns, group).T[order]  # [n, m], as all below
+    left, codes = matrix.float().T[order], torch.empty_like(spread)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        errors = left.new_empty(rows, end - start)
+        errors = left.new_empty(end - start, rows)
         for i in range(start, end):
-            codes[:, i] = _codes(left[:, i], spread[:, i], bits)
-            error = (left[:, i] - codes[:, i] * spread[:, i]) / factor[i, i]
-            left[:, i + 1 : end] -= error[:, None] * factor[i, i + 1 : end]
-            errors[:, i - start] = error
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return Rounded(codes[:, order.argsort()], scales, group, bits)
+            codes[i] = _codes(left[i], spread[i], bits)
+            errors[i - start] = (left[i] - codes[i] * spread[i]) / factor[i, i]
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - start], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return Rounded(codes[order.argsort()].T.to(torch.int8).contiguous(), scales, group, bits)
 
 
 def quantize_nearest(factors: Mapping[str, Tensor], bits: int, group: int) -> dict[str, Tensor]:
@@ -259,25 +260,24 @@ def quantize_compensated(
     v = parts["weight"].double()
     if "weight_u" not in parts:
         return round_compensated(v, metric, bits, group).stored("weight")
-    target = whole_u(parts) @ v
-    own = parts["weight_u"].double() @ v
-    first, second = _round_both(v, own, metric, bits, group, damping)
+    whole, pair = whole_u(parts), (parts["weight_u"].double(), v)
+    first, second = _round_both(v, pair, metric, bits, group, damping)
     for _ in range(_TURNS - 1):
         u = whole_u({**parts, "weight_u": second.matrix()})
-        v = torch.linalg.solve(_damped(u.T @ u), u.T @ target)
-        first, second = _round_both(v, own, metric, bits, group, damping)
+        v = torch.linalg.solve(_damped(u.T @ u), (u.T @ whole) @ pair[1])
+        first, second = _round_both(v, pair, metric, bits, group, damping)
     return dict(parts) | first.stored("weight") | second.stored("weight_u")
 
 
 def _round_both(
-    v: Tensor, target: Tensor, metric: Metric, bits: int, group: int, damping: float
+    v: Tensor, pair: tuple[Tensor, Tensor], metric: Metric, bits: int, group: int, damping: float
 ) -> tuple[Rounded, Rounded]:
-    """Round V, fit U so that U V̂ is nearest to ``target`` ``[m, n]``, and round it."""
+    """Round V, fit U so that U V̂ is nearest to the product of ``pair``, and round it."""
     first = round_compensated(v, metric, bits, group)
     hat = first.matrix().double()
     seen = hat @ metric.moment.double()
     inner = seen @ hat.T
-    fitted = torch.linalg.solve(_damped(inner), seen @ target.T).T
+    fitted = torch.linalg.solve(_damped(inner), (seen @ pair[1].T) @ pair[0].T).T
     return first, round_compensated(fitted, metric_of(inner, damping), bits, group)
 
 
@@ -300,9 +300,11 @@ def _prepared(factors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
 
 def whole_u(factors: Mapping[str, Tensor]) -> Tensor:
     """Return U ``[m, r]`` of a pair, plain or pivoted, in float64."""
-    v = factors["weight"]
-    identity = torch.eye(len(v), dtype=torch.float64, device=v.device)
-    return dense_product({**factors, "weight": identity, "weight_u": factors["weight_u"].double()})
+    u = factors["weight_u"].double()
+    if "weight_order" not in factors:
+        return u
+    identity = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+    return dense_product({**factors, "weight": identity, "weight_u": u})
 
 
 def _rotation(size: int) -> Tensor:

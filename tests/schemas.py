@@ -102,6 +102,12 @@ RECORDED = strict(
         oversamples=COUNT,
         power_iterations=COUNT,
     ),
+    quantize=strict(
+        bits={"enum": ["none", "int8", "int4"]},
+        method={"enum": ["nearest", "gptq"]},
+        group_size=COUNT,
+        damping=NUMBER,
+    ),
 )
 
 BYTES = strict(
