@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hisvd_cli.budget import full_rank
 from hisvd_cli.lowrank import Storage, factor_shapes, is_order
 from hisvd_cli.plan import Plan
+from hisvd_cli.quantized import SCALE, quantized_shapes, storage_with
 from hisvd_cli.sublayers import Sublayer
 
 
@@ -22,8 +25,32 @@ def part(document: object, name: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How sublayers are stored, as a config or a plan says.
+
+    Attributes:
+        ranks: name → rank of the low-rank ones.
+        storage: of those.
+        bits: name → 8 or 4 of those of integers.
+        group_size: columns that share a scale, with 4 bits.
+    """
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    storage: Storage = "pair"
+    bits: Mapping[str, int] = field(default_factory=dict)
+    group_size: int = 1
+
+    def line(self) -> str:
+        """Say in a line how numbers are stored."""
+        counts = sorted(Counter(self.bits.values()).items())
+        kinds = ", ".join(f"int{bits} in {count} sublayers" for bits, count in counts)
+        return kinds + (f", groups of {self.group_size}" if 4 in self.bits.values() else "")
+
+
+@dataclass(frozen=True)
 class Row:
-    """One sublayer as found: ``rank`` is the full rank where it is dense."""
+    """One sublayer as found: ``rank`` is the full rank where it is dense, ``bits`` those of a
+    number on disk."""
 
     name: str
     layer: int | None
@@ -33,10 +60,12 @@ class Row:
     dense: bool
     dtype: str
     storage: Storage = "pair"
+    bits: int | None = None
 
     @property
     def parameters(self) -> int:
-        """Parameters of the pair, or of the dense matrix."""
+        """Parameters of the pair, or of the dense matrix; of integers, as many as there are
+        codes."""
         if self.dense:
             return prod(self.shape)
         return sum(map(prod, factor_shapes(self.storage, *self.shape, self.rank).values()))
@@ -52,6 +81,8 @@ class Audit:
         parameters: of everything on disk, None where that is not known.
         dense_parameters: of the model before compression, None where that is not known.
         bytes: on disk, of weights.
+        dense_bytes: of the model before compression, in the dtype of the weights that are no
+            integers; None where that is not known.
         sublayers: a row each.
         provenance: what the files say of how they were made.
         problems: what is wrong, a line each.
@@ -67,6 +98,12 @@ class Audit:
     provenance: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     table: dict[str, str] = field(default_factory=dict)
+    dense_bytes: int | None = None
+
+    @property
+    def bytes_ratio(self) -> float | None:
+        """Share of the whole model's bytes that are on disk."""
+        return self.bytes / self.dense_bytes if self.dense_bytes else None
 
     @property
     def ratio(self) -> float | None:
@@ -90,6 +127,8 @@ class Audit:
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "bytes": self.bytes,
+            "dense_bytes": self.dense_bytes,
+            "bytes_ratio": self.bytes_ratio,
             "sublayers": [asdict(row) for row in self.sublayers],
             "provenance": self.provenance,
             "problems": self.problems,
@@ -101,39 +140,65 @@ class Audit:
         return f"{self.kind}: {count or 'no'} problem{'s' * (count != 1)}"
 
 
-def rows_of(
-    sublayers: Iterable[Sublayer],
-    ranks: Mapping[str, int],
-    dtypes: Mapping[str, str],
-    storage: Storage = "pair",
-) -> list[Row]:
-    """Return a row per sublayer: low rank where ``ranks`` names one.
+def rows_of(sublayers: Iterable[Sublayer], dtypes: Mapping[str, str], layout: Layout) -> list[Row]:
+    """Return a row per sublayer.
 
     Args:
         sublayers: of the dense model.
-        ranks: name → rank of the low-rank ones.
         dtypes: name of a tensor on disk → its dtype.
-        storage: how the low-rank ones are written.
+        layout: how they are stored.
     """
     rows = []
     for s in sublayers:
-        rank = ranks.get(s.name)
+        rank, bits = layout.ranks.get(s.name), layout.bits.get(s.name)
         dtype = dtypes.get(f"{s.name}.weight", "")
         full = full_rank(s.shape) if rank is None else rank
-        rows.append(Row(s.name, s.layer, s.cluster, s.shape, full, rank is None, dtype, storage))
+        storage = storage_with(bits, layout.storage)
+        bits = bits or _bits_of(dtype)
+        rows.append(
+            Row(s.name, s.layer, s.cluster, s.shape, full, rank is None, dtype, storage, bits)
+        )
     return rows
 
 
+def _bits_of(dtype: str) -> int | None:
+    known = getattr(torch, dtype, None)
+    return 8 * known.itemsize if isinstance(known, torch.dtype) else None
+
+
 def sublayer_shapes(
-    sublayers: Iterable[Sublayer], ranks: Mapping[str, int], storage: Storage
+    sublayers: Iterable[Sublayer], layout: Layout, *, packed: bool = True
 ) -> dict[str, tuple[int, ...]]:
-    """Return tensor name → shape of every sublayer: factors where ``ranks`` names one."""
+    """Return tensor name → shape of every sublayer.
+
+    Args:
+        sublayers: of the dense model.
+        layout: how they are stored.
+        packed: of integers, as on disk, with their scales; else the shapes of the matrices.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for s in sublayers:
-        rank = ranks.get(s.name)
+        rank, bits = layout.ranks.get(s.name), layout.bits.get(s.name)
+        storage = storage_with(bits, layout.storage)
         tensors = {"weight": s.shape} if rank is None else factor_shapes(storage, *s.shape, rank)
+        if bits and packed:
+            tensors = quantized_shapes(tensors, bits, layout.group_size)
         shapes |= {f"{s.name}.{leaf}": shape for leaf, shape in tensors.items()}
     return shapes
+
+
+def parameters_on_disk(
+    matrices: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> int:
+    """Return the parameters of the tensors found, each code of integers one, scales none.
+
+    Args:
+        matrices: name → shape, of integers those of the matrices.
+        found: name → shape on disk.
+    """
+    return sum(
+        prod(matrices.get(name, shape)) for name, shape in found.items() if not name.endswith(SCALE)
+    )
 
 
 def tensor_problems(
@@ -153,7 +218,8 @@ def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Find values that are no numbers, and orders of rows that are none."""
     problems = []
     for name, tensor in tensors:
-        if not bool(tensor.isfinite().all()):
+        numbers = tensor.view(torch.float16) if name.endswith(SCALE) else tensor
+        if not bool(numbers.isfinite().all()):
             problems.append(f"{name}: holds values that are NaN or infinite.")
         elif name.endswith(".weight_order") and not is_order(tensor):
             problems.append(f"{name}: is no order of rows.")
@@ -166,7 +232,9 @@ def plan_problems(plan: Plan, rows: Iterable[Row]) -> list[str]:
     problems = []
     for planned in plan.sublayers:
         row = found.get(planned.name)
-        if row is None or (row.rank, row.parameters) != (planned.rank, planned.parameters):
+        # With 4 bits a pivoted pair has become a plain one, of more parameters.
+        parameters = planned.parameters if row is None or row.bits == 4 else row.parameters
+        if row is None or (row.rank, parameters) != (planned.rank, planned.parameters):
             have = "absent" if row is None else f"rank {row.rank}"
             problems.append(f"{planned.name}: {have}, but the plan says rank {planned.rank}.")
     return problems

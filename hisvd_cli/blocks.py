@@ -118,6 +118,12 @@ class BlockWalk:
         states stay as they are."""
         self._run(index, self.hidden[:1].to(self.device))
 
+    def observe(self, index: int) -> None:
+        """Run the loaded block ``index`` over all hidden states for what watches it; they stay as
+        they are. Raises NumericalError."""
+        for start in range(0, len(self.hidden), self.batch):
+            self._run(index, self.hidden[start : start + self.batch].to(self.device))
+
     def advance(self, index: int) -> None:
         """Run the loaded block ``index`` over all hidden states, in place.
 

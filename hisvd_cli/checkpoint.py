@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 from hisvd_cli.errors import SourceError
 from hisvd_cli.lowrank import FACTORS, Storage
 from hisvd_cli.source import read_config
-from hisvd_cli.tensorfile import reason, write_json, write_tensors
+from hisvd_cli.tensorfile import join_files, reason, write_json, write_tensors
 from hisvd_cli.weights import INDEX, SINGLE, Weights, open_weights
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from hisvd_cli.transformers_plugin import HiSVDConfig
 
 PROVENANCE = "hisvd.json"
 PLAN_FILE = "plan.json"
@@ -59,6 +61,36 @@ class Checkpoint:
                 f"config.json of {self.folder} names no ranks.", "Compress the model again."
             )
         return dict(ranks)
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Name → 8 or 4 of each sublayer whose matrices are integers. Raises SourceError."""
+        return self._loader.bits
+
+    @property
+    def group_size(self) -> int:
+        """How many columns share a scale, with 4 bits. Raises SourceError."""
+        return self._loader.group_size
+
+    def refuse_quantized(self) -> None:
+        """Raise SourceError where something is integers already."""
+        if self.bits:
+            raise SourceError(
+                f"{self.folder} is quantized already.",
+                "Quantize the checkpoint that it was made from.",
+            )
+
+    @cached_property
+    def _loader(self) -> HiSVDConfig:
+        from hisvd_cli.transformers_plugin import HiSVDConfig
+
+        try:
+            return HiSVDConfig(**self.config["quantization_config"])
+        except (ValueError, TypeError) as error:
+            raise SourceError(
+                f"config.json of {self.folder} cannot be used: {reason(error)}",
+                "Compress the model again, or use the version of hisvd that wrote it.",
+            ) from error
 
     @property
     def storage(self) -> Storage:
@@ -116,12 +148,25 @@ def storage_of(quantization: Mapping[str, Any]) -> Storage:
 
 
 def compressed_config(
-    config: Mapping[str, Any], architecture: str, ranks: Mapping[str, int], storage: Storage
+    config: Mapping[str, Any],
+    architecture: str,
+    ranks: Mapping[str, int],
+    storage: Storage,
+    **quantized: Any,
 ) -> dict[str, Any]:
-    """Return config.json of the compressed model: the base model's, ranks, and how to load it."""
-    from hisvd_cli.transformers_plugin import AUTO_MAP, FORMAT_VERSIONS, HiSVDConfig
+    """Return config.json of the compressed model: the base model's, ranks, and how to load it.
 
-    quantization = HiSVDConfig(ranks, FORMAT_VERSIONS[storage], storage)
+    Args:
+        config: of the base model.
+        architecture: class name of the model.
+        ranks: of the low-rank sublayers.
+        storage: of those.
+        quantized: ``bits`` and ``group_size``, where some are integers.
+    """
+    from hisvd_cli.transformers_plugin import AUTO_MAP, HiSVDConfig, format_version_of
+
+    version = format_version_of(storage, quantized.get("bits"))
+    quantization = HiSVDConfig(ranks, version, storage, **quantized)
     return {
         **config,
         "architectures": [architecture],
@@ -185,6 +230,32 @@ def write_index(folder: Path, files: Mapping[str, Iterable[str]], total_bytes: i
         folder / INDEX,
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def join_parts(
+    home: Path,
+    shards: Mapping[str, Sequence[str]],
+    names: Mapping[str, Sequence[str]],
+    total_bytes: int,
+) -> None:
+    """Join finished parts (``PART.part``) into weight files, remove the parts, write the index.
+
+    Args:
+        home: where they lie.
+        shards: file → its parts.
+        names: part → names of its tensors.
+        total_bytes: of all tensors.
+    """
+    for file, parts in shards.items():
+        pieces = [home / f"{part}.part" for part in parts]
+        if not (home / file).is_file():
+            join_files(pieces, home / file, _METADATA)
+        for piece in pieces:
+            piece.unlink(missing_ok=True)
+    held = {
+        file: [name for part in parts for name in names[part]] for file, parts in shards.items()
+    }
+    write_index(home, held, total_bytes)
 
 
 def write_shards(

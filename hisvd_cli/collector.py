@@ -27,18 +27,20 @@ class Collector:
     kept, however many tokens a batch has.
 
     Attributes:
-        linears: full name → module.
+        linears: full name → module; a low-rank or quantized layer serves as well.
         device: where sums are kept.
         sums: key of a statistic → its running sum; the key of a moment ends in ``.input`` or
             ``.output``, that of the means of an input's channels in ``.channels``.
         owners: full name of a linear → keys of its moment and of its channels; a linear that saw
             nothing has none.
+        of_inputs: accumulate the inputs' G of every group.
     """
 
     linears: Mapping[str, nn.Linear]
     device: torch.device
     sums: dict[str, MomentSum | ChannelSum] = field(default_factory=dict)
     owners: dict[str, tuple[str, str]] = field(default_factory=dict)
+    of_inputs: bool = False
 
     @contextmanager
     def grouping(self) -> Iterator[list[list[str]]]:
@@ -90,7 +92,8 @@ class Collector:
         channels = f"{first}.channels"
         self.sums[channels] = ChannelSum(width, self.device)
         heights = {name: self.linears[name].out_features for name in names}
-        if sum(height**2 for height in heights.values()) < width**2:
+        fewer = sum(height**2 for height in heights.values()) < width**2
+        if fewer and not self.of_inputs:
             for name, height in heights.items():
                 self.sums[f"{name}.output"] = MomentSum(height, self.device)
                 self.owners[name] = (f"{name}.output", channels)

@@ -22,9 +22,9 @@ from hisvd_cli.checkpoint import (
     PROVENANCE,
     compressed_config,
     copy_companions,
+    join_parts,
     shard_file,
     shard_names,
-    write_index,
     write_loader,
 )
 from hisvd_cli.decompose import DECOMPOSERS
@@ -41,7 +41,7 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source, read_config
 from hisvd_cli.statistics import Need, missing
-from hisvd_cli.tensorfile import join_files, write_json, write_tensors
+from hisvd_cli.tensorfile import write_json, write_tensors
 from hisvd_cli.updating import Update, Updating
 from hisvd_cli.versions import versions
 
@@ -209,7 +209,8 @@ def compress(
         here.wait()
         decomposed = time.monotonic()
         if here.first:
-            _join_shards(home, shards, layout)
+            names = {part: list(tensors) for part, tensors in layout.parts.items()}
+            join_parts(home, shards, names, layout.total_bytes)
             _complete(home, source, plan, layout, record)
     written = time.monotonic()
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -272,18 +273,3 @@ def _provenance(
         "versions": versions(),
     }
     return {**record, "update": update.record()} if update else record
-
-
-def _join_shards(home: Path, shards: Mapping[str, Sequence[str]], layout: Layout) -> None:
-    """Join finished parts into weight files, remove the parts, and write the index."""
-    for file, parts in shards.items():
-        pieces = [home / f"{part}.part" for part in parts]
-        if not (home / file).is_file():
-            join_files(pieces, home / file, {"format": "pt"})
-        for piece in pieces:
-            piece.unlink(missing_ok=True)
-    names = {
-        file: [name for part in parts for name in layout.parts[part]]
-        for file, parts in shards.items()
-    }
-    write_index(home, names, layout.total_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from hisvd_cli.errors import SourceError
 from hisvd_cli.lowrank import FACTORS, dense_product, is_order
 from hisvd_cli.model_card import write_dense_card
 from hisvd_cli.paths import digest
+from hisvd_cli.quantized import MATRICES, SCALE, dequantized, storage_with
+from hisvd_cli.skeleton import build_meta_model
+from hisvd_cli.source import Source
 from hisvd_cli.tensorfile import replacing, write_json
 
 PT_FORMAT = "hisvd-pt"
@@ -102,6 +106,7 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         write_shards(partial, sizes, iter(tensors.items()), shard_bytes)
         config = document["config"]
         quantization = config["quantization_config"]
+        given = {key: quantization[key] for key in ("bits", "group_size") if key in quantization}
         write_json(
             partial / "config.json",
             compressed_config(
@@ -109,6 +114,7 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
                 config["architectures"][0],
                 quantization["ranks"],
                 storage_of(quantization),
+                **given,
             ),
         )
         write_json(partial / PROVENANCE, document["provenance"])
@@ -119,35 +125,39 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
 
 
 def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the plain dense model that equals a checkpoint: every pair multiplied out.
+    """Write the plain dense model that equals a checkpoint: integers made numbers again, and every
+    pair multiplied out.
 
-    Products are taken in float32 and rounded to the factors' dtype. One shard is in memory.
+    Products are taken in float32 and rounded to the dtype of the other weights. One shard is in
+    memory.
 
     Raises:
         SourceError: a factor is missing, or is no such thing.
         OutputError: the folder cannot be written.
     """
-    infos = checkpoint.weights.infos
+    infos, read = checkpoint.weights.infos, checkpoint.weights.read
     factors = _factor_names(checkpoint)
-    sizes: dict[str, int] = {}
     inner = {name for names in factors.values() for name in names.values()} - set(factors)
-    for name, info in infos.items():
-        if name in factors:
-            rows = infos[factors[name]["weight_u"]].shape[0]
-            rows += info.shape[0] if checkpoint.storage == "pivoted" else 0
-            sizes[name] = info.nbytes // info.shape[0] * rows
-        elif name not in inner:
-            sizes[name] = info.nbytes
+    model = build_meta_model(Source(str(checkpoint.folder), checkpoint.folder), compressed=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    dtype: torch.dtype = getattr(torch, checkpoint.weights.dtype)
+    sizes = {
+        name: prod(shapes[name]) * dtype.itemsize if name in factors else info.nbytes
+        for name, info in infos.items()
+        if name not in inner
+    }
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sizes:
-            tensor = checkpoint.weights.read(name)
-            if name in factors:
-                read = {leaf: checkpoint.weights.read(n) for leaf, n in factors[name].items()}
-                if "weight_order" in read and not is_order(read["weight_order"]):
-                    raise SourceError(f"{name}_order is no order of rows.", "Compress again.")
-                tensor = dense_product(read).to(tensor.dtype)
-            yield name, tensor
+            if name not in factors:
+                yield name, read(name)
+                continue
+            stored = {leaf: read(full) for leaf, full in factors[name].items()}
+            if "weight_order" in stored and not is_order(stored["weight_order"]):
+                raise SourceError(f"{name}_order is no order of rows.", "Compress again.")
+            plain = dequantized(stored, shapes[name][1], checkpoint.group_size)
+            weight = dense_product(plain) if "weight_u" in plain else plain["weight"]
+            yield name, weight.to(dtype)
 
     with building(folder, digest("dense", json.dumps(checkpoint.config))) as partial:
         write_shards(partial, sizes, tensors(), shard_bytes)
@@ -158,15 +168,19 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
 
 
 def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return, for the weight of each low-rank sublayer, the names of its factors on disk.
+    """Return, for the weight of each low-rank or quantized sublayer, the names of its tensors on
+    disk.
 
     Raises:
-        SourceError: a factor is missing.
+        SourceError: one is missing.
     """
-    names = {
-        f"{sublayer}.weight": {leaf: f"{sublayer}.{leaf}" for leaf in FACTORS[checkpoint.storage]}
-        for sublayer in checkpoint.ranks
-    }
+    names: dict[str, dict[str, str]] = {}
+    for sublayer in {**checkpoint.ranks, **checkpoint.bits}:
+        storage = storage_with(checkpoint.bits.get(sublayer), checkpoint.storage)
+        leaves = FACTORS[storage] if sublayer in checkpoint.ranks else ("weight",)
+        if sublayer in checkpoint.bits:
+            leaves += tuple(leaf + SCALE for leaf in leaves if leaf in MATRICES)
+        names[f"{sublayer}.weight"] = {leaf: f"{sublayer}.{leaf}" for leaf in leaves}
     for name in (name for each in names.values() for name in each.values()):
         if name not in checkpoint.weights:
             raise SourceError(f"{checkpoint.folder} lacks {name}.", "Compress again.")

@@ -6,8 +6,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hisvd_cli.audit import (
     Audit,
+    Layout,
+    parameters_on_disk,
     part,
     plan_problems,
     provenance_table,
@@ -73,7 +77,7 @@ def _audit_plan(target: str, plan: Plan, size: int) -> Audit:
         parameters=total and total - plan.full_parameters + plan.kept_parameters,
         dense_parameters=total,
         bytes=size,
-        sublayers=rows_of(sublayers, plan.ranks, {}, plan.storage),
+        sublayers=rows_of(sublayers, {}, Layout(plan.ranks, plan.storage)),
         provenance={**plan.provenance, "settings": plan.settings},
         table={
             "model": str(made_for.get("name")),
@@ -138,15 +142,17 @@ def _audit_checkpoint(
     target: str, checkpoint: Checkpoint, check_values: bool, reporter: Reporter
 ) -> Audit:
     ranks, storage = _ranks(checkpoint), checkpoint.storage
+    layout = Layout(ranks, storage, checkpoint.bits, checkpoint.group_size)
     weights = checkpoint.weights
     found = {name: info.shape for name, info in weights.infos.items()}
     model, sublayers, dense = _skeleton(Source(target, checkpoint.folder))
     dense = {name: shape for name, shape in dense.items() if not _is_copy(model, name, found)}
-    expected = {**dense, **sublayer_shapes(sublayers, ranks, storage)}
+    expected = {**dense, **sublayer_shapes(sublayers, layout)}
+    matrices = {**dense, **sublayer_shapes(sublayers, layout, packed=False)}
     problems = _name_problems(sublayers, ranks, expected, found)
     problems += tensor_problems(expected, found)
     dtypes = {name: info.dtype for name, info in weights.infos.items()}
-    rows = rows_of(sublayers, ranks, dtypes, storage)
+    rows = rows_of(sublayers, dtypes, layout)
     if (checkpoint.folder / PLAN_FILE).is_file():
         problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
     else:
@@ -159,14 +165,19 @@ def _audit_checkpoint(
     return Audit(
         "checkpoint",
         target,
-        parameters=sum(map(prod, found.values())),
+        parameters=parameters_on_disk(matrices, found),
         dense_parameters=sum(map(prod, dense.values())),
         bytes=sum(file.stat().st_size for file in weights.files),
+        dense_bytes=sum(map(prod, dense.values())) * getattr(torch, weights.dtype).itemsize,
         sublayers=rows,
         provenance=made,
         problems=problems,
-        table={**provenance_table(made), "storage": storage},
+        table={**provenance_table(made), "storage": storage, **_numbers(layout)},
     )
+
+
+def _numbers(layout: Layout) -> dict[str, str]:
+    return {"numbers": layout.line()} if layout.bits else {}
 
 
 def _ranks(checkpoint: Checkpoint) -> dict[str, int]:
@@ -235,7 +246,9 @@ def _audit_model(source: Source, check_values: bool, reporter: Reporter) -> Audi
         parameters=total,
         dense_parameters=total,
         bytes=sum(file.stat().st_size for file in source.weights.files),
-        sublayers=rows_of(sublayers, {}, {n: infos[stored].dtype for n, stored in names.items()}),
+        sublayers=rows_of(
+            sublayers, {n: infos[stored].dtype for n, stored in names.items()}, Layout()
+        ),
         provenance={"revision": source.revision, "fingerprint": source.fingerprint},
         problems=problems,
         table={"architecture": ", ".join(source.config.architectures or ["?"])},

@@ -110,7 +110,16 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``[..., in_features]`` to y ``[..., out_features]``."""
-        return F.linear(F.linear(x, self.weight), self.weight_u, self.bias)
+        v, u = self.matrices(x.dtype)
+        return F.linear(F.linear(x, v), u, self.bias)
+
+    def matrices(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return V and U as numbers to multiply with; a quantized layer makes them in ``dtype``."""
+        return self.weight, self.weight_u
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the layer's tensors, its bias apart."""
+        return factor_shapes(self.storage, self.out_features, self.in_features, self.rank)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``U @ V`` ``[out_features, in_features]``.
@@ -120,7 +129,9 @@ class LowRankLinear(nn.Module):
         Args:
             dtype: of the result; None gives the layer's own.
         """
-        return dense_product(self.state_dict()).to(dtype or self.weight.dtype)
+        v, u = self.matrices()
+        product = dense_product({**self.state_dict(), "weight": v, "weight_u": u})
+        return product.to(dtype or v.dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer as ``nn.Linear`` does, with its rank."""
@@ -151,24 +162,25 @@ class PivotedLinear(LowRankLinear):
         r² more multiplications a token, and less time. Other wide outputs are made and put in order
         as rows, and returned as a view of those.
         """
+        v, c = self.matrices(x.dtype)
         tokens = x.numel() // self.in_features
         if tokens > self.rank and self.rank**2 < _MULTIPLICATIONS * self.out_features:
-            return F.linear(F.linear(x, self.weight), self._whole_u(), self.bias)
+            return F.linear(F.linear(x, v), self._whole_u(c), self.bias)
         if self.out_features <= self.in_features:
-            own = F.linear(x, self.weight)
-            stacked = torch.cat([own, F.linear(own, self.weight_u)], -1)
+            own = F.linear(x, v)
+            stacked = torch.cat([own, F.linear(own, c)], -1)
             y = stacked.index_select(-1, self.weight_order)
         else:
             columns = x.reshape(tokens, self.in_features).T
-            own = self.weight @ columns
-            stacked = torch.cat([own, self.weight_u @ own])
+            own = v @ columns
+            stacked = torch.cat([own, c @ own])
             y = stacked.index_select(0, self.weight_order).T.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def _whole_u(self) -> Tensor:
+    def _whole_u(self, c: Tensor) -> Tensor:
         """Return U ``[out_features, rank]``, for which ``y = U V′x + b``."""
-        identity = torch.eye(self.rank, dtype=self.weight_u.dtype, device=self.weight_u.device)
-        return torch.cat([identity, self.weight_u]).index_select(0, self.weight_order)
+        identity = torch.eye(self.rank, dtype=c.dtype, device=c.device)
+        return torch.cat([identity, c]).index_select(0, self.weight_order)
 
 
 LAYERS: dict[str, type[LowRankLinear]] = {c.storage: c for c in (LowRankLinear, PivotedLinear)}

@@ -4,6 +4,7 @@ what was kept, and what that cost where it was measured."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ _BODY = """
 |---|---|
 | kept of the compressible sublayers | {kept_exact:.2%} |
 | kept of the whole model | {model_kept:.2%} |
-| low-rank sublayers | {low_rank} of {sublayers}, {storage} |
+| low-rank sublayers | {low_rank} of {sublayers}, {storage} |{integers}
 | rank allocation | {allocator} |
 | decomposition | {decomposer} |{stages}
 | calibration | {calibration} |
@@ -151,10 +152,25 @@ def write_dense_card(checkpoint: Path, folder: Path) -> None:
     """
     if not (checkpoint / _PLAN).is_file():
         return
-    known = _metadata(checkpoint / CARD)
-    metadata = {key: known[key] for key in (*_CARRIED, "base_model") if key in known}
     plan, record = load_plan(checkpoint / _PLAN), _record(checkpoint)
-    _write(folder, metadata, plan, record, multiplied=True)
+    _write(folder, _carried(checkpoint), plan, record, multiplied=True)
+
+
+def write_quantized_card(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the card of what a checkpoint became as integers, whose provenance is ``record``.
+
+    As :func:`write_dense_card`, it claims no results. Raises SourceError.
+    """
+    if not (checkpoint / _PLAN).is_file():
+        return
+    metadata = _carried(checkpoint)
+    _write(folder, metadata, load_plan(checkpoint / _PLAN), record, multiplied=False)
+
+
+def _carried(checkpoint: Path) -> dict[str, Any]:
+    """Return what of a checkpoint's card says where the model comes from."""
+    known = _metadata(checkpoint / CARD)
+    return {key: known[key] for key in (*_CARRIED, "base_model") if key in known}
 
 
 def _write(
@@ -176,7 +192,10 @@ def _write(
     named = record["model"]["name"]
     # A path says where the model lay on one machine, which is nobody's business.
     model = Path(named).name if Path(named).exists() or Path(named).is_absolute() else named
-    pairs = {"pair": "stored as plain pairs", "pivoted": "stored as pivoted pairs"}[plan.storage]
+    integers: Mapping[str, Any] = record.get("quantization", {})
+    pairs = {"pair": "stored as plain pairs", "pivoted": "stored as pivoted pairs"}[
+        integers.get("storage", plan.storage)
+    ]
     body = _BODY.format(
         name=Path(named).name,
         what=(_MULTIPLIED if multiplied else _LOW_RANK).format(model=model),
@@ -186,6 +205,7 @@ def _write(
         low_rank=len(plan.ranks),
         sublayers=len(plan.sublayers),
         storage="multiplied out" if multiplied else pairs,
+        integers="" if multiplied else _integers(integers),
         allocator=plan.allocator,
         decomposer=record["decomposer"],
         stages=f"\n| stages | {stages} |" if (stages := stages_text(record)) else "",
@@ -325,6 +345,21 @@ def _metadata(path: Path) -> dict[str, Any]:
         return dict(metadata_load(path) or {}) if path.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
+
+
+def _integers(made: Mapping[str, Any]) -> str:
+    """Return the lines that say how numbers are stored, where some are integers."""
+    if not made:
+        return ""
+    counts = Counter(made["bits"].values())
+    kinds = ", ".join(f"int{bits} in {count} sublayers" for bits, count in sorted(counts.items()))
+    groups = f", groups of {made['group_size']}" if 4 in counts else ""
+    size, before = made["bytes"], made["dense_bytes"]
+    share = f"{size / 1e6:,.1f} MB, {size / before:.2%} of {before / 1e6:,.1f} MB"
+    return (
+        f"\n| numbers | {kinds}{groups}; rounded by {made['method']} |"
+        f"\n| bytes of all weights | {share} |"
+    )
 
 
 def _calibration(manifest: Mapping[str, Any] | None) -> str:

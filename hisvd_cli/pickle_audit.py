@@ -11,7 +11,9 @@ from typing import Any
 
 from hisvd_cli.audit import (
     Audit,
+    Layout,
     Row,
+    parameters_on_disk,
     plan_problems,
     provenance_table,
     rows_of,
@@ -58,17 +60,19 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
         quantization = document["config"]["quantization_config"]
         ranks, storage = dict(quantization["ranks"]), storage_of(quantization)
+        bits, group = quantization.get("bits", {}), quantization.get("group_size", 1)
+        layout = Layout(ranks, storage, dict(bits), int(group))
         plan = plan_from(json.loads(document["files"][PLAN_FILE].numpy().tobytes()))
         provenance = dict(document["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{path} is damaged: its parts do not fit.", "Write it again.") from error
     sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
-    rows = rows_of(sublayers, ranks, dtypes, storage)
-    expected = sublayer_shapes(sublayers, ranks, storage)
+    rows = rows_of(sublayers, dtypes, layout)
+    expected = sublayer_shapes(sublayers, layout)
     problems = tensor_problems(expected, shapes) + plan_problems(plan, rows)
     if check_values:
         problems += value_problems(tensors.items())
-    held = sum(map(prod, shapes.values()))
+    held = parameters_on_disk(sublayer_shapes(sublayers, layout, packed=False), shapes)
     return Audit(
         "pt",
         target,

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from hisvd_cli.allocate import Allocation
 from hisvd_cli.budget import Shape, cost, full_rank, is_dense
+from hisvd_cli.byte_budget import BITS, FULL_BITS, Choice
+from hisvd_cli.byte_frontier import Point
 from hisvd_cli.errors import SourceError
 from hisvd_cli.lowrank import LAYERS, Storage
 from hisvd_cli.spectrum import Spectrum, tail_share
 from hisvd_cli.tensorfile import write_json
 
 FORMAT_VERSION = 1
+_LATER = {"bytes"}  # what plans of earlier versions do not name
 
 
 @dataclass(frozen=True)
 class SublayerPlan:
-    """One sublayer's row; ``rank`` is full where ``dense``; ``loss`` is Σ_{j>rank} σ_j²."""
+    """One sublayer's row.
+
+    ``rank`` is full where ``dense``; its numbers have ``bits``, 16 standing for those that stay as
+    the model has them, and take ``bytes`` on disk (None where the plan counts parameters). ``loss``
+    is Σ_{j>rank} σ_j², and what rounding adds.
+    """
 
     name: str
     layer: int
@@ -36,6 +44,43 @@ class SublayerPlan:
     dense: bool
     parameters: int
     loss: float
+    bits: int = 16
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class BytePlan:
+    """What a plan by bytes counts, scales included.
+
+    Attributes:
+        ratio: the bytes ratio asked for.
+        budget: bytes that the sublayers may take.
+        kept: bytes that they take.
+        full: bytes that they take in the model.
+        model: bytes that the whole model takes.
+        method: how numbers are rounded: nearest or gptq.
+        group_size: numbers that share a scale, with 4 bits.
+        frontier: what this choice and others would lose at this and other ratios.
+    """
+
+    ratio: float
+    budget: int
+    kept: int
+    full: int
+    model: int
+    method: Literal["nearest", "gptq"]
+    group_size: int
+    frontier: list[Point]
+
+    @property
+    def kept_ratio(self) -> float:
+        """Share of the planned sublayers' bytes that is kept."""
+        return self.kept / self.full
+
+    @property
+    def model_ratio(self) -> float:
+        """Share of the whole model's bytes that is kept."""
+        return (self.model - self.full + self.kept) / self.model
 
 
 @dataclass(frozen=True)
@@ -55,7 +100,7 @@ class Plan:
     """Ranks for a model at one ratio.
 
     Attributes:
-        ratio: the keep ratio asked for.
+        ratio: the keep ratio asked for; of a plan by bytes, the one that came of it.
         model_ratio: parameters kept of the whole model, embeddings and all.
         allocator: name of the method.
         settings: the plan's resolved settings; plans from before there was a choice of ``storage``
@@ -66,6 +111,7 @@ class Plan:
         clusters: a row per sublayer type.
         sublayers: a row per sublayer.
         provenance: model, calibration (None: from weights alone) and versions.
+        bytes: what a plan by bytes counts; None for one by parameters.
     """
 
     ratio: float
@@ -78,11 +124,17 @@ class Plan:
     clusters: list[ClusterPlan]
     sublayers: list[SublayerPlan]
     provenance: dict[str, Any]
+    bytes: BytePlan | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
         """Name → rank, truncated sublayers only."""
         return {s.name: s.rank for s in self.sublayers if not s.dense}
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Name → bits, rounded sublayers only."""
+        return {s.name: s.bits for s in self.sublayers if s.bits < FULL_BITS}
 
     @property
     def storage(self) -> Storage:
@@ -146,12 +198,16 @@ def plan_from(document: Mapping[str, Any]) -> Plan:
         ValueError: a value of a wrong type, a rank that no matrix of that shape has.
         KeyError: a key is missing.
     """
-    plan = TypeAdapter(Plan).validate_python({n: document[n] for n in Plan.__dataclass_fields__})
+    fields = Plan.__dataclass_fields__
+    known = {n: document[n] for n in fields if n in document or n not in _LATER}
+    plan = TypeAdapter(Plan).validate_python(known)
     if plan.storage not in LAYERS:
         raise ValueError(f"storage {plan.storage}")
     for row in plan.sublayers:
         if not 1 <= row.rank <= full_rank(row.shape):
             raise ValueError(f"{row.name}: rank {row.rank}")
+        if row.bits not in BITS:
+            raise ValueError(f"{row.name}: {row.bits} bits")
     if not isinstance(plan.provenance["model"]["fingerprint"], str):
         raise ValueError("provenance")
     return plan
@@ -204,6 +260,15 @@ def assemble(
         sublayers=rows,
         provenance=dict(provenance),
     )
+
+
+def by_bytes(plan: Plan, chosen: Sequence[Choice], counted: BytePlan) -> Plan:
+    """Return a plan with the bits of every sublayer, and what all that was chosen counts."""
+    rows = [
+        replace(row, bits=choice.bits, bytes=choice.price, loss=choice.loss)
+        for row, choice in zip(plan.sublayers, chosen, strict=True)
+    ]
+    return replace(plan, sublayers=rows, predicted_loss=sum(c.loss for c in chosen), bytes=counted)
 
 
 def _row(

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hisvd_cli.byte_views import byte_choices, byte_facts
 from hisvd_cli.charts import HeatMap, sparkline
-from hisvd_cli.views import duration_text, facts_table, make_table, rank_table
+from hisvd_cli.views import duration_text, facts_table, make_table, rank_span, rank_table
 
 if TYPE_CHECKING:
     from hisvd_cli.plan import Plan
@@ -32,6 +33,8 @@ def plan_view(plan: Plan, width: int, ranks: bool = False) -> RenderableType:
         width: columns of the terminal.
         ranks: show the rank of each sublayer, too.
     """
+    if plan.bytes is not None:
+        return Group(*byte_choices(plan, plan.bytes, width, ranks), Text(), _totals(plan))
     parts: list[RenderableType] = [
         Text(f"Share of each sublayer at keep {plan.ratio:g} ({plan.allocator})", style="bold"),
         HeatMap(plan.sublayers),
@@ -126,18 +129,11 @@ def _cluster_table(plan: Plan) -> Table:
             "-" if row.density is None else f"{row.density:.3f}",
             f"{row.tail_share:.4f}",
             "-" if row.factor is None else f"{row.factor:.4f}",
-            _span(sorted({s.rank for s in rows if not s.dense})),
+            rank_span(sorted({s.rank for s in rows if not s.dense})),
             str(max((s.full_rank for s in rows), default=0)),
             f"{row.kept_ratio:.1%}",
         )
     return table
-
-
-def _span(ranks: Sequence[int]) -> str:
-    """Return the least and the greatest of sorted ranks."""
-    if not ranks:
-        return "-"
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
 
 
 def _totals(plan: Plan) -> RenderableType:
@@ -146,8 +142,10 @@ def _totals(plan: Plan) -> RenderableType:
         "kept": f"{plan.kept_parameters:,} of {plan.full_parameters:,} parameters "
         f"({plan.kept_ratio:.3%}); {unspent:,} of the budget unspent",
         "whole model": f"{plan.model_ratio:.2%} kept",
-        "predicted loss": f"{plan.predicted_loss:.6g} ({_unit(plan)})",
     }
+    if plan.bytes is not None:
+        facts = byte_facts(plan, plan.bytes)
+    facts["predicted loss"] = f"{plan.predicted_loss:.6g} ({_unit(plan)})"
     if plan.storage == "pivoted":
         facts["storage"] = "pivoted pairs: rank r takes r(m+n−r) + m parameters"
     if plan.settings["multiple_of"] > 1:

@@ -227,7 +227,7 @@ def _settled(
     settings = _validate(merged, origins, profile, problems)
     if settings is None:
         lines = dict.fromkeys(line for _, line in problems)
-        ratio_only = all(key == ("plan", "ratio") for key, _ in problems)
+        ratio_only = all(key[1] in ("ratio", "bytes_ratio") for key, _ in problems)
         raise UsageError("\n".join(lines), _RATIO_HINT if ratio_only else _SETTINGS_HINT)
     return settings, origins
 
@@ -408,7 +408,7 @@ def _reason(detail: ErrorDetails, section: str, key: str) -> str:
     kind, value = detail["type"], detail["input"]
     if not key:
         return f"is no table: write [{section}] above its keys."
-    if (section, key) == ("plan", "ratio") and kind in ("greater_than", "less_than_equal"):
+    if key in ("ratio", "bytes_ratio") and kind in ("greater_than", "less_than_equal"):
         return "must be above 0 and at most 1."
     if kind == "literal_error":
         choices = str(detail["ctx"]["expected"])

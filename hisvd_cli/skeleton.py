@@ -71,8 +71,7 @@ def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         from hisvd_cli.transformers_plugin import HiSVDConfig, replace_linears
 
         try:
-            config = HiSVDConfig(**source.quantization)
-            replace_linears(model, config.ranks, config.storage)
+            replace_linears(model, HiSVDConfig(**source.quantization))
         except ValueError as error:
             raise SourceError(
                 f"{source.name} cannot be built: {reason(error)}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from hisvd_cli.errors import SourceError
 from hisvd_cli.estimate import decomposition_cost
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.rounding_noise import Round, Rounding, diagonals, rounding
 from hisvd_cli.source import Source
 from hisvd_cli.spectrum import (
     Spectrum,
@@ -105,6 +106,53 @@ def load_spectra(of: SpectraSource, wanted: Wanted, reporter: Reporter) -> list[
         )
         for s in of.sublayers
     ]
+
+
+def load_roundings(
+    of: SpectraSource,
+    wanted: Wanted,
+    methods: Mapping[int, Round],
+    method_key: str,
+    reporter: Reporter,
+) -> dict[str, dict[int, Rounding]]:
+    """Return sublayer → bits → what rounding its weight to them does in the metric that is wanted,
+    from the cache where it holds that.
+
+    Args:
+        of: the model and its statistics.
+        wanted: the metric, and its shrinkage.
+        methods: bits → how a matrix is rounded to them.
+        method_key: names that way of rounding in the cache.
+        reporter: told of each sublayer.
+
+    Raises:
+        SourceError: the metric needs statistics that were not taken.
+    """
+    calibration = of.calibration
+    metric = wanted.metric if calibration else "weight"
+    fisher = metric in ("fisher", "held-out")
+    need: Need | None = None if metric == "weight" else "gradients" if fisher else "moments"
+    shrinkage = (wanted.input_shrinkage, wanted.output_shrinkage) if fisher else (0.0, 0.0)
+
+    def compute(weight: Tensor, statistics: Statistics) -> Tensor:
+        weights = diagonals(metric, len(weight), statistics, *shrinkage)
+        found = [rounding(weight, method, weights) for method in methods.values()]
+        return torch.tensor([[each.noise, each.loss] for each in found], dtype=torch.float64)
+
+    folder = cache_root() / "weights" / of.source.fingerprint
+    key = of.source.fingerprint
+    if calibration and need:
+        key = calibration.gradients_key if fisher else calibration.key
+        folder = calibration.folder / GRADIENTS if fisher else calibration.folder
+    key = digest(key, metric if need else "weight", repr(shrinkage), method_key)
+    values = _cached(of, folder / f"rounding-{key[:12]}.safetensors", key, need, compute, reporter)
+    return {
+        s.name: {
+            bits: Rounding(*pair)
+            for bits, pair in zip(methods, values[s.name].tolist(), strict=True)
+        }
+        for s in of.sublayers
+    }
 
 
 def _weights(of: SpectraSource, reporter: Reporter) -> dict[str, Tensor]:

@@ -6,21 +6,23 @@ without memory (on the meta device), each ``nn.Linear`` X that ``ranks`` names b
 ``LowRankLinear`` with the tensors ``X.weight`` = V ``[r, n]``, ``X.weight_u`` = U ``[m, r]`` and
 ``X.bias`` ``[m]``; transformers then loads them like any others. Version 2 adds ``"storage":
 "pivoted"``, for a ``PivotedLinear`` with ``X.weight`` ``[r, n]``, ``X.weight_u`` ``[m − r, r]`` and
-``X.weight_order`` ``[m]``.
+``X.weight_order`` ``[m]``. Version 3, of either storage, adds ``"bits": {name: 8 or 4}`` and
+``"group_size"``, for layers whose matrices are integers, low-rank or dense ones; ``quantized``
+describes their tensors.
 
 Importing this file registers the method. It is also the code that travels with a checkpoint, as
 ``modeling_hisvd.py``, for ``trust_remote_code=True`` where hisvd is not installed; so it imports
-nothing of hisvd but the file that travels along, and raises plain ``ValueError`` (a wrong
+nothing of hisvd but the files that travel along, and raises plain ``ValueError`` (a wrong
 ``config.json``) and ``RuntimeError`` (wrong tensors). It serves transformers 4.57 and 5 alike.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -34,13 +36,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, factor_shapes, is_order
+from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, Storage, is_order
+from .quantized import BITS, MATRICES, QUANTIZED, SCALE, QuantizedLinear, storage_with
 
 if TYPE_CHECKING:  # at run time transformers may be in the middle of importing these
     from transformers import PretrainedConfig, PreTrainedModel
 
 QUANT_METHOD = "hisvd"
 FORMAT_VERSIONS = {"pair": 1, "pivoted": 2}
+QUANTIZED_VERSION = 3
+GROUP_SIZE = 64
 MODELING_FILE = "modeling_hisvd.py"
 AUTO_CLASS = "AutoModelForCausalLM"
 AUTO_MAP = {
@@ -49,6 +54,7 @@ AUTO_MAP = {
 }
 
 _ADDED = {leaf for leaves in FACTORS.values() for leaf in leaves} - {"weight"}
+_ADDED |= {leaf + SCALE for leaf in MATRICES}
 
 # Where transformers, having loaded, sorts out which keys were missing and which were unexpected.
 _REPORT_METHOD = "_adjust_missing_and_unexpected_keys"
@@ -59,12 +65,16 @@ class HiSVDConfig(QuantizationConfigMixin):
 
     Args:
         ranks: the rank of each low-rank layer, by module name.
-        format_version: of the checkpoint's layout: 1 for the storage pair, 2 for pivoted.
+        format_version: of the checkpoint's layout: 1 for the storage pair, 2 for pivoted, 3 for
+            either with bits.
         storage: how factors are stored.
+        bits: 8 or 4 for each layer of integers, by module name; others are in full precision.
+        group_size: columns that share a scale, with 4 bits.
         kwargs: what transformers hands back from ``config.json``; not used.
 
     Raises:
-        ValueError: an unknown format version or storage, or a rank that is no positive integer.
+        ValueError: an unknown format version or storage, a rank that is no positive integer, or
+            bits or a group that there are not.
     """
 
     quant_method: Any  # a plain string: transformers' enumeration knows only its own methods
@@ -74,32 +84,33 @@ class HiSVDConfig(QuantizationConfigMixin):
         ranks: Mapping[str, int] | None = None,
         format_version: int = 1,
         storage: str = "pair",
+        bits: Mapping[str, int] | None = None,
+        group_size: int = GROUP_SIZE,
         **kwargs: Any,  # noqa: ARG002 (``quant_method`` itself comes back here)
     ) -> None:
-        if not isinstance(storage, str) or format_version != FORMAT_VERSIONS.get(storage, ""):
+        known = isinstance(storage, str) and storage in FORMAT_VERSIONS
+        if not known or format_version != format_version_of(storage, bits):
             raise ValueError(
                 f"This checkpoint has the hisvd format version {format_version!r} and the storage "
-                f"{storage!r}, and this code reads version 1 (pair) and 2 (pivoted); it needs "
-                "another version of hisvd."
-            )
-        ranks = {} if ranks is None else ranks
-        if not isinstance(ranks, Mapping):
-            raise ValueError(f"quantization_config.ranks must map names to ranks: {ranks!r}.")
-        wrong = [f"{name}: {rank!r}" for name, rank in ranks.items() if not _is_rank(rank)]
-        if wrong:
-            raise ValueError(
-                f"quantization_config.ranks holds what is no positive integer: {_listed(wrong)}."
+                f"{storage!r}, and this code reads version 1 (pair), 2 (pivoted) and 3 (either, "
+                "quantized); it needs another version of hisvd."
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.ranks = dict(ranks)
-        self.storage = storage
+        self.ranks = _checked("ranks", ranks, "no positive integer", _is_positive)
+        self.storage = cast(Storage, storage)
+        self.bits = _checked("bits", bits, f"none of {BITS}", lambda value: value in BITS)
+        if not _is_positive(group_size):
+            raise ValueError(f"quantization_config.group_size is no positive integer: {group_size}")
+        self.group_size = group_size
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds; plain pairs need not be named."""
         document: dict[str, Any] = super().to_dict()
         if self.storage == "pair":
             document.pop("storage")
+        if not self.bits:
+            del document["bits"], document["group_size"]
         return document
 
 
@@ -119,8 +130,7 @@ class HiSVDQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Swap the layers of a model that is on the meta device, and have the load watched."""
-        config = self.quantization_config
-        replace_linears(model, config.ranks, config.storage)
+        replace_linears(model, self.quantization_config)
         files = kwargs.get("checkpoint_files")  # transformers 5 only
         _check_file_shapes(model, files or ())
         self._watch_report(model)
@@ -143,7 +153,7 @@ class HiSVDQuantizer(HfQuantizer):
             else:
                 missing, unexpected = result[:2]
             _refuse_missing(model, missing)
-            _refuse_extra(model, self.quantization_config.ranks, unexpected)
+            _refuse_extra(model, self.quantization_config, unexpected)
             self._report_seen = True
             return result
 
@@ -182,6 +192,7 @@ class HiSVDQuantizer(HfQuantizer):
             for name, (tensor, shape) in _low_rank_tensors(model).items()
         )
         _refuse_disordered(model)
+        _refuse_nonfinite(model)
         _carry_code(model)
         return model
 
@@ -196,7 +207,7 @@ class HiSVDQuantizer(HfQuantizer):
         Raises:
             ValueError: some layers are offloaded, so that their tensors are not in memory.
         """
-        layers = low_rank_layers(model)
+        layers = replaced_layers(model)
         absent = [name for name, layer in layers.items() if layer.weight.is_meta]
         if absent:
             raise ValueError(
@@ -204,6 +215,8 @@ class HiSVDQuantizer(HfQuantizer):
                 "with a device_map that keeps them in memory."
             )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if dtype is None and self.quantization_config.bits:  # integers do not say
+            dtype = model.dtype
         for name, layer in layers.items():
             _set_module(model, name, _dense_linear(layer, dtype))
         if dtype is not None and dtype != model.dtype:
@@ -217,13 +230,13 @@ class HiSVDQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Low-rank models can be trained: their tensors are plain parameters."""
-        return True
+        """Low-rank models can be trained, their tensors are plain parameters; integers cannot."""
+        return not self.quantization_config.bits
 
     @property
     def is_qat_trainable(self) -> bool:
         """As ``is_trainable``; without it the Trainer asks for adapters."""
-        return True
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
@@ -254,8 +267,7 @@ class HiSVDForCausalLM:
 
         kwargs["trust_remote_code"] = False
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
-        ours = HiSVDConfig(**dict(config.quantization_config))
-        replace_linears(model, ours.ranks, ours.storage)
+        replace_linears(model, HiSVDConfig(**dict(config.quantization_config)))
         _carry_code(model)
         return model
 
@@ -287,7 +299,13 @@ class HiSVDAutoConfig:
 def remote_code_files() -> dict[str, Path]:
     """Return the code that a checkpoint carries: file name in the folder, path of the source."""
     here = Path(__file__)
-    return {MODELING_FILE: here, "lowrank.py": here.with_name("lowrank.py")}
+    inner = {name: here.with_name(name) for name in ("lowrank.py", "quantized.py")}
+    return {MODELING_FILE: here, **inner}
+
+
+def format_version_of(storage: str, bits: Mapping[str, int] | None) -> int:
+    """Return the version of a layout."""
+    return QUANTIZED_VERSION if bits else FORMAT_VERSIONS[storage]
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -295,16 +313,19 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
-def replace_linears(
-    model: PreTrainedModel, ranks: Mapping[str, int], storage: str = "pair"
-) -> None:
-    """Put low-rank layers, of unset or random numbers, in the place of dense ones.
+def replaced_layers(model: nn.Module) -> dict[str, LowRankLinear | QuantizedLinear]:
+    """Return the low-rank layers and the dense ones of integers by their names."""
+    kinds = (LowRankLinear, QuantizedLinear)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def replace_linears(model: PreTrainedModel, config: HiSVDConfig) -> None:
+    """Put low-rank and quantized layers, of unset or random numbers, in the place of dense ones.
 
     Args:
-        model: a model, on the meta device or not.
-        ranks: rank by module name. A model without a head (``AutoModel``) takes the names of the
-            one with a head, and leaves out those that belong to the head.
-        storage: of the new layers.
+        model: a model, on the meta device or not. One without a head (``AutoModel``) takes the
+            names of the one with a head, and leaves out those that belong to the head.
+        config: names the layers.
 
     Raises:
         ValueError: a name is no ``nn.Linear`` of the model, or its rank is too large.
@@ -313,16 +334,16 @@ def replace_linears(
     prefix = f"{model.base_model_prefix}."
     headless = _is_headless(model)
     wrong = []
-    for name, rank in ranks.items():
+    for name in {**config.ranks, **config.bits}:
         local = name.removeprefix(prefix) if headless and name not in modules else name
         linear = modules.get(local)
         if isinstance(linear, nn.Linear):
-            _set_module(model, local, _low_rank_like(linear, rank, storage))
+            _set_module(model, local, _replacement(linear, name, config))
         elif not headless or name.startswith(prefix):
             wrong.append(name)
     if wrong:
         raise ValueError(
-            f"quantization_config.ranks names what is no nn.Linear of {type(model).__name__}: "
+            f"quantization_config names what is no nn.Linear of {type(model).__name__}: "
             f"{_listed(wrong)}."
         )
 
@@ -339,8 +360,21 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(HiSVDQuantizer)
 
 
-def _is_rank(value: object) -> bool:
+def _is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _checked(
+    key: str, values: object, fault: str, is_right: Callable[[object], bool]
+) -> dict[str, int]:
+    """Return a mapping of ``quantization_config`` (None: an empty one). Raises ``ValueError``."""
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"quantization_config.{key} must map names to integers: {values!r}.")
+    wrong = [f"{name}: {value!r}" for name, value in values.items() if not is_right(value)]
+    if wrong:
+        raise ValueError(f"quantization_config.{key} holds what is {fault}: {_listed(wrong)}.")
+    return dict(values)
 
 
 def _listed(items: Iterable[str], limit: int = 5) -> str:
@@ -360,21 +394,29 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _low_rank_like(linear: nn.Linear, rank: int, storage: str) -> LowRankLinear:
-    """Return a low-rank layer with the sizes, device and dtype of a dense one."""
-    layer = LAYERS[storage](
-        linear.in_features,
-        linear.out_features,
-        rank,
-        bias=linear.bias is not None,
-        device=linear.weight.device,
-        dtype=linear.weight.dtype,
-    )
+def _replacement(linear: nn.Linear, name: str, config: HiSVDConfig) -> nn.Module:
+    """Return the layer that a config puts in the place of a dense one, with its sizes, device and
+    dtype."""
+    like: dict[str, Any] = {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+        "device": linear.weight.device,
+        "dtype": linear.weight.dtype,
+    }
+    if name in config.ranks:
+        like["rank"] = config.ranks[name]
+    if name in config.bits:
+        like |= {"bits": config.bits[name], "group_size": config.group_size}
+    layers = QUANTIZED if name in config.bits else LAYERS
+    storage = storage_with(config.bits.get(name), config.storage)
+    kind = layers[storage] if name in config.ranks else QuantizedLinear
+    layer: nn.Module = kind(**like)
     return layer.train(linear.training)
 
 
-def _dense_linear(layer: LowRankLinear, dtype: torch.dtype | None) -> nn.Linear:
-    """Return the dense layer that computes what a low-rank one does."""
+def _dense_linear(layer: LowRankLinear | QuantizedLinear, dtype: torch.dtype | None) -> nn.Linear:
+    """Return the dense layer that computes what a low-rank or quantized one does."""
     has_bias = layer.bias is not None
     dense = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
     with torch.no_grad():
@@ -385,11 +427,10 @@ def _dense_linear(layer: LowRankLinear, dtype: torch.dtype | None) -> nn.Linear:
 
 
 def _low_rank_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
-    """Return the tensors of all low-rank layers, each with the shape that it must have."""
+    """Return the tensors of all replaced layers, each with the shape that it must have."""
     tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
-    for name, layer in low_rank_layers(model).items():
-        shapes = factor_shapes(layer.storage, layer.out_features, layer.in_features, layer.rank)
-        for leaf, shape in shapes.items():
+    for name, layer in replaced_layers(model).items():
+        for leaf, shape in layer.stored_shapes().items():
             tensors[f"{name}.{leaf}"] = getattr(layer, leaf), shape
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias, (layer.out_features,)
@@ -450,6 +491,20 @@ def _refuse_disordered(model: nn.Module) -> None:
         raise RuntimeError(f"The checkpoint has outputs in no order: {_listed(wrong)}.")
 
 
+def _refuse_nonfinite(model: nn.Module) -> None:
+    """Raise ``RuntimeError`` if a scale of integers is no number."""
+    wrong = [
+        f"{name}.{leaf}"
+        for name, layer in replaced_layers(model).items()
+        for leaf, tensor in layer.named_parameters(recurse=False)
+        if leaf.endswith(SCALE)
+        and not tensor.is_meta  # offloaded: not in memory
+        and not bool(tensor.view(torch.float16).isfinite().all())
+    ]
+    if wrong:
+        raise RuntimeError(f"The checkpoint has scales that are not finite: {_listed(wrong)}.")
+
+
 def _refuse_missing(model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Raise ``RuntimeError`` if a low-rank tensor was not in the checkpoint.
 
@@ -467,18 +522,16 @@ def _refuse_missing(model: PreTrainedModel, missing: Iterable[str]) -> None:
         )
 
 
-def _refuse_extra(
-    model: PreTrainedModel, ranks: Mapping[str, int], unexpected: Iterable[str]
-) -> None:
+def _refuse_extra(model: PreTrainedModel, config: HiSVDConfig, unexpected: Iterable[str]) -> None:
     """Raise ``RuntimeError`` if the checkpoint holds a low-rank tensor that has no place."""
-    layers = low_rank_layers(model)
+    layers = replaced_layers(model)
     prefix = f"{model.base_model_prefix}."
     extra = []
     for key in sorted(unexpected):
         stem, _, leaf = key.rpartition(".")
         of_layer = stem in layers or stem.removeprefix(prefix) in layers
         # A rank without a layer is that of a head, which a model without a head leaves out.
-        if of_layer or (leaf in _ADDED and stem not in ranks):
+        if of_layer or (leaf in _ADDED and stem not in {**config.ranks, **config.bits}):
             extra.append(key)
     if extra:
         raise RuntimeError(

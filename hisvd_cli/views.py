@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -26,6 +26,9 @@ class Ranked(Shaded, Protocol):
 
     @property
     def rank(self) -> int: ...
+
+
+R = TypeVar("R", bound=Ranked)
 
 
 def size_text(count: float) -> str:
@@ -101,34 +104,46 @@ def forecast_view(forecast: dict[str, Any]) -> RenderableType:
     return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
 
 
-def rank_table(rows: Sequence[Ranked], width: int) -> RenderableType:
+def rank_span(ranks: Sequence[int]) -> str:
+    """Return the least and the greatest of sorted ranks."""
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+
+
+def _rank_cell(row: Ranked) -> Text:
+    return Text("dense", style="dim") if row.dense else Text(str(row.rank))
+
+
+def rank_table(
+    rows: Sequence[R], width: int, cell: Callable[[R], Text] = _rank_cell, widest: int = 5
+) -> RenderableType:
     """Show ranks, a line per layer and a column per sublayer type, below the full ranks.
 
     Args:
         rows: the sublayers of a plan or an audit.
         width: columns of the terminal; types that do not fit go into a further table.
+        cell: what is shown of a sublayer.
+        widest: columns that it takes at most.
     """
     clusters = list(dict.fromkeys(row.cluster for row in rows))
     cells = {(row.layer, row.cluster): row for row in rows}
     full = {row.cluster: str(min(row.shape)) for row in rows}
     layers = sorted({row.layer for row in rows if row.layer is not None})
-    widest = max(len(short_name(cluster)) for cluster in clusters)
-    fit = max(1, (width - 7) // (max(widest, 5) + 2))
+    widest = max(widest, *(len(short_name(cluster)) for cluster in clusters))
+    fit = max(1, (width - 7) // (widest + 2))
     tables: list[RenderableType] = []
     for start in range(0, len(clusters), fit):
         shown = clusters[start : start + fit]
         table = make_table("layer", *map(short_name, shown), left=0)
         table.add_row("full", *(full[cluster] for cluster in shown), style="dim")
         for layer in layers:
-            table.add_row(str(layer), *(_rank_cell(cells.get((layer, c))) for c in shown))
+            own = (cells.get((layer, c)) for c in shown)
+            table.add_row(
+                str(layer), *(cell(row) if row else Text("-", style="dim") for row in own)
+            )
         tables.append(table)
     return Group(*tables)
-
-
-def _rank_cell(row: Ranked | None) -> Text:
-    if row is None:
-        return Text("-", style="dim")
-    return Text("dense", style="dim") if row.dense else Text(str(row.rank))
 
 
 def compressed_view(outcome: Outcome) -> RenderableType:
@@ -210,6 +225,8 @@ def times_text(result: PerplexityResult, baseline: PerplexityResult) -> str:
 def audit_view(audit: Audit, width: int, ranks: bool = False) -> RenderableType:
     """Show an audit: totals, what each sublayer keeps (and with ``ranks``, its rank), problems."""
     facts = {"what": audit.kind, **audit.table, "on disk": size_text(audit.bytes)}
+    if audit.dense_bytes and audit.bytes_ratio is not None:
+        facts["on disk"] += f", {audit.bytes_ratio:.3%} of {size_text(audit.dense_bytes)}"
     if audit.parameters:
         facts["parameters"] = f"{audit.parameters:,} (dense {audit.dense_parameters:,})"
     if audit.ratio is not None and audit.model_ratio is not None:

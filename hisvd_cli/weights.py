@@ -45,6 +45,16 @@ class Weights:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.infos.values())
 
+    @property
+    def dtype(self) -> str:
+        """The floating-point dtype that most of the tensors have, of all dtypes where there is
+        none."""
+        sizes: dict[str, int] = {}
+        for info in self.infos.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        floats = {dtype: size for dtype, size in sizes.items() if "float" in dtype} or sizes
+        return max(floats, key=lambda dtype: floats[dtype])
+
     def __contains__(self, name: object) -> bool:
         return name in self.where
 

@@ -60,6 +60,7 @@ CALIBRATION_SETTINGS = strict(dataset=TEXT, samples=COUNT, seqlen=maybe(COUNT), 
 STORAGE: Schema = {"enum": ["pair", "pivoted"]}
 _KNOBS: dict[str, Schema] = {
     "preset": maybe(TEXT),
+    "bytes_ratio": maybe(RATIO),
     "ratio_of": {"enum": ["sublayers", "model"]},
     "storage": STORAGE,
     "metric": {"enum": ["whitened", "fisher", "held-out", "weight"]},
@@ -107,8 +108,24 @@ RECORDED = strict(
         oversamples=COUNT,
         power_iterations=COUNT,
     ),
+    quantize=strict(
+        bits={"enum": ["none", "int8", "int4"]},
+        method={"enum": ["nearest", "gptq"]},
+        group_size=COUNT,
+        damping=NUMBER,
+    ),
 )
 
+BYTES = strict(
+    ratio=RATIO,
+    budget=COUNT,
+    kept=COUNT,
+    full=COUNT,
+    model=COUNT,
+    method={"enum": ["nearest", "gptq"]},
+    group_size=COUNT,
+    frontier=rows(method=TEXT, budget=maybe(RATIO), bytes_ratio=NUMBER, predicted_loss=NUMBER),
+)
 PLAN = strict(
     kind={"const": "plan"},
     format_version=COUNT,
@@ -139,8 +156,11 @@ PLAN = strict(
         dense=FLAG,
         parameters=COUNT,
         loss=NUMBER,
+        bits={"enum": [16, 8, 4]},
+        bytes=maybe(COUNT),
     ),
     provenance=strict(model=PLANNED_MODEL, calibration=maybe(SHA256), versions=VERSIONS),
+    bytes=maybe(BYTES),
 )
 PLANS = strict(plans={"type": "array", "items": PLAN, "minItems": 2})
 
@@ -151,6 +171,8 @@ INSPECT = strict(
     parameters=maybe(COUNT),
     dense_parameters=maybe(COUNT),
     bytes=COUNT,
+    dense_bytes=maybe(COUNT),
+    bytes_ratio=maybe(NUMBER),
     sublayers={
         "type": "array",
         "items": strict(
@@ -162,6 +184,7 @@ INSPECT = strict(
             dense=FLAG,
             dtype={"type": "string"},
             storage=STORAGE,
+            bits=maybe(COUNT),
         ),
     },
     provenance={"type": "object"},

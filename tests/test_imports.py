@@ -27,6 +27,7 @@ MATHS = [
     *("blas.py", "products.py", "subspace.py", "tridiagonal.py"),
     *("corrections.py", "updates.py"),
     *("intervals.py", "divergence.py"),
+    *("byte_budget.py", "byte_frontier.py", "rounding_noise.py", "rounding.py", "quantized.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
     *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),
 ]
@@ -40,6 +41,7 @@ INTERFACE = (
     "console",
     "views",
     "plan_views",
+    "byte_views",
     "profile_views",
     "charts",
     "evaluation_views",

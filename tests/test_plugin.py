@@ -491,7 +491,7 @@ def test_a_rank_that_is_no_positive_integer_is_an_error(rank: object, qwen2: Fol
 
 
 def test_ranks_that_are_no_mapping_are_an_error() -> None:
-    with pytest.raises(ValueError, match="must map names to ranks"):
+    with pytest.raises(ValueError, match="must map names to integers"):
         HiSVDConfig([3, 4])  # type: ignore[arg-type]
 
 
@@ -636,7 +636,7 @@ assert not [f for f in sys.meta_path if "hisvd_cli" in type(f).__module__]
 
 def test_remote_code_files_exist_and_name_the_auto_map() -> None:
     files = remote_code_files()
-    assert set(files) == {MODELING_FILE, "lowrank.py"}
+    assert set(files) == {MODELING_FILE, "lowrank.py", "quantized.py"}
     assert all(path.is_file() for path in files.values())
     module, class_name = AUTO_MAP["AutoModelForCausalLM"].split(".")
     assert f"{module}.py" == MODELING_FILE

@@ -242,7 +242,7 @@ def test_what_artifacts_record(tmp_path: Path) -> None:
         {("eval", "windows"): 3, ("compress", "evaluate"): True}, environ={}, start=tmp_path
     )
     assert one.recorded() == other.recorded()  # neither changes a checkpoint
-    assert set(one.recorded()) == {"model", "calibration", "plan", "compress"}
+    assert set(one.recorded()) == {"model", "calibration", "plan", "compress", "quantize"}
     assert set(one.recorded("model")) == {"model"}
 
 

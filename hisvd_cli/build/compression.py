@@ -8,17 +8,20 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hisvd_cli.build.byte_budgets import bytes_ratio, rounded_by
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
+from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
 from hisvd_cli.build.samples import default_dataset, window_length
 from hisvd_cli.build.stages import Stage, check_stages, factored, last_stage
 from hisvd_cli.build.updates import prepare_update
@@ -88,10 +91,13 @@ class Outcome:
 
 
 def output_path(resolved: Resolved, output: Path | None) -> Path:
-    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder."""
+    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder, of a
+    bytes ratio ``MODEL-bytes-RATIO``."""
     if output is not None:
         return output
-    return Path(f"{slug(resolved.settings.model.name)}-{resolved.settings.plan.ratio[0]:g}")
+    by_bytes = bytes_ratio(resolved)
+    ratio = f"{resolved.settings.plan.ratio[0]:g}" if by_bytes is None else f"bytes-{by_bytes:g}"
+    return Path(f"{slug(resolved.settings.model.name)}-{ratio}")
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -143,17 +149,22 @@ def check_request(
     decomposer_needs(resolved.settings.compress)
     check_stages(resolved)
     if plan_file is None:
+        check_quantization(resolved, planned=bytes_ratio(resolved) is not None)
         if len(resolved.settings.plan.allocator) > 1:
             raise UsageError("compress takes one --allocator.", "Run it once per allocator.")
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
-        _refuse_knobs(resolved)
+        _refuse_knobs(resolved, "plan", SECTIONS["plan"].model_fields)
         if resolved.variants:
             raise UsageError(
                 "Several presets are set, but --plan names one plan.",
                 "Leave out --plan, or set one preset.",
             )
+        by_bytes = open_plan(plan_file, source).bytes is not None
+        if by_bytes:
+            _refuse_knobs(resolved, "quantize", ("method", "group_size"))
+        check_quantization(resolved, planned=by_bytes)
         check_factoring(resolved, source)
     if _evaluates(resolved, source):
         check_whole_model(resolved, source, "--evaluate")
@@ -164,10 +175,10 @@ def check_request(
         raise OutputError(f"{sidecar} exists.", "Pass --overwrite, or name another --output.")
 
 
-def _refuse_knobs(resolved: Resolved) -> None:
-    for key in SECTIONS["plan"].model_fields:
-        if resolved.is_flag("plan", key):
-            flag = flag_of("plan", key)
+def _refuse_knobs(resolved: Resolved, section: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        if resolved.is_flag(section, key):
+            flag = flag_of(section, key)
             raise UsageError(
                 f"{flag} cannot change the plan that --plan names.",
                 f"Leave out {flag}, or make the plan anew without --plan.",
@@ -236,7 +247,15 @@ def _write(
     """Write the checkpoint; return what it took, and a file that holds its plan."""
     single = path.suffix == ".pt"
     folder = path.with_name(f".{path.name}.folder") if single else path
-    made = factored(resolved, last, folder, reporter, update)
+    resolved = rounded_by(resolved, last.plan)
+    rounds = quantizes(resolved) or bool(last.plan.bits)
+    whole = folder.with_name(f".{path.name}.whole") if rounds else folder
+    made = factored(resolved, last, whole, reporter, update)
+    if rounds and world().first:
+        bits = last.plan.bits or None
+        made = quantize_compressed(
+            resolved, last.source, last.calibration, made, folder, reporter, bits
+        )
     if not single or not world().first:
         return made, path / PLAN_FILE
     started = time.monotonic()

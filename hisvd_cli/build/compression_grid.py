@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.audit import part
+from hisvd_cli.build.byte_budgets import bytes_ratio
 from hisvd_cli.build.calibration import ensure_calibration, find_calibration, named_source
 from hisvd_cli.build.compression import Outcome, check_request, compress_model
 from hisvd_cli.build.evaluation import tolerated
@@ -85,6 +86,15 @@ class Cell:
             "perplexity": made.get("perplexity"),
             "message": self.failure.message if self.failure else None,
         }
+
+
+def is_grid(resolved: Resolved) -> bool:
+    """Tell whether several checkpoints are asked for; a bytes ratio asks for one.
+
+    Raises:
+        UsageError: see :func:`hisvd_cli.build.byte_budgets.bytes_ratio`.
+    """
+    return bytes_ratio(resolved) is None and len(resolved.cells()) > 1
 
 
 def grid_cells(resolved: Resolved, output: Path | None) -> list[Cell]:
@@ -199,7 +209,7 @@ def _check_same(cell: Cell, source: Source, calibration: Calibration | None) -> 
     made_with, wanted = part(record, "settings"), cell.resolved.recorded()
     differs = [
         f"{section}.{key}"
-        for section in ("plan", "compress", "calibration")
+        for section in ("plan", "compress", "quantize", "calibration")
         for key in {**wanted[section], **part(made_with, section)}
         if part(made_with, section).get(key) != wanted[section].get(key)
     ]

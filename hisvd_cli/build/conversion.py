@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from hisvd_cli.build.compression import check_output
+from hisvd_cli.build.quantization import check_quantization, quantize_checkpoint
 from hisvd_cli.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.convert import from_pt, repack, to_dense, to_pt, unpacked
 from hisvd_cli.errors import OutputError, SourceError, UsageError
+from hisvd_cli.profile import Resolved
+from hisvd_cli.reporter import Reporter
 
 Target = Literal["hf", "pt", "dense"]
 
@@ -26,6 +29,53 @@ def convert_checkpoint(
         UsageError: the name of ``output`` does not fit ``to``.
         OutputError: something stands at ``output``.
     """
+    _check_paths(checkpoint, to, output, overwrite)
+    if checkpoint.is_file() and to == "hf":
+        from_pt(checkpoint, output, shard_bytes)
+    else:
+        with _opened(checkpoint, output) as opened:
+            _convert(opened, to, output, shard_bytes)
+    return _bytes_of(output)
+
+
+def asks_to_quantize(resolved: Resolved) -> bool:
+    """Tell whether a flag asks for integers: what a profile says is meant for compress."""
+    return resolved.is_flag("quantize", "bits") and resolved.settings.quantize.bits != "none"
+
+
+def quantize_to(
+    resolved: Resolved,
+    checkpoint: Path,
+    to: Target,
+    output: Path,
+    overwrite: bool,
+    reporter: Reporter,
+) -> int:
+    """Write a checkpoint folder or ``.pt`` file as integers; return the bytes written.
+
+    Raises:
+        UsageError: a dense model is to be made.
+        HisvdError: see :func:`convert_checkpoint` and :func:`quantize_checkpoint`.
+    """
+    if to == "dense":
+        raise UsageError(
+            "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
+            "Leave out --to dense, or --quantize.",
+        )
+    _check_paths(checkpoint, to, output, overwrite)
+    check_quantization(resolved)
+    with _opened(checkpoint, output) as opened:
+        if to == "hf":
+            quantize_checkpoint(resolved, opened, output, None, reporter)
+        else:
+            with _scratch(output) as scratch:
+                made = scratch / "quantized"
+                quantize_checkpoint(resolved, opened, made, None, reporter)
+                to_pt(open_checkpoint(made), output)
+    return _bytes_of(output)
+
+
+def _check_paths(checkpoint: Path, to: Target, output: Path, overwrite: bool) -> None:
     if not checkpoint.exists():
         raise SourceError(f"There is no checkpoint '{checkpoint}'.", "Check the path.")
     if (output.suffix == ".pt") != (to == "pt"):
@@ -36,11 +86,9 @@ def convert_checkpoint(
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"{output} is the input itself.", "Name another --output.")
     check_output(output, overwrite)
-    if checkpoint.is_file() and to == "hf":
-        from_pt(checkpoint, output, shard_bytes)
-    else:
-        with _opened(checkpoint, output) as opened:
-            _convert(opened, to, output, shard_bytes)
+
+
+def _bytes_of(output: Path) -> int:
     if output.is_file():
         return output.stat().st_size
     return sum(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -62,6 +110,13 @@ def _opened(checkpoint: Path, output: Path) -> Iterator[Checkpoint]:
     if checkpoint.is_dir():
         yield open_checkpoint(checkpoint)
         return
+    with _scratch(output) as scratch:
+        yield open_checkpoint(unpacked(checkpoint, scratch / "unpacked"))
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """Make a folder beside the output, for while the body runs."""
     home = next(folder for folder in output.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".hisvd-", dir=home) as scratch:
-        yield open_checkpoint(unpacked(checkpoint, Path(scratch) / "unpacked"))
+        yield Path(scratch)

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from hisvd_cli.build.anatomy import Anatomy, dissect
+from hisvd_cli.build.byte_budgets import bytes_ratio
+from hisvd_cli.build.byte_budgets import scope as byte_scope
 from hisvd_cli.build.calibration import find_calibration, named_source, wanted_statistics
 from hisvd_cli.build.compression import check_request, output_path
 from hisvd_cli.build.memory import factoring_of, fitted, workload
 from hisvd_cli.build.methods import decomposer_needs, plan_needs, probe_passes
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, open_plan
+from hisvd_cli.build.quantization import bytes_saved
 from hisvd_cli.build.samples import request_calibration
 from hisvd_cli.compress import lay_out
 from hisvd_cli.corrections import BY_GRADIENT
@@ -155,10 +158,19 @@ def forecast_compression(
 def _checkpoint_bytes(
     resolved: Resolved, source: Source, anatomy: Anatomy, plan: Plan | None
 ) -> int:
-    if plan is not None:
-        return lay_out(source, plan.ranks, plan.storage).total_bytes
-    knobs = resolved.settings.plan
-    size = anatomy.size(knobs.include, knobs.exclude)
-    dropped = size.sublayers - size.budget(knobs.ratio[0], knobs.ratio_of)
+    if plan is not None and plan.bytes is not None:
+        return plan.bytes.model - plan.bytes.full + plan.bytes.kept
+    if plan is None and (share := bytes_ratio(resolved)) is not None:
+        scope = byte_scope(share, resolved.settings, source, anatomy)
+        return scope.model - scope.full + scope.budget(share)
     total = source.weights.total_bytes
-    return int(total - dropped * total / anatomy.total_parameters)
+    itemsize = total / anatomy.total_parameters
+    inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
+    if plan is not None:
+        size = lay_out(source, plan.ranks, plan.storage).total_bytes
+        return size - bytes_saved(resolved, inside - int((total - size) / itemsize), itemsize)
+    knobs = resolved.settings.plan
+    model = anatomy.size(knobs.include, knobs.exclude)
+    dropped = model.sublayers - model.budget(knobs.ratio[0], knobs.ratio_of)
+    saved = bytes_saved(resolved, inside - dropped, itemsize)
+    return int(total - dropped * itemsize) - saved

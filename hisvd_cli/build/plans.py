@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
-from hisvd_cli.budget import Budget, break_even
+from hisvd_cli.budget import Budget, break_even, cost
 from hisvd_cli.build.anatomy import Anatomy, dissect
+from hisvd_cli.build.byte_budgets import ALLOCATOR as BYTE_ALLOCATOR
+from hisvd_cli.build.byte_budgets import ByteScope, bytes_ratio, choose
+from hisvd_cli.build.byte_budgets import scope as byte_scope
 from hisvd_cli.build.calibration import find_calibration, named_source, require_calibration
 from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import measures, method_that_needs, plan_needs
 from hisvd_cli.build.probes import open_probe
+from hisvd_cli.byte_budget import BITS, FULL_BITS
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import check_plan
 from hisvd_cli.device import pick_device
@@ -24,13 +32,15 @@ from hisvd_cli.errors import (
     UsageError,
 )
 from hisvd_cli.moments import exact_device
-from hisvd_cli.plan import ModelSize, Plan, assemble, load_plan
+from hisvd_cli.plan import ModelSize, Plan, assemble, by_bytes, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.rounding import round_nearest
+from hisvd_cli.rounding_noise import Rounding
 from hisvd_cli.settings import PlanSettings, Settings
 from hisvd_cli.source import Source
-from hisvd_cli.spectra_cache import SpectraSource, Wanted, load_spectra
+from hisvd_cli.spectra_cache import SpectraSource, Wanted, load_roundings, load_spectra
 from hisvd_cli.spectrum import Spectrum
 from hisvd_cli.statistics import Need, missing
 from hisvd_cli.sublayers import Sublayer, select
@@ -137,6 +147,9 @@ def check_knobs(resolved: Resolved, source: Source) -> None:
     for name in knobs.allocator:
         ALLOCATORS.get(name)
     anatomy = dissect(source)
+    if (ratio := bytes_ratio(resolved)) is not None:
+        byte_scope(ratio, resolved.settings, source, anatomy).check()
+        return
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     for ratio in knobs.ratio:
         _budget(ratio, knobs, chosen, anatomy.size(knobs.include, knobs.exclude))
@@ -172,6 +185,7 @@ def make_plans(
         reporter.suggest("This calibration holds gradients; --preset best makes use of them.")
     anatomy = dissect(source)
     knobs = resolved.settings.plan
+    share = bytes_ratio(resolved)
     planner = _Planner(
         knobs=knobs,
         spectra=_spectra(resolved, source, anatomy, calibration, reporter),
@@ -180,9 +194,13 @@ def make_plans(
         source=source,
         calibration=calibration,
         probe=open_probe(resolved, source, anatomy, calibration, reporter)
-        if world().first
+        if world().first and share is None
         else None,
     )
+    if share is not None:
+        scope = byte_scope(share, resolved.settings, source, anatomy)
+        roundings = _roundings(resolved, source, anatomy, calibration, scope.group, reporter)
+        return world().agreed(lambda: [planner.plan_bytes(scope, roundings)])
     # By one process alone: some allocators measure the model on the way.
     return world().agreed(
         lambda: [
@@ -213,17 +231,46 @@ def _spectra(
     calibration: Calibration | None,
     reporter: Reporter,
 ) -> list[Spectrum]:
+    of, wanted = _spectra_source(resolved, source, anatomy, calibration)
+    return load_spectra(of, wanted, reporter)
+
+
+def _roundings(
+    resolved: Resolved,
+    source: Source,
+    anatomy: Anatomy,
+    calibration: Calibration | None,
+    group: int,
+    reporter: Reporter,
+) -> dict[str, dict[int, Rounding]]:
+    of, wanted = _spectra_source(resolved, source, anatomy, calibration)
+    methods = {bits: partial(_as_rounded, bits, group) for bits in BITS if bits < FULL_BITS}
+    known = load_roundings(of, wanted, methods, f"nearest {group}", reporter)
+    if resolved.settings.quantize.method == "nearest":
+        return known
+    return {
+        name: {bits: each.compensated(bits) for bits, each in own.items()}
+        for name, own in known.items()
+    }
+
+
+def _as_rounded(bits: int, group: int, weight: Tensor) -> Tensor:
+    return round_nearest(weight, bits, group).matrix()
+
+
+def _spectra_source(
+    resolved: Resolved, source: Source, anatomy: Anatomy, calibration: Calibration | None
+) -> tuple[SpectraSource, Wanted]:
     knobs = resolved.settings.plan
     device = exact_device(pick_device(resolved.settings.model.device))
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
-    of = SpectraSource(source, chosen, anatomy.names, calibration, device)
     wanted = Wanted(
         knobs.metric,
         changes=any("weight-gradients" in ALLOCATORS.needs(name) for name in knobs.allocator),
         input_shrinkage=knobs.input_shrinkage,
         output_shrinkage=knobs.output_shrinkage,
     )
-    return load_spectra(of, wanted, reporter)
+    return SpectraSource(source, chosen, anatomy.names, calibration, device), wanted
 
 
 @dataclass(frozen=True)
@@ -250,6 +297,35 @@ class _Planner:
         allocator = ALLOCATORS.get(name)
         values = {**self.knobs.model_dump(), "probe": self.probe, "tokens": self.tokens}
         allocation: Allocation = allocator(self.spectra, budget, **accepted(allocator, values))
+        return self._assemble(name, allocation, budget.parameters, size, ratio)
+
+    def plan_bytes(self, scope: ByteScope, roundings: Mapping[str, Mapping[int, Rounding]]) -> Plan:
+        """Return the plan of ranks and bits together, within a budget of bytes."""
+        size = self.anatomy.size(self.knobs.include, self.knobs.exclude)
+        chosen, counted = choose(scope, self.spectra, roundings)
+        ranks = [choice.rank for choice in chosen]
+        pairs = zip(ranks, (s.shape for s in self.spectra), strict=True)
+        kept = sum(int(cost(rank, shape)) for rank, shape in pairs)
+        plan = self._assemble(
+            BYTE_ALLOCATOR,
+            Allocation(ranks, list(ranks)),
+            kept,
+            size,
+            kept / size.sublayers,
+            storage="pair",
+        )
+        return by_bytes(plan, chosen, counted)
+
+    def _assemble(
+        self,
+        name: str,
+        allocation: Allocation,
+        parameters: int,
+        size: ModelSize,
+        ratio: float,
+        **settings: Any,
+    ) -> Plan:
+        recorded = {**self.knobs.model_dump(mode="json"), "allocator": name, "ratio": ratio}
         return assemble(
             ratio=ratio,
             allocator=name,
@@ -257,8 +333,8 @@ class _Planner:
             spectra=self.spectra,
             layers=[s.layer for s in self.sublayers],
             size=size,
-            budget_parameters=budget.parameters,
-            settings={**self.knobs.model_dump(mode="json"), "allocator": name, "ratio": ratio},
+            budget_parameters=parameters,
+            settings={**recorded, **settings},
             provenance={
                 "model": {
                     "name": self.source.name,

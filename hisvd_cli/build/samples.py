@@ -74,10 +74,7 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
 
 def stored_dtype(source: Source) -> str:
     """Return the dtype that most of the weights have on disk."""
-    sizes: dict[str, int] = {}
-    for info in source.weights.infos.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda name: sizes[name])
+    return source.weights.dtype
 
 
 def tokenizer_digest(source: Source) -> str:

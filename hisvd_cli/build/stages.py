@@ -98,7 +98,7 @@ def factored(
         needs=decomposer_needs(knobs),
         device=exact_device(pick_device(resolved.settings.model.device)),
         shard_bytes=int(knobs.max_shard_size * 1e9),
-        settings=resolved.recorded("model", "calibration", "plan", "compress"),
+        settings=resolved.recorded("model", "calibration", "plan", "compress", "quantize"),
         reporter=reporter,
         history=stage.history,
         update=update,

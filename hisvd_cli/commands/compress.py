@@ -11,7 +11,8 @@ from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
 
 @with_settings(
-    [*keys_of("plan", "compress", "model", "calibration"), ("eval", "windows")], together=True
+    [*keys_of("plan", "compress", "quantize", "model", "calibration"), ("eval", "windows")],
+    together=True,
 )
 def compress(
     run: Run,
@@ -43,13 +44,14 @@ def compress(
 
     hisvd compress --model demo --ratio 0.8 --ratio 0.6 --preset hisvd --preset best
     """
-    if plan is None and len(run.resolved.cells()) > 1:
-        _compress_grid(run, output, overwrite, dry_run)
-        return
     from hisvd_cli.build.compression import compress_model
+    from hisvd_cli.build.compression_grid import is_grid
     from hisvd_cli.build.forecast import forecast_compression
     from hisvd_cli.views import compressed_view, forecast_view
 
+    if plan is None and is_grid(run.resolved):
+        _compress_grid(run, output, overwrite, dry_run)
+        return
     if dry_run:
         forecast = forecast_compression(run.resolved, output, plan, overwrite, run.console)
         run.console.show(forecast_view(forecast))

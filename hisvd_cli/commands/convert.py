@@ -9,10 +9,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hisvd_cli.errors import UsageError
-from hisvd_cli.options import Run, option, with_settings
+from hisvd_cli.options import Run, keys_of, option, with_settings
 
 
-@with_settings([("compress", "max_shard_size")])
+@with_settings(
+    [
+        ("compress", "max_shard_size"),
+        *keys_of("quantize"),
+        *(("calibration", key) for key in ("dataset", "samples", "seqlen", "seed", "batch")),
+        ("model", "device"),
+        ("model", "dtype"),
+    ]
+)
 def convert(
     run: Run,
     checkpoint: Annotated[
@@ -51,6 +59,8 @@ def convert(
 
     Examples: hisvd convert demo-0.6 --to dense --output demo-dense
 
+    hisvd convert demo-0.6 --quantize int8 --output demo-0.6-int8
+
     hisvd convert demo-0.6 --push-to-hub me/demo-0.6
     """
     from hisvd_cli.build.publishing import Hub, check_request, publish
@@ -59,14 +69,13 @@ def convert(
     hub = Hub(push_to_hub, private, revision) if push_to_hub else None
     if hub is None and (private or revision):
         raise UsageError("--private and --revision say how to upload.", "Add --push-to-hub REPO.")
+    if to is None and run.resolved.is_flag("quantize", "bits"):
+        to = "hf"
     check_request(checkpoint, to, output, hub)
     document: dict[str, Any] = {"output": str(output or checkpoint)}
     line = str(output)
     if to is not None and output is not None:
-        from hisvd_cli.build.conversion import convert_checkpoint  # loads torch
-
-        shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
-        size = convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes)
+        size = _written(run, checkpoint, to, output, overwrite)
         run.console.show(f"{output}: {size_text(size)}")
         document |= {"to": to, "bytes": size}
     if hub is not None:
@@ -77,3 +86,17 @@ def convert(
     if output is not None:
         following = "inspect" if to == "pt" else "eval"
         run.console.next_command(f"hisvd {following} {shlex.quote(str(output))}")
+
+
+def _written(
+    run: Run, checkpoint: Path, to: Literal["hf", "pt", "dense"], output: Path, overwrite: bool
+) -> int:
+    """Convert, and return the bytes written."""
+    from hisvd_cli.build.conversion import asks_to_quantize, convert_checkpoint, quantize_to
+    from hisvd_cli.build.quantization import check_quantization
+
+    check_quantization(run.resolved)
+    if asks_to_quantize(run.resolved):
+        return quantize_to(run.resolved, checkpoint, to, output, overwrite, run.console)
+    shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
+    return convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes)

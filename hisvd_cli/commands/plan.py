@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from hisvd_cli.plan import Plan
 
 
-@with_settings(keys_of("plan", "model", "calibration"), together=True)
+@with_settings(
+    [
+        *keys_of("plan"),
+        ("quantize", "method"),
+        ("quantize", "group_size"),
+        *keys_of("model", "calibration"),
+    ],
+    together=True,
+)
 def plan(
     run: Run,
     output: Annotated[
@@ -52,6 +60,7 @@ def plan(
     if list_profiles:
         _list_profiles(run)
         return
+    from hisvd_cli.build.byte_budgets import bytes_ratio
     from hisvd_cli.build.forecast import forecast_plan
     from hisvd_cli.build.plans import check_plan_file, check_sublayers, plan_model
     from hisvd_cli.plan_views import comparison_view, plan_forecast_view, plan_view
@@ -63,7 +72,8 @@ def plan(
         return
     chosen = run.settings.plan
     if output is not None:
-        check_plan_file(output, chosen.ratio, chosen.allocator)
+        ratios = chosen.ratio if bytes_ratio(run.resolved) is None else chosen.ratio[:1]
+        check_plan_file(output, ratios, chosen.allocator)
     if spectrum_of:
         check_sublayers(run.resolved, spectrum_of)
     plans = plan_model(run.resolved, run.console)
@@ -113,6 +123,9 @@ def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
         return f"hisvd compress {flags} --plan {shlex.quote(str(output))} {factoring}"
     one_each = [("plan", "ratio"), ("plan", "allocator")]
     several = run.settings.plan.allocator[1:]
-    knobs = run.resolved.flags("plan", "compress", without=one_each if several else one_each[:1])
+    dropped = one_each if several else one_each[:1]
+    knobs = run.resolved.flags("plan", "compress", "quantize", without=dropped)
+    if plan.bytes is not None:
+        return f"hisvd compress {flags} {knobs}"
     allocator = f"--allocator {shlex.quote(plan.allocator)} " if several else ""
     return f"hisvd compress {flags} --ratio {plan.ratio:g} {allocator}{knobs}"

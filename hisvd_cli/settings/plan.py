@@ -29,6 +29,11 @@ class PlanSettings(Section):
     ratio_of: Literal["sublayers", "model"] = setting(
         "sublayers", "What the ratio counts: the factored sublayers, or the whole model."
     )
+    bytes_ratio: Ratio | None = setting(
+        None,
+        "Instead of --ratio, share of the sublayers' bytes to keep: rank and bits (16, 8 or 4) are "
+        "chosen together, by waterfill, and stored as quantized plain pairs or matrices.",
+    )
     preset: Presets = setting(
         [],
         f"Named combination of methods: {any_of(get_args(PresetName))}. Settings given beside it "

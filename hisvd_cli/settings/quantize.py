@@ -1,0 +1,27 @@
+"""Whether and how what is compressed becomes integers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hisvd_cli.settings.fields import Section, setting
+
+
+class QuantizeSettings(Section):
+    """``[quantize]``: whether and how what is compressed becomes integers."""
+
+    bits: Literal["none", "int8", "int4"] = setting(
+        "none",
+        "Store the sublayers, low-rank and dense ones, as integers: none, int8 or int4.",
+        "--quantize",
+    )
+    method: Literal["nearest", "gptq"] = setting(
+        "nearest",
+        "How numbers are rounded: nearest, or gptq (each error is made up for in what is rounded "
+        "after it; runs the model over calibration text).",
+        "--quantize-method",
+    )
+    group_size: int = setting(64, "int4: inputs of a row that share a scale.", ge=1)
+    damping: float = setting(
+        0.01, "gptq: added to the diagonal of an input's moment, as a share of its mean.", gt=0
+    )
