@@ -164,7 +164,7 @@ class Updating:
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield the tensors of each that is missing: the truncation of W K."""
         weights = {name: self._weight_of(name, each) for name, each in group.items()}
-        damping = self._update.damping
+        damping = self._update.damping or 0.0
         if judged is not None:
             damping = least(partial(_loss_of_transfer, list(weights.values()), *judged), DAMPINGS)
         transferred = transfer(moments, damping)
@@ -186,7 +186,7 @@ class Updating:
         for name in missing:
             weight, known = self._weight_of(name, group[name]), group[name].known
             pair = self._factory.decomposed(name, weight, known.get(name, Statistics()))
-            damping = self._update.damping
+            damping = self._update.damping or 0.0
             if judged is not None:
                 damping = least(partial(_loss_of_refit, weight, pair, *judged), DAMPINGS)
             u = refitted(weight, pair, moments, damping)

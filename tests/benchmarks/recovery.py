@@ -42,8 +42,8 @@ class Step:
 STEPS = {
     "best": Step("", ("--preset", "best")),
     "update": Step("", ("--preset", "best", "--update", "propagated")),
-    "distill": Step("best", ("--recover", "distill", "--minutes", "20")),
-    "update, distill": Step("update", ("--recover", "distill", "--minutes", "20")),
+    "distill": Step("best", ("--recover", "distill", "--recover-minutes", "20")),
+    "update, distill": Step("update", ("--recover", "distill", "--recover-minutes", "20")),
     "int8": Step("update, distill", ("--quantize", "int8")),
     "int4 gptq": Step("update, distill", ("--quantize", "int4", "--quantize-method", "gptq")),
 }
