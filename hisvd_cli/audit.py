@@ -185,4 +185,9 @@ def provenance_table(made: dict[str, Any]) -> dict[str, str]:
         table["calibration"] = (
             f"{data.get('samples')} × {data.get('seqlen')} tokens of {data.get('dataset')}"
         )
+    if trained := part(made, "recovery"):
+        table["recovery"] = (
+            f"{trained.get('method')}, {trained.get('tokens')} tokens of "
+            f"{part(trained, 'data').get('dataset')}"
+        )
     return {name: str(value) for name, value in table.items() if value}

@@ -58,7 +58,7 @@ Every setting stands in `hisvd.json`{and_plan}.
 """
 _LOW_RANK = """\
 The linear layers of the decoder blocks of `{model}` replaced by low-rank pairs with
-[hisvd](https://pypi.org/project/hisvd/), without training."""
+[hisvd](https://pypi.org/project/hisvd/), {training}."""
 _LOADING = """\
 With hisvd installed (`pip install hisvd`):
 
@@ -76,7 +76,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```"""
 _MULTIPLIED = """\
 The linear layers of the decoder blocks of `{model}` truncated to low rank with
-[hisvd](https://pypi.org/project/hisvd/), without training, and multiplied out again: a plain model
+[hisvd](https://pypi.org/project/hisvd/), {training}, and multiplied out again: a plain model
 of the original size."""
 _PLAIN_LOADING = """\
 ```python
@@ -140,6 +140,17 @@ def write_card(folder: Path, source: Source, plan: Plan, record: Mapping[str, An
     _write(folder, metadata, plan, record, multiplied=False)
 
 
+def rewrite_card(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the card of a checkpoint that was made from another one, with its provenance record.
+
+    It claims no results: none were measured of it. Without a plan there is no card.
+
+    Raises:
+        SourceError: a file of the checkpoint is damaged.
+    """
+    _write_anew(checkpoint, folder, record, multiplied=False)
+
+
 def write_dense_card(checkpoint: Path, folder: Path) -> None:
     """Write the card of the dense model that a checkpoint was multiplied out to.
 
@@ -148,12 +159,18 @@ def write_dense_card(checkpoint: Path, folder: Path) -> None:
     Raises:
         SourceError: a file of the checkpoint is damaged.
     """
+    _write_anew(checkpoint, folder, None, multiplied=True)
+
+
+def _write_anew(
+    checkpoint: Path, folder: Path, record: Mapping[str, Any] | None, *, multiplied: bool
+) -> None:
     if not (checkpoint / _PLAN).is_file():
         return
     known = _metadata(checkpoint / CARD)
     metadata = {key: known[key] for key in (*_CARRIED, "base_model") if key in known}
-    plan, record = load_plan(checkpoint / _PLAN), _record(checkpoint)
-    _write(folder, metadata, plan, record, multiplied=True)
+    plan = load_plan(checkpoint / _PLAN)
+    _write(folder, metadata, plan, record or _record(checkpoint), multiplied=multiplied)
 
 
 def _write(
@@ -178,7 +195,9 @@ def _write(
     pairs = {"pair": "stored as plain pairs", "pivoted": "stored as pivoted pairs"}[plan.storage]
     body = _BODY.format(
         name=Path(named).name,
-        what=(_MULTIPLIED if multiplied else _LOW_RANK).format(model=model),
+        what=(_MULTIPLIED if multiplied else _LOW_RANK).format(
+            model=model, training=_training(record.get("recovery"))
+        ),
         kept=plan.ratio,
         kept_exact=plan.kept_ratio,
         model_kept=plan.model_ratio,
@@ -241,7 +260,8 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / _PROVENANCE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
+        known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
+        return {**known, "recovery": record.get("recovery")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{path} is missing or damaged.", "Compress again.") from error
 
@@ -322,6 +342,16 @@ def _metadata(path: Path) -> dict[str, Any]:
         return dict(metadata_load(path) or {}) if path.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
+
+
+def _training(recovery: Mapping[str, Any] | None) -> str:
+    if recovery is None:
+        return "without training"
+    data = recovery["data"]
+    return (
+        f"then trained ({recovery['method']}, {recovery['tokens']:,} tokens of "
+        f"{Path(data['dataset']).name})"
+    )
 
 
 def _calibration(manifest: Mapping[str, Any] | None) -> str:

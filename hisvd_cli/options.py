@@ -212,7 +212,7 @@ def _completer(section: str, key: str) -> Callable[[str], list[tuple[str, str]]]
 
 
 def _section_panel(section: str) -> str:
-    return {"eval": "Evaluation"}.get(section, section.capitalize())
+    return {"eval": "Evaluation", "recover": "Recovery"}.get(section, section.capitalize())
 
 
 def _metavar(kind: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import shutil
@@ -18,10 +17,12 @@ from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
+from hisvd_cli.build.outputs import check_output
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
+from hisvd_cli.build.recovery import check_recovery, mend, unmended, wants_recovery
 from hisvd_cli.build.samples import default_dataset, window_length
 from hisvd_cli.calibration import Calibration
-from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint, open_checkpoint
+from hisvd_cli.checkpoint import PLAN_FILE, open_checkpoint
 from hisvd_cli.compress import Compressed, compress
 from hisvd_cli.convert import to_pt
 from hisvd_cli.data import Text
@@ -93,36 +94,6 @@ def output_path(resolved: Resolved, output: Path | None) -> Path:
     return Path(f"{slug(resolved.settings.model.name)}-{resolved.settings.plan.ratio[0]:g}")
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output that is in the way, before any work.
-
-    ``--overwrite`` only ever replaces what hisvd wrote.
-
-    Raises:
-        OutputError: something stands there, or nothing can be written there.
-    """
-    home = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (home.is_dir() and os.access(home, os.W_OK)):
-        raise OutputError(f"Cannot write into {home}.", "Name another --output.")
-    if path.suffix == ".pt":
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
-        return
-    if path.is_file():
-        raise OutputError(f"{path} is a file.", "Name a folder, or a file that ends in .pt.")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(
-            f"The folder {path} is not empty.", "Pass --overwrite, or name another --output."
-        )
-    if not is_checkpoint(path) and not (path / PROVENANCE).is_file():
-        raise OutputError(
-            f"The folder {path} holds something that hisvd did not write.",
-            "Name another --output, or remove the folder yourself.",
-        )
-
-
 def check_request(
     resolved: Resolved,
     source: Source,
@@ -154,6 +125,9 @@ def check_request(
         check_factoring(resolved, source)
     if _evaluates(resolved, source):
         check_whole_model(resolved, source, "--evaluate")
+    if wants_recovery(resolved):
+        check_whole_model(resolved, source, "--recover")
+        check_recovery(resolved, source)
     path = output_path(resolved, output)
     check_output(path, overwrite)
     sidecar = _plan_beside(path)
@@ -202,7 +176,7 @@ def compress_model(
     started = time.monotonic()
     plan = plan or make_plans(resolved, source, calibration, reporter)[0]
     planning = time.monotonic() - started
-    made, plan_path = _write(resolved, source, plan, calibration, path, reporter)
+    made, plan_path, recovering = _write(resolved, source, plan, calibration, path, reporter)
     return Outcome(
         output=path,
         plan=plan,
@@ -214,6 +188,7 @@ def compress_model(
             "plan": planning,
             "decompose": made.decompose_seconds,
             "write": made.write_seconds,
+            **({"recover": recovering} if wants_recovery(resolved) else {}),
         },
         peak_memory_bytes=peak_memory(),
         perplexity=_before_and_after(resolved, source, path, text, reporter),
@@ -227,12 +202,46 @@ def _write(
     calibration: Calibration,
     path: Path,
     reporter: Reporter,
-) -> tuple[Compressed, Path]:
-    """Write the checkpoint; return what it took, and a file that holds its plan."""
-    knobs = resolved.settings.compress
+) -> tuple[Compressed, Path, float]:
+    """Write the checkpoint; return what it took, a file that holds its plan, and the seconds of
+    its recovery."""
     single = path.suffix == ".pt"
     folder = path.with_name(f".{path.name}.folder") if single else path
-    made = compress(
+    recovering = 0.0
+    if wants_recovery(resolved):
+        raw = unmended(folder)
+        recorded = resolved.recorded("model", "calibration", "plan", "compress")
+        made = raw.kept(plan, recorded) or _factor(
+            resolved, source, plan, calibration, raw.folder, reporter
+        )
+        started = time.monotonic()
+        size = mend(resolved, raw, folder, source, reporter)
+        recovering = time.monotonic() - started
+        made = Compressed(folder, size, made.decompose_seconds, made.write_seconds)
+    else:
+        made = _factor(resolved, source, plan, calibration, folder, reporter)
+    if not single or not world().first:
+        return made, path / PLAN_FILE, recovering
+    started = time.monotonic()
+    to_pt(open_checkpoint(folder), path)
+    plan.save(_plan_beside(path))
+    shutil.rmtree(folder)
+    writing = made.write_seconds + time.monotonic() - started
+    size = path.stat().st_size
+    return Compressed(path, size, made.decompose_seconds, writing), _plan_beside(path), recovering
+
+
+def _factor(
+    resolved: Resolved,
+    source: Source,
+    plan: Plan,
+    calibration: Calibration,
+    folder: Path,
+    reporter: Reporter,
+) -> Compressed:
+    """Write the checkpoint folder."""
+    knobs = resolved.settings.compress
+    return compress(
         source,
         plan,
         calibration,
@@ -245,15 +254,6 @@ def _write(
         settings=resolved.recorded("model", "calibration", "plan", "compress"),
         reporter=reporter,
     )
-    if not single or not world().first:
-        return made, path / PLAN_FILE
-    started = time.monotonic()
-    to_pt(open_checkpoint(folder), path)
-    plan.save(_plan_beside(path))
-    shutil.rmtree(folder)
-    writing = made.write_seconds + time.monotonic() - started
-    size = path.stat().st_size
-    return Compressed(path, size, made.decompose_seconds, writing), _plan_beside(path)
 
 
 def _evaluation_text(resolved: Resolved, source: Source) -> Text | None:

@@ -11,7 +11,8 @@ from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
 
 @with_settings(
-    [*keys_of("plan", "compress", "model", "calibration"), ("eval", "windows")], together=True
+    [*keys_of("plan", "compress", "model", "calibration", "recover"), ("eval", "windows")],
+    together=True,
 )
 def compress(
     run: Run,
@@ -29,6 +30,15 @@ def compress(
         Path | None,
         option("--plan", text="Use this plan.json instead of making a plan.", metavar="FILE"),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        option(
+            "--from",
+            text="Take this checkpoint, and only --recover it into another (default "
+            "CHECKPOINT-METHOD); --model names its dense model where it has moved.",
+            metavar="FOLDER",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, option("--overwrite", text="Replace a checkpoint that stands there.")
     ] = False,
@@ -42,7 +52,12 @@ def compress(
     Examples: hisvd compress --model demo --ratio 0.6
 
     hisvd compress --model demo --ratio 0.8 --ratio 0.6 --preset hisvd --preset best
+
+    hisvd compress --from demo-0.6 --recover distill --recover-minutes 20
     """
+    if checkpoint is not None:
+        _recover(run, checkpoint, output, overwrite)
+        return
     if plan is None and len(run.resolved.cells()) > 1:
         _compress_grid(run, output, overwrite, dry_run)
         return
@@ -62,6 +77,17 @@ def compress(
     baseline = shlex.quote(run.settings.model.name)
     measuring = f"eval {made} --baseline {baseline}"
     run.console.next_command(f"hisvd {f'inspect {made}' if outcome.perplexity else measuring}")
+
+
+def _recover(run: Run, checkpoint: Path, output: Path | None, overwrite: bool) -> None:
+    from hisvd_cli.build.recovery import recover_checkpoint
+    from hisvd_cli.views import recovered_view
+
+    made = recover_checkpoint(run.resolved, checkpoint, output, overwrite, run.console)
+    run.console.show(recovered_view(made))
+    run.console.result(made, made["output"])
+    told = [made["output"], str(checkpoint)]
+    run.console.next_command(f"hisvd eval {shlex.join(told)}")
 
 
 def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool) -> None:

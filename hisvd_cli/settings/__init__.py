@@ -14,6 +14,7 @@ from hisvd_cli.settings.evaluation import EvalSettings
 from hisvd_cli.settings.fields import ALLOCATOR_NAMES, DECOMPOSER_NAMES, PresetName, Section
 from hisvd_cli.settings.model import CalibrationSettings, ModelSettings
 from hisvd_cli.settings.plan import PlanSettings
+from hisvd_cli.settings.recover import RecoverSettings
 
 __all__ = [
     "ALLOCATOR_NAMES",
@@ -25,6 +26,7 @@ __all__ = [
     "ModelSettings",
     "PlanSettings",
     "PresetName",
+    "RecoverSettings",
     "Section",
     "Settings",
     "choices_of",
@@ -42,6 +44,7 @@ class Settings(Section):
     calibration: CalibrationSettings = CalibrationSettings()
     plan: PlanSettings = PlanSettings()
     compress: CompressSettings = CompressSettings()
+    recover: RecoverSettings = RecoverSettings()
     eval: EvalSettings = EvalSettings()
 
 
@@ -50,6 +53,7 @@ SECTIONS: dict[str, type[Section]] = {
     "calibration": CalibrationSettings,
     "plan": PlanSettings,
     "compress": CompressSettings,
+    "recover": RecoverSettings,
     "eval": EvalSettings,
 }
 
