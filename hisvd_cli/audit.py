@@ -254,6 +254,11 @@ def provenance_table(made: dict[str, Any]) -> dict[str, str]:
             f"{data.get('samples')} × {data.get('seqlen')} tokens of {data.get('dataset')}"
         )
     table["stages"] = stages_text(made)
+    if trained := part(made, "recovery"):
+        table["recovery"] = (
+            f"{trained.get('method')}, {trained.get('tokens')} tokens of "
+            f"{part(trained, 'data').get('dataset')}"
+        )
     return {name: str(value) for name, value in table.items() if value}
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Purpose = Literal["calibration", "evaluation"]
 _JOIN = "\n\n"
 _FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")
+INSTRUCTION = "instruction"
+"""The field by which a set of instructions is known."""
 _TEXT_COLUMNS = ("text", "sentence", "content", "document")
 
 
@@ -125,6 +127,36 @@ def load_text(name: str, purpose: Purpose) -> Text:
     return text
 
 
+def load_instructions(name: str) -> list[dict[str, Any]] | None:
+    """Return the rows of a set of instructions, or None where a name stands for plain text.
+
+    A set holds instructions where its first row has a field of that name.
+
+    Args:
+        name: as in :func:`load_text`.
+
+    Raises:
+        DataError: a file or set cannot be read.
+    """
+    path = Path(name).expanduser()
+    rows: Iterator[object]
+    if path.is_file():
+        if path.suffix == ".parquet":
+            rows = _parquet_rows(path)
+        elif path.suffix in {".json", ".jsonl"}:
+            rows = _json_rows(path, _read_plain(path))
+        else:
+            return None
+    elif name in NAMED or "/" not in name or path.suffix in _FILE_KINDS or path.is_dir():
+        return None  # a text, or nothing: load_text tells
+    else:
+        rows = _hub_rows(name, _custom(name), "calibration")
+    first = next(rows, None)
+    if not isinstance(first, dict) or INSTRUCTION not in first:
+        return None
+    return [first, *(row if isinstance(row, dict) else {} for row in rows)]
+
+
 def _custom(name: str) -> HubSet:
     repo, _, config = name.partition(":")
     return HubSet(repo, _TRAIN_AND_TEST, config=config or None)
@@ -135,9 +167,7 @@ def _read_file(path: Path) -> str:
     try:
         if path.suffix == ".parquet":
             return _join_rows(_parquet_rows(path), str(path))
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text.", "Convert the file to UTF-8.") from error
+        content = _read_plain(path)
     except OSError as error:
         raise DataError(
             f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
@@ -145,6 +175,17 @@ def _read_file(path: Path) -> str:
     if path.suffix in {".json", ".jsonl"}:
         return _join_rows(_json_rows(path, content), str(path))
     return content
+
+
+def _read_plain(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text.", "Convert the file to UTF-8.") from error
+    except OSError as error:
+        raise DataError(
+            f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[object]:
@@ -182,6 +223,10 @@ def _parse(path: Path, text: str, line: int) -> Any:
 
 
 def _load_hub(name: str, hub: HubSet, purpose: Purpose) -> Text:
+    return Text(name, hub.splits[purpose], _join_rows(_hub_rows(name, hub, purpose), name))
+
+
+def _hub_rows(name: str, hub: HubSet, purpose: Purpose) -> Iterator[object]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -195,7 +240,7 @@ def _load_hub(name: str, hub: HubSet, purpose: Purpose) -> Text:
             data_files={split: hub.files[purpose]} if hub.files else None,
             streaming=hub.limit is not None,
         )
-        content = _join_rows(islice(rows, hub.limit), name)
+        yield from islice(rows, hub.limit)
     except (
         datasets.exceptions.DatasetsError,
         HfHubHTTPError,
@@ -207,7 +252,6 @@ def _load_hub(name: str, hub: HubSet, purpose: Purpose) -> Text:
             f"Cannot fetch '{name}' ({hub.repo}, split {split}) from the hub: {reason(error)}",
             "Check name and network, or give a local .txt, .jsonl or .parquet file instead.",
         ) from error
-    return Text(name, split, content)
 
 
 def _join_rows(rows: Iterable[object], name: str) -> str:

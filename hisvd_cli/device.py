@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,3 +61,12 @@ def free_memory(device: torch.device) -> int | None:
     if known.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", known.read_text())):
         return int(found[1]) * 1024
     return None
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch while the body runs, and put its state back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

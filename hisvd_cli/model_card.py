@@ -60,7 +60,7 @@ Every setting stands in `hisvd.json`{and_plan}.
 """
 _LOW_RANK = """\
 The linear layers of the decoder blocks of `{model}` replaced by low-rank pairs with
-[hisvd](https://pypi.org/project/hisvd/), without training."""
+[hisvd](https://pypi.org/project/hisvd/), {training}."""
 _LOADING = """\
 With hisvd installed (`pip install hisvd`):
 
@@ -78,7 +78,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```"""
 _MULTIPLIED = """\
 The linear layers of the decoder blocks of `{model}` truncated to low rank with
-[hisvd](https://pypi.org/project/hisvd/), without training, and multiplied out again: a plain model
+[hisvd](https://pypi.org/project/hisvd/), {training}, and multiplied out again: a plain model
 of the original size."""
 _PLAIN_LOADING = """\
 ```python
@@ -142,6 +142,17 @@ def write_card(folder: Path, source: Source, plan: Plan, record: Mapping[str, An
     _write(folder, metadata, plan, record, multiplied=False)
 
 
+def rewrite_card(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the card of a checkpoint that was made from another one, with its provenance record.
+
+    It claims no results: none were measured of it. Without a plan there is no card.
+
+    Raises:
+        SourceError: a file of the checkpoint is damaged.
+    """
+    _write_anew(checkpoint, folder, record, multiplied=False)
+
+
 def write_dense_card(checkpoint: Path, folder: Path) -> None:
     """Write the card of the dense model that a checkpoint was multiplied out to.
 
@@ -150,27 +161,18 @@ def write_dense_card(checkpoint: Path, folder: Path) -> None:
     Raises:
         SourceError: a file of the checkpoint is damaged.
     """
+    _write_anew(checkpoint, folder, None, multiplied=True)
+
+
+def _write_anew(
+    checkpoint: Path, folder: Path, record: Mapping[str, Any] | None, *, multiplied: bool
+) -> None:
     if not (checkpoint / _PLAN).is_file():
         return
-    plan, record = load_plan(checkpoint / _PLAN), _record(checkpoint)
-    _write(folder, _carried(checkpoint), plan, record, multiplied=True)
-
-
-def write_quantized_card(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the card of what a checkpoint became as integers, whose provenance is ``record``.
-
-    As :func:`write_dense_card`, it claims no results. Raises SourceError.
-    """
-    if not (checkpoint / _PLAN).is_file():
-        return
-    metadata = _carried(checkpoint)
-    _write(folder, metadata, load_plan(checkpoint / _PLAN), record, multiplied=False)
-
-
-def _carried(checkpoint: Path) -> dict[str, Any]:
-    """Return what of a checkpoint's card says where the model comes from."""
     known = _metadata(checkpoint / CARD)
-    return {key: known[key] for key in (*_CARRIED, "base_model") if key in known}
+    metadata = {key: known[key] for key in (*_CARRIED, "base_model") if key in known}
+    plan = load_plan(checkpoint / _PLAN)
+    _write(folder, metadata, plan, record or _record(checkpoint), multiplied=multiplied)
 
 
 def _write(
@@ -198,7 +200,9 @@ def _write(
     ]
     body = _BODY.format(
         name=Path(named).name,
-        what=(_MULTIPLIED if multiplied else _LOW_RANK).format(model=model),
+        what=(_MULTIPLIED if multiplied else _LOW_RANK).format(
+            model=model, training=_training(record.get("recovery"))
+        ),
         kept=plan.ratio,
         kept_exact=plan.kept_ratio,
         model_kept=plan.model_ratio,
@@ -264,7 +268,7 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
-        return {**known, "stages": record.get("stages")}
+        return {**known, "stages": record.get("stages"), "recovery": record.get("recovery")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{path} is missing or damaged.", "Compress again.") from error
 
@@ -359,6 +363,16 @@ def _integers(made: Mapping[str, Any]) -> str:
     return (
         f"\n| numbers | {kinds}{groups}; rounded by {made['method']} |"
         f"\n| bytes of all weights | {share} |"
+    )
+
+
+def _training(recovery: Mapping[str, Any] | None) -> str:
+    if recovery is None:
+        return "without training"
+    data = recovery["data"]
+    return (
+        f"then trained ({recovery['method']}, {recovery['tokens']:,} tokens of "
+        f"{Path(data['dataset']).name})"
     )
 
 

@@ -212,7 +212,8 @@ def _completer(section: str, key: str) -> Callable[[str], list[tuple[str, str]]]
 
 
 def _section_panel(section: str) -> str:
-    return {"eval": "Evaluation", "quantize": "Quantization"}.get(section, section.capitalize())
+    named = {"eval": "Evaluation", "quantize": "Quantization", "recover": "Recovery"}
+    return named.get(section, section.capitalize())
 
 
 def _metavar(kind: Any) -> str:

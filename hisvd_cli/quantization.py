@@ -37,7 +37,7 @@ from hisvd_cli.checkpoint import (
 from hisvd_cli.collector import Collector
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
-from hisvd_cli.model_card import write_quantized_card
+from hisvd_cli.model_card import rewrite_card
 from hisvd_cli.moments import exact_device
 from hisvd_cli.paths import digest
 from hisvd_cli.plan import load_plan
@@ -161,7 +161,7 @@ def _complete(
         load_plan(checkpoint.folder / PLAN_FILE).save(home / PLAN_FILE)
     copy_companions(checkpoint.folder, home)
     write_loader(home)
-    write_quantized_card(checkpoint.folder, home, record)
+    rewrite_card(checkpoint.folder, home, record)
 
 
 def _provenance(

@@ -8,8 +8,7 @@ Rows are drawn in fixed batches, each with a seed of its own, and kept on disk b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.checkpoint import load_model
+from hisvd_cli.device import seeded
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
@@ -108,7 +108,7 @@ class _Writer:
         self._model.generation_config = free
         generate = cast(Callable[..., Tensor], self._model.generate)
         try:
-            with _seeded(seed, self._device):
+            with seeded(seed, self._device):
                 drawn = generate(
                     start, attention_mask=torch.ones_like(start), generation_config=free
                 )
@@ -124,12 +124,3 @@ def _first_token(source: Source) -> int:
     tokenizer = source.tokenizer
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None), 0)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch while the body runs, and put its state back afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

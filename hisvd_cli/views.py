@@ -146,6 +146,25 @@ def rank_table(
     return Group(*tables)
 
 
+def recovered_view(made: dict[str, Any]) -> RenderableType:
+    """Show what a recovery made, and what its training gained on the held-out text."""
+    recovery = made["recovery"]
+    facts = {
+        "checkpoint": f"{made['output']} ({size_text(made['bytes'])})",
+        "from": made["from"],
+        "trained": f"{recovery['method']}, {recovery['steps']:,} steps, "
+        f"{recovery['tokens']:,} tokens",
+        "held out": ", ".join(
+            f"{name} {value:.4f} → {recovery['best'][name]:.4f}"
+            for name, value in recovery["before"].items()
+        ),
+        "time": duration_text(made["seconds"]["recover"]),
+    }
+    if recovery["stopped"]:
+        facts["stopped"] = recovery["stopped"]
+    return facts_table(facts)
+
+
 def compressed_view(outcome: Outcome) -> RenderableType:
     """Show what a compression made, what it was before, and what that took."""
     seconds = outcome.seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import shutil
@@ -20,12 +19,14 @@ from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
+from hisvd_cli.build.outputs import check_output
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
+from hisvd_cli.build.recovery import check_recovery, mend, unmended, wants_recovery
 from hisvd_cli.build.samples import default_dataset, window_length
-from hisvd_cli.build.stages import Stage, check_stages, factored, last_stage
+from hisvd_cli.build.stages import RECORDED, Stage, check_stages, factored, last_stage
 from hisvd_cli.build.updates import prepare_update
-from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint, open_checkpoint
+from hisvd_cli.checkpoint import PLAN_FILE, open_checkpoint
 from hisvd_cli.compress import Compressed
 from hisvd_cli.convert import to_pt
 from hisvd_cli.data import Text
@@ -100,36 +101,6 @@ def output_path(resolved: Resolved, output: Path | None) -> Path:
     return Path(f"{slug(resolved.settings.model.name)}-{ratio}")
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output that is in the way, before any work.
-
-    ``--overwrite`` only ever replaces what hisvd wrote.
-
-    Raises:
-        OutputError: something stands there, or nothing can be written there.
-    """
-    home = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (home.is_dir() and os.access(home, os.W_OK)):
-        raise OutputError(f"Cannot write into {home}.", "Name another --output.")
-    if path.suffix == ".pt":
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
-        return
-    if path.is_file():
-        raise OutputError(f"{path} is a file.", "Name a folder, or a file that ends in .pt.")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(
-            f"The folder {path} is not empty.", "Pass --overwrite, or name another --output."
-        )
-    if not is_checkpoint(path) and not (path / PROVENANCE).is_file():
-        raise OutputError(
-            f"The folder {path} holds something that hisvd did not write.",
-            "Name another --output, or remove the folder yourself.",
-        )
-
-
 def check_request(
     resolved: Resolved,
     source: Source,
@@ -168,6 +139,9 @@ def check_request(
         check_factoring(resolved, source)
     if _evaluates(resolved, source):
         check_whole_model(resolved, source, "--evaluate")
+    if wants_recovery(resolved):
+        check_whole_model(resolved, source, "--recover")
+        check_recovery(resolved, source)
     path = output_path(resolved, output)
     check_output(path, overwrite)
     sidecar = _plan_beside(path)
@@ -220,12 +194,13 @@ def compress_model(
     planning = time.monotonic() - started
     first = Stage(source, calibration, plan)
     with last_stage(resolved, first, fixed, path, reporter) as (last, before):
-        made, plan_path = _write(resolved, last, path, update, reporter)
+        made, plan_path, recovering = _write(resolved, last, path, update, reporter)
     seconds = {
         "calibrate": calibrating + before["calibrate"],
         "plan": planning + before["plan"],
         "decompose": made.decompose_seconds + before["decompose"],
         "write": made.write_seconds + before["write"],
+        **({"recover": recovering} if wants_recovery(resolved) else {}),
     }
     if world().first:
         keep_times(made.record, seconds)
@@ -243,21 +218,22 @@ def compress_model(
 
 def _write(
     resolved: Resolved, last: Stage, path: Path, update: Update | None, reporter: Reporter
-) -> tuple[Compressed, Path]:
-    """Write the checkpoint; return what it took, and a file that holds its plan."""
+) -> tuple[Compressed, Path, float]:
+    """Write the checkpoint; return what it took, a file that holds its plan, and the seconds of
+    its recovery."""
     single = path.suffix == ".pt"
     folder = path.with_name(f".{path.name}.folder") if single else path
     resolved = rounded_by(resolved, last.plan)
     rounds = quantizes(resolved) or bool(last.plan.bits)
     whole = folder.with_name(f".{path.name}.whole") if rounds else folder
-    made = factored(resolved, last, whole, reporter, update)
+    made, recovering = _mended(resolved, last, whole, update, reporter)
     if rounds and world().first:
         bits = last.plan.bits or None
         made = quantize_compressed(
             resolved, last.source, last.calibration, made, folder, reporter, bits
         )
     if not single or not world().first:
-        return made, path / PLAN_FILE
+        return made, path / PLAN_FILE, recovering
     started = time.monotonic()
     to_pt(open_checkpoint(folder), path)
     last.plan.save(_plan_beside(path))
@@ -265,7 +241,23 @@ def _write(
     writing = made.write_seconds + time.monotonic() - started
     size = path.stat().st_size
     single_file = replace(made, output=path, bytes=size, write_seconds=writing)
-    return single_file, _plan_beside(path)
+    return single_file, _plan_beside(path), recovering
+
+
+def _mended(
+    resolved: Resolved, last: Stage, folder: Path, update: Update | None, reporter: Reporter
+) -> tuple[Compressed, float]:
+    """Factor the model, and train the factors where that is asked for; return what that made, and
+    the seconds of the training."""
+    if not wants_recovery(resolved):
+        return factored(resolved, last, folder, reporter, update), 0.0
+    raw, recorded = unmended(folder), resolved.recorded(*RECORDED)
+    made = raw.kept(last.plan, recorded)
+    made = made or factored(resolved, last, raw.folder, reporter, update)
+    started = time.monotonic()
+    size = mend(resolved, raw, folder, last.source.original, reporter)
+    record = open_checkpoint(folder).provenance
+    return replace(made, output=folder, bytes=size, record=record), time.monotonic() - started
 
 
 def _evaluation_text(resolved: Resolved, source: Source) -> Text | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from hisvd_cli.build.compression import check_output
+from hisvd_cli.build.outputs import check_output
 from hisvd_cli.build.quantization import check_quantization, quantize_checkpoint
 from hisvd_cli.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.convert import from_pt, repack, to_dense, to_pt, unpacked

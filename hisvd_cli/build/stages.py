@@ -46,6 +46,8 @@ from hisvd_cli.stages import Running, Truncated, truncated_folder, write_by_grad
 from hisvd_cli.updating import Update
 
 Seconds = dict[str, float]
+RECORDED = ("model", "calibration", "plan", "compress", "quantize")
+"""Sections of the settings that decide what a checkpoint is, but for its training."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def factored(
         needs=decomposer_needs(knobs),
         device=exact_device(pick_device(resolved.settings.model.device)),
         shard_bytes=int(knobs.max_shard_size * 1e9),
-        settings=resolved.recorded("model", "calibration", "plan", "compress", "quantize"),
+        settings=resolved.recorded(*RECORDED),
         reporter=reporter,
         history=stage.history,
         update=update,

@@ -11,7 +11,10 @@ from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
 
 @with_settings(
-    [*keys_of("plan", "compress", "quantize", "model", "calibration"), ("eval", "windows")],
+    [
+        *keys_of("plan", "compress", "recover", "quantize", "model", "calibration"),
+        ("eval", "windows"),
+    ],
     together=True,
 )
 def compress(
@@ -30,6 +33,15 @@ def compress(
         Path | None,
         option("--plan", text="Use this plan.json instead of making a plan.", metavar="FILE"),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        option(
+            "--from",
+            text="Take this checkpoint, and only --recover it into another (default "
+            "CHECKPOINT-METHOD); --model names its dense model where it has moved.",
+            metavar="FOLDER",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, option("--overwrite", text="Replace a checkpoint that stands there.")
     ] = False,
@@ -43,7 +55,12 @@ def compress(
     Examples: hisvd compress --model demo --ratio 0.6
 
     hisvd compress --model demo --ratio 0.8 --ratio 0.6 --preset hisvd --preset best
+
+    hisvd compress --from demo-0.6 --recover distill --recover-minutes 20
     """
+    if checkpoint is not None:
+        _recover(run, checkpoint, output, overwrite)
+        return
     from hisvd_cli.build.compression import compress_model
     from hisvd_cli.build.compression_grid import is_grid
     from hisvd_cli.build.forecast import forecast_compression
@@ -64,6 +81,17 @@ def compress(
     baseline = shlex.quote(run.settings.model.name)
     measuring = f"eval {made} --baseline {baseline}"
     run.console.next_command(f"hisvd {f'inspect {made}' if outcome.perplexity else measuring}")
+
+
+def _recover(run: Run, checkpoint: Path, output: Path | None, overwrite: bool) -> None:
+    from hisvd_cli.build.recovery import recover_checkpoint
+    from hisvd_cli.views import recovered_view
+
+    made = recover_checkpoint(run.resolved, checkpoint, output, overwrite, run.console)
+    run.console.show(recovered_view(made))
+    run.console.result(made, made["output"])
+    told = [made["output"], str(checkpoint)]
+    run.console.next_command(f"hisvd eval {shlex.join(told)}")
 
 
 def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool) -> None:

@@ -15,6 +15,7 @@ from hisvd_cli.settings.fields import ALLOCATOR_NAMES, DECOMPOSER_NAMES, PresetN
 from hisvd_cli.settings.model import CalibrationSettings, ModelSettings
 from hisvd_cli.settings.plan import PlanSettings
 from hisvd_cli.settings.quantize import QuantizeSettings
+from hisvd_cli.settings.recover import RecoverSettings
 
 __all__ = [
     "ALLOCATOR_NAMES",
@@ -27,6 +28,7 @@ __all__ = [
     "PlanSettings",
     "PresetName",
     "QuantizeSettings",
+    "RecoverSettings",
     "Section",
     "Settings",
     "choices_of",
@@ -44,6 +46,7 @@ class Settings(Section):
     calibration: CalibrationSettings = CalibrationSettings()
     plan: PlanSettings = PlanSettings()
     compress: CompressSettings = CompressSettings()
+    recover: RecoverSettings = RecoverSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     eval: EvalSettings = EvalSettings()
 
@@ -53,6 +56,7 @@ SECTIONS: dict[str, type[Section]] = {
     "calibration": CalibrationSettings,
     "plan": PlanSettings,
     "compress": CompressSettings,
+    "recover": RecoverSettings,
     "quantize": QuantizeSettings,
     "eval": EvalSettings,
 }

@@ -1,0 +1,39 @@
+"""What may stand where a checkpoint is to be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint
+from hisvd_cli.errors import OutputError
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse an output that is in the way, before any work.
+
+    ``--overwrite`` only ever replaces what hisvd wrote.
+
+    Raises:
+        OutputError: something stands there, or nothing can be written there.
+    """
+    home = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK)):
+        raise OutputError(f"Cannot write into {home}.", "Name another --output.")
+    if path.suffix == ".pt":
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+        return
+    if path.is_file():
+        raise OutputError(f"{path} is a file.", "Name a folder, or a file that ends in .pt.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(
+            f"The folder {path} is not empty.", "Pass --overwrite, or name another --output."
+        )
+    if not is_checkpoint(path) and not (path / PROVENANCE).is_file():
+        raise OutputError(
+            f"The folder {path} holds something that hisvd did not write.",
+            "Name another --output, or remove the folder yourself.",
+        )

@@ -1,0 +1,346 @@
+"""Settings ─► a checkpoint whose factors a short training has mended."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hisvd_cli.adaptation import Adapter, adapt, check_peft
+from hisvd_cli.audit import part
+from hisvd_cli.build.outputs import check_output
+from hisvd_cli.build.samples import SELF, default_dataset
+from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
+from hisvd_cli.compress import Compressed
+from hisvd_cli.data import check_seqlen
+from hisvd_cli.device import pick_device, pick_dtype
+from hisvd_cli.distributed import world
+from hisvd_cli.errors import SourceError, UsageError
+from hisvd_cli.lessons import Lessons, load_lessons, windows_of
+from hisvd_cli.paths import digest
+from hisvd_cli.plan import Plan, load_plan
+from hisvd_cli.profile import Resolved
+from hisvd_cli.recover import (
+    Classroom,
+    Factors,
+    Recovered,
+    check_teacher,
+    check_trainable,
+    distill,
+    recover,
+)
+from hisvd_cli.reporter import Reporter
+from hisvd_cli.selftext import sample_self
+from hisvd_cli.settings import SECTIONS, RecoverSettings, flag_of
+from hisvd_cli.source import Source, open_source
+from hisvd_cli.training import Course, Progress
+
+_MINUTES = 20.0
+_RATES = {"distill": 3e-4, "lora": 1e-4}
+_BATCHES = {"distill": 8, "lora": 64}
+_SELF_WINDOWS = 256
+_TOGETHER = 2048  # tokens that go through the model at once
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A recovery that has been checked: all that can fail before its work has not.
+
+    Attributes:
+        student: the checkpoint.
+        teacher: the dense model; None where none is needed.
+        room: where models run.
+    """
+
+    resolved: Resolved
+    student: Source
+    teacher: Source | None
+    room: Classroom
+    lessons: Lessons
+
+    @property
+    def knobs(self) -> RecoverSettings:
+        """The settings."""
+        return self.resolved.settings.recover
+
+
+def wants_recovery(resolved: Resolved) -> bool:
+    """Tell whether a short training was asked for."""
+    return resolved.settings.recover.method != "none"
+
+
+def check_recovery(resolved: Resolved, dense: Source) -> None:
+    """Find out before a compression whether the recovery behind it can begin.
+
+    Raises:
+        UsageError: several processes, or a library is missing.
+        DataError: the text is missing, too short, or lacks a field.
+    """
+    _check_knobs(resolved)
+    dataset = resolved.settings.recover.dataset
+    if dataset == "auto":
+        dataset = resolved.settings.calibration.dataset
+    dataset = default_dataset(dense) if dataset == "auto" else dataset
+    check_seqlen(resolved.settings.recover.seqlen, dense)
+    if dataset != SELF:
+        _limited(load_lessons(dataset, dense, resolved.settings.recover.seqlen), resolved)
+
+
+def _check_knobs(resolved: Resolved) -> None:
+    if world().size > 1:
+        raise UsageError(
+            "--recover runs in one process.",
+            "Compress with several, and recover then: compress --from CHECKPOINT --recover.",
+        )
+    if resolved.settings.recover.method == "lora":
+        check_peft()
+
+
+def prepare_recovery(
+    resolved: Resolved, folder: Path, reporter: Reporter, dense: Source | None = None
+) -> Recovery:
+    """Open everything that a recovery of a checkpoint needs.
+
+    Args:
+        resolved: the settings.
+        folder: the checkpoint.
+        reporter: told of text that is sampled.
+        dense: the model that it was made from, where that is open.
+
+    Raises:
+        UsageError: no method, several processes, or a library is missing.
+        SourceError: no checkpoint, one that cannot be trained, or a teacher that is missing or
+            reads other tokens.
+        DataError: the text is missing, too short, or lacks a field.
+    """
+    knobs = resolved.settings.recover
+    if knobs.method == "none":
+        raise UsageError("Nothing is to be done to the checkpoint.", "Give --recover distill.")
+    _check_knobs(resolved)
+    checkpoint = open_checkpoint(folder)
+    check_trainable(checkpoint)
+    student = Source(str(folder), folder)
+    teacher = dense or _teacher(resolved, checkpoint)
+    if teacher is not None:
+        check_teacher(student, teacher)
+    check_seqlen(knobs.seqlen, student)
+    device = pick_device(resolved.settings.model.device)
+    stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
+    dtype = pick_dtype(resolved.settings.model.dtype, stored, device)
+    room = Classroom(device, dtype, knobs.checkpointing)
+    lessons = _lessons(resolved, checkpoint, student, teacher, room, reporter)
+    return Recovery(resolved, student, teacher, room, lessons)
+
+
+def _teacher(resolved: Resolved, checkpoint: Checkpoint) -> Source | None:
+    """Open the dense model: as --model names it, else as the provenance does."""
+    knobs, model = resolved.settings.recover, resolved.settings.model
+    if knobs.method == "lora" and _dataset(resolved, checkpoint) != SELF:
+        return None
+    made = part(checkpoint.provenance, "model")
+    name, revision = model.name or made.get("name"), model.revision or made.get("revision")
+    if not name:
+        raise SourceError(
+            f"{checkpoint.folder} does not say which model it was made from.",
+            "Name the dense model with --model.",
+        )
+    if model.name and not model.revision and model.name != made.get("name"):
+        revision = None
+    return open_source(str(name), revision, model.trust_remote_code)
+
+
+def _dataset(resolved: Resolved, checkpoint: Checkpoint) -> str:
+    """Return which text: as named, else that of the calibration, else the model's own default."""
+    for named in (resolved.settings.recover.dataset, resolved.settings.calibration.dataset):
+        if named != "auto":
+            return named
+    data = part(part(checkpoint.provenance, "calibration"), "data")
+    made = str(part(checkpoint.provenance, "model").get("name"))
+    return str(data.get("dataset") or default_dataset(Source(made, checkpoint.folder)))
+
+
+def _lessons(
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    student: Source,
+    teacher: Source | None,
+    room: Classroom,
+    reporter: Reporter,
+) -> Lessons:
+    knobs = resolved.settings.recover
+    dataset = _dataset(resolved, checkpoint)
+    if dataset == SELF and teacher is not None:
+        drawn = sample_self(
+            teacher,
+            knobs.samples or _SELF_WINDOWS,
+            knobs.seqlen,
+            knobs.seed,
+            device=room.device,
+            dtype=room.dtype,
+            reporter=reporter,
+        )
+        return windows_of(drawn.flatten(), knobs.seqlen, SELF, digest(drawn.numpy().tobytes()))
+    return _limited(load_lessons(dataset, student, knobs.seqlen), resolved)
+
+
+def _limited(lessons: Lessons, resolved: Resolved) -> Lessons:
+    """Return the lessons that were asked for. Raises DataError: too few."""
+    wanted = resolved.settings.recover.samples or len(lessons.ids)
+    lessons = lessons.rows(0, wanted)
+    lessons.held_out()
+    return lessons
+
+
+def run_recovery(recovery: Recovery, output: Path, reporter: Reporter) -> Recovered:
+    """Train, and write the checkpoint ``output``. Raises HisvdError: see :func:`recover`."""
+    resolved = recovery.resolved
+    return recover(
+        open_checkpoint(recovery.student.folder),
+        lambda home: _train(recovery, home, reporter),
+        output,
+        record=_record(recovery),
+        shard_bytes=int(resolved.settings.compress.max_shard_size * 1e9),
+    )
+
+
+def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors, Progress]:
+    knobs, course = recovery.knobs, _course(recovery)
+    if recovery.knobs.method == "lora":
+        adapter = Adapter(knobs.rank, knobs.alpha, knobs.dropout)
+        return adapt(
+            recovery.student, recovery.lessons, course, recovery.room, adapter, home, reporter
+        )
+    if recovery.teacher is None:
+        raise UsageError("There is no dense model to learn from.", "Name it with --model.")
+    return distill(
+        recovery.student,
+        recovery.teacher,
+        recovery.lessons,
+        course,
+        recovery.room,
+        knobs.temperature,
+        home,
+        reporter,
+    )
+
+
+def _course(recovery: Recovery) -> Course:
+    """Return how long and how a training is; of lora, each of its two."""
+    knobs, lessons = recovery.knobs, recovery.lessons
+    minutes, tokens = knobs.minutes, knobs.tokens
+    if minutes is None and tokens is None:
+        if knobs.method == "distill":
+            minutes = _MINUTES
+        else:
+            trained = lessons.rows(0, len(lessons.ids) - lessons.held_out())
+            tokens = 2 * int(knobs.epochs * trained.tokens)
+    parts = 2 if knobs.method == "lora" else 1
+    return Course(
+        seconds=None if minutes is None else 60 * minutes / parts,
+        tokens=None if tokens is None else max(tokens // parts, 1),
+        learning_rate=knobs.learning_rate or _RATES[knobs.method],
+        batch=knobs.batch or _BATCHES[knobs.method],
+        together=max(_TOGETHER // knobs.seqlen, 1),
+        seed=knobs.seed,
+    )
+
+
+def _record(recovery: Recovery) -> Mapping[str, Any]:
+    """Return what decides the result, for the provenance."""
+    lessons, teacher = recovery.lessons, recovery.teacher
+    course = asdict(_course(recovery))
+    for unrecorded in ("state_seconds", "together"):
+        del course[unrecorded]
+    return {
+        "method": recovery.knobs.method,
+        "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint} if teacher else None,
+        "checkpoint": recovery.student.fingerprint,
+        "data": {
+            "dataset": lessons.dataset,
+            "kind": lessons.kind,
+            "sha256": lessons.key,
+            "windows": len(lessons.ids),
+            "held_out_windows": lessons.held_out(),
+            "seqlen": lessons.ids.shape[1],
+            "tokens": lessons.tokens,
+        },
+        "course": course,
+        "dtype": str(recovery.room.dtype).removeprefix("torch."),
+        "settings": recovery.resolved.recorded("model", "recover"),
+    }
+
+
+@dataclass(frozen=True)
+class Unmended:
+    """The checkpoint that a compression leaves to its recovery: a hidden folder, until the end."""
+
+    folder: Path
+
+    def kept(self, plan: Plan, recorded: Mapping[str, Any]) -> Compressed | None:
+        """Return what an interrupted run left, where it was made by the same plan and settings."""
+        if not is_checkpoint(self.folder):
+            return None
+        record = open_checkpoint(self.folder).provenance
+        if record.get("settings") != recorded or load_plan(self.folder / PLAN_FILE) != plan:
+            return None
+        size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return Compressed(self.folder, size, 0.0, 0.0, record)
+
+
+def unmended(folder: Path) -> Unmended:
+    """Return where the checkpoint ``folder`` is compressed to before its recovery."""
+    return Unmended(folder.with_name(f".{folder.name}.unmended"))
+
+
+def mend(resolved: Resolved, raw: Unmended, folder: Path, dense: Source, reporter: Reporter) -> int:
+    """Train what was compressed, write it to ``folder``, and return its bytes.
+
+    Raises:
+        HisvdError: see :func:`prepare_recovery`.
+    """
+    made = run_recovery(prepare_recovery(resolved, raw.folder, reporter, dense), folder, reporter)
+    shutil.rmtree(raw.folder)
+    return made.bytes
+
+
+def recover_checkpoint(
+    resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Mend an existing checkpoint; return what was done as JSON data.
+
+    Raises:
+        HisvdError: see :func:`prepare_recovery`; nothing is written then.
+    """
+    for key in SECTIONS["plan"].model_fields:
+        if resolved.is_flag("plan", key):
+            flag = flag_of("plan", key)
+            raise UsageError(
+                f"{flag} cannot change the checkpoint that --from names.",
+                f"Leave out {flag}, or compress the model anew.",
+            )
+    path = output or folder.with_name(f"{folder.name}-{resolved.settings.recover.method}")
+    if path.resolve() == folder.resolve():
+        raise UsageError(
+            f"--output {path} is the checkpoint itself.", "Name another folder with --output."
+        )
+    check_output(path, overwrite)
+    started = time.monotonic()
+    recovery = prepare_recovery(resolved, folder, reporter)
+    made = run_recovery(recovery, path, reporter)
+    return {
+        "output": str(path),
+        "from": str(folder),
+        "bytes": made.bytes,
+        "seconds": {"recover": time.monotonic() - started},
+        **recovery_document(path),
+    }
+
+
+def recovery_document(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's provenance says of its recovery, as JSON data."""
+    made = part(open_checkpoint(folder).provenance, "recovery")
+    names = ("method", "steps", "tokens", "before", "best", "stopped")
+    return {"recovery": {name: made.get(name) for name in names}}
