@@ -186,7 +186,7 @@ def _write(
         sublayers=len(plan.sublayers),
         storage="multiplied out" if multiplied else pairs,
         allocator=plan.allocator,
-        decomposer=record["decomposer"],
+        decomposer=record["decomposer"] + _updated(record.get("update")),
         calibration=_calibration(record["calibration"]),
         results=f"{_BEGIN}\n{_UNMEASURED}\n{_END}",
         loading=_PLAIN_LOADING if multiplied else _LOADING,
@@ -241,7 +241,8 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / _PROVENANCE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
+        known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
+        return {**known, "update": record.get("update")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{path} is missing or damaged.", "Compress again.") from error
 
@@ -322,6 +323,13 @@ def _metadata(path: Path) -> dict[str, Any]:
         return dict(metadata_load(path) or {}) if path.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
+
+
+def _updated(update: Mapping[str, Any] | None) -> str:
+    """Say how sublayers were fitted to the inputs of the compressed model, if they were."""
+    if update is None:
+        return ""
+    return f", updated ({update['method']}) on {update['samples']} × {update['seqlen']} tokens"
 
 
 def _calibration(manifest: Mapping[str, Any] | None) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
-from hisvd_cli.build.memory import check_factoring, check_whole_model
+from hisvd_cli.build.memory import check_factoring, check_update, check_whole_model
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.samples import default_dataset, window_length
@@ -154,6 +154,7 @@ def check_request(
                 "Leave out --plan, or set one preset.",
             )
         check_factoring(resolved, source)
+    check_update(resolved, source)
     if _evaluates(resolved, source):
         check_whole_model(resolved, source, "--evaluate")
     path = output_path(resolved, output)

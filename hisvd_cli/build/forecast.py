@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from hisvd_cli.build.anatomy import Anatomy, dissect
 from hisvd_cli.build.calibration import find_calibration, named_source, wanted_statistics
 from hisvd_cli.build.compression import check_request, output_path
-from hisvd_cli.build.memory import factoring_of, fitted, workload
+from hisvd_cli.build.memory import factoring_of, fitted, fitted_update, workload
 from hisvd_cli.build.methods import decomposer_needs, plan_needs, probe_passes
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, open_plan
 from hisvd_cli.build.samples import request_calibration
+from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import lay_out
 from hisvd_cli.estimate import (
     Estimate,
@@ -22,6 +24,7 @@ from hisvd_cli.estimate import (
     estimate_decomposition,
     estimate_gradients,
     estimate_measuring,
+    estimate_update,
     product_rate,
 )
 from hisvd_cli.plan import Plan
@@ -30,7 +33,7 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.statistics import Need
 from hisvd_cli.sublayers import select
-from hisvd_cli.workload import Workload
+from hisvd_cli.workload import Peak, Workload, update_peak
 
 
 def forecast_calibration(resolved: Resolved, source: Source) -> dict[str, Any]:
@@ -112,23 +115,43 @@ def forecast_compression(
     calibrating, work = _calibration(resolved, source, anatomy, needs)
     factoring = factoring_of(resolved, source, anatomy)
     measuring = 0.0 if plan else forecast_plan(resolved)["seconds"]
+    updating, updated = _update(resolved, source, anatomy, found)
     stages = {
         "calibrate": 0.0 if found else calibrating.seconds,
         "plan": measuring,
-        "decompose": estimate_decomposition(anatomy.sublayers),
+        "decompose": estimate_decomposition(anatomy.sublayers) + updating,
     }
+    peak = factoring.joined(updated)
     return {
         "output": str(output_path(resolved, output)),
         "ratio": plan.ratio if plan else resolved.settings.plan.ratio[0],
         "bytes": _checkpoint_bytes(resolved, source, anatomy, plan),
         "dense_bytes": source.weights.total_bytes,
         "calibration_bytes": 0 if found else calibrating.bytes,
-        "peak_memory_bytes": (factoring if found else factoring.joined(calibrating.peak)).total,
+        "peak_memory_bytes": (peak if found else peak.joined(calibrating.peak)).total,
         "hidden_states": None if found else work.place,
         "batch": None if found else work.batch,
         "stages": stages,
         "seconds": sum(stages.values()),
     }
+
+
+def _update(
+    resolved: Resolved, source: Source, anatomy: Anatomy, found: Calibration | None
+) -> tuple[float, Peak]:
+    """Estimate the walk of two models that an update makes: seconds and peak, 0 without one.
+
+    Raises:
+        MemoryLimitError: it does not fit into the bound.
+    """
+    if resolved.settings.compress.update == "none":
+        return 0.0, Peak(0)
+    work = workload(resolved, source, anatomy)
+    if found:  # it is made on the text of the calibration
+        data = found.manifest["data"]
+        work = replace(work, samples=data["samples"], seqlen=data["seqlen"])
+    work = fitted_update(resolved, work)
+    return estimate_update(work), update_peak(work)
 
 
 def _checkpoint_bytes(
