@@ -141,7 +141,7 @@ def fitted_update(resolved: Resolved, work: Workload) -> Workload:
         MemoryLimitError: nothing fits.
     """
     bounds = memory_bounds(resolved)
-    return work if bounds is None else fit(work, bounds, update_peak)
+    return work if bounds is None else fit(work, bounds, update_peak, "An update")
 
 
 def check_update(resolved: Resolved, source: Source) -> None:
