@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.compression import compress_model
+from hisvd_cli.build.forecast import forecast_compression
+from hisvd_cli.build.memory import check_update
 from hisvd_cli.build.samples import calibration_sample
+from hisvd_cli.build.updates import prepare_update
 from hisvd_cli.checkpoint import load_model, open_checkpoint
-from hisvd_cli.errors import OutputError, StaleArtifactError, UsageError
+from hisvd_cli.errors import MemoryLimitError, OutputError, StaleArtifactError, UsageError
 from hisvd_cli.lowrank import dense_product
 from hisvd_cli.plan import load_plan
 from hisvd_cli.profile import Resolved, resolve
 from hisvd_cli.reporter import Silent
 from hisvd_cli.tensorfile import write_tensors
 from hisvd_cli.updates import CrossMoment, CrossSum, output_error, refitted, transfer
+from hisvd_cli.updating import Update
 from tests.models import load_dense, random_text
 from tests.workbench import tree
 
@@ -48,7 +52,12 @@ def settings(model: Path, folder: Path, **flags: Any) -> Resolved:
     return resolve(given, environ={}, start=folder)
 
 
-SECTION = {"storage": "plan", "samples": "calibration", "path": "calibration"}
+SECTION = {
+    "storage": "plan",
+    "samples": "calibration",
+    "path": "calibration",
+    "max_memory": "model",
+}
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -266,6 +275,33 @@ def test_one_file_is_updated_too(tiny_model: MakeModel, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], weights.read(name)) for name in weights)
 
 
+def test_states_in_a_file_change_no_byte(
+    tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = settings(tiny_model("opt"), tmp_path, update="closed-form")
+    compressed(resolved, tmp_path / "memory")
+
+    def in_a_file(*given: Any) -> Update | None:
+        update = prepare_update(*given)
+        return update and replace(update, place="file")
+
+    monkeypatch.setattr("hisvd_cli.build.compression.prepare_update", in_a_file)
+    compressed(resolved, tmp_path / "file")
+    assert tree(tmp_path / "file") == tree(tmp_path / "memory")
+
+
+def test_a_forecast_counts_the_second_model(tiny_model: MakeModel, tmp_path: Path) -> None:
+    peaks = {}
+    for update in ("none", "propagated"):
+        resolved = settings(tiny_model("llama"), tmp_path, update=update)
+        found = forecast_compression(resolved, tmp_path / "made", None, False, Silent())
+        peaks[update] = found["peak_memory_bytes"]
+    assert peaks["propagated"] > peaks["none"]
+    tight = settings(tiny_model("llama"), tmp_path, update="propagated", max_memory="400MB")
+    with pytest.raises(MemoryLimitError, match="An update"):
+        check_update(tight, named_source(tight))
+
+
 def test_one_window_cannot_choose_a_damping(tiny_model: MakeModel, tmp_path: Path) -> None:
     resolved = settings(tiny_model("llama"), tmp_path, update="propagated", samples=1)
     with pytest.raises(UsageError, match="one window"):
@@ -276,7 +312,7 @@ def test_one_window_cannot_choose_a_damping(tiny_model: MakeModel, tmp_path: Pat
 def test_a_plan_for_another_model_is_refused(tiny_model: MakeModel, tmp_path: Path) -> None:
     other = settings(tiny_model("qwen2"), tmp_path)
     plan = compressed(other, tmp_path / "other") / "plan.json"
-    given = settings(tiny_model("llama"), tmp_path, update="propagated", path=tmp_path / "own")
+    given = settings(tiny_model("llama"), tmp_path, update="propagated", path=str(tmp_path / "own"))
     bare = replace(given, origins={k: v for k, v in given.origins.items() if k[0] != "plan"})
     with pytest.raises(StaleArtifactError, match="made for"):
         compress_model(bare, tmp_path / "made", plan, False, Silent())
