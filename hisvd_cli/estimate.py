@@ -82,6 +82,16 @@ def estimate_gradients(work: Workload, weights: bool) -> Estimate:
     return Estimate(4 * (3 * count + whole), gradients_peak(work, weights), seconds)
 
 
+def estimate_update(work: Workload) -> float:
+    """Return the seconds of the walk of two models that an update makes; factoring is not in it.
+
+    A block is run up to each of about four inputs that sublayers share, half of it on average, and
+    once to its end; C and G′ are counted for every sublayer.
+    """
+    products = sum(2 * s.shape[1] ** 2 for s in work.sublayers)
+    return _seconds(work, 2 * 3 * parameters(work.sublayers), products)
+
+
 def estimate_measuring(parameters: int, tokens: int, passes: float, rate: float) -> float:
     """Return the seconds of ``passes`` forward passes over ``tokens`` tokens at ``rate`` FLOP/s."""
     return passes * 2 * parameters * tokens / rate

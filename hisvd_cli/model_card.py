@@ -211,7 +211,7 @@ def _write(
         storage="multiplied out" if multiplied else pairs,
         integers="" if multiplied else _integers(integers),
         allocator=plan.allocator,
-        decomposer=record["decomposer"],
+        decomposer=record["decomposer"] + _updated(record.get("update")),
         stages=f"\n| stages | {stages} |" if (stages := stages_text(record)) else "",
         calibration=_calibration(record["calibration"]),
         results=f"{_BEGIN}\n{_UNMEASURED}\n{_END}",
@@ -268,7 +268,7 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
-        return {**known, "stages": record.get("stages"), "recovery": record.get("recovery")}
+        return {**known, **{key: record.get(key) for key in ("update", "stages", "recovery")}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{path} is missing or damaged.", "Compress again.") from error
 
@@ -374,6 +374,13 @@ def _training(recovery: Mapping[str, Any] | None) -> str:
         f"then trained ({recovery['method']}, {recovery['tokens']:,} tokens of "
         f"{Path(data['dataset']).name})"
     )
+
+
+def _updated(update: Mapping[str, Any] | None) -> str:
+    """Say how sublayers were fitted to the inputs of the compressed model, if they were."""
+    if update is None:
+        return ""
+    return f", updated ({update['method']}) on {update['samples']} × {update['seqlen']} tokens"
 
 
 def _calibration(manifest: Mapping[str, Any] | None) -> str:

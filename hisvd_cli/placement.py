@@ -11,7 +11,12 @@ from hisvd_cli.memory_bounds import HOST, MemoryBounds
 from hisvd_cli.workload import Peak, Workload
 
 
-def fit(work: Workload, bounds: MemoryBounds, peak: Callable[[Workload], Peak]) -> Workload:
+def fit(
+    work: Workload,
+    bounds: MemoryBounds,
+    peak: Callable[[Workload], Peak],
+    what: str = "A calibration",
+) -> Workload:
     """Return the workload as it fits: states as near to the blocks as they may be, and batches
     halved only where no place for the states is far enough.
 
@@ -19,6 +24,7 @@ def fit(work: Workload, bounds: MemoryBounds, peak: Callable[[Workload], Peak]) 
         work: with the largest batch.
         bounds: what may be taken.
         peak: estimates what a workload takes.
+        what: what an error calls the work.
 
     Raises:
         MemoryLimitError: even the least does not fit; names what would.
@@ -29,7 +35,7 @@ def fit(work: Workload, bounds: MemoryBounds, peak: Callable[[Workload], Peak]) 
             return least
     found = excess(peak(least), bounds, least.device.type)
     raise MemoryLimitError(
-        f"A calibration with windows of {work.seqlen} tokens takes {found}.",
+        f"{what} with windows of {work.seqlen} tokens takes {found}.",
         "Raise --max-memory, or lower --seqlen; windows would pass a block one by one, their "
         "hidden states in a file, so that --batch and --samples make no difference.",
     )

@@ -94,12 +94,14 @@ class TwoStreams:
     def _entering(
         self, index: int, dense: list[nn.Linear], other: list[nn.Linear]
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the number of the first sequence of each chunk, its x and its x′."""
+        """Yield the number of the first sequence of each chunk, its x and its x′ ``[B, L, n]``."""
         for start in range(0, len(self._dense.hidden), self._dense.batch):
-            end = start + self._dense.batch
-            x = self._dense.entering(index, self._dense.hidden[start:end], dense)
-            moved = self._prefix.entering(index, self._prefix.hidden[start:end], other)
-            yield start, x, moved
+            part = slice(start, start + self._dense.batch)
+            x = self._dense.entering(index, self._dense.hidden[part], dense)
+            moved = self._prefix.entering(index, self._prefix.hidden[part], other)
+            # Some blocks (OPT's) join all tokens of a chunk before a sublayer.
+            shape = (len(self._dense.hidden[part]), -1, x.shape[-1])
+            yield start, x.reshape(shape), moved.reshape(shape)
             for walk in (self._dense, self._prefix):
                 walk.home.settle()
 

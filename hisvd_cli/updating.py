@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,9 +164,7 @@ class Updating:
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield the tensors of each that is missing: the truncation of W K."""
         weights = {name: self._weight_of(name, each) for name, each in group.items()}
-        damping = self._update.damping or 0.0
-        if judged is not None:
-            damping = least(partial(_loss_of_transfer, list(weights.values()), *judged), DAMPINGS)
+        damping = self._damping(partial(_loss_of_transfer, list(weights.values())), judged)
         transferred = transfer(moments, damping)
         for name in missing:
             weight, known = weights[name], group[name].known.get(name, Statistics())
@@ -186,11 +184,19 @@ class Updating:
         for name in missing:
             weight, known = self._weight_of(name, group[name]), group[name].known
             pair = self._factory.decomposed(name, weight, known.get(name, Statistics()))
-            damping = self._update.damping or 0.0
-            if judged is not None:
-                damping = least(partial(_loss_of_refit, weight, pair, *judged), DAMPINGS)
+            damping = self._damping(partial(_loss_of_refit, weight, pair), judged)
             u = refitted(weight, pair, moments, damping)
             yield name, self._factory.stored(name, u, pair[1], weight.dtype)
+
+    def _damping(
+        self,
+        loss: Callable[[CrossMoment, CrossMoment, float], float],
+        judged: tuple[CrossMoment, CrossMoment] | None,
+    ) -> float:
+        """Return the damping with the least loss; where nothing was held back, the one given."""
+        if judged is None:
+            return self._update.damping or 0.0
+        return least(partial(loss, *judged), DAMPINGS)
 
     def _weight_of(self, name: str, material: Material) -> Tensor:
         stored = self._factory.parts[self._parts[name]][f"{name}.weight"]

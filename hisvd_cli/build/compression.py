@@ -17,7 +17,7 @@ import torch
 from hisvd_cli.build.byte_budgets import bytes_ratio, rounded_by
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
-from hisvd_cli.build.memory import check_factoring, check_whole_model
+from hisvd_cli.build.memory import check_factoring, check_update, check_whole_model
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
 from hisvd_cli.build.outputs import check_output
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
@@ -137,6 +137,7 @@ def check_request(
             _refuse_knobs(resolved, "quantize", ("method", "group_size"))
         check_quantization(resolved, planned=by_bytes)
         check_factoring(resolved, source)
+    check_update(resolved, source)
     if _evaluates(resolved, source):
         check_whole_model(resolved, source, "--evaluate")
     if wants_recovery(resolved):

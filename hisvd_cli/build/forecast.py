@@ -14,11 +14,12 @@ from hisvd_cli.build.byte_budgets import bytes_ratio
 from hisvd_cli.build.byte_budgets import scope as byte_scope
 from hisvd_cli.build.calibration import find_calibration, named_source, wanted_statistics
 from hisvd_cli.build.compression import check_request, output_path
-from hisvd_cli.build.memory import factoring_of, fitted, workload
+from hisvd_cli.build.memory import factoring_of, fitted, fitted_update, workload
 from hisvd_cli.build.methods import decomposer_needs, plan_needs, probe_passes
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, open_plan
 from hisvd_cli.build.quantization import bytes_saved
 from hisvd_cli.build.samples import request_calibration
+from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import lay_out
 from hisvd_cli.corrections import BY_GRADIENT
 from hisvd_cli.estimate import (
@@ -27,6 +28,7 @@ from hisvd_cli.estimate import (
     estimate_decomposition,
     estimate_gradients,
     estimate_measuring,
+    estimate_update,
     product_rate,
 )
 from hisvd_cli.plan import Plan
@@ -35,7 +37,7 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.statistics import Need
 from hisvd_cli.sublayers import select
-from hisvd_cli.workload import Workload
+from hisvd_cli.workload import Peak, Workload, update_peak
 
 
 def forecast_calibration(resolved: Resolved, source: Source) -> dict[str, Any]:
@@ -135,12 +137,14 @@ def forecast_compression(
     count = resolved.settings.compress.stages
     between = _between_stages(resolved, source, anatomy, needs) if count > 1 else None
     again = (count - 1) * between.seconds if between else 0.0
+    updating, updated = _update(resolved, source, anatomy, found)
     stages = {
         "calibrate": (0.0 if found else calibrating.seconds) + again,
         "plan": measuring * count,
-        "decompose": estimate_decomposition(anatomy.sublayers) * count,
+        "decompose": estimate_decomposition(anatomy.sublayers) * count + updating,
     }
-    peak = factoring.joined(between.peak) if between else factoring
+    peak = factoring.joined(updated)
+    peak = peak.joined(between.peak) if between else peak
     return {
         "output": str(output_path(resolved, output)),
         "ratio": plan.ratio if plan else resolved.settings.plan.ratio[0],
@@ -153,6 +157,24 @@ def forecast_compression(
         "stages": stages,
         "seconds": sum(stages.values()),
     }
+
+
+def _update(
+    resolved: Resolved, source: Source, anatomy: Anatomy, found: Calibration | None
+) -> tuple[float, Peak]:
+    """Estimate the walk of two models that an update makes: seconds and peak, 0 without one.
+
+    Raises:
+        MemoryLimitError: it does not fit into the bound.
+    """
+    if resolved.settings.compress.update == "none":
+        return 0.0, Peak(0)
+    work = workload(resolved, source, anatomy)
+    if found:  # it is made on the text of the calibration
+        data = found.manifest["data"]
+        work = replace(work, samples=data["samples"], seqlen=data["seqlen"])
+    work = fitted_update(resolved, work)
+    return estimate_update(work), update_peak(work)
 
 
 def _checkpoint_bytes(

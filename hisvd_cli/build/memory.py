@@ -141,7 +141,17 @@ def fitted_update(resolved: Resolved, work: Workload) -> Workload:
         MemoryLimitError: nothing fits.
     """
     bounds = memory_bounds(resolved)
-    return work if bounds is None else fit(work, bounds, update_peak)
+    return work if bounds is None else fit(work, bounds, update_peak, "An update")
+
+
+def check_update(resolved: Resolved, source: Source) -> None:
+    """Find out whether the update of the settings, if any, fits into the bound on memory.
+
+    Raises:
+        UsageError, MemoryLimitError: see :func:`fitted_update`.
+    """
+    if resolved.settings.compress.update != "none":
+        fitted_update(resolved, workload(resolved, source, dissect(source)))
 
 
 def _tell(work: Workload, found: Workload, states: int, reporter: Reporter) -> None:
