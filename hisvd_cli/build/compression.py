@@ -138,7 +138,7 @@ def check_request(
         OutputError: something stands at the output.
     """
     decomposer_needs(resolved.settings.compress)
-    check_stages(resolved)
+    check_stages(resolved, source)
     if plan_file is None:
         if len(resolved.settings.plan.allocator) > 1:
             raise UsageError("compress takes one --allocator.", "Run it once per allocator.")
