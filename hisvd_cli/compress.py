@@ -288,8 +288,13 @@ class _Factory:
         if self.calibration and factored:
             layer = int(_block_of(part).rpartition("-")[2])
             known = self.calibration.statistics(layer, self.needs, self.device, factored)
-        weights = (self.source if factored else self.source.original).weights
-        return _Material({stored: weights.read(stored) for stored in names.values()}, known)
+        tensors: dict[str, Tensor] = {}
+        for name, stored in names.items():
+            if stored not in tensors:
+                truncated = name.removesuffix(".weight") in self.plan.ranks
+                source = self.source if truncated else self.source.original
+                tensors[stored] = source.weights.read(stored)
+        return _Material(tensors, known)
 
     def made(self, part: str, material: _Material) -> dict[str, Tensor]:
         """Return the tensors of a part. Raises NumericalError."""

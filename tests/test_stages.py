@@ -192,7 +192,7 @@ def test_a_single_file_and_a_grid_take_stages(command: Command, here: Path) -> N
     kept = as_json(*command, *blend, "--ratio", 0.5, "--ratio", 0.7, "--output", "grid")
     assert [cell["status"] for cell in kept["cells"]] == ["kept", "kept"]
     succeed(*command, *blend, "--ratio", 0.5, "--output", "one.pt")
-    assert names(here) == ["alone", "grid", "one.pt", "one.plan.json"]
+    assert names(here) == ["alone", "grid", "one.plan.json", "one.pt"]
 
 
 def test_a_forecast_counts_the_stages(command: Command, here: Path) -> None:
@@ -253,7 +253,7 @@ def test_an_interrupted_run_goes_on(tiny_model: MakeModel, text: Command, here: 
             shutil.rmtree(here / "stopped")
             assert names(here) == ["whole"]
         steps += 17
-    assert steps > 130
+    assert steps > 100
     assert digests(here / "stopped") == whole
 
 
