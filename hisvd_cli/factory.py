@@ -58,8 +58,13 @@ class Factory:
             known = self.calibration.statistics(
                 block_number(part), self.needs, self.device, factored
             )
-        weights = (self.source if factored else self.source.original).weights
-        return Material({stored: weights.read(stored) for stored in names.values()}, known)
+        tensors: dict[str, Tensor] = {}
+        for name, stored in names.items():
+            if stored not in tensors:
+                truncated = name.removesuffix(".weight") in self.plan.ranks
+                source = self.source if truncated else self.source.original
+                tensors[stored] = source.weights.read(stored)
+        return Material(tensors, known)
 
     def made(self, part: str, material: Material) -> dict[str, Tensor]:
         """Return the tensors of a part. Raises NumericalError."""

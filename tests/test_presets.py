@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -171,6 +172,29 @@ def test_flags_to_paste_beside_a_plan_name_what_the_preset_brought(tmp_path: Pat
     assert resolved.flags("compress", expanded=True) == "--decomposer fisher"
     by_profile = resolved_with(tmp_path, text='[plan]\npreset = "best"\n')
     assert by_profile.flags("compress", expanded=True) == ""
+
+
+def test_a_preset_may_say_more_at_low_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = replace(PRESETS["svd-llm"], low={"solver": "eigh"})
+    monkeypatch.setitem(PRESETS, "svd-llm", preset)
+
+    def solvers(ratios: list[float], flags: dict[Key, object] | None = None) -> list[str]:
+        given = {PRESET: "svd-llm", ("plan", "ratio"): ratios, **(flags or {})}
+        cells = resolved_with(tmp_path, given).cells()
+        assert [cell.settings.plan.ratio for cell in cells[-len(ratios) :]] == [[r] for r in ratios]
+        return [cell.settings.compress.solver for cell in cells]
+
+    assert solvers([0.7]) == ["auto"]
+    assert solvers([0.69]) == ["eigh"]
+    assert solvers([0.8, 0.6, 0.4]) == ["auto", "eigh", "eigh"]
+    assert solvers([0.6], {("compress", "solver"): "svd"}) == ["svd"]
+    assert solvers([0.8, 0.6], {PRESET: ["svd-llm", "asvd"]}) == ["auto", "eigh", "auto", "auto"]
+    several = resolved_with(tmp_path, {PRESET: "svd-llm", ("plan", "ratio"): [0.8, 0.6]})
+    assert several.settings.compress.solver == "auto"  # what all ratios share
+    one = resolved_with(tmp_path, {PRESET: "svd-llm", ("plan", "ratio"): [0.6]})
+    assert one.origins["compress", "solver"] == "preset svd-llm"
 
 
 def test_the_printed_profile_reads_back(tmp_path: Path) -> None:

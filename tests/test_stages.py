@@ -138,9 +138,7 @@ def test_one_stage_changes_nothing(command: Command, here: Path) -> None:
     assert "stages" not in (here / "one" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_checkpoint_names_the_original_and_its_stages(
-    command: Command, tiny_model: MakeModel, here: Path
-) -> None:
+def test_the_checkpoint_names_the_original_and_its_stages(command: Command, here: Path) -> None:
     succeed(*command, "--ratio", 0.5, "--output", "plain")
     words = (*command, "--stages", 3, "--correction", "alpha-blend", "--ratio", 0.5)
     succeed(*words, "--output", "made")
@@ -156,10 +154,9 @@ def test_the_checkpoint_names_the_original_and_its_stages(
     assert "| stages | 3, corrected by alpha-blend between |" in card
     audit = as_json("inspect", "made")
     assert audit["problems"] == []
-    baseline = ("--baseline", tiny_model("llama"), "--seqlen", 32, "--windows", 2)
     dataset = command[command.index("--dataset") + 1]
-    told = script("eval", "made", *baseline, "--dataset", dataset, cwd=here)
-    assert "calibrat" in told.stderr  # the very text it was calibrated on
+    message, _hint = fail("eval", "made", "--dataset", dataset, "--seqlen", 32)
+    assert "is calibrated on" in message
 
 
 @pytest.mark.parametrize("arch", ["opt", "phi3"])
@@ -195,7 +192,7 @@ def test_a_single_file_and_a_grid_take_stages(command: Command, here: Path) -> N
     kept = as_json(*command, *blend, "--ratio", 0.5, "--ratio", 0.7, "--output", "grid")
     assert [cell["status"] for cell in kept["cells"]] == ["kept", "kept"]
     succeed(*command, *blend, "--ratio", 0.5, "--output", "one.pt")
-    assert names(here) == ["alone", "grid", "one.pt", "one.plan.json"]
+    assert names(here) == ["alone", "grid", "one.plan.json", "one.pt"]
 
 
 def test_a_forecast_counts_the_stages(command: Command, here: Path) -> None:
@@ -251,7 +248,7 @@ def test_an_interrupted_run_goes_on(tiny_model: MakeModel, text: Command, here: 
             shutil.rmtree(here / "stopped")
             assert names(here) == ["whole"]
         steps += 17
-    assert steps > 130
+    assert steps > 100
     assert digests(here / "stopped") == whole
 
 
@@ -274,11 +271,8 @@ def test_killed_in_the_second_stage(here: Path) -> None:
     with running(*words, "--output", "made", cwd=here) as process:
         stop_at(process, "*.part", making, 10, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    left = here / "..made.stages.partial" / "stage-1"
-    assert names(left) == ["corrected", "plan.json"]
-    before = digests(left)
+    assert names(here / "..made.stages.partial" / "stage-1") == ["corrected", "plan.json"]
     assert script(*words, "--output", "made", cwd=here, env=cache).returncode == 0
-    assert before  # the same weights were used: else the bytes below would differ
     assert digests(here / "made") == digests(here / "whole")
     assert names(here) == ["made", "whole"]
 

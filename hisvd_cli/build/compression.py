@@ -118,7 +118,7 @@ def check_request(
         OutputError: something stands at the output.
     """
     decomposer_needs(resolved.settings.compress)
-    check_stages(resolved)
+    check_stages(resolved, source)
     if plan_file is None:
         check_quantization(resolved, planned=bytes_ratio(resolved) is not None)
         if len(resolved.settings.plan.allocator) > 1:

@@ -23,7 +23,7 @@ import torch
 
 from hisvd_cli.build.anatomy import dissect
 from hisvd_cli.build.calibration import calibrate_again
-from hisvd_cli.build.memory import place_states
+from hisvd_cli.build.memory import fitted, place_states, workload
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
 from hisvd_cli.build.plans import make_plans
 from hisvd_cli.build.samples import calibration_sample
@@ -43,11 +43,13 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import CompressSettings, flag_of
 from hisvd_cli.source import Source
 from hisvd_cli.stages import Running, Truncated, truncated_folder, write_by_gradients, write_weights
+from hisvd_cli.statistics import Need
 from hisvd_cli.updating import Update
 
 Seconds = dict[str, float]
 RECORDED = ("model", "calibration", "plan", "compress", "quantize")
 """Sections of the settings that decide what a checkpoint is, but for its training."""
+_GRADIENTS: frozenset[Need] = frozenset({"moments", "gradients", "weight-gradients"})
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,17 @@ class Stage:
     history: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_stages(resolved: Resolved) -> None:
-    """Refuse flags of corrections where there are none. Raises UsageError."""
-    if resolved.settings.compress.stages > 1:
+def check_stages(resolved: Resolved, source: Source) -> None:
+    """Find out before any work whether stages can be run.
+
+    Raises:
+        UsageError: flags of corrections, but one stage.
+        MemoryLimitError: a bound on memory that the gradients of corrections cannot keep to.
+    """
+    knobs = resolved.settings.compress
+    if knobs.stages > 1:
+        if knobs.correction in BY_GRADIENT:
+            fitted(resolved, workload(resolved, source, dissect(source)), _GRADIENTS)
         return
     for key in CompressSettings.model_fields:
         if key.startswith("correction") and resolved.is_flag("compress", key):
@@ -186,6 +196,7 @@ class _Stages:
         if world().first:
             self._folder(number).mkdir(exist_ok=True)
             plan.save(self._folder(number) / "plan.json")
+        world().wait()  # all read it in the end
 
     def _plan(self, number: int) -> Plan:
         return load_plan(self._folder(number) / "plan.json")
@@ -264,7 +275,7 @@ class _Stages:
         work = place_states(
             self.resolved,
             self.first.source,
-            {"moments", "gradients", "weight-gradients"},
+            _GRADIENTS,
             self.reporter,
             (len(tokens), tokens.shape[1]),
         )
