@@ -24,7 +24,7 @@ MATHS = [
         "precision.py",
         "truncation.py",
     ),
-    *("products.py", "subspace.py", "tridiagonal.py"),
+    *("products.py", "subspace.py", "tridiagonal.py", "quantized.py", "rounding.py"),
     *("intervals.py", "divergence.py"),
     *("byte_budget.py", "byte_frontier.py", "rounding_noise.py", "rounding.py", "quantized.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
