@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hisvd_cli.budget import Shape, full_rank
+from hisvd_cli.budget import Shape, full_rank, is_dense
 from hisvd_cli.errors import BudgetError
 from hisvd_cli.hull import lower_hull
 from hisvd_cli.quantized import quantized_bytes
@@ -148,7 +148,7 @@ def choices(candidate: Candidate, bits: Sequence[int], group: int, step: int) ->
         losses = candidate.losses(each).tolist()
         for rank in range(candidate.floor, full, step):
             price = stored_bytes(shape, rank, each, group, width)
-            if price >= dense:
+            if price >= dense or is_dense(rank, shape):
                 break
             found.append(Choice(rank, each, price, losses[rank]))
     return falling(found)

@@ -1,6 +1,7 @@
 """What other ways to spend the same bytes would lose: one kind of saving alone, and the layouts of
 two published methods, with what they claim and what their files take.
 
+``16 bit ranks`` are plain pairs that are not rounded, ``16 bit pivoted`` the same in that storage.
 All have the ranks that lose least under what they count, and hisvd's own rounding: the layouts are
 compared, not the methods' allocations. k is a rank, ``(m, n)`` a shape; numbers are of 16 bits.
 
@@ -108,6 +109,7 @@ def _ways(candidates: Sequence[Candidate], group: int, step: int) -> dict[str, _
     ways = {
         JOINT: _Way(lambda c: choices(c, BITS, group, step), counted),
         "16 bit ranks": _Way(lambda c: choices(c, BITS[:1], group, step), counted),
+        "16 bit pivoted": _Way(lambda c: _pivoted(c, step), counted),
     }
     if all(c.width == 2 for c in candidates):  # the published ones start from 16 bits
         ways |= {
@@ -124,6 +126,18 @@ def _ways(candidates: Sequence[Candidate], group: int, step: int) -> dict[str, _
             ),
         }
     return ways
+
+
+def _pivoted(candidate: Candidate, step: int) -> list[Choice]:
+    """Return what a sublayer in pivoted storage may choose, its order of rows 4 bytes each."""
+    shape, full, losses = candidate.shape, full_rank(candidate.shape), candidate.truncated()
+    found = [Choice(full, FULL_BITS, candidate.full_bytes, 0.0)]
+    for rank in range(candidate.floor, full, step):
+        numbers = int(cost(rank, shape, "pivoted")) - shape[0]
+        price = numbers * candidate.width + 4 * shape[0]
+        if price < candidate.full_bytes and not is_dense(rank, shape, "pivoted"):
+            found.append(Choice(rank, FULL_BITS, price, float(losses[rank])))
+    return falling(found)
 
 
 def _remapped(candidate: Candidate, step: int, whole: bool = False) -> list[Choice]:

@@ -98,10 +98,11 @@ def dequantize(
         dtype: of the result.
     """
     scale = scales.view(torch.float16).float()
-    if codes.dtype == torch.uint8:
-        codes = unpack(codes, columns)
-        scale = scale.repeat_interleave(group, 1)[:, :columns]
-    return (codes * scale).to(dtype)
+    if codes.dtype != torch.uint8:
+        return (codes * scale).to(dtype)
+    whole = F.pad(unpack(codes, columns), (0, -columns % group))  # groups as a dimension of theirs
+    numbers = whole.view(len(codes), -1, group) * scale[..., None]
+    return numbers.to(dtype).flatten(1)[:, :columns]
 
 
 def dequantized(tensors: Mapping[str, Tensor], inputs: int, group: int) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from tests.cli_helpers import QUICK, as_json, fail, succeed
 from tests.test_json import holds
 
 GROUP = 4
+Words = tuple[object, ...]
 
 
 def candidates(seed: int, count: int = 3) -> list[Candidate]:
@@ -133,7 +134,7 @@ def test_losses_fall_with_the_budget_and_stay_below_every_single_way() -> None:
     assert losses[0] == 0
     for point in points:
         assert point.bytes_ratio > 0
-        if point.method in ("joint", "16 bit ranks"):
+        if point.method in ("joint", "16 bit ranks", "16 bit pivoted"):
             assert point.budget is not None
             assert point.bytes_ratio <= point.budget
     joint = {p.budget: p.predicted_loss for p in points if p.method == "joint"}
@@ -156,6 +157,11 @@ def test_published_layouts_take_what_their_files_hold() -> None:
         assert points["dobi-svd remap"].bytes_ratio == dobi / full
         assert points["zs-svd remap"].bytes_ratio == rank * (96 + 160) * 2 / full
         m, n = candidate.shape
+        ranks = range(1, 96)
+        pivoted = [2 * (r * n + (m - r) * r) + 4 * m for r in ranks]  # V′, C, order of the rows
+        assert (
+            points["16 bit pivoted"].bytes_ratio == max(p for p in pivoted if p <= full // 2) / full
+        )
         assert points["zs-svd half"].bytes_ratio == (m * n + 2 * m) / full  # all kept at 8 bits
         assert points["int8 dense"].bytes_ratio == (m * n + 2 * m) / full
         assert points["int4 dense"].bytes_ratio == pytest.approx(
@@ -170,7 +176,8 @@ def test_layouts_from_16_bits_are_no_points_of_a_float32_model() -> None:
     methods = {
         p.method for p in frontier(found, {0.5: sum(c.full_bytes for c in found) // 2}, 4, 1)
     }
-    assert methods == {"joint", "16 bit ranks", "int8 dense", "int4 dense"}
+    unrounded = {"16 bit ranks", "16 bit pivoted"}
+    assert methods == {"joint", *unrounded, "int8 dense", "int4 dense"}
 
 
 def test_floors_and_steps_of_ranks_are_kept_to() -> None:
@@ -247,15 +254,17 @@ def test_diagonals_are_those_of_the_metric() -> None:
 # --- the command line
 
 
-@pytest.fixture
-def calibrated(here: Path) -> Path:
-    """An empty current folder; the demo model is calibrated."""
-    succeed("calibrate", *QUICK)
-    return here
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """Flags of the demo model with a calibration."""
+    folder = tmp_path_factory.mktemp("bytes")
+    words = (*QUICK, "--calibration", folder / "calibration")
+    succeed("calibrate", *words, env={"HISVD_CACHE": str(folder / "cache")})
+    return words
 
 
-def test_a_plan_by_bytes(calibrated: Path) -> None:
-    words = ("plan", *QUICK, "--bytes-ratio", 0.25)
+def test_a_plan_by_bytes(demo: Words, here: Path) -> None:
+    words = ("plan", *demo, "--bytes-ratio", 0.25)
     document = holds(as_json(*words, "--output", "plan.json"), schemas.PLAN)
     counted, rows = document["bytes"], document["sublayers"]
     assert counted["full"] == sum(2 * prod(row["shape"]) for row in rows)
@@ -271,27 +280,27 @@ def test_a_plan_by_bytes(calibrated: Path) -> None:
     joint = [p for p in counted["frontier"] if (p["method"], p["budget"]) == ("joint", 0.25)]
     assert joint[0]["predicted_loss"] == pytest.approx(document["predicted_loss"])
     assert joint[0]["bytes_ratio"] == counted["kept"] / counted["full"]
-    plan = load_plan(calibrated / "plan.json")
+    plan = load_plan(here / "plan.json")
     assert json.loads(json.dumps(plan.document())) == document
     assert plan.bits == {row["name"]: row["bits"] for row in rows if row["bits"] < 16}
     assert plan.bytes is not None
     assert isinstance(plan.bytes.frontier[0], Point)
 
 
-@pytest.mark.usefixtures("calibrated")
-def test_of_the_whole_model_the_rest_counts_too() -> None:
-    document = as_json("plan", *QUICK, "--bytes-ratio", 0.4, "--ratio-of", "model")
+@pytest.mark.usefixtures("here")
+def test_of_the_whole_model_the_rest_counts_too(demo: Words) -> None:
+    document = as_json("plan", *demo, "--bytes-ratio", 0.4, "--ratio-of", "model")
     counted = document["bytes"]
     rest = counted["model"] - counted["full"]
     assert counted["budget"] + rest == int(0.4 * counted["model"])
     assert 0.395 < (rest + counted["kept"]) / counted["model"] <= 0.4
-    message, _ = fail("plan", *QUICK, "--bytes-ratio", 0.1, "--ratio-of", "model")
+    message, _ = fail("plan", *demo, "--bytes-ratio", 0.1, "--ratio-of", "model")
     assert "what stays as it is" in message
 
 
-@pytest.mark.usefixtures("calibrated")
-def test_a_plan_of_an_earlier_version_still_loads() -> None:
-    succeed("plan", *QUICK, "--ratio", 0.6, "--output", "plan.json")
+@pytest.mark.usefixtures("here")
+def test_a_plan_of_an_earlier_version_still_loads(demo: Words) -> None:
+    succeed("plan", *demo, "--ratio", 0.6, "--output", "plan.json")
     document = json.loads(Path("plan.json").read_text())
     del document["bytes"]
     for row in document["sublayers"]:
@@ -302,17 +311,17 @@ def test_a_plan_of_an_earlier_version_still_loads() -> None:
     assert (old.bytes, old.bits) == (None, {})
 
 
-@pytest.mark.usefixtures("calibrated")
-def test_the_view_fits_80_columns() -> None:
-    shown = succeed("plan", *QUICK, "--bytes-ratio", 0.2, "--verbose").stdout
+@pytest.mark.usefixtures("here")
+def test_the_view_fits_80_columns(demo: Words) -> None:
+    shown = succeed("plan", *demo, "--bytes-ratio", 0.2, "--verbose").stdout
     assert max(map(len, shown.splitlines())) <= 80
     for word in ("16 bit", "dobi-svd remap", "zs-svd half", "int4 dense", "its files take"):
         assert word in shown
     assert "/4" in shown
 
 
-def test_a_checkpoint_takes_the_bytes_that_its_plan_counts(calibrated: Path) -> None:
-    words = ("compress", *QUICK, "--bytes-ratio", 0.2, "--no-evaluate")
+def test_a_checkpoint_takes_the_bytes_that_its_plan_counts(demo: Words, here: Path) -> None:
+    words = ("compress", *demo, "--bytes-ratio", 0.2, "--no-evaluate")
     forecast = as_json(*words, "--dry-run")
     made = holds(as_json(*words), schemas.COMPRESS)
     folder = Path(made["output"])
@@ -328,7 +337,8 @@ def test_a_checkpoint_takes_the_bytes_that_its_plan_counts(calibrated: Path) -> 
     assert on_disk == {row.name: row.bytes for row in plan.sublayers}
     assert sum(on_disk.values()) == plan.bytes.kept
     assert forecast["bytes"] - 0.005 * plan.bytes.full < made["bytes"] <= forecast["bytes"] + 2**16
-    assert not list(calibrated.glob(".*"))
+    assert not list(here.glob(".*"))
+    assert as_json("inspect", folder)["problems"] == []
 
 
 @pytest.mark.parametrize(
@@ -355,17 +365,32 @@ def test_what_cannot_be_planned(
         assert hint
 
 
-@pytest.mark.usefixtures("calibrated")
-def test_a_profile_gives_way_to_the_command_line() -> None:
+@pytest.mark.usefixtures("here")
+def test_a_profile_gives_way_to_the_command_line(demo: Words) -> None:
     Path("hisvd.toml").write_text("[plan]\nratio = [0.8, 0.6]\n")
-    assert as_json("plan", *QUICK, "--bytes-ratio", 0.3)["bytes"]["ratio"] == 0.3
+    assert as_json("plan", *demo, "--bytes-ratio", 0.3)["bytes"]["ratio"] == 0.3
     Path("hisvd.toml").write_text("[plan]\nbytes_ratio = 0.3\n")
-    assert as_json("plan", *QUICK, "--ratio", 0.6)["bytes"] is None
+    assert as_json("plan", *demo, "--ratio", 0.6)["bytes"] is None
     Path("hisvd.toml").write_text("[plan]\nbytes_ratio = 0.3\nratio = 0.6\n")
-    assert "one of them" in fail("plan", *QUICK, code=2)[0]
+    assert "one of them" in fail("plan", *demo, code=2)[0]
 
 
-@pytest.mark.usefixtures("calibrated")
-def test_bits_are_the_plans_alone() -> None:
-    words = ("compress", *QUICK, "--bytes-ratio", 0.3, "--quantize", "int8")
+@pytest.mark.usefixtures("here")
+def test_gptq_is_counted_on(demo: Words) -> None:
+    def lost(*words: str) -> float:
+        found = as_json("plan", *demo, "--bytes-ratio", 0.2, *words)["bytes"]
+        assert found["method"] == ("gptq" if words else "nearest")
+        points = {p["method"]: p["predicted_loss"] for p in found["frontier"]}
+        return float(points["int4 dense"])
+
+    assert lost("--quantize-method", "gptq") == pytest.approx(0.27 * lost())
+
+
+@pytest.mark.usefixtures("here")
+def test_bits_are_the_plans_alone(demo: Words) -> None:
+    words = ("compress", *demo, "--bytes-ratio", 0.3, "--quantize", "int8")
     assert "chooses the bits" in fail(*words, code=2)[0]
+    succeed("plan", *demo, "--bytes-ratio", 0.3, "--output", "plan.json")
+    for flag in ("--quantize", "int8"), ("--quantize-method", "gptq"), ("--group-size", 32):
+        message, _ = fail("compress", *demo, "--plan", "plan.json", *flag, code=2)
+        assert flag[0] in message

@@ -25,9 +25,9 @@ MATHS = [
         "truncation.py",
     ),
     *("blas.py", "products.py", "subspace.py", "tridiagonal.py"),
-    *("corrections.py", "updates.py"),
+    *("corrections.py", "updates.py", "quantized.py", "rounding.py"),
     *("intervals.py", "divergence.py"),
-    *("byte_budget.py", "byte_frontier.py", "rounding_noise.py", "rounding.py", "quantized.py"),
+    *("byte_budget.py", "byte_frontier.py", "rounding_noise.py"),
     *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
     *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),
 ]

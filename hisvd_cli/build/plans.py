@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.budget import Budget, break_even, cost
@@ -20,10 +17,9 @@ from hisvd_cli.build.calibration import find_calibration, named_source, require_
 from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import measures, method_that_needs, plan_needs
 from hisvd_cli.build.probes import open_probe
-from hisvd_cli.byte_budget import BITS, FULL_BITS
+from hisvd_cli.build.spectra import find_roundings, find_spectra
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import check_plan
-from hisvd_cli.device import pick_device
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import (
     BudgetError,
@@ -31,16 +27,13 @@ from hisvd_cli.errors import (
     SourceError,
     UsageError,
 )
-from hisvd_cli.moments import exact_device
 from hisvd_cli.plan import ModelSize, Plan, assemble, by_bytes, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.rounding import round_nearest
 from hisvd_cli.rounding_noise import Rounding
 from hisvd_cli.settings import PlanSettings, Settings
 from hisvd_cli.source import Source
-from hisvd_cli.spectra_cache import SpectraSource, Wanted, load_roundings, load_spectra
 from hisvd_cli.spectrum import Spectrum
 from hisvd_cli.statistics import Need, missing
 from hisvd_cli.sublayers import Sublayer, select
@@ -85,7 +78,7 @@ def sublayer_spectra(
     anatomy = dissect(source)
     names = _chosen(resolved, anatomy, patterns)
     calibration = find_calibration(resolved, source, reporter)
-    spectra = _spectra(resolved, source, anatomy, calibration, reporter)
+    spectra = find_spectra(resolved, source, anatomy, calibration, reporter)
     return [s for s in spectra if s.name in names]
 
 
@@ -188,7 +181,7 @@ def make_plans(
     share = bytes_ratio(resolved)
     planner = _Planner(
         knobs=knobs,
-        spectra=_spectra(resolved, source, anatomy, calibration, reporter),
+        spectra=find_spectra(resolved, source, anatomy, calibration, reporter),
         sublayers=select(anatomy.sublayers, knobs.include, knobs.exclude),
         anatomy=anatomy,
         source=source,
@@ -199,7 +192,7 @@ def make_plans(
     )
     if share is not None:
         scope = byte_scope(share, resolved.settings, source, anatomy)
-        roundings = _roundings(resolved, source, anatomy, calibration, scope.group, reporter)
+        roundings = find_roundings(resolved, source, anatomy, calibration, reporter)
         return world().agreed(lambda: [planner.plan_bytes(scope, roundings)])
     # By one process alone: some allocators measure the model on the way.
     return world().agreed(
@@ -222,55 +215,6 @@ def check_statistics(settings: Settings, calibration: Calibration | None) -> Non
     holds = calibration.holds if calibration else frozenset[Need]({"moments"})
     for need in plan_needs(settings) - holds:
         raise missing(method_that_needs(settings, need), need)
-
-
-def _spectra(
-    resolved: Resolved,
-    source: Source,
-    anatomy: Anatomy,
-    calibration: Calibration | None,
-    reporter: Reporter,
-) -> list[Spectrum]:
-    of, wanted = _spectra_source(resolved, source, anatomy, calibration)
-    return load_spectra(of, wanted, reporter)
-
-
-def _roundings(
-    resolved: Resolved,
-    source: Source,
-    anatomy: Anatomy,
-    calibration: Calibration | None,
-    group: int,
-    reporter: Reporter,
-) -> dict[str, dict[int, Rounding]]:
-    of, wanted = _spectra_source(resolved, source, anatomy, calibration)
-    methods = {bits: partial(_as_rounded, bits, group) for bits in BITS if bits < FULL_BITS}
-    known = load_roundings(of, wanted, methods, f"nearest {group}", reporter)
-    if resolved.settings.quantize.method == "nearest":
-        return known
-    return {
-        name: {bits: each.compensated(bits) for bits, each in own.items()}
-        for name, own in known.items()
-    }
-
-
-def _as_rounded(bits: int, group: int, weight: Tensor) -> Tensor:
-    return round_nearest(weight, bits, group).matrix()
-
-
-def _spectra_source(
-    resolved: Resolved, source: Source, anatomy: Anatomy, calibration: Calibration | None
-) -> tuple[SpectraSource, Wanted]:
-    knobs = resolved.settings.plan
-    device = exact_device(pick_device(resolved.settings.model.device))
-    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
-    wanted = Wanted(
-        knobs.metric,
-        changes=any("weight-gradients" in ALLOCATORS.needs(name) for name in knobs.allocator),
-        input_shrinkage=knobs.input_shrinkage,
-        output_shrinkage=knobs.output_shrinkage,
-    )
-    return SpectraSource(source, chosen, anatomy.names, calibration, device), wanted
 
 
 @dataclass(frozen=True)
@@ -313,6 +257,7 @@ class _Planner:
             size,
             kept / size.sublayers,
             storage="pair",
+            bytes_ratio=scope.ratio,
         )
         return by_bytes(plan, chosen, counted)
 
@@ -325,7 +270,8 @@ class _Planner:
         ratio: float,
         **settings: Any,
     ) -> Plan:
-        recorded = {**self.knobs.model_dump(mode="json"), "allocator": name, "ratio": ratio}
+        recorded = self.knobs.model_dump(mode="json")
+        recorded |= {"allocator": name, "ratio": ratio, "bytes_ratio": None}
         return assemble(
             ratio=ratio,
             allocator=name,

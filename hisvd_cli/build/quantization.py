@@ -125,6 +125,11 @@ def quantize_checkpoint(
         dtype = pick_dtype(settings.model.dtype, checkpoint.weights.dtype, device)
         sample = sample or _sample(resolved, source, checkpoint, reporter)
         text = Text(sample, device, dtype, settings.calibration.batch)
+    elif knobs.bits == "int4" or checkpoint.storage == "pivoted":
+        reporter.suggest(
+            "Rounding to the nearest costs much with int4, and with pivoted pairs: "
+            "--quantize-method gptq loses several times less."
+        )
     bits = bits or dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
     recipe = Recipe(bits, knobs.group_size, knobs.method, knobs.damping)
     return quantize(
