@@ -149,7 +149,7 @@ def test_a_misspelt_variable(variable: str, meant: str, tmp_path: Path) -> None:
         ("alpha = 1", "alpha: no such setting. It belongs to [plan]."),
         (
             "seqlen = 1",
-            "seqlen: no such setting. It belongs to [calibration] or [eval] or [recover].",
+            "seqlen: no such setting. It belongs to [calibration] or [recover] or [eval].",
         ),
         ("plan = 3", "plan = 3 is no table: write [plan] above its keys."),
         ("[model]\nname = 3", "model.name = 3 must be a text."),
@@ -245,7 +245,7 @@ def test_what_artifacts_record(tmp_path: Path) -> None:
         {("eval", "windows"): 3, ("compress", "evaluate"): True}, environ={}, start=tmp_path
     )
     assert one.recorded() == other.recorded()  # neither changes a checkpoint
-    assert set(one.recorded()) == {"model", "calibration", "plan", "compress"}
+    assert set(one.recorded()) == {"model", "calibration", "plan", "compress", "recover"}
     assert set(one.recorded("model")) == {"model"}
 
 
