@@ -137,8 +137,14 @@ def _prompt(row: Mapping[str, Any], dataset: str, number: int) -> tuple[str, str
     return template.format(**asked), row["output"]
 
 
-def load_lessons(name: str, source: Source, seqlen: int) -> Lessons:
+def load_lessons(name: str, source: Source, seqlen: int, drop: str = "") -> Lessons:
     """Load a text or a set of instructions, by name or file, told apart by its fields.
+
+    Args:
+        name: as in :func:`hisvd_cli.data.load_text`.
+        source: the model whose tokenizer reads it.
+        seqlen: tokens per window.
+        drop: left out of a text wherever it stands, with the space before it.
 
     Raises:
         DataError: nothing by that name, rows without the expected fields, or too short a text.
@@ -146,4 +152,8 @@ def load_lessons(name: str, source: Source, seqlen: int) -> Lessons:
     rows = load_instructions(name)
     if rows is not None:
         return instruction_lessons(rows, source, seqlen, name)
-    return text_lessons(load_text(name, "calibration"), source, seqlen)
+    text = load_text(name, "calibration")
+    if drop:
+        content = text.content.replace(f" {drop}", "").replace(drop, "")
+        text = Text(text.name, text.split, content)
+    return text_lessons(text, source, seqlen)

@@ -158,11 +158,25 @@ def recovered_view(made: dict[str, Any]) -> RenderableType:
             f"{name} {value:.4f} → {recovery['best'][name]:.4f}"
             for name, value in recovery["before"].items()
         ),
-        "time": duration_text(made["seconds"]["recover"]),
+        "time": f"{duration_text(made['seconds']['recover'])}, peak memory "
+        f"{size_text(made['peak_memory_bytes'])}",
     }
     if recovery["stopped"]:
         facts["stopped"] = recovery["stopped"]
     return facts_table(facts)
+
+
+def recovery_forecast_view(forecast: dict[str, Any]) -> RenderableType:
+    """Show what a recovery would train on."""
+    facts = {
+        "checkpoint": f"{forecast['output']} ({size_text(forecast['bytes'])})",
+        "text": f"{forecast['text_tokens']:,} tokens",
+    }
+    if forecast["tokens"]:
+        facts["training"] = f"{forecast['tokens']:,} tokens"
+    if forecast["seconds"]:
+        facts["time"] = f"{duration_text(forecast['seconds'])} of training at most"
+    return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
 
 
 def compressed_view(outcome: Outcome) -> RenderableType:

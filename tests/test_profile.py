@@ -147,7 +147,10 @@ def test_a_misspelt_variable(variable: str, meant: str, tmp_path: Path) -> None:
         ("[plan]\nlwe = 1", "plan.lwe: no such setting. Did you mean 'lwe_strength'?"),
         ("[plna]\nalpha = 1", "plna: no such setting. Did you mean 'plan'?"),
         ("alpha = 1", "alpha: no such setting. It belongs to [plan]."),
-        ("seqlen = 1", "seqlen: no such setting. It belongs to [calibration] or [eval]."),
+        (
+            "seqlen = 1",
+            "seqlen: no such setting. It belongs to [calibration] or [recover] or [eval].",
+        ),
         ("plan = 3", "plan = 3 is no table: write [plan] above its keys."),
         ("[model]\nname = 3", "model.name = 3 must be a text."),
         (
@@ -242,7 +245,9 @@ def test_what_artifacts_record(tmp_path: Path) -> None:
         {("eval", "windows"): 3, ("compress", "evaluate"): True}, environ={}, start=tmp_path
     )
     assert one.recorded() == other.recorded()  # neither changes a checkpoint
-    assert set(one.recorded()) == {"model", "calibration", "plan", "compress", "quantize"}
+    assert set(one.recorded()) == {
+        *("model", "calibration", "plan", "compress", "recover", "quantize"),
+    }
     assert set(one.recorded("model")) == {"model"}
 
 

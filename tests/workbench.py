@@ -55,7 +55,7 @@ def compress_to(made: Bench, plan: Plan, output: Path, shard_bytes: int = 10**9)
         needs=decomposer_needs(resolved.settings.compress),
         device=torch.device("cpu"),
         shard_bytes=shard_bytes,
-        settings=resolved.recorded(),
+        settings=resolved.recorded("model", "calibration", "plan", "compress"),
         reporter=Silent(),
     )
 

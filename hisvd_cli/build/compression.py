@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hisvd_cli.build.byte_budgets import bytes_ratio, rounded_by
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_update, check_whole_model
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
-from hisvd_cli.build.outputs import check_output
+from hisvd_cli.build.outputs import check_output, peak_memory
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
 from hisvd_cli.build.recovery import check_recovery, mend, unmended, wants_recovery
@@ -288,19 +283,3 @@ def _before_and_after(
     if path.is_dir():  # the card inside a single file was written with it
         update_card(path, perplexity_results([after], [before]))
     return before, after
-
-
-def peak_memory() -> int:
-    """Return the process's peak memory in bytes: resident, plus what CUDA allocated."""
-    return _peak_resident() + (
-        torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    )
-
-
-def _peak_resident() -> int:
-    status = Path("/proc/self/status")
-    # What getrusage reports on Linux includes the process that started this one.
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

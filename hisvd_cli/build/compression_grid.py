@@ -213,6 +213,11 @@ def _check_same(cell: Cell, source: Source, calibration: Calibration | None) -> 
         for key in {**wanted[section], **part(made_with, section)}
         if part(made_with, section).get(key) != wanted[section].get(key)
     ]
+    trained = part(part(part(record, "recovery"), "settings"), "recover")
+    if trained.get("method", "none") != wanted["recover"]["method"] or (
+        trained and trained != wanted["recover"]
+    ):
+        differs.append("recover")
     if part(made_with, "model").get("dtype") != wanted["model"]["dtype"]:
         differs.append("model.dtype")
     if part(record, "model").get("fingerprint") != source.fingerprint:

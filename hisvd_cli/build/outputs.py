@@ -1,9 +1,14 @@
-"""What may stand where a checkpoint is to be written."""
+"""What every run that writes a checkpoint asks: what may stand there, and what it took."""
 
 from __future__ import annotations
 
 import os
+import re
+import resource
+import sys
 from pathlib import Path
+
+import torch
 
 from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint
 from hisvd_cli.errors import OutputError
@@ -37,3 +42,19 @@ def check_output(path: Path, overwrite: bool) -> None:
             f"The folder {path} holds something that hisvd did not write.",
             "Name another --output, or remove the folder yourself.",
         )
+
+
+def peak_memory() -> int:
+    """Return the process's peak memory in bytes: resident, plus what CUDA allocated."""
+    return _peak_resident() + (
+        torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    )
+
+
+def _peak_resident() -> int:
+    status = Path("/proc/self/status")
+    # What getrusage reports on Linux includes the process that started this one.
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -11,7 +11,7 @@ from typing import Any
 
 from hisvd_cli.adaptation import Adapter, adapt, check_peft
 from hisvd_cli.audit import part
-from hisvd_cli.build.outputs import check_output
+from hisvd_cli.build.outputs import check_output, peak_memory
 from hisvd_cli.build.samples import SELF, default_dataset
 from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed
@@ -40,7 +40,7 @@ from hisvd_cli.training import Course, Progress
 
 _MINUTES = 20.0
 _RATES = {"distill": 3e-4, "lora": 1e-4}
-_BATCHES = {"distill": 8, "lora": 64}
+_BATCHES = {"distill": 4, "lora": 64}
 _SELF_WINDOWS = 256
 _TOGETHER = 2048  # tokens that go through the model at once
 
@@ -86,7 +86,7 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
     dataset = default_dataset(dense) if dataset == "auto" else dataset
     check_seqlen(resolved.settings.recover.seqlen, dense)
     if dataset != SELF:
-        _limited(load_lessons(dataset, dense, resolved.settings.recover.seqlen), resolved)
+        _limited(_load(dataset, dense, resolved), resolved)
 
 
 def _check_knobs(resolved: Resolved) -> None:
@@ -183,7 +183,12 @@ def _lessons(
             reporter=reporter,
         )
         return windows_of(drawn.flatten(), knobs.seqlen, SELF, digest(drawn.numpy().tobytes()))
-    return _limited(load_lessons(dataset, student, knobs.seqlen), resolved)
+    return _limited(_load(dataset, student, resolved), resolved)
+
+
+def _load(dataset: str, source: Source, resolved: Resolved) -> Lessons:
+    knobs = resolved.settings.recover
+    return load_lessons(dataset, source, knobs.seqlen, knobs.drop)
 
 
 def _limited(lessons: Lessons, resolved: Resolved) -> Lessons:
@@ -209,7 +214,7 @@ def run_recovery(recovery: Recovery, output: Path, reporter: Reporter) -> Recove
 def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors, Progress]:
     knobs, course = recovery.knobs, _course(recovery)
     if recovery.knobs.method == "lora":
-        adapter = Adapter(knobs.rank, knobs.alpha, knobs.dropout)
+        adapter = Adapter(knobs.lora_rank, knobs.lora_alpha, knobs.lora_dropout)
         return adapt(
             recovery.student, recovery.lessons, course, recovery.room, adapter, home, reporter
         )
@@ -236,7 +241,7 @@ def _course(recovery: Recovery) -> Course:
             minutes = _MINUTES
         else:
             trained = lessons.rows(0, len(lessons.ids) - lessons.held_out())
-            tokens = 2 * int(knobs.epochs * trained.tokens)
+            tokens = 2 * int(knobs.lora_epochs * trained.tokens)
     parts = 2 if knobs.method == "lora" else 1
     return Course(
         seconds=None if minutes is None else 60 * minutes / parts,
@@ -314,6 +319,43 @@ def recover_checkpoint(
     Raises:
         HisvdError: see :func:`prepare_recovery`; nothing is written then.
     """
+    path = _checked_output(resolved, folder, output, overwrite)
+    started = time.monotonic()
+    recovery = prepare_recovery(resolved, folder, reporter)
+    made = run_recovery(recovery, path, reporter)
+    return {
+        "output": str(path),
+        "from": str(folder),
+        "bytes": made.bytes,
+        "seconds": {"recover": time.monotonic() - started},
+        "peak_memory_bytes": peak_memory(),
+        **recovery_document(path),
+    }
+
+
+def forecast_recovery(
+    resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Return what a recovery would train on, and its seconds at most where they are bounded.
+
+    Raises:
+        HisvdError: whatever would stop the real run before its work.
+    """
+    path = _checked_output(resolved, folder, output, overwrite)
+    recovery = prepare_recovery(resolved, folder, reporter)
+    course, parts = _course(recovery), 2 if recovery.knobs.method == "lora" else 1
+    return {
+        "output": str(path),
+        "from": str(folder),
+        "bytes": recovery.student.weights.total_bytes,
+        "text_tokens": recovery.lessons.tokens,
+        "tokens": course.tokens and course.tokens * parts,
+        "seconds": course.seconds and course.seconds * parts,
+    }
+
+
+def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overwrite: bool) -> Path:
+    """Return where a recovered checkpoint goes. Raises UsageError, OutputError."""
     for key in SECTIONS["plan"].model_fields:
         if resolved.is_flag("plan", key):
             flag = flag_of("plan", key)
@@ -326,17 +368,13 @@ def recover_checkpoint(
         raise UsageError(
             f"--output {path} is the checkpoint itself.", "Name another folder with --output."
         )
+    if path.suffix == ".pt":
+        raise UsageError(
+            f"--from writes a folder, not the file {path}.",
+            "Name a folder, and make one file of it with: hisvd convert.",
+        )
     check_output(path, overwrite)
-    started = time.monotonic()
-    recovery = prepare_recovery(resolved, folder, reporter)
-    made = run_recovery(recovery, path, reporter)
-    return {
-        "output": str(path),
-        "from": str(folder),
-        "bytes": made.bytes,
-        "seconds": {"recover": time.monotonic() - started},
-        **recovery_document(path),
-    }
+    return path
 
 
 def recovery_document(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from hisvd_cli.errors import HisvdError
+from hisvd_cli.errors import HisvdError, UsageError
 from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
 
@@ -59,7 +59,9 @@ def compress(
     hisvd compress --from demo-0.6 --recover distill --recover-minutes 20
     """
     if checkpoint is not None:
-        _recover(run, checkpoint, output, overwrite)
+        if plan is not None:
+            raise UsageError("--from names a checkpoint that has its plan.", "Leave out --plan.")
+        _recover(run, checkpoint, output, overwrite, dry_run)
         return
     from hisvd_cli.build.compression import compress_model
     from hisvd_cli.build.compression_grid import is_grid
@@ -83,10 +85,17 @@ def compress(
     run.console.next_command(f"hisvd {f'inspect {made}' if outcome.perplexity else measuring}")
 
 
-def _recover(run: Run, checkpoint: Path, output: Path | None, overwrite: bool) -> None:
-    from hisvd_cli.build.recovery import recover_checkpoint
-    from hisvd_cli.views import recovered_view
+def _recover(
+    run: Run, checkpoint: Path, output: Path | None, overwrite: bool, dry_run: bool
+) -> None:
+    from hisvd_cli.build.recovery import forecast_recovery, recover_checkpoint
+    from hisvd_cli.views import recovered_view, recovery_forecast_view
 
+    if dry_run:
+        forecast = forecast_recovery(run.resolved, checkpoint, output, overwrite, run.console)
+        run.console.show(recovery_forecast_view(forecast))
+        run.console.result({"dry_run": True, **forecast}, forecast["output"])
+        return
     made = recover_checkpoint(run.resolved, checkpoint, output, overwrite, run.console)
     run.console.show(recovered_view(made))
     run.console.result(made, made["output"])

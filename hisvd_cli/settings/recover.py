@@ -24,6 +24,11 @@ class RecoverSettings(Section):
         "of which only outputs count); auto is the text of the calibration, all of it.",
         "--recover-dataset",
     )
+    drop: str = setting(
+        "",
+        "Leave this out wherever it stands in the text: '<unk>' where rare words are written so.",
+        "--recover-drop",
+    )
     samples: int | None = setting(
         None, "Windows of it; by default all, and 256 of self.", "--recover-samples", ge=2
     )
@@ -56,17 +61,12 @@ class RecoverSettings(Section):
         "Make activations again in the backward pass: less memory, a third more time.",
         "--recover-checkpointing",
     )
-    rank: int = setting(8, "Rank of the adapters.", "--lora-rank", panel=_LORA, ge=1)
-    alpha: int = setting(
-        16, "Adapters are scaled by this over their rank.", "--lora-alpha", panel=_LORA, ge=1
-    )
-    dropout: float = setting(
-        0.05, "Dropout before the adapters.", "--lora-dropout", panel=_LORA, ge=0, lt=1
-    )
-    epochs: float = setting(
+    lora_rank: int = setting(8, "Rank of the adapters.", panel=_LORA, ge=1)
+    lora_alpha: int = setting(16, "Adapters are scaled by this over their rank.", panel=_LORA, ge=1)
+    lora_dropout: float = setting(0.05, "Dropout before the adapters.", panel=_LORA, ge=0, lt=1)
+    lora_epochs: float = setting(
         2.0,
         "Passes over the text, for U's and again for V's, without another budget.",
-        "--lora-epochs",
         panel=_LORA,
         gt=0,
     )
