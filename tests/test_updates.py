@@ -101,7 +101,8 @@ def inputs(model: Any, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
 def root_of(gram: Tensor) -> Tensor:
     """Return R ``[n, n]`` with ``R Rᵀ = G``."""
     values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt()
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
 @pytest.mark.parametrize(
