@@ -109,8 +109,7 @@ def quantize(
 
     Args:
         checkpoint: in full precision.
-        output: the folder; what stands there is replaced once the new one is complete. It may be
-            the checkpoint's own.
+        output: the folder; what stands there is replaced once the new one is complete.
         recipe: bits and method.
         text: for the method gptq.
         shard_bytes: largest size of a weight file.
@@ -290,11 +289,13 @@ class _Work:
     def _metric(
         self, sublayer: str, moments: Mapping[str, Tensor], last: Metric | None
     ) -> Metric | None:
-        """Return the metric of a sublayer's input: the last one where it is the same input's."""
+        """Return the metric of a sublayer's input, the last one where it is the same input's; None
+        where nothing is known of it."""
         moment = moments.get(sublayer)
-        if moment is None or (last and last.moment is moment):
-            return last
-        return metric_of(moment.to(self._device), self._recipe.damping)
+        if moment is None:
+            return None
+        same = last is not None and last.moment is moment
+        return last if same else metric_of(moment, self._recipe.damping)
 
     def _rounded(
         self, sublayer: str, factors: Mapping[str, Tensor], metric: Metric | None, bits: int
@@ -331,7 +332,7 @@ class _Work:
         collector.choose_sides(groups)
         with collector.summing():
             walk.observe(index)
-        means = {key: total.mean() for key, total in collector.sums.items()}
+        means = {key: total.mean().to(self._device) for key, total in collector.sums.items()}
         return {name: means[key] for name, (key, _) in collector.owners.items()}
 
     def _pass_on(self, walk: BlockWalk, part: str, path: Path) -> None:
