@@ -129,7 +129,7 @@ def check_request(
             )
         by_bytes = open_plan(plan_file, source).bytes is not None
         if by_bytes:
-            _refuse_knobs(resolved, "quantize", ("method", "group_size"))
+            _refuse_knobs(resolved, "quantize", ("method", "dense", "group_size"))
         check_quantization(resolved, planned=by_bytes)
         check_factoring(resolved, source)
     check_update(resolved, source)

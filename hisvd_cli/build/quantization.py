@@ -32,7 +32,7 @@ def quantizes(resolved: Resolved) -> bool:
 
 def bytes_saved(resolved: Resolved, numbers: int, itemsize: float) -> int:
     """Return about how many bytes fewer numbers of sublayers take as integers: a forecast, in which
-    the scales of int8 count for nothing and no group is short.
+    the scales of int8 count for nothing, no group is short, and no sublayer stays dense.
 
     Args:
         resolved: the settings.
@@ -66,7 +66,7 @@ def check_quantization(resolved: Resolved, planned: bool = False) -> None:
         _check_device(resolved, "int4")
         return
     if not quantizes(resolved):
-        for key in ("method", "group_size", "damping"):
+        for key in ("method", "dense", "group_size", "damping"):
             if resolved.is_flag("quantize", key):
                 raise UsageError(
                     f"{flag_of('quantize', key)} says how to quantize, but nothing is quantized.",
@@ -130,7 +130,7 @@ def quantize_checkpoint(
             "Rounding to the nearest costs much with int4, and with pivoted pairs: "
             "--quantize-method gptq loses several times less."
         )
-    bits = bits or dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
+    bits = bits or _bits(resolved, checkpoint)
     recipe = Recipe(bits, knobs.group_size, knobs.method, knobs.damping)
     return quantize(
         checkpoint,
@@ -141,6 +141,15 @@ def quantize_checkpoint(
         settings=resolved.recorded("quantize"),
         reporter=reporter,
     )
+
+
+def _bits(resolved: Resolved, checkpoint: Checkpoint) -> dict[str, int]:
+    """Return name → bits of all sublayers, by the settings."""
+    knobs = resolved.settings.quantize
+    bits = dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
+    if knobs.dense == "int8":
+        bits |= dict.fromkeys(bits.keys() - checkpoint.ranks.keys(), 8)
+    return bits
 
 
 def _sample(

@@ -21,6 +21,12 @@ class QuantizeSettings(Section):
         "after it; runs the model over calibration text).",
         "--quantize-method",
     )
+    dense: Literal["int8", "same"] = setting(
+        "int8",
+        "int4: what the sublayers that stay dense become: int8, as those that a plan keeps whole "
+        "bear the least, or the same.",
+        "--quantize-dense",
+    )
     group_size: int = setting(64, "int4: inputs of a row that share a scale.", ge=1)
     damping: float = setting(
         0.01, "gptq: added to the diagonal of an input's moment, as a share of its mean.", gt=0
