@@ -101,7 +101,8 @@ def inputs(model: Any, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
 def root_of(gram: Tensor) -> Tensor:
     """Return R ``[n, n]`` with ``R Rᵀ = G``."""
     values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt()
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
 @pytest.mark.parametrize(
@@ -137,8 +138,7 @@ def tokens_of(resolved: Resolved) -> Tensor:
     """Return the calibration tokens."""
     source = named_source(resolved)
     calibration, _ = ensure_calibration(resolved, source, Silent())
-    tokens: Tensor = calibration_sample(resolved, source, calibration, Silent()).tokens
-    return tokens
+    return calibration_sample(resolved, source, calibration, Silent()).tokens
 
 
 def test_a_closed_form_fits_u_to_the_dense_outputs(tiny_model: MakeModel, tmp_path: Path) -> None:
