@@ -47,17 +47,15 @@ if (how, os.environ["RANK"]) == ("failing", "1"):
     compress.Factory.gather = fail
 main()
 """
-RUNS = {"whole": (2, 5), "killed": (2, 5), "failing": (2, 1), "updated": (2, 5)}
+RUNS = {"whole": (2, 5), "killed": (2, 5), "failing": (2, 1)}
 """How → processes and sequences: with two for one, the last has none."""
 Runs = dict[str, "subprocess.CompletedProcess[str]"]
 
 
 def command(folder: Path, how: str, samples: int) -> list[str]:
     """Return what a run is started with: gradients of both kinds, and ranks and factors by them."""
-    more = ["--update", "propagated"] if "updated" in how else []
     return [
         *("compress", "--model", str(folder / "model"), "--dataset", str(folder / "text-0.txt")),
-        *more,
         *("--samples", str(samples), "--seqlen", "24", "--batch", "2", "--weight-gradients"),
         *("--allocator", "waterfill", "--metric", "held-out", "--decomposer", "fisher"),
         *("--ratio", "0.6", "--no-evaluate", "--json"),
@@ -71,7 +69,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model("llama", folder / "model")
     text_file(folder, 600)
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    for how, samples in (("one", 5), ("short", 1), ("one-updated", 5)):
+    for how, samples in (("one", 5), ("short", 1)):
         succeed(*command(folder, how, samples), env={"HISVD_CACHE": str(folder / "cache")})
     return folder
 
@@ -142,17 +140,6 @@ def test_several_processes_make_what_one_makes(home: Path, runs: Runs) -> None:
         assert torch.allclose(found[name], product, atol=1e-4), name
     assert list(tree(home / "one")) == list(tree(home / "whole"))
     assert not list(home.glob(".whole*"))
-
-
-def test_several_processes_update_as_one_does(home: Path, runs: Runs) -> None:
-    done = runs["updated"]
-    assert done.returncode == 0, done.stderr
-    expected, found = products(home / "one-updated"), products(home / "updated")
-    plain = products(home / "one")
-    assert any(not torch.allclose(plain[name], expected[name], atol=1e-3) for name in plain)
-    for name, product in expected.items():
-        assert torch.allclose(found[name], product, atol=1e-3), name
-    assert not list(home.glob(".updated*"))
 
 
 def test_a_killed_process_is_named_once_and_one_process_ends_its_work(

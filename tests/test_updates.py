@@ -138,8 +138,7 @@ def tokens_of(resolved: Resolved) -> Tensor:
     """Return the calibration tokens."""
     source = named_source(resolved)
     calibration, _ = ensure_calibration(resolved, source, Silent())
-    tokens: Tensor = calibration_sample(resolved, source, calibration, Silent()).tokens
-    return tokens
+    return calibration_sample(resolved, source, calibration, Silent()).tokens
 
 
 def test_a_closed_form_fits_u_to_the_dense_outputs(tiny_model: MakeModel, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from hisvd_cli.build.anatomy import Anatomy, dissect
 from hisvd_cli.build.samples import request_calibration, stored_dtype
 from hisvd_cli.device import pick_device
+from hisvd_cli.distributed import world
 from hisvd_cli.errors import MemoryLimitError, UsageError
 from hisvd_cli.memory_bounds import HOST, MemoryBounds, parse_bounds
 from hisvd_cli.moments import exact_device
@@ -145,12 +146,18 @@ def fitted_update(resolved: Resolved, work: Workload) -> Workload:
 
 
 def check_update(resolved: Resolved, source: Source) -> None:
-    """Find out whether the update of the settings, if any, fits into the bound on memory.
+    """Find out whether the update of the settings, if any, can be made and fits into the bound.
 
     Raises:
-        UsageError, MemoryLimitError: see :func:`fitted_update`.
+        UsageError: several processes, or see :func:`fitted_update`.
+        MemoryLimitError: see there.
     """
     if resolved.settings.compress.update != "none":
+        if world().size > 1:
+            raise UsageError(
+                "--update is made by one process, and torchrun started several.",
+                "Run hisvd without torchrun, or leave out --update.",
+            )
         fitted_update(resolved, workload(resolved, source, dissect(source)))
 
 
