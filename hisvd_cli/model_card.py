@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from hisvd_cli.audit import told_recovery
 from hisvd_cli.data import NAMED
 from hisvd_cli.errors import SourceError
 from hisvd_cli.paths import slug
@@ -193,10 +194,11 @@ def _write(
     # A path says where the model lay on one machine, which is nobody's business.
     model = Path(named).name if Path(named).exists() or Path(named).is_absolute() else named
     pairs = {"pair": "stored as plain pairs", "pivoted": "stored as pivoted pairs"}[plan.storage]
+    trained = told_recovery(record)
     body = _BODY.format(
         name=Path(named).name,
         what=(_MULTIPLIED if multiplied else _LOW_RANK).format(
-            model=model, training=_training(record.get("recovery"))
+            model=model, training=f"then trained ({trained})" if trained else "without training"
         ),
         kept=plan.ratio,
         kept_exact=plan.kept_ratio,
@@ -342,16 +344,6 @@ def _metadata(path: Path) -> dict[str, Any]:
         return dict(metadata_load(path) or {}) if path.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-
-
-def _training(recovery: Mapping[str, Any] | None) -> str:
-    if recovery is None:
-        return "without training"
-    data = recovery["data"]
-    return (
-        f"then trained ({recovery['method']}, {recovery['tokens']:,} tokens of "
-        f"{Path(data['dataset']).name})"
-    )
 
 
 def _calibration(manifest: Mapping[str, Any] | None) -> str:

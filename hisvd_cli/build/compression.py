@@ -12,7 +12,7 @@ from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
-from hisvd_cli.build.outputs import check_output, peak_memory
+from hisvd_cli.build.outputs import check_output, peak_memory, refuse_flags
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.recovery import check_recovery, mend, unmended, wants_recovery
 from hisvd_cli.build.samples import default_dataset, window_length
@@ -31,7 +31,6 @@ from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.settings import SECTIONS, flag_of
 from hisvd_cli.source import Source
 
 
@@ -111,7 +110,9 @@ def check_request(
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
-        _refuse_knobs(resolved)
+        refuse_flags(
+            resolved, "plan", "the plan that --plan names", "make the plan anew without --plan"
+        )
         if resolved.variants:
             raise UsageError(
                 "Several presets are set, but --plan names one plan.",
@@ -128,16 +129,6 @@ def check_request(
     sidecar = _plan_beside(path)
     if path.suffix == ".pt" and sidecar.exists() and not overwrite and sidecar != plan_file:
         raise OutputError(f"{sidecar} exists.", "Pass --overwrite, or name another --output.")
-
-
-def _refuse_knobs(resolved: Resolved) -> None:
-    for key in SECTIONS["plan"].model_fields:
-        if resolved.is_flag("plan", key):
-            flag = flag_of("plan", key)
-            raise UsageError(
-                f"{flag} cannot change the plan that --plan names.",
-                f"Leave out {flag}, or make the plan anew without --plan.",
-            )
 
 
 def _plan_beside(path: Path) -> Path:
