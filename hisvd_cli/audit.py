@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,6 +241,15 @@ def plan_problems(plan: Plan, rows: Iterable[Row]) -> list[str]:
     return problems
 
 
+def told_recovery(made: Mapping[str, Any]) -> str:
+    """Return in a line what a provenance says of a short training, empty where there was none."""
+    trained = part(made, "recovery")
+    if not trained:
+        return ""
+    dataset = Path(str(part(trained, "data").get("dataset"))).name
+    return f"{trained.get('method')}, {int(trained.get('tokens') or 0):,} tokens of {dataset}"
+
+
 def provenance_table(made: dict[str, Any]) -> dict[str, str]:
     """Return the lines that a person reads of how a checkpoint was made, as far as they are
     recorded."""
@@ -248,17 +258,13 @@ def provenance_table(made: dict[str, Any]) -> dict[str, str]:
         "made from": part(made, "model").get("name"),
         "allocator": made.get("allocator"),
         "decomposer": made.get("decomposer"),
+        "recovery": told_recovery(made),
     }
     if data:
         table["calibration"] = (
             f"{data.get('samples')} × {data.get('seqlen')} tokens of {data.get('dataset')}"
         )
     table["stages"] = stages_text(made)
-    if trained := part(made, "recovery"):
-        table["recovery"] = (
-            f"{trained.get('method')}, {trained.get('tokens')} tokens of "
-            f"{part(trained, 'data').get('dataset')}"
-        )
     return {name: str(value) for name, value in table.items() if value}
 
 

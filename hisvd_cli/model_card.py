@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hisvd_cli.audit import stages_text
+from hisvd_cli.audit import stages_text, told_recovery
 from hisvd_cli.data import NAMED
 from hisvd_cli.errors import SourceError
 from hisvd_cli.paths import slug
@@ -198,10 +198,11 @@ def _write(
     pairs = {"pair": "stored as plain pairs", "pivoted": "stored as pivoted pairs"}[
         integers.get("storage", plan.storage)
     ]
+    trained = told_recovery(record)
     body = _BODY.format(
         name=Path(named).name,
         what=(_MULTIPLIED if multiplied else _LOW_RANK).format(
-            model=model, training=_training(record.get("recovery"))
+            model=model, training=f"then trained ({trained})" if trained else "without training"
         ),
         kept=plan.ratio,
         kept_exact=plan.kept_ratio,
@@ -363,16 +364,6 @@ def _integers(made: Mapping[str, Any]) -> str:
     return (
         f"\n| numbers | {kinds}{groups}; rounded by {made['method']} |"
         f"\n| bytes of all weights | {share} |"
-    )
-
-
-def _training(recovery: Mapping[str, Any] | None) -> str:
-    if recovery is None:
-        return "without training"
-    data = recovery["data"]
-    return (
-        f"then trained ({recovery['method']}, {recovery['tokens']:,} tokens of "
-        f"{Path(data['dataset']).name})"
     )
 
 

@@ -78,7 +78,8 @@ def recover(
         checkpoint: what is to be mended.
         train: returns other factors.
         output: the folder; what stands there is replaced once the new one is complete.
-        record: everything that decides the result, recorded as it is.
+        record: everything that decides the result, the checkpoint's fingerprint included;
+            recorded as it is.
         shard_bytes: largest size of a weight file.
 
     Raises:
@@ -86,8 +87,7 @@ def recover(
         OutputError, SourceError: see each.
     """
     started = time.monotonic()
-    weights = [f"{path.name} {path.stat().st_size}" for path in checkpoint.weights.files]
-    key = digest(json.dumps([record, checkpoint.provenance, weights], sort_keys=True))
+    key = digest(json.dumps([record, checkpoint.provenance], sort_keys=True))
     progress = Progress()
     with building(output, key) as home:
         if not (home / PROVENANCE).is_file():  # which is written last

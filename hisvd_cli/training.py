@@ -6,6 +6,7 @@ comes from outside.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -244,7 +245,8 @@ class Training:
         if value < best:
             progress.best, progress.best_step = found, progress.steps
             tensors = {name: p.detach() for name, p in self.trainee.parameters.items()}
-            write_tensors(self.home / BEST, tensors, {})
+            about = {"measures": json.dumps(found), "step": str(progress.steps)}
+            write_tensors(self.home / BEST, tensors, about)
 
     def _stop(self, why: str) -> None:
         progress = self.progress
@@ -263,6 +265,16 @@ class Training:
         if (self.home / _STATE).is_dir():
             self._accelerator.load_state(str(self.home / _STATE))
             self.reporter.note(f"Going on after step {self.progress.steps}.")
+        if (self.home / BEST).is_file():
+            # It may be newer than the state: the best state was written at once.
+            _, about = read_tensors(self.home / BEST, f"Remove {self.home} and run again.", _none)
+            found = json.loads(about["measures"])
+            if _first(found) < _first(self.progress.best):
+                self.progress.best, self.progress.best_step = found, int(about["step"])
+
+
+def _none(_name: str) -> bool:
+    return False
 
 
 def _first(measures: Mapping[str, float]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_update, check_whole_model
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
-from hisvd_cli.build.outputs import check_output, peak_memory
+from hisvd_cli.build.outputs import check_output, peak_memory, refuse_flags
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
 from hisvd_cli.build.recovery import check_recovery, mend, unmended, wants_recovery
@@ -33,7 +32,6 @@ from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.settings import SECTIONS, flag_of
 from hisvd_cli.source import Source
 from hisvd_cli.stage_times import keep_times
 from hisvd_cli.updating import Update
@@ -121,7 +119,8 @@ def check_request(
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
-        _refuse_knobs(resolved, "plan", SECTIONS["plan"].model_fields)
+        given = ("the plan that --plan names", "make the plan anew without --plan")
+        refuse_flags(resolved, "plan", *given)
         if resolved.variants:
             raise UsageError(
                 "Several presets are set, but --plan names one plan.",
@@ -129,7 +128,7 @@ def check_request(
             )
         by_bytes = open_plan(plan_file, source).bytes is not None
         if by_bytes:
-            _refuse_knobs(resolved, "quantize", ("method", "dense", "group_size"))
+            refuse_flags(resolved, "quantize", *given, but=("bits", "damping"))
         check_quantization(resolved, planned=by_bytes)
         check_factoring(resolved, source)
     check_update(resolved, source)
@@ -143,16 +142,6 @@ def check_request(
     sidecar = _plan_beside(path)
     if path.suffix == ".pt" and sidecar.exists() and not overwrite and sidecar != plan_file:
         raise OutputError(f"{sidecar} exists.", "Pass --overwrite, or name another --output.")
-
-
-def _refuse_knobs(resolved: Resolved, section: str, keys: Iterable[str]) -> None:
-    for key in keys:
-        if resolved.is_flag(section, key):
-            flag = flag_of(section, key)
-            raise UsageError(
-                f"{flag} cannot change the plan that --plan names.",
-                f"Leave out {flag}, or make the plan anew without --plan.",
-            )
 
 
 def _plan_beside(path: Path) -> Path:

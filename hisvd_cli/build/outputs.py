@@ -6,12 +6,15 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint
-from hisvd_cli.errors import OutputError
+from hisvd_cli.errors import OutputError, UsageError
+from hisvd_cli.profile import Resolved
+from hisvd_cli.settings import SECTIONS, flag_of
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -42,6 +45,24 @@ def check_output(path: Path, overwrite: bool) -> None:
             f"The folder {path} holds something that hisvd did not write.",
             "Name another --output, or remove the folder yourself.",
         )
+
+
+def refuse_flags(
+    resolved: Resolved, section: str, decided: str, instead: str, but: Collection[str] = ()
+) -> None:
+    """Raise UsageError for a flag of a section that something else has decided already.
+
+    Args:
+        resolved: the settings.
+        section: whose flags.
+        decided: what a flag cannot change.
+        instead: what to do to have it changed.
+        but: keys that may be set.
+    """
+    for key in SECTIONS[section].model_fields:
+        if key not in but and resolved.is_flag(section, key):
+            flag = flag_of(section, key)
+            raise UsageError(f"{flag} cannot change {decided}.", f"Leave out {flag}, or {instead}.")
 
 
 def peak_memory() -> int:

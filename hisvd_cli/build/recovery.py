@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hisvd_cli.adaptation import Adapter, adapt, check_peft
 from hisvd_cli.audit import part
-from hisvd_cli.build.outputs import check_output, peak_memory
 from hisvd_cli.build.samples import SELF, default_dataset
 from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed
@@ -34,7 +34,7 @@ from hisvd_cli.recover import (
 )
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.selftext import sample_self
-from hisvd_cli.settings import SECTIONS, RecoverSettings, flag_of
+from hisvd_cli.settings import RecoverSettings
 from hisvd_cli.source import Source, open_source
 from hisvd_cli.training import Course, Progress
 
@@ -80,11 +80,10 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
         DataError: the text is missing, too short, or lacks a field.
     """
     _check_knobs(resolved)
-    dataset = resolved.settings.recover.dataset
-    if dataset == "auto":
-        dataset = resolved.settings.calibration.dataset
-    dataset = default_dataset(dense) if dataset == "auto" else dataset
     check_seqlen(resolved.settings.recover.seqlen, dense)
+    # Where neither names a text, it is that of a calibration which may not be there yet.
+    named = (resolved.settings.recover.dataset, resolved.settings.calibration.dataset)
+    dataset = next((name for name in named if name != "auto"), SELF)
     if dataset != SELF:
         _limited(_load(dataset, dense, resolved), resolved)
 
@@ -130,6 +129,8 @@ def prepare_recovery(
     device = pick_device(resolved.settings.model.device)
     stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
     dtype = pick_dtype(resolved.settings.model.dtype, stored, device)
+    if dtype == torch.float16:  # whose gradients vanish
+        dtype = torch.bfloat16
     room = Classroom(device, dtype, knobs.checkpointing)
     lessons = _lessons(resolved, checkpoint, student, teacher, room, reporter)
     return Recovery(resolved, student, teacher, room, lessons)
@@ -212,7 +213,7 @@ def run_recovery(recovery: Recovery, output: Path, reporter: Reporter) -> Recove
 
 
 def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors, Progress]:
-    knobs, course = recovery.knobs, _course(recovery)
+    knobs, course = recovery.knobs, course_of(recovery)
     if recovery.knobs.method == "lora":
         adapter = Adapter(knobs.lora_rank, knobs.lora_alpha, knobs.lora_dropout)
         return adapt(
@@ -232,7 +233,7 @@ def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors,
     )
 
 
-def _course(recovery: Recovery) -> Course:
+def course_of(recovery: Recovery) -> Course:
     """Return how long and how a training is; of lora, each of its two."""
     knobs, lessons = recovery.knobs, recovery.lessons
     minutes, tokens = knobs.minutes, knobs.tokens
@@ -256,7 +257,7 @@ def _course(recovery: Recovery) -> Course:
 def _record(recovery: Recovery) -> Mapping[str, Any]:
     """Return what decides the result, for the provenance."""
     lessons, teacher = recovery.lessons, recovery.teacher
-    course = asdict(_course(recovery))
+    course = asdict(course_of(recovery))
     for unrecorded in ("state_seconds", "together"):
         del course[unrecorded]
     return {
@@ -309,76 +310,3 @@ def mend(resolved: Resolved, raw: Unmended, folder: Path, dense: Source, reporte
     made = run_recovery(prepare_recovery(resolved, raw.folder, reporter, dense), folder, reporter)
     shutil.rmtree(raw.folder)
     return made.bytes
-
-
-def recover_checkpoint(
-    resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
-) -> dict[str, Any]:
-    """Mend an existing checkpoint; return what was done as JSON data.
-
-    Raises:
-        HisvdError: see :func:`prepare_recovery`; nothing is written then.
-    """
-    path = _checked_output(resolved, folder, output, overwrite)
-    started = time.monotonic()
-    recovery = prepare_recovery(resolved, folder, reporter)
-    made = run_recovery(recovery, path, reporter)
-    return {
-        "output": str(path),
-        "from": str(folder),
-        "bytes": made.bytes,
-        "seconds": {"recover": time.monotonic() - started},
-        "peak_memory_bytes": peak_memory(),
-        **recovery_document(path),
-    }
-
-
-def forecast_recovery(
-    resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
-) -> dict[str, Any]:
-    """Return what a recovery would train on, and its seconds at most where they are bounded.
-
-    Raises:
-        HisvdError: whatever would stop the real run before its work.
-    """
-    path = _checked_output(resolved, folder, output, overwrite)
-    recovery = prepare_recovery(resolved, folder, reporter)
-    course, parts = _course(recovery), 2 if recovery.knobs.method == "lora" else 1
-    return {
-        "output": str(path),
-        "from": str(folder),
-        "bytes": recovery.student.weights.total_bytes,
-        "text_tokens": recovery.lessons.tokens,
-        "tokens": course.tokens and course.tokens * parts,
-        "seconds": course.seconds and course.seconds * parts,
-    }
-
-
-def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overwrite: bool) -> Path:
-    """Return where a recovered checkpoint goes. Raises UsageError, OutputError."""
-    for key in SECTIONS["plan"].model_fields:
-        if resolved.is_flag("plan", key):
-            flag = flag_of("plan", key)
-            raise UsageError(
-                f"{flag} cannot change the checkpoint that --from names.",
-                f"Leave out {flag}, or compress the model anew.",
-            )
-    path = output or folder.with_name(f"{folder.name}-{resolved.settings.recover.method}")
-    if path.resolve() == folder.resolve():
-        raise UsageError(
-            f"--output {path} is the checkpoint itself.", "Name another folder with --output."
-        )
-    if path.suffix == ".pt":
-        raise UsageError(
-            f"--from writes a folder, not the file {path}.",
-            "Name a folder, and make one file of it with: hisvd convert.",
-        )
-    check_output(path, overwrite)
-    return path
-
-
-def recovery_document(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint's provenance says of its recovery, as JSON data."""
-    made = part(open_checkpoint(folder).provenance, "recovery")
-    names = ("method", "steps", "tokens", "before", "best", "stopped")
-    return {"recovery": {name: made.get(name) for name in names}}

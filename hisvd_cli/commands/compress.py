@@ -88,7 +88,7 @@ def compress(
 def _recover(
     run: Run, checkpoint: Path, output: Path | None, overwrite: bool, dry_run: bool
 ) -> None:
-    from hisvd_cli.build.recovery import forecast_recovery, recover_checkpoint
+    from hisvd_cli.build.from_checkpoint import forecast_recovery, recover_checkpoint
     from hisvd_cli.views import recovered_view, recovery_forecast_view
 
     if dry_run:

@@ -1,0 +1,82 @@
+"""Settings ─► an existing checkpoint, recovered into another folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from hisvd_cli.audit import part
+from hisvd_cli.build.outputs import check_output, peak_memory, refuse_flags
+from hisvd_cli.build.recovery import course_of, prepare_recovery, run_recovery
+from hisvd_cli.checkpoint import open_checkpoint
+from hisvd_cli.errors import UsageError
+from hisvd_cli.profile import Resolved
+from hisvd_cli.reporter import Reporter
+
+
+def recover_checkpoint(
+    resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Mend an existing checkpoint; return what was done as JSON data.
+
+    Raises:
+        HisvdError: see :func:`prepare_recovery`; nothing is written then.
+    """
+    path = _checked_output(resolved, folder, output, overwrite)
+    started = time.monotonic()
+    recovery = prepare_recovery(resolved, folder, reporter)
+    made = run_recovery(recovery, path, reporter)
+    return {
+        "output": str(path),
+        "from": str(folder),
+        "bytes": made.bytes,
+        "seconds": {"recover": time.monotonic() - started},
+        "peak_memory_bytes": peak_memory(),
+        **recovery_document(path),
+    }
+
+
+def forecast_recovery(
+    resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Return what a recovery would train on, and its seconds at most where they are bounded.
+
+    Raises:
+        HisvdError: whatever would stop the real run before its work.
+    """
+    path = _checked_output(resolved, folder, output, overwrite)
+    recovery = prepare_recovery(resolved, folder, reporter)
+    course, parts = course_of(recovery), 2 if recovery.knobs.method == "lora" else 1
+    return {
+        "output": str(path),
+        "from": str(folder),
+        "bytes": recovery.student.weights.total_bytes,
+        "text_tokens": recovery.lessons.tokens,
+        "tokens": course.tokens and course.tokens * parts,
+        "seconds": course.seconds and course.seconds * parts,
+    }
+
+
+def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overwrite: bool) -> Path:
+    """Return where a recovered checkpoint goes. Raises UsageError, OutputError."""
+    refuse_flags(resolved, "plan", "the checkpoint that --from names", "compress the model anew")
+    path = output or folder.with_name(f"{folder.name}-{resolved.settings.recover.method}")
+    if path.resolve() == folder.resolve():
+        raise UsageError(
+            f"--output {path} is the checkpoint itself.", "Name another folder with --output."
+        )
+    if path.suffix == ".pt":
+        raise UsageError(
+            f"--from writes a folder, not the file {path}.",
+            "Name a folder, and make one file of it with: hisvd convert.",
+        )
+    check_output(path, overwrite)
+    return path
+
+
+def recovery_document(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's provenance says of its recovery, as JSON data."""
+    made = part(open_checkpoint(folder).provenance, "recovery")
+    names = ("method", "steps", "tokens", "before", "best", "stopped")
+    return {"recovery": {name: made.get(name) for name in names}}
