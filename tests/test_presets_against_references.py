@@ -72,7 +72,9 @@ def compressed_perplexity(
         ("plan", "preset"): preset,
         ("plan", "ratio"): [ratio],
         ("compress", "evaluate"): False,
-        ("compress", "stages"): 1,  # as the reference of zs-svd, whose preset has six
+        # As the references: zs-svd's preset has six stages, svd-llm's updates at low ratios.
+        ("compress", "stages"): 1,
+        ("compress", "update"): "none",
     }
     if preset == "asvd":
         flags["plan", "probe_samples"] = WINDOWS

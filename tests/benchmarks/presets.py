@@ -10,7 +10,8 @@ already is not run again, so that a run that was stopped goes on::
 
 Presets that measure the model (asvd, lems, dobi-svd) take less probe text than their programs do
 (``KNOBS``): what they would take on two cores is hours. What was measured once, a later cell finds
-on disk, so their seconds of planning are those of the first ratio.
+on disk, so their seconds of planning are those of the first ratio. ``zs-svd`` has one stage of its
+six, and ``svd-llm`` goes without its update.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ PRESETS = [
     *("swift-svd", "lems", "dobi-svd", "asvd"),
 ]
 KNOBS = {
+    "zs-svd": ["--stages", "1"],  # six calibrations a cell would take an hour
+    "svd-llm": ["--update", "none"],
     PAIRS: ["--storage", "pair"],
     "lems": ["--probe-samples", "2"],
     "dobi-svd": ["--probe-samples", "8"],
