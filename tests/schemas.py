@@ -111,6 +111,7 @@ RECORDED = strict(
     quantize=strict(
         bits={"enum": ["none", "int8", "int4"]},
         method={"enum": ["nearest", "gptq"]},
+        dense={"enum": ["int8", "same"]},
         group_size=COUNT,
         damping=NUMBER,
     ),

@@ -71,7 +71,7 @@ def test_knobs_of_single_methods_stand_below_the_rest(command: str) -> None:
     panels = re.findall(r"^╭─ (.+?) ─", help_of(command), re.MULTILINE)
     assert [p for p in panels if p.startswith("Knobs")] == [
         *["Knobs of allocators"],
-        *(["Knobs of decomposers"] if command == "compress" else []),
+        *(["Knobs of corrections", "Knobs of decomposers"] if command == "compress" else []),
     ]
     assert panels.index("Knobs of allocators") > panels.index("Calibration")
     assert panels[-1] == "Settings and output"

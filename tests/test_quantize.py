@@ -23,7 +23,7 @@ from hisvd_cli.quantized import QuantizedLinear, QuantizedLowRankLinear, quantiz
 from hisvd_cli.reporter import Silent
 from hisvd_cli.sublayers import Sublayer
 from hisvd_cli.tensorfile import write_tensors
-from tests.cli_helpers import as_json, fail, hisvd, succeed
+from tests.cli_helpers import as_json, fail, hisvd, succeed, text_file
 from tests.conftest import CACHE, MakeModel
 from tests.models import random_text
 from tests.test_plugin import python
@@ -117,6 +117,22 @@ def _matrices(folder: Path) -> dict[str, tuple[int, int]]:
     sublayers = [Sublayer(s["name"], s["layer"], s["cluster"], tuple(s["shape"])) for s in plan]
     found = sublayer_shapes(sublayers, Layout({s["name"]: s["rank"] for s in low}))
     return {name: (shape[0], shape[1]) for name, shape in found.items()}
+
+
+@pytest.mark.parametrize(("dense", "bits"), [("int8", 8), ("same", 4)])
+def test_what_stays_dense_has_bits_of_its_own(
+    dense: str, bits: int, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    whole, made = tmp_path / "whole", tmp_path / "made"
+    text = ("--dataset", text_file(tmp_path), "--samples", 4, "--seqlen", 32)
+    scope = ("--ratio", 0.7, "--exclude", "*v_proj")
+    succeed("compress", "--model", tiny_model("llama"), *text, *scope, "--output", whole)
+    kinds = ("--quantize", "int4", "--quantize-dense", dense, "--group-size", 16)
+    succeed("convert", whole, *kinds, "--output", made)
+    rows = as_json("inspect", made)["sublayers"]
+    assert {row["bits"] for row in rows if row["dense"]} == {bits}
+    assert {row["bits"] for row in rows if not row["dense"]} == {4}
+    assert apart(logits(whole), logits(made)) < 0.3
 
 
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
