@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.gradient_collector import Watch, as_sequences
+from hisvd_cli.gradient_collector import Watch, as_sequences, watching
 from hisvd_cli.moments import AddUp
 
 
@@ -49,12 +49,8 @@ class BatchGradients:
             start: number of its first sequence.
         """
         self._start = start
-        handles = [m.register_forward_hook(self._watcher(n)) for n, m in self._linears.items()]
-        try:
+        with watching(self._linears, self._watcher):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _watcher(self, name: str) -> Watch:
         def watch(_module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:

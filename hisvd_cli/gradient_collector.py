@@ -60,12 +60,8 @@ class GradientCollector:
             start: number of its first sequence.
         """
         self._start = start
-        handles = [m.register_forward_hook(self._watcher(n)) for n, m in self._linears.items()]
-        try:
+        with watching(self._linears, self._watcher):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _watcher(self, name: str) -> Watch:
         def watch(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -124,6 +120,17 @@ class GradientCollector:
             for name, total in self._weights.items()
             for part, mean in total.means().items()
         }
+
+
+@contextmanager
+def watching(linears: Mapping[str, nn.Linear], watcher: Callable[[str], Watch]) -> Iterator[None]:
+    """Hook what ``watcher`` returns for its name to each linear while the body runs."""
+    handles = [module.register_forward_hook(watcher(name)) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def as_sequences(rows: Tensor, seqlen: int) -> Tensor:
