@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from hisvd_cli.audit import Layout, sublayer_shapes
 from hisvd_cli.build.quantization import quantize_checkpoint
 from hisvd_cli.checkpoint import open_checkpoint
+from hisvd_cli.errors import OutputError
 from hisvd_cli.profile import resolve
 from hisvd_cli.quantization import sublayer_names
 from hisvd_cli.quantized import QuantizedLinear, QuantizedLowRankLinear, quantized_bytes
@@ -309,6 +310,29 @@ def test_the_hidden_states_are_those_of_integers(
         n for n in two if n.endswith(".safetensors")
     ]
     assert all(one[n] == two[n] for n in one if n.endswith(".safetensors"))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]
+
+
+def test_an_interrupted_rounding_loses_no_training(
+    tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = ("--dataset", text_file(tmp_path), "--samples", 4, "--seqlen", 32, "--ratio", 0.5)
+    training = ("--recover", "distill", "--recover-tokens", 300, "--recover-seqlen", 16)
+    words = ("compress", "--model", tiny_model("llama"), *text, *training, "--quantize", "int8")
+    succeed(*words, "--output", tmp_path / "one")
+
+    def stop(*_args: Any, **_kwargs: Any) -> None:
+        raise OutputError("The disk is full.", "Free some space.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hisvd_cli.build.compression.quantize_compressed", stop)
+        assert fail(*words, "--output", tmp_path / "two")[0] == "The disk is full."
+    assert not (tmp_path / "two").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("hisvd_cli.build.compression.mend", stop)
+        patch.setattr("hisvd_cli.build.compression.factored", stop)
+        succeed(*words, "--output", tmp_path / "two")
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]
 
 

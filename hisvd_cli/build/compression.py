@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hisvd_cli.audit import part
 from hisvd_cli.build.byte_budgets import bytes_ratio, rounded_by
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
@@ -16,7 +17,7 @@ from hisvd_cli.build.methods import decomposer_needs, plan_needs
 from hisvd_cli.build.outputs import check_output, peak_memory, refuse_flags
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
-from hisvd_cli.build.recovery import check_recovery, mend, unmended, wants_recovery
+from hisvd_cli.build.recovery import Unmended, check_recovery, mend, unmended, wants_recovery
 from hisvd_cli.build.samples import default_dataset, window_length
 from hisvd_cli.build.stages import RECORDED, Stage, check_stages, factored, last_stage
 from hisvd_cli.build.updates import prepare_update
@@ -211,7 +212,8 @@ def _write(
     resolved = rounded_by(resolved, last.plan)
     rounds = quantizes(resolved) or bool(last.plan.bits)
     whole = folder.with_name(f".{path.name}.whole") if rounds else folder
-    made, recovering = _mended(resolved, last, whole, update, reporter)
+    left = _unrounded(resolved, last, whole) if rounds else None
+    made, recovering = left or _mended(resolved, last, whole, update, reporter)
     if rounds and world().first:
         bits = last.plan.bits or None
         made = quantize_compressed(
@@ -227,6 +229,16 @@ def _write(
     size = path.stat().st_size
     single_file = replace(made, output=path, bytes=size, write_seconds=writing)
     return single_file, _plan_beside(path), recovering
+
+
+def _unrounded(resolved: Resolved, last: Stage, folder: Path) -> tuple[Compressed, float] | None:
+    """Return what a run left that was interrupted while it rounded, and no seconds of training;
+    None where there is nothing, or it was made by another plan or settings."""
+    made = Unmended(folder).kept(last.plan, resolved.recorded(*RECORDED))
+    wanted = resolved.recorded("model", "recover") if wants_recovery(resolved) else None
+    if made is None or part(made.record, "recovery").get("settings") != wanted:
+        return None
+    return made, 0.0
 
 
 def _mended(

@@ -281,7 +281,8 @@ def _record(recovery: Recovery) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Unmended:
-    """The checkpoint that a compression leaves to its recovery: a hidden folder, until the end."""
+    """The checkpoint that a compression leaves to what comes after it, recovery or rounding: a
+    hidden folder, until the end."""
 
     folder: Path
 
