@@ -426,10 +426,14 @@ def test_nothing_to_do(made: dict[str, Path]) -> None:
     assert "Nothing" in message
 
 
-def test_a_ratio_beside_a_checkpoint(made: dict[str, Path]) -> None:
-    flags = ("--recover", "distill", "--ratio", "0.5")
-    message, _ = fail("compress", "--from", made["pair"], *flags, code=2)
-    assert "--ratio" in message
+@pytest.mark.parametrize("flag", [("--ratio", 0.5), ("--stages", 2), ("--quantize", "int8")])
+def test_flags_of_a_compression_beside_a_checkpoint(
+    made: dict[str, Path], flag: tuple[str, object]
+) -> None:
+    flags = ("--recover", "distill", *flag)
+    message, hint = fail("compress", "--from", made["pair"], *flags, code=2)
+    assert flag[0] in message
+    assert ("hisvd convert" in hint) == (flag[0] == "--quantize")
 
 
 def test_the_checkpoint_itself_as_output(made: dict[str, Path]) -> None:

@@ -60,7 +60,10 @@ def forecast_recovery(
 
 def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overwrite: bool) -> Path:
     """Return where a recovered checkpoint goes. Raises UsageError, OutputError."""
-    refuse_flags(resolved, "plan", "the checkpoint that --from names", "compress the model anew")
+    given = "the checkpoint that --from names"
+    refuse_flags(resolved, "plan", given, "compress the model anew")
+    refuse_flags(resolved, "compress", given, "compress the model anew", but=("max_shard_size",))
+    refuse_flags(resolved, "quantize", given, "round what comes out with: hisvd convert")
     path = output or folder.with_name(f"{folder.name}-{resolved.settings.recover.method}")
     if path.resolve() == folder.resolve():
         raise UsageError(
