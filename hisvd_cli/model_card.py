@@ -60,7 +60,7 @@ Every setting stands in `hisvd.json`{and_plan}.
 """
 _LOW_RANK = """\
 The linear layers of the decoder blocks of `{model}` replaced by low-rank pairs with
-[hisvd](https://pypi.org/project/hisvd/), {training}."""
+hisvd, {training}."""
 _LOADING = """\
 With hisvd installed (`pip install hisvd`):
 
@@ -78,7 +78,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```"""
 _MULTIPLIED = """\
 The linear layers of the decoder blocks of `{model}` truncated to low rank with
-[hisvd](https://pypi.org/project/hisvd/), {training}, and multiplied out again: a plain model
+hisvd, {training}, and multiplied out again: a plain model
 of the original size."""
 _PLAIN_LOADING = """\
 ```python
