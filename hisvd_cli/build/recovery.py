@@ -39,7 +39,7 @@ from hisvd_cli.source import Source, open_source
 from hisvd_cli.training import Course, Progress
 
 _MINUTES = 20.0
-_RATES = {"distill": 5e-4, "lora": 1e-4}
+_RATES = {"distill": 3e-4, "lora": 1e-4}
 _BATCHES = {"distill": 4, "lora": 64}
 _SELF_WINDOWS = 256
 _TOGETHER = 2048  # tokens that go through the model at once

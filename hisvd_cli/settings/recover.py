@@ -44,7 +44,7 @@ class RecoverSettings(Section):
     )
     learning_rate: float | None = setting(
         None,
-        "Peak of the learning rate; by default 5e-4 for distill, 1e-4 for lora.",
+        "Peak of the learning rate; by default 3e-4 for distill, 1e-4 for lora.",
         "--recover-learning-rate",
         gt=0,
     )

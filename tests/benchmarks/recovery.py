@@ -25,7 +25,10 @@ from smollm2 import hisvd, perplexity
 
 RATIOS = [0.8, 0.6]
 # The validation split writes <unk> for rare words, the test split writes them out.
-DISTILL = ("--recover", "distill", "--recover-minutes", "20", "--recover-drop", "<unk>")
+DISTILL = (
+    *("--recover", "distill", "--recover-minutes", "20", "--recover-drop", "<unk>"),
+    *("--recover-learning-rate", "5e-4"),
+)
 
 
 @dataclass(frozen=True)
