@@ -36,6 +36,7 @@ from hisvd_cli.checkpoint import (
 )
 from hisvd_cli.collector import Collector
 from hisvd_cli.errors import NumericalError, SourceError
+from hisvd_cli.factory import block_number
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
 from hisvd_cli.model_card import rewrite_card
 from hisvd_cli.moments import exact_device
@@ -322,7 +323,7 @@ class _Work:
 
     def _moments(self, walk: BlockWalk, part: str) -> dict[str, Tensor]:
         """Return the second moment of the input of each sublayer of a block, which stays loaded."""
-        index = _index(part)
+        index = block_number(part)
         walk.load(index)
         inside = f"{walk.prefix}.{index}."
         names = [name for name in self._recipe.bits if name.startswith(inside)]
@@ -337,7 +338,7 @@ class _Work:
 
     def _pass_on(self, walk: BlockWalk, part: str, path: Path) -> None:
         """Send the hidden states through a block as it has been written."""
-        index = _index(part)
+        index = block_number(part)
         tensors, _ = read_tensors(path, f"Remove {path.parent} and run again.")
         local = {
             name.removeprefix(f"{walk.prefix}.{index}."): tensor.to(
@@ -365,10 +366,6 @@ def _replace(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> 
     version = format_version_of(storage, recipe.bits)
     config = HiSVDConfig(checkpoint.ranks, version, storage, recipe.bits, recipe.group_size)
     replace_linears(model, config)
-
-
-def _index(part: str) -> int:
-    return int(part.rpartition("-")[2])
 
 
 def _by_sublayer(names: Iterable[str]) -> dict[str, list[str]]:
