@@ -96,20 +96,28 @@ def guarding(tell: Callable[[HisvdError], None]) -> Iterator[None]:
     # The signal's number goes to the pipe even while the main thread is in a long computation.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(woken, over, tell), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(woken, over, tell), daemon=True)
+    watcher.start()
     yield
     # Not after an error: a process that is about to tell it must outlive torchrun's SIGTERM.
     over.set()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.write(waker, b"\0")
+    # An interpreter that ends while a daemon thread is in the store's C++ code aborts (SIGABRT).
+    watcher.join()
+    os.close(woken)
+    os.close(waker)
 
 
 def _watch(woken: int, over: threading.Event, tell: Callable[[HisvdError], None]) -> None:
     store = connect()
-    while not over.is_set():
+    while True:
         terminated = False
         if select.select([woken], [], [], _LOOK_SECONDS)[0]:
             terminated = signal.SIGTERM in os.read(woken, 64)
+        if over.is_set():
+            return
         try:
             if (terminated or store.check([_TELLER])) and not over.is_set():
                 end(LostProcessError(), tell)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -236,3 +238,25 @@ def test_rows_are_read_from_files_of_any_processes(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
     state.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_a_run_that_ended_well_is_at_work_when_python_ends() -> None:
+    script = """
+        import threading
+        from hisvd_cli.lost import guarding
+        for _ in range(2):
+            with guarding(print):
+                assert threading.active_count() == 2
+            assert threading.active_count() == 1
+    """
+    env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    done = subprocess.run(
+        [sys.executable, "-c", dedent(script)], env=environment(env), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
