@@ -101,6 +101,7 @@ def _manifest(
         },
         "data": {
             "dataset": sample.dataset,
+            "drop": sample.drop,
             "split": sample.split,
             "text_sha256": sample.text_digest,
             "tokens_sha256": sample.key,

@@ -41,6 +41,7 @@ class Sample:
     split: str
     text_digest: str
     seed: int
+    drop: str = ""  # what was left out of the text
 
     @property
     def key(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,6 +91,13 @@ class Text:
     def digest(self) -> str:
         """sha256 of the content."""
         return digest(self.content)
+
+
+def without(text: Text, dropped: str) -> Text:
+    """Return a text that lacks some characters wherever they stand, with a space before them."""
+    if not dropped:
+        return text
+    return replace(text, content=text.content.replace(f" {dropped}", "").replace(dropped, ""))
 
 
 def load_text(name: str, purpose: Purpose) -> Text:

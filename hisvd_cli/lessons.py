@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.data import INSTRUCTION, Text, load_instructions, load_text, tokenize
+from hisvd_cli.data import INSTRUCTION, Text, load_instructions, load_text, tokenize, without
 from hisvd_cli.errors import DataError
 from hisvd_cli.paths import digest
 from hisvd_cli.source import Source
@@ -152,8 +152,4 @@ def load_lessons(name: str, source: Source, seqlen: int, drop: str = "") -> Less
     rows = load_instructions(name)
     if rows is not None:
         return instruction_lessons(rows, source, seqlen, name)
-    text = load_text(name, "calibration")
-    if drop:
-        content = text.content.replace(f" {drop}", "").replace(drop, "")
-        text = Text(text.name, text.split, content)
-    return text_lessons(text, source, seqlen)
+    return text_lessons(without(load_text(name, "calibration"), drop), source, seqlen)

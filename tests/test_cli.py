@@ -149,6 +149,26 @@ def test_a_text_with_fewer_windows_than_asked_for(quick: tuple[object, ...]) -> 
     assert "using all of them instead of 100000" in result.stderr
 
 
+def test_what_is_dropped_from_the_text_is_as_if_it_were_not_there(
+    quick: tuple[object, ...], here: Path
+) -> None:
+    plain = Path(str(quick[quick.index("--dataset") + 1])).read_text(encoding="utf-8")
+    (here / "rare.txt").write_text(plain.replace(" ", " <unk> "), encoding="utf-8")
+    flags = ("--dataset", "rare.txt", "--drop", "<unk>", "--calibration", "rare")
+    succeed("calibrate", *quick, "--calibration", "plain")
+    succeed("calibrate", *quick, *flags)
+    made = [
+        json.loads((here / name / "calibration.json").read_text()) for name in ("plain", "rare")
+    ]
+    assert made[0]["data"]["tokens_sha256"] == made[1]["data"]["tokens_sha256"]
+    assert [each["data"]["drop"] for each in made] == ["", "<unk>"]
+    # What draws the text again leaves it out too.
+    succeed("compress", *quick, *flags, "--update", "closed-form", "--output", "made")
+    message, hint = fail("plan", *quick, *flags[:3], "of", *flags[4:])
+    assert message.endswith("was calibrated with --drop <unk>, not of.")
+    assert "Leave out --drop" in hint
+
+
 def test_a_dry_run_does_nothing(quick: tuple[object, ...], here: Path, tmp_path: Path) -> None:
     calibrating = as_json("calibrate", *quick, "--dry-run")
     assert calibrating["tokens"] == 128

@@ -78,8 +78,9 @@ def _check_asked(resolved: Resolved, found: Calibration) -> None:
     """Refuse a calibration that differs from what was asked for beside its folder."""
     data = found.manifest["data"]
     wanted = found.manifest["settings"].get("calibration", {})
-    made = {**data, "samples": wanted.get("samples", data["samples"])}  # a text may hold fewer
-    for key in ("dataset", "samples", "seqlen", "seed"):
+    made = {"drop": "", **data}
+    made["samples"] = wanted.get("samples", data["samples"])  # a text may hold fewer
+    for key in ("dataset", "drop", "samples", "seqlen", "seed"):
         asked = resolved.value("calibration", key)
         if resolved.is_flag("calibration", key) and _bare(asked) != _bare(made[key]):
             flag = flag_of("calibration", key)

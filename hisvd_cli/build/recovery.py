@@ -81,11 +81,12 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
     """
     _check_knobs(resolved)
     check_seqlen(resolved.settings.recover.seqlen, dense)
+    calibrated = resolved.settings.calibration
     # Where neither names a text, it is that of a calibration which may not be there yet.
-    named = (resolved.settings.recover.dataset, resolved.settings.calibration.dataset)
+    named = (resolved.settings.recover.dataset, calibrated.dataset)
     dataset = next((name for name in named if name != "auto"), SELF)
     if dataset != SELF:
-        _limited(_load(dataset, dense, resolved), resolved)
+        _limited(_load(dataset, dense, resolved, calibrated.drop), resolved)
 
 
 def _check_knobs(resolved: Resolved) -> None:
@@ -184,12 +185,16 @@ def _lessons(
             reporter=reporter,
         )
         return windows_of(drawn.flatten(), knobs.seqlen, SELF, digest(drawn.numpy().tobytes()))
-    return _limited(_load(dataset, student, resolved), resolved)
+    data = part(part(checkpoint.provenance, "calibration"), "data")
+    calibrated = resolved.settings.calibration.drop or str(data.get("drop", ""))
+    return _limited(_load(dataset, student, resolved, calibrated), resolved)
 
 
-def _load(dataset: str, source: Source, resolved: Resolved) -> Lessons:
+def _load(dataset: str, source: Source, resolved: Resolved, calibrated: str) -> Lessons:
+    """Load a text; ``calibrated`` is what the calibration left out of its own."""
     knobs = resolved.settings.recover
-    return load_lessons(dataset, source, knobs.seqlen, knobs.drop)
+    drop = calibrated if knobs.drop is None else knobs.drop
+    return load_lessons(dataset, source, knobs.seqlen, drop)
 
 
 def _limited(lessons: Lessons, resolved: Resolved) -> Lessons:

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from hisvd_cli.calibration import FORMAT_VERSION, Calibration, Sample
-from hisvd_cli.data import check_seqlen, load_text, model_positions, sample_windows, tokenize
+from hisvd_cli.data import (
+    check_seqlen,
+    load_text,
+    model_positions,
+    sample_windows,
+    tokenize,
+    without,
+)
 from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.errors import StaleArtifactError
 from hisvd_cli.paths import digest, file_digest
@@ -44,6 +51,7 @@ class CalibrationRequest:
     """Which calibration is asked for; its key is known without reading the text."""
 
     dataset: str
+    drop: str
     samples: int
     seqlen: int
     seed: int
@@ -68,8 +76,18 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
         tokenizer_digest(source),
         content,
         f"{wanted.samples} {seqlen} {wanted.seed} {dtype}",
+        *([wanted.drop] if wanted.drop else []),
     )
-    return CalibrationRequest(dataset, wanted.samples, seqlen, wanted.seed, str(device), dtype, key)
+    return CalibrationRequest(
+        dataset,
+        wanted.drop,
+        wanted.samples,
+        seqlen,
+        wanted.seed,
+        str(device),
+        dtype,
+        key,
+    )
 
 
 def stored_dtype(source: Source) -> str:
@@ -90,14 +108,18 @@ def draw_sample(request: CalibrationRequest, source: Source, reporter: Reporter)
         return _self_sample(request, source, reporter)
     text = load_text(request.dataset, "calibration")
     windows = sample_windows(
-        tokenize(text, source), request.samples, request.seqlen, request.seed, text.name
+        tokenize(without(text, request.drop), source),
+        request.samples,
+        request.seqlen,
+        request.seed,
+        text.name,
     )
     if len(windows) < request.samples:
         reporter.warn(
             f"'{text.name}' holds {len(windows)} windows of {request.seqlen} tokens; using all of "
             f"them instead of {request.samples}."
         )
-    return Sample(windows, text.name, text.split, text.digest, request.seed)
+    return Sample(windows, text.name, text.split, text.digest, request.seed, request.drop)
 
 
 def _self_sample(request: CalibrationRequest, source: Source, reporter: Reporter) -> Sample:
@@ -126,6 +148,7 @@ def calibration_sample(
     data, made = found.manifest["data"], found.manifest["settings"].get("calibration", {})
     request = CalibrationRequest(
         dataset=data["dataset"],
+        drop=data.get("drop", ""),
         samples=made.get("samples", data["samples"]),
         seqlen=data["seqlen"],
         seed=data["seed"],

@@ -35,6 +35,11 @@ class CalibrationSettings(Section):
         "wikitext2, c4, ptb, demo, self (text sampled from the model itself), a hub id, or a .txt "
         ".jsonl .json .parquet file; auto is wikitext2, and demo for the demo model.",
     )
+    drop: str = setting(
+        "",
+        "Leave this out wherever it stands in the text, with the space before it: '<unk>' where "
+        "rare words are written so.",
+    )
     samples: int = setting(256, "Windows of text.", ge=1)
     seqlen: int | None = setting(
         None, "Tokens per window; by default 2048, or the model's positions if fewer.", ge=2

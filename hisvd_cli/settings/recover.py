@@ -24,9 +24,9 @@ class RecoverSettings(Section):
         "of which only outputs count); auto is the text of the calibration, all of it.",
         "--recover-dataset",
     )
-    drop: str = setting(
-        "",
-        "Leave this out wherever it stands in the text: '<unk>' where rare words are written so.",
+    drop: str | None = setting(
+        None,
+        "Leave this out wherever it stands in the text; by default what the calibration left out.",
         "--recover-drop",
     )
     samples: int | None = setting(
@@ -52,7 +52,7 @@ class RecoverSettings(Section):
         1.0, "distill: temperature of both distributions.", "--recover-temperature", gt=0
     )
     batch: int | None = setting(
-        None, "Windows of a step; by default 8 for distill, 64 for lora.", "--recover-batch", ge=1
+        None, "Windows of a step; by default 4 for distill, 64 for lora.", "--recover-batch", ge=1
     )
     seqlen: int = setting(256, "Tokens per window.", "--recover-seqlen", ge=2)
     seed: int = setting(0, "Order of the windows, and dropout.", "--recover-seed", ge=0)
