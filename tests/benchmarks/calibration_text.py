@@ -28,11 +28,15 @@ OTHERS = 16
 BIBLE = Path(hisvd_cli.__file__).parent / "demo" / "calibration.txt"
 
 
-def cells(data: Path) -> list[tuple[str, str, int]]:
-    """Return what is measured: name of the text, the text as ``--dataset`` takes it, windows."""
-    wikitext = str(data / "validation.tokens.txt")
-    grown = [("WikiText-2 validation", wikitext, count) for count in SAMPLES]
-    return [*grown, ("the Bible", str(BIBLE), OTHERS), ("written by the model", "self", OTHERS)]
+def cells(data: Path) -> list[tuple[str, list[str], int]]:
+    """Return what is measured: name of the text, the flags that give it, windows."""
+    wikitext = ["--dataset", str(data / "validation.tokens.txt")]
+    return [
+        *(("WikiText-2 validation", wikitext, count) for count in SAMPLES),
+        ("the same without `<unk>`", [*wikitext, "--drop", "<unk>"], SAMPLES[-1]),
+        ("the Bible", ["--dataset", str(BIBLE)], OTHERS),
+        ("written by the model", ["--dataset", "self"], OTHERS),
+    ]
 
 
 def measure(model: str, data: Path, folder: Path) -> list[dict[str, Any]]:
@@ -40,10 +44,10 @@ def measure(model: str, data: Path, folder: Path) -> list[dict[str, Any]]:
     file = folder / "calibration_text.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     done = {(row["text"], row["samples"]) for row in rows}
-    for name, dataset, samples in cells(data):
+    for name, text, samples in cells(data):
         if (name, samples) in done:
             continue
-        found = {str(r): _perplexity(model, data, folder, dataset, samples, r) for r in RATIOS}
+        found = {str(r): _perplexity(model, data, folder, text, samples, r) for r in RATIOS}
         rows.append({"text": name, "samples": samples, "seqlen": 1024, "perplexity": found})
         file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         sys.stderr.write(f"{rows[-1]}\n")
@@ -51,12 +55,12 @@ def measure(model: str, data: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def _perplexity(
-    model: str, data: Path, folder: Path, dataset: str, samples: int, ratio: float
+    model: str, data: Path, folder: Path, text: list[str], samples: int, ratio: float
 ) -> float:
     target = folder / "compressed"
     hisvd(
         *("compress", "--model", model, "--preset", "best", "--ratio", str(ratio)),
-        *("--dataset", dataset, "--samples", str(samples), "--seqlen", "1024"),
+        *(*text, "--samples", str(samples), "--seqlen", "1024"),
         *("--output", str(target), "--overwrite"),
     )
     measured: float = perplexity(str(target), data / "test.raw.txt", 20)
