@@ -41,6 +41,7 @@ MODEL = strict(name=TEXT, revision=maybe(TEXT), fingerprint=SHA256)
 PLANNED_MODEL = strict(name=TEXT, revision=maybe(TEXT), fingerprint=SHA256, parameters=COUNT)
 DATA = strict(
     dataset=TEXT,
+    drop={"type": "string"},
     split=TEXT,
     text_sha256=SHA256,
     tokens_sha256=SHA256,
@@ -56,7 +57,9 @@ MODEL_SETTINGS = strict(
     device=TEXT,
     dtype={"enum": ["auto", "float32", "bfloat16", "float16"]},
 )
-CALIBRATION_SETTINGS = strict(dataset=TEXT, samples=COUNT, seqlen=maybe(COUNT), seed=COUNT)
+CALIBRATION_SETTINGS = strict(
+    dataset=TEXT, drop={"type": "string"}, samples=COUNT, seqlen=maybe(COUNT), seed=COUNT
+)
 STORAGE: Schema = {"enum": ["pair", "pivoted"]}
 _KNOBS: dict[str, Schema] = {
     "preset": maybe(TEXT),
