@@ -82,7 +82,9 @@ def _check_asked(resolved: Resolved, found: Calibration) -> None:
     made["samples"] = wanted.get("samples", data["samples"])  # a text may hold fewer
     for key in ("dataset", "drop", "samples", "seqlen", "seed"):
         asked = resolved.value("calibration", key)
-        if resolved.is_flag("calibration", key) and _bare(asked) != _bare(made[key]):
+        # A file may be named from another folder than it was at first.
+        bare = _bare if key == "dataset" else str
+        if resolved.is_flag("calibration", key) and bare(asked) != bare(made[key]):
             flag = flag_of("calibration", key)
             raise StaleArtifactError(
                 f"{found.folder} was calibrated with {flag} {made[key]}, not {asked}.",
@@ -90,9 +92,8 @@ def _check_asked(resolved: Resolved, found: Calibration) -> None:
             )
 
 
-def _bare(value: str | int) -> str | int:
-    """A file may be named from another folder than it was at first."""
-    return Path(value).name if isinstance(value, str) else value
+def _bare(dataset: str) -> str:
+    return Path(dataset).name
 
 
 def _newest(source: Source, reporter: Reporter) -> Calibration | None:
