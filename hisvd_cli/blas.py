@@ -26,8 +26,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return torch.from_numpy(gemm(1.0, columns, rows).T)
 
 
-def upper_gram(rows: Tensor) -> Tensor:
-    """Return the upper triangle of ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``, any numbers below it.
+def lower_gram(rows: Tensor) -> Tensor:
+    """Return the lower triangle of ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``, any numbers above it.
 
     ``syrk`` multiplies out no more than that (11008 columns of 4096 rows in float32, two cores:
     1.0 s, where products of strips took 1.4 s).
@@ -38,5 +38,5 @@ def upper_gram(rows: Tensor) -> Tensor:
     by_columns = rows.T.is_contiguous()
     plain = rows.T.numpy().T if by_columns else rows.contiguous().numpy().T
     (syrk,) = get_blas_funcs(("syrk",), (plain,))
-    made = syrk(1.0, plain, trans=0 if by_columns else 1, lower=1)
+    made = syrk(1.0, plain, trans=0 if by_columns else 1, lower=0)
     return torch.from_numpy(made.T)

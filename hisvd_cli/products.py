@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hisvd_cli.blas import serves, upper_gram
+from hisvd_cli import blas
 
 _STRIPS = 8
+_FINE_STRIPS = 16  # of what is a triangle on both sides
 _LEAST_SIZE = 256  # a smaller mirror costs more than the half that it saves
 
 
@@ -21,14 +22,24 @@ def congruence(outer: Tensor, inner: Tensor) -> Tensor:
 
 def gram(rows: Tensor) -> Tensor:
     """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``; no more than a triangle is multiplied out."""
-    if len(rows) < _LEAST_SIZE or not serves(rows):
+    return filled(lower_gram(rows))
+
+
+def lower_gram(rows: Tensor) -> Tensor:
+    """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``, of which only the triangle on and below the
+    diagonal is sure to be it."""
+    if len(rows) < _LEAST_SIZE or not blas.serves(rows):
         return mirrored_product(rows, rows)
-    result = upper_gram(rows)
-    for start, end in _strips(len(rows)):
-        corner = result[start:end, start:end]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        result[end:, start:end] = result[start:end, end:].T
-    return result
+    return blas.lower_gram(rows)
+
+
+def filled(lower: Tensor) -> Tensor:
+    """Return the symmetric matrix ``[r, r]`` of which the lower triangle is given, in its place."""
+    for start, end in _strips(len(lower)):
+        corner = lower[start:end, start:end]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        lower[start:end, end:] = lower[end:, start:end].T
+    return lower
 
 
 def mirrored_product(left: Tensor, right: Tensor) -> Tensor:
@@ -45,18 +56,36 @@ def mirrored_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def triangular_congruence(root: Tensor, inner: Tensor) -> Tensor:
-    """Return ``Rᵀ C R`` ``[n, n]`` for a lower triangular R and a symmetric C ``[n, n]``: the zeros
-    of R, and the upper half of the result, are left out."""
-    size = len(root)
-    product = torch.empty_like(inner)
-    for start, end in _strips(size):
-        torch.mm(inner[:, start:], root[start:, start:end], out=product[:, start:end])
-    result = torch.empty_like(inner)
-    for start, end in _strips(size):
+    """Return ``Rᵀ C R`` ``[n, n]`` for a lower triangular R and a symmetric C ``[n, n]``, of which
+    what is above the diagonal is not looked at.
+
+    With C = S + Sᵀ for a lower triangular S it is X + Xᵀ of ``X = Rᵀ (S R)``. S R is lower
+    triangular as well, so that both products take n³ operations, where C R and half the result take
+    a third more (n = 4096 in float32, two cores: 0.49 instead of 0.63 s).
+    """
+    strips = _strips(len(root), _FINE_STRIPS)
+    product = _lower_product(inner, root, strips)
+    for start, end in strips:
         strip = root[start:, start:end].T @ product[start:, :end]
-        result[start:end, :end] = strip
-        result[:start, start:end] = strip[:, :start].T
-    return result
+        corner = strip[:, start:]
+        corner += corner.T.clone()
+        strip[:, :start] += (root[start:, :start].T @ product[start:, start:end]).T
+        # No later strip needs these rows: the result takes their place.
+        product[start:end, :end] = strip
+        product[:start, start:end] = strip[:, :start].T
+    return product
+
+
+def _lower_product(inner: Tensor, root: Tensor, strips: list[tuple[int, int]]) -> Tensor:
+    """Return the blocks ``[n, n]`` on and below the diagonal of S R, any numbers above them."""
+    product = torch.empty_like(inner)
+    for i, (top, bottom) in enumerate(strips):
+        rows = inner[top:bottom, :bottom].tril(top)
+        rows.diagonal(top).div_(2)
+        for start, end in strips[: i + 1]:
+            block = product[top:bottom, start:end]
+            torch.mm(rows[:, start:], root[start:bottom, start:end], out=block)
+    return product
 
 
 def triangular_product(root: Tensor, right: Tensor) -> Tensor:
@@ -79,6 +108,6 @@ def orthonormal(columns: Tensor) -> Tensor | None:
     return columns
 
 
-def _strips(size: int) -> list[tuple[int, int]]:
-    stride = -(-size // _STRIPS)
+def _strips(size: int, count: int = _STRIPS) -> list[tuple[int, int]]:
+    stride = -(-size // count)
     return [(start, min(start + stride, size)) for start in range(0, size, stride)]

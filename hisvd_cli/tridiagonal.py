@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK = 512  # vectors at a time: few enough for their work space to stay in a cache
+from hisvd_cli.ahead import ahead
+
+_ARRAY_BYTES = 30 << 20
+"""Of an array of the vectors that are made at a time: many, as a call of numpy for each row of T is
+most of what they cost, but less than what malloc takes from the system anew each time."""
 _MIXTURES = 8
 _SKEW = 1e-3
 """How far a random combination of the vectors may be from one of orthonormal ones: rounding of
@@ -48,13 +52,17 @@ def leading_part(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
         values = eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")[::-1][:rank]
     except (LinAlgError, ValueError):  # no convergence, or numbers that are not finite
         return None
-    inner = gram.new_empty(size, rank)
-    for start in range(0, rank, _BLOCK):
-        part = _twisted_vectors(diagonal, beside, values[start : start + _BLOCK])
-        inner[:, start : start + _BLOCK] = torch.from_numpy(part)
-    # The first reflection leaves the first row as it is.
-    turned = torch.ormqr(torch.from_numpy(packed)[1:, :-1], torch.from_numpy(scales), inner[1:])
-    vectors = torch.cat([inner[:1], turned]).contiguous()  # row by row, as products like it
+    vectors, together = gram.new_empty(size, rank), max(1, _ARRAY_BYTES // (8 * size))
+    reflections = torch.from_numpy(packed)[1:, :-1], torch.from_numpy(scales)
+
+    def twisted(span: slice) -> Tensor:
+        return torch.from_numpy(_twisted_vectors(diagonal, beside, values[span])).to(gram.dtype)
+
+    spans = [slice(start, start + together) for start in range(0, rank, together)]
+    for span, inner in ahead(twisted, spans):
+        # The first reflection leaves the first row as it is.
+        vectors[0, span] = inner[0]
+        vectors[1:, span] = torch.ormqr(*reflections, inner[1:])
     # A vector that stands twice shows in every combination of them.
     mixtures = torch.randn(rank, _MIXTURES, generator=torch.Generator().manual_seed(0))
     mixtures = mixtures.to(gram.dtype)
@@ -92,7 +100,7 @@ def _twisted_vectors(diagonal: Any, beside: Any, values: Any) -> Any:
             up[i] -= step
         np.abs(meeting, out=meeting)
         np.nan_to_num(meeting, copy=False, nan=np.inf)
-        twist = meeting.argmin(0)
+        twist = torch.from_numpy(meeting).argmin(0).numpy()  # numpy's takes ten times as long
         vectors = meeting  # used again: new memory costs more than the arithmetic
         vectors.fill(0)
         vectors[twist, np.arange(len(values))] = 1

@@ -26,12 +26,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-
-from tests.models import random_text, save_tokenizer
 
 VOCABULARY = 32_000
 STAGES = ("calibrate", "compress")
@@ -55,7 +54,7 @@ def make_model(folder: Path, gigabytes: float, width: int) -> int:
         tie_word_embeddings=False,
         dtype="bfloat16",
     ).save_pretrained(folder)
-    save_tokenizer(folder)
+    _save_tokenizer(folder)
     where = {}
     for file, tensors in _shards(count, width, inner):
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -63,6 +62,28 @@ def make_model(folder: Path, gigabytes: float, width: int) -> int:
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return count
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of as many words as the model has embeddings: with a handful of them, all
+    inputs would lie in as few directions, which no real text does."""
+    words = {"<s>": 0} | {_word(i): i for i in range(1, VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>"
+    ).save_pretrained(folder)
+
+
+def _word(i: int) -> str:
+    return f"word{i}"
+
+
+def random_text(words: int) -> str:
+    """Return a text of that many words, each as likely as any other."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(1, VOCABULARY, (words,), generator=generator).tolist()
+    return " ".join(map(_word, drawn))
 
 
 def _shards(count: int, width: int, inner: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -126,6 +147,7 @@ def pipeline(folder: Path, given: argparse.Namespace, bound: str | None) -> dict
     common += ["--calibration", made / "calibration"]
     common += ["--max-memory", bound] if bound else []
     own = ["--ratio", "0.6", "--output", made / "compressed"]
+    own += ["--allocator", given.allocator]
     own += [word for pattern in given.include for word in ("--include", pattern)]
     for stage in STAGES[: 1 if given.only_calibrate else 2]:
         peak, seconds, document = run([stage, *common, *(own if stage == "compress" else [])], made)
@@ -159,6 +181,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-memory", default="1GB")
+    parser.add_argument("--allocator", default="hisvd", help="uniform needs no spectra")
     parser.add_argument("--include", nargs="*", default=[], help="sublayers to factor; else all")
     parser.add_argument("--only-calibrate", action="store_true", help="leave out compress")
     parser.add_argument("--keep", action="store_true", help="leave everything in the folder")
