@@ -41,12 +41,14 @@ class Wanted:
     Attributes:
         metric: in which loss is counted: whitened, fisher, held-out (fisher, on text that the
             components were not chosen on) or weight. Without a calibration, whitened means weight.
+        weights: whether the spectra of the weights are wanted too.
         changes: whether the signed change by each component is wanted too.
         input_shrinkage: of the fisher metric.
         output_shrinkage: of the fisher metric.
     """
 
     metric: str = "whitened"
+    weights: bool = True
     changes: bool = False
     input_shrinkage: float = 0.0
     output_shrinkage: float = 0.0
@@ -77,7 +79,8 @@ def load_spectra(of: SpectraSource, wanted: Wanted, reporter: Reporter) -> list[
     Raises:
         SourceError: the metric needs statistics that were not taken; names the command.
     """
-    weights = _weights(of, reporter)
+    plain = of.calibration is None or wanted.metric == "weight"
+    weights = _weights(of, reporter) if plain or wanted.weights else dict[str, Tensor]()
     energies, changes, importance = weights, dict[str, Tensor](), dict[int, float]()
     if of.calibration is None:
         if wanted.metric not in ("whitened", "weight"):
@@ -99,7 +102,7 @@ def load_spectra(of: SpectraSource, wanted: Wanted, reporter: Reporter) -> list[
             cluster=s.cluster,
             shape=s.shape,
             energy=energies[s.name],
-            weight_energy=weights[s.name],
+            weight_energy=weights.get(s.name),
             layer=s.layer,
             importance=importance.get(s.layer),
             changes=changes.get(s.name),

@@ -30,7 +30,8 @@ class Spectrum:
         shape: ``(m, n)``.
         energy: energies ``[min(m, n)]`` in the plan's metric, falling: what each component adds
             to the loss when it is dropped (those of W where nothing is calibrated).
-        weight_energy: energies of W itself, likewise.
+        weight_energy: energies of W itself, likewise; None where no method of the plan asked for
+            them.
         layer: index of the sublayer's block.
         importance: angular distance of the block's input and output, from 0 to 1; None where
             nothing is calibrated.
@@ -42,10 +43,17 @@ class Spectrum:
     cluster: str
     shape: Shape
     energy: Tensor
-    weight_energy: Tensor
+    weight_energy: Tensor | None
     layer: int = 0
     importance: float | None = None
     changes: Tensor | None = None
+
+    @property
+    def of_weight(self) -> Tensor:
+        """Energies of W itself. Raises LookupError where they were not asked for."""
+        if self.weight_energy is None:
+            raise LookupError(f"The spectrum of the weight of {self.name} was not asked for.")
+        return self.weight_energy
 
 
 def whitened_energy(weight: Tensor, moment: Moment) -> Tensor:

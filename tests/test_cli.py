@@ -167,6 +167,21 @@ def test_what_is_dropped_from_the_text_is_as_if_it_were_not_there(
     message, hint = fail("plan", *quick, *flags[:3], "of", *flags[4:])
     assert message.endswith("was calibrated with --drop <unk>, not of.")
     assert "Leave out --drop" in hint
+    message, hint = fail("calibrate", *quick, "--dataset", "self", "--drop", "<unk>", code=2)
+    assert message.startswith("--drop '<unk>' leaves a word out of a text that is read, but ")
+
+
+def test_spectra_of_weights_are_found_for_those_who_look_at_them(
+    quick: tuple[object, ...], tmp_path: Path
+) -> None:
+    def found() -> list[Path]:
+        return list((tmp_path / "hisvd-cache" / "weights").rglob("spectra.safetensors"))
+
+    succeed("calibrate", *quick)
+    succeed("plan", *quick, "--allocator", "uniform")
+    assert not found()
+    succeed("plan", *quick, "--allocator", "uniform", "--allocator", "hisvd")
+    assert len(found()) == 1
 
 
 def test_a_dry_run_does_nothing(quick: tuple[object, ...], here: Path, tmp_path: Path) -> None:

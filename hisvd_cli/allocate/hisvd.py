@@ -56,7 +56,7 @@ def hisvd(
     """
     if modulation not in MODULATIONS:
         raise UsageError(f"No modulation '{modulation}'.", suggest(modulation, MODULATIONS))
-    measured = [s.energy if spectrum == "whitened" else s.weight_energy for s in spectra]
+    measured = [s.energy if spectrum == "whitened" else s.of_weight for s in spectra]
     densities = [
         rank_density(energy, s.shape, rank_method)
         for energy, s in zip(measured, spectra, strict=True)

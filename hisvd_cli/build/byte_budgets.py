@@ -149,9 +149,7 @@ class ByteScope:
     ) -> list[Candidate]:
         """Return what the choice is made from, of each sublayer."""
         return [
-            Candidate(
-                s.shape, s.energy, s.weight_energy, roundings[s.name], self.floor(s.shape), width
-            )
+            Candidate(s.shape, s.energy, s.of_weight, roundings[s.name], self.floor(s.shape), width)
             for s, width in zip(spectra, self.widths, strict=True)
         ]
 

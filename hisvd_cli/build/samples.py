@@ -17,7 +17,7 @@ from hisvd_cli.data import (
     without,
 )
 from hisvd_cli.device import pick_device, pick_dtype
-from hisvd_cli.errors import StaleArtifactError
+from hisvd_cli.errors import StaleArtifactError, UsageError
 from hisvd_cli.paths import digest, file_digest
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
@@ -61,10 +61,21 @@ class CalibrationRequest:
 
 
 def request_calibration(resolved: Resolved, source: Source) -> CalibrationRequest:
-    """Work out what the settings ask for. Raises DataError for a window that is too long."""
+    """Work out what the settings ask for.
+
+    Raises:
+        DataError: a window that is too long.
+        UsageError: something is to be left out of text that the model writes.
+    """
     wanted = resolved.settings.calibration
     model = resolved.settings.model
     dataset = default_dataset(source) if wanted.dataset == "auto" else wanted.dataset
+    if wanted.drop and dataset == SELF:
+        raise UsageError(
+            f"--drop {wanted.drop!r} leaves a word out of a text that is read, but with --dataset "
+            f"{SELF} the model writes it.",
+            "Leave one of them out.",
+        )
     seqlen = window_length(wanted.seqlen, source)
     device = pick_device(model.device)
     dtype = str(pick_dtype(model.dtype, stored_dtype(source), device)).removeprefix("torch.")

@@ -74,6 +74,8 @@ def _wanted(
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     wanted = Wanted(
         knobs.metric,
+        weights=knobs.bytes_ratio is not None
+        or ("hisvd" in knobs.allocator and knobs.spectrum == "weight"),
         changes=any("weight-gradients" in ALLOCATORS.needs(name) for name in knobs.allocator),
         input_shrinkage=knobs.input_shrinkage,
         output_shrinkage=knobs.output_shrinkage,
