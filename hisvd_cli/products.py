@@ -22,15 +22,17 @@ def congruence(outer: Tensor, inner: Tensor) -> Tensor:
 
 def gram(rows: Tensor) -> Tensor:
     """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``; no more than a triangle is multiplied out."""
-    return filled(lower_gram(rows))
+    return filled(blas.lower_gram(rows)) if _by_blas(rows) else mirrored_product(rows, rows)
 
 
 def lower_gram(rows: Tensor) -> Tensor:
     """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``, of which only the triangle on and below the
     diagonal is sure to be it."""
-    if len(rows) < _LEAST_SIZE or not blas.serves(rows):
-        return mirrored_product(rows, rows)
-    return blas.lower_gram(rows)
+    return blas.lower_gram(rows) if _by_blas(rows) else mirrored_product(rows, rows)
+
+
+def _by_blas(rows: Tensor) -> bool:
+    return len(rows) >= _LEAST_SIZE and blas.serves(rows)
 
 
 def filled(lower: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch import Tensor
 from hisvd_cli.eigen import leading
 from hisvd_cli.products import (
     congruence,
+    filled,
     gram,
+    lower_gram,
     mirrored_product,
     orthonormal,
     triangular_congruence,
@@ -135,7 +139,18 @@ def test_where_a_way_is_refused_all_are_found(solver: str, name: str) -> None:
 def test_products_with_a_triangle_leave_nothing_out() -> None:
     root, inner, right = draw(43, 43, seed=1).tril(), psd(43, 2), draw(43, 7, seed=3)
     torch.testing.assert_close(triangular_product(root, right), root @ right)
-    torch.testing.assert_close(triangular_congruence(root, inner), root.T @ inner @ root)
+    expected = root.T @ inner @ root
+    torch.testing.assert_close(triangular_congruence(root, inner), expected)
+    above = torch.full_like(inner, math.nan).triu(1)
+    torch.testing.assert_close(triangular_congruence(root, inner.tril() + above), expected)
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_half_a_product_stands_for_all_of_it(count: int) -> None:
+    rows = draw(count, 50, seed=1)
+    for each in (rows, draw(50, count, seed=2).T):
+        torch.testing.assert_close(lower_gram(each).tril(), (each @ each.T).tril())
+        torch.testing.assert_close(filled(lower_gram(each)), each @ each.T)
 
 
 def test_nearly_orthonormal_columns_are_made_orthonormal() -> None:
