@@ -185,7 +185,16 @@ def joining(device: str, tell: Callable[[HisvdError], None]) -> Iterator[None]:
             )
         yield
         world().wait()
-    distributed.destroy_process_group()
+
+
+def leave() -> None:
+    """End this process at once if torchrun started it and it has done all its work.
+
+    An interpreter that ends takes threads of the processes' connections apart, which aborted
+    (SIGABRT) now and then when all was done: torchrun took the run for failed.
+    """
+    if launched():
+        os._exit(0)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 
 from hisvd_cli.console import Console
-from hisvd_cli.distributed import joining, launched_rank
+from hisvd_cli.distributed import joining, launched_rank, leave
 from hisvd_cli.presets import PRESETS
 from hisvd_cli.profile import Key, Resolved, resolve
 from hisvd_cli.settings import (
@@ -141,6 +141,7 @@ def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Comm
                         work()
                 elif not console.muted:
                     work()
+            leave()
 
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         # Panels stand in the order of their first flag: what one method reads comes after the rest.

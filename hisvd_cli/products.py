@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hisvd_cli import blas
+from hisvd_cli.blas import lower_gram as blas_gram
+from hisvd_cli.blas import serves
 
 _STRIPS = 8
 _FINE_STRIPS = 16  # of what is a triangle on both sides
@@ -22,17 +23,17 @@ def congruence(outer: Tensor, inner: Tensor) -> Tensor:
 
 def gram(rows: Tensor) -> Tensor:
     """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``; no more than a triangle is multiplied out."""
-    return filled(blas.lower_gram(rows)) if _by_blas(rows) else mirrored_product(rows, rows)
+    return filled(blas_gram(rows)) if _by_blas(rows) else mirrored_product(rows, rows)
 
 
 def lower_gram(rows: Tensor) -> Tensor:
     """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``, of which only the triangle on and below the
     diagonal is sure to be it."""
-    return blas.lower_gram(rows) if _by_blas(rows) else mirrored_product(rows, rows)
+    return blas_gram(rows) if _by_blas(rows) else mirrored_product(rows, rows)
 
 
 def _by_blas(rows: Tensor) -> bool:
-    return len(rows) >= _LEAST_SIZE and blas.serves(rows)
+    return len(rows) >= _LEAST_SIZE and serves(rows)
 
 
 def filled(lower: Tensor) -> Tensor:

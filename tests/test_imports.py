@@ -24,7 +24,7 @@ MATHS = [
         "precision.py",
         "truncation.py",
     ),
-    *("blas.py", "products.py", "subspace.py", "tridiagonal.py"),
+    *("ahead.py", "blas.py", "products.py", "subspace.py", "tridiagonal.py"),
     *("corrections.py", "updates.py", "quantized.py", "rounding.py"),
     *("intervals.py", "divergence.py"),
     *("byte_budget.py", "byte_frontier.py", "rounding_noise.py"),
