@@ -108,13 +108,16 @@ class Bench:
         for name in STEPS:
             cells = [self.results.find(name, ratio) for ratio in RATIOS]
             texts = [
-                f"{c['perplexity']:.1f} | {c['bytes'] / 1e6:.0f} | {c['seconds']:.0f}"
-                if c
-                else " | | "
+                f"{c['perplexity']:.1f} | {c['bytes'] / 1e6:.0f} | {_seconds(c)}" if c else " | | "
                 for c in cells
             ]
             lines.append(f"| {name} | {' | '.join(texts)} |")
         return "\n".join(lines)
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    """Return how long a step took; of one that was measured by hand it may not be known."""
+    return "" if row["seconds"] is None else f"{row['seconds']:.0f}"
 
 
 def main() -> None:
