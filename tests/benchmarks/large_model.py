@@ -2,8 +2,8 @@
 
 Makes a random llama-shaped model in bfloat16, written block by block, then calibrates and
 compresses it twice through the command, without a bound and with ``--max-memory``; prints a line
-for each stage and the peak of its process (VmHWM), and compares the sha256 of all files. The model
-of the issue, 8 GB on disk, and one of a tenth of that::
+for each stage and the peak of its process (VmHWM), and compares the sha256 of all files but those
+that say how long it took. The model of the issue, 8 GB on disk, and one of a tenth of that::
 
     python -m tests.benchmarks.large_model out/ --gigabytes 8 --width 4096 --max-memory 3GB
     python -m tests.benchmarks.large_model out/ --gigabytes 0.8 --width 1536 --max-memory 1GB
