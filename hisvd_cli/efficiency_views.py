@@ -31,13 +31,12 @@ def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[Rendera
     table = _table("task", "metric", "model")
     for column in ("value", "± stderr"):
         table.add_column(column, justify="right", no_wrap=True)
-    labels = dict.fromkeys((s.task, s.metric, s.filter) for row in rows for s in row.scores or ())
-    for task, metric, filtered in labels:
-        shown = metric if filtered == "none" else f"{metric} ({filtered})"
-        head = (task, shown)
+    labels = dict.fromkeys((s.task, s.measure) for row in rows for s in row.scores or ())
+    for label in labels:
+        head = label
         for row, name in zip(rows, names, strict=True):
             for s in row.scores or ():
-                if (s.task, s.metric, s.filter) == (task, metric, filtered):
+                if (s.task, s.measure) == label:
                     value = "not finite" if s.value is None else f"{s.value:.4f}"
                     table.add_row(*head, name, value, "" if s.stderr is None else f"{s.stderr:.4f}")
                     head = ("", "")
@@ -46,10 +45,6 @@ def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[Rendera
 
 def speed_view(name: str, speed: Speed) -> list[RenderableType]:
     """Show a model's speed beside the baseline's, and say where it is not faster."""
-    work = speed.work
-    how = f"{speed.dtype} on {speed.device}"
-    how += f", {speed.threads} threads" if speed.device == "cpu" else ""
-    how += ", compiled" if speed.compiled else ""
     compared = speed.baseline_weight_bytes is not None
     table = Table(box=None, padding=(0, 1), header_style="bold")
     columns = ["batch", "phase", "tokens/s", *(["baseline", "speed"] if compared else [])]
@@ -59,7 +54,7 @@ def speed_view(name: str, speed: Speed) -> list[RenderableType]:
         for row in _race_rows(race):
             table.add_row(*row)
     lines: list[RenderableType] = [
-        Text(f"{work.prompt} tokens of prompt, {work.new} new, {work.turns} turns; {how}.", "dim"),
+        Text(f"{speed.conditions}.", "dim"),
         table,
         Text(_memory_line(speed)),
     ]

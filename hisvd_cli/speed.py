@@ -48,6 +48,14 @@ class Speed:
     baseline_weight_bytes: int | None
     races: Sequence[Race]
 
+    @property
+    def conditions(self) -> str:
+        """What ran where, in words."""
+        work = f"{self.work.prompt} tokens of prompt, {self.work.new} new, {self.work.turns} turns"
+        how = f"{self.dtype} on {self.device}"
+        how += f", {self.threads} threads" if self.device == "cpu" else ""
+        return f"{work}; {how}{', compiled' if self.compiled else ''}"
+
     def document(self) -> dict[str, Any]:
         """Return everything as JSON data."""
         return {

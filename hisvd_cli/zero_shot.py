@@ -55,6 +55,11 @@ class Score:
     questions: int | None
     version: str
 
+    @property
+    def measure(self) -> str:
+        """The metric, and how answers are read where that is not the usual way."""
+        return self.metric if self.filter == "none" else f"{self.metric} ({self.filter})"
+
     def document(self) -> dict[str, Any]:
         """Return the score as JSON data."""
         return asdict(self)

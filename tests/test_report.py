@@ -9,12 +9,15 @@ from collections import Counter
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from hisvd_cli.efficiency import TimedWork, Timing, Turn
+from hisvd_cli.grid import Evaluation
 from hisvd_cli.report import page, palette
-from hisvd_cli.report.content import flat
+from hisvd_cli.report.tables import speed_table, task_rows
+from hisvd_cli.speed import Race, Speed
+from hisvd_cli.zero_shot import Score
 from tests.cli_helpers import fail, succeed, text_file
 from tests.models import save_model
 
@@ -181,17 +184,82 @@ def test_colours_stand_out() -> None:
         assert palette.contrast(palette.ink_on(cell), cell) >= 4.5
 
 
-@pytest.mark.parametrize(
-    ("measured", "head", "rows"),
-    [
-        ([{"a": 1, "b": {"c": 2}}, {"a": 3}], ["a", "b.c"], [[1, 2], [3, None]]),
-        ({"arc": {"acc": 0.5}, "piqa": {"acc": 0.7}}, ["", "acc"], [["arc", 0.5], ["piqa", 0.7]]),
-        ({"speed": 3.5, "sizes": [1, 8]}, ["figure", "value"], [["speed", 3.5], ["sizes", [1, 8]]]),
-    ],
-)
-def test_other_measurements_become_tables(
-    measured: Any, head: list[str], rows: list[list[Any]]
-) -> None:
-    columns, lines = page.table(measured)
-    assert (list(columns), [list(line) for line in lines]) == (head, rows)
-    assert flat({"a": {}}) == [("a", {})]
+def _score(task: str, value: float | None, filtered: str = "none") -> Score:
+    return Score(task, "acc", filtered, value, 0.01, True, 0, 100, "1")
+
+
+def test_scores_of_a_task_stand_side_by_side() -> None:
+    rows = task_rows(
+        [
+            Evaluation("dense", [], scores=[_score("arc", 0.5), _score("piqa", 0.7)]),
+            Evaluation("small", [], scores=[_score("arc", None), _score("arc", 0.25, "strict")]),
+            Evaluation("other", []),
+        ]
+    )
+    shown = {
+        (row["task"], row["metric"]): [(cell.text, cell.bounds) for cell in row["scores"]]
+        for row in rows
+    }
+    nothing = ("–", "")
+    assert shown == {
+        ("arc", "acc"): [("0.5000", "± 0.0100"), ("not finite", ""), nothing],
+        ("piqa", "acc"): [("0.7000", "± 0.0100"), nothing, nothing],
+        ("arc", "acc (strict)"): [nothing, ("0.2500", "± 0.0100"), nothing],
+    }
+
+
+def _timing(prefill: float, step: float) -> Timing:
+    """Three turns of 100 tokens of prompt and 4 new ones."""
+    return Timing((Turn(prefill, (step,) * 4, 100, 4),) * 3, 3_000_000)
+
+
+def _speed(*races: Race) -> Speed:
+    return Speed("cpu", "bfloat16", 2, False, TimedWork(1, 100, 4, 3), 10, 20, races)
+
+
+def test_speeds_of_all_models_are_one_table() -> None:
+    own, slow = _timing(0.05, 0.002), _timing(0.1, 0.001)
+    made = speed_table(
+        [
+            Evaluation("dense", []),
+            Evaluation("small", [], speed=_speed(Race(1, own, slow), Race(8, own, own))),
+            Evaluation("alone", [], speed=_speed(Race(1, slow, None))),
+        ]
+    )
+    assert made
+    assert made.conditions == ["100 tokens of prompt, 4 new, 3 turns; bfloat16 on cpu, 2 threads"]
+    found = {
+        (model, batch, phase): dict(zip(made.columns, figures, strict=True))
+        for model, batch, phase, figures in made.rows
+    }
+    assert len(found) == 2 * 2 + 2
+    prefill, decode = (found["small", 1, phase] for phase in ("prefill", "decode"))
+    assert [prefill[name].value for name in ("tokens/s", "baseline", "speed", "p50 ms")] == (
+        pytest.approx([2000, 1000, 2, 50])
+    )
+    assert (prefill["speed"].bounds, decode["speed"].bounds) == ("faster", "slower")
+    assert [decode[name].value for name in ("tokens/s", "speed", "p99 ms", "peak MB")] == (
+        pytest.approx([500, 0.5, 2, 3])
+    )
+    assert found["alone", 1, "prefill"]["baseline"].text == "–"
+    assert made.slow == [
+        ("small", ["decode at batch 1", "prefill at batch 8", "decode at batch 8"])
+    ]
+    assert speed_table([Evaluation("dense", [])]) is None
+
+
+def test_the_page_shows_speeds(command: tuple[object, ...], here: Path) -> None:
+    timed = ("--efficiency", "--batch-sizes", "1,2", "--report", "page.html", "--json")
+    document = json.loads(succeed(*command, *timed).stdout)
+    text = Page((here / "page.html").read_text(encoding="utf-8")).text
+    assert "Zero-shot" not in text
+    shown = text.split("peak MB ", 1)[1].split(" Not faster than", 1)[0]
+    for each in document["evaluations"]:
+        for race in each["efficiency"]["batches"]:
+            for phase in ("prefill", "decode"):
+                speedup = race["versus_baseline"][phase]["speedup"]
+                verdict = race["versus_baseline"][phase]["verdict"]
+                row = rf"{Path(each['model']).name} {race['batch']} {phase} \S+ \S+ (\S+) × (\w+)"
+                cells = re.search(row, shown)
+                assert cells
+                assert cells.groups() == (f"{speedup:.2f}", verdict)

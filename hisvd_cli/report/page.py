@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,12 @@ from hisvd_cli.grid import Evaluation
 from hisvd_cli.report import palette
 from hisvd_cli.report.content import ModelFacts, Report, as_text, flat, short_name
 from hisvd_cli.report.figures import curves, heat_map, spectra_figures
+from hisvd_cli.report.tables import NOTHING, Number, speed_table, task_rows
 
 _HERE = Path(__file__).parent
 _TEMPLATE = "template.html.jinja"
 _LIBRARIES = ("jinja2", "matplotlib")
 _FORMS = {"bits_per_byte": "{:.4f}", "kl": "{:.4f}", "agreement": "{:.1%}"}
-
-
-@dataclass(frozen=True)
-class Number:
-    """A table's cell: what it shows, its interval, and what it sorts by."""
-
-    text: str
-    bounds: str = ""
-    value: float | None = None
 
 
 def check_libraries() -> None:
@@ -51,7 +41,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"value": as_text, "short": short_name, "leaves": flat}
+    environment.filters |= {"value": as_text, "short": short_name}
     environment.filters["svg"] = Markup  # drawn here: nothing of a user stands in it unescaped
     planned = report.planned
     dense = planned[0][1] if planned else None
@@ -71,11 +61,8 @@ def render(report: Report) -> str:
         sublayers=_sublayers(report),
         details=_details(report),
         times=_times(report),
-        measured={
-            title: [(each.model, table(each.document()[key])) for each in report.grid.rows()]
-            for title, key in (("Zero-shot", "tasks"), ("Efficiency", "efficiency"))
-            if any(each.document()[key] for each in report.grid.rows())
-        },
+        tasks=task_rows(report.grid.rows()),
+        speeds=speed_table(report.grid.rows()),
     )
 
 
@@ -83,8 +70,8 @@ def _row(each: Evaluation, facts: ModelFacts, result: PerplexityResult) -> dict[
     plan = facts.plan
     return {
         "model": each.model,
-        "kept": Number(f"{plan.kept_ratio:.1%}", "", plan.kept_ratio) if plan else Number("–"),
-        "whole": Number(f"{plan.model_ratio:.1%}", "", plan.model_ratio) if plan else Number("–"),
+        "kept": Number(f"{plan.kept_ratio:.1%}", "", plan.kept_ratio) if plan else NOTHING,
+        "whole": Number(f"{plan.model_ratio:.1%}", "", plan.model_ratio) if plan else NOTHING,
         "size": Number(f"{facts.bytes / 1e6:,.1f}", "", facts.bytes),
         "figures": [_figure(result, name) for name in ("perplexity", *_FORMS)],
     }
@@ -119,7 +106,7 @@ def _sublayers(report: Report) -> list[dict[str, Any]]:
             }
         )
     return [
-        {"name": name, **facts, "ranks": [each.get(name, Number("–")) for each in ranks]}
+        {"name": name, **facts, "ranks": [each.get(name, NOTHING) for each in ranks]}
         for name, facts in names.items()
     ]
 
@@ -139,7 +126,7 @@ def _times(report: Report) -> tuple[list[str], list[tuple[str, list[Number]]]]:
 
 
 def _seconds(value: float | None) -> Number:
-    return Number("–") if value is None else Number(f"{value:,.1f}", "", value)
+    return NOTHING if value is None else Number(f"{value:,.1f}", "", value)
 
 
 def _details(report: Report) -> list[tuple[str, list[tuple[str, Any]]]]:
@@ -148,16 +135,3 @@ def _details(report: Report) -> list[tuple[str, list[tuple[str, Any]]]]:
     records = [(each.model, report.models[each.model].record) for each in report.grid.rows()]
     found = [("This evaluation", run), *((model, record) for model, record in records if record)]
     return [(title, flat(document)) for title, document in found]
-
-
-def table(measured: Any) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-    """Return JSON data as a head and rows: records of a list or an object stay rows, all else is
-    a row per leaf."""
-    records = measured
-    if isinstance(measured, Mapping) and all(isinstance(v, Mapping) for v in measured.values()):
-        records = [{"": name, **record} for name, record in measured.items()]
-    if isinstance(records, list) and records and all(isinstance(r, Mapping) for r in records):
-        lines = [dict(flat(record)) for record in records]
-        head = list(dict.fromkeys(key for line in lines for key in line))
-        return head, [[line.get(key) for key in head] for line in lines]
-    return ("figure", "value"), [list(leaf) for leaf in flat(measured)] if measured else []
