@@ -15,6 +15,7 @@ import pytest
 from hisvd_cli.efficiency import TimedWork, Timing, Turn
 from hisvd_cli.grid import Evaluation
 from hisvd_cli.report import page, palette
+from hisvd_cli.report.content import flat
 from hisvd_cli.report.tables import speed_table, task_rows
 from hisvd_cli.speed import Race, Speed
 from hisvd_cli.zero_shot import Score
@@ -182,6 +183,12 @@ def test_colours_stand_out() -> None:
     for step in range(20):
         cell = to_hex(colormaps["viridis"].resampled(20)(step))
         assert palette.contrast(palette.ink_on(cell), cell) >= 4.5
+
+
+def test_leaves_of_json_stand_behind_their_paths() -> None:
+    assert flat({"x": [{"a": 1, "b": {"c": 2}}]}) == [("x.0.a", 1), ("x.0.b.c", 2)]
+    assert flat({"speed": 3.5, "sizes": [1, 8]}) == [("speed", 3.5), ("sizes", [1, 8])]
+    assert flat({"a": {}}) == [("a", {})]
 
 
 def _score(task: str, value: float | None, filtered: str = "none") -> Score:
