@@ -23,6 +23,7 @@ from hisvd_cli.calibration import (
     open_calibration,
 )
 from hisvd_cli.collector import Collector, TurnSum
+from hisvd_cli.device import dtype_name
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.hidden_states import Place, StatesHome
@@ -110,7 +111,7 @@ def _manifest(
             "tokens": samples * seqlen,
             "seed": sample.seed,
         },
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "settings": settings,
         "versions": versions(),
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from hisvd_cli.distributed import own_gpu
+from hisvd_cli.dtype_speed import as_fast_as_float32
 from hisvd_cli.errors import UsageError
 
 _RUNNABLE = {
@@ -45,12 +46,21 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
     """Return the dtype for forward passes.
 
-    ``auto`` is the dtype of the weights on disk, but float32 for float16 on a CPU, where half
-    precision overflows and is slow, and for anything that no forward pass runs in.
+    ``auto`` is the dtype of the weights on disk where this device multiplies it at least as fast
+    as float32, else float32. It is float32 too for float16 on a CPU, which overflows on many
+    models, and for anything that no forward pass runs in.
     """
-    if name == "auto":
-        name = "float32" if stored == "float16" and device.type == "cpu" else stored
-    return _RUNNABLE.get(name, torch.float32)
+    dtype = _RUNNABLE.get(stored if name == "auto" else name, torch.float32)
+    if name != "auto" or dtype.itemsize >= torch.float32.itemsize:
+        return dtype
+    overflows = dtype == torch.float16 and device.type == "cpu"
+    slow = overflows or not as_fast_as_float32(dtype, device)
+    return torch.float32 if slow else dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as settings and records write it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def free_memory(device: torch.device) -> int | None:

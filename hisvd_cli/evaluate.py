@@ -123,6 +123,7 @@ class PerplexityResult:
         intervals: figure → its interval; none for a figure that is not finite, or of a text that
             is too short.
         bootstrap: how the intervals were made.
+        dtype: in which the model ran.
     """
 
     dataset: str
@@ -140,6 +141,7 @@ class PerplexityResult:
     agreement: float | None = None
     intervals: dict[str, Interval | None] | None = None
     bootstrap: dict[str, Any] | None = None
+    dtype: str | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON data; a figure that is not finite is null there."""
@@ -187,8 +189,8 @@ def _figure(numerator: Tensor | None, denominator: Tensor | None) -> _Figure | N
     return _Figure(value, resampled(numerator, denominator))
 
 
-def result_of(windows: Windows, sums: Sums) -> PerplexityResult:
-    """Return the figures of a model's sums on windows."""
+def result_of(windows: Windows, sums: Sums, dtype: str | None = None) -> PerplexityResult:
+    """Return the figures of the sums on windows of a model that ran in ``dtype``."""
     bits = _figure(sums.nats / math.log(2), windows.bytes)
     mean = _figure(sums.nats, windows.tokens)
     kl, agreement = _figure(sums.kl, windows.tokens), _figure(sums.agreed, windows.tokens)
@@ -214,6 +216,7 @@ def result_of(windows: Windows, sums: Sums) -> PerplexityResult:
             name: interval(figure.draws) if figure else None for name, figure in figures.items()
         },
         bootstrap=_bootstrap(sums.nats),
+        dtype=dtype,
         **values,
     )
 

@@ -30,6 +30,7 @@ def grid_view(grid: Grid) -> RenderableType:
     for i, first in enumerate(rows[0].results if rows else ()):
         title = f"{first.dataset.rpartition('/')[2]} ({first.split})"
         size = f"{first.windows} windows of {first.seqlen} tokens, BOS: {first.bos}"
+        size += f", {first.dtype}" if first.dtype else ""
         parts += [Text(title, style="bold"), Text(f"{size}.", style="dim")]
         parts += [_table(grid, [row.results[i] for row in rows]), Text()]
         parts += _rankings(grid, first.dataset)

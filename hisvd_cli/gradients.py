@@ -22,6 +22,7 @@ from hisvd_cli.calibration import (
     open_calibration,
     weights_file,
 )
+from hisvd_cli.device import dtype_name
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.gradient_collector import GradientCollector
@@ -85,7 +86,7 @@ def measure_gradients(
             "key": key,
             "calibration": calibration.key,
             "weights": weights,
-            "dtype": str(precise).removeprefix("torch."),
+            "dtype": dtype_name(precise),
             "settings": settings,
             "versions": versions(),
         }

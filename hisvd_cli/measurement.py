@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hisvd_cli.device import dtype_name
 from hisvd_cli.divergence import token_divergences, token_losses
 from hisvd_cli.evaluate import Sums, Windows
 from hisvd_cli.evaluation_store import FORMAT_VERSION, Store
@@ -87,7 +88,7 @@ class Measurement:
             "windows": count,
             "seqlen": seqlen,
             "block": BLOCK,
-            "dtype": str(self.how.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.how.dtype),
             "device": self.how.device.type,
             "versions": versions(),
         }

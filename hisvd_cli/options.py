@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 
 from hisvd_cli.console import Console
-from hisvd_cli.distributed import joining, launched_rank, leave
+from hisvd_cli.distributed import joining, launched, launched_rank, leave
 from hisvd_cli.presets import PRESETS
 from hisvd_cli.profile import Key, Resolved, resolve
 from hisvd_cli.settings import (
@@ -138,6 +138,8 @@ def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Comm
             with console.alone():
                 if together:
                     with joining(resolved.settings.model.device, Console().error):
+                        if launched():
+                            _share_measurements(resolved.settings.model.device)
                         work()
                 elif not console.muted:
                     work()
@@ -160,6 +162,13 @@ def _show_settings(resolved: Resolved, console: Console) -> None:
         console.result(resolved.document(), "")
     else:
         console.text(resolved.toml())
+
+
+def _share_measurements(device: str) -> None:
+    from hisvd_cli.device import pick_device
+    from hisvd_cli.dtype_speed import share_measurements
+
+    share_measurements(pick_device(device))
 
 
 def _prepare_libraries(console: Console) -> None:

@@ -35,6 +35,7 @@ from hisvd_cli.checkpoint import (
     write_loader,
 )
 from hisvd_cli.collector import Collector
+from hisvd_cli.device import dtype_name
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.factory import block_number
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
@@ -181,7 +182,7 @@ def _provenance(
             "seqlen": seqlen,
             "seed": text.sample.seed,
             "tokens_sha256": text.sample.key,
-            "dtype": str(text.dtype).removeprefix("torch."),
+            "dtype": dtype_name(text.dtype),
         }
     else:
         del known["damping"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hisvd_cli.blocks import BlockWalk
 from hisvd_cli.calibration import Sample
+from hisvd_cli.device import dtype_name
 from hisvd_cli.distributed import world
 from hisvd_cli.factory import Factory, Material, block_number
 from hisvd_cli.hidden_states import Place, StatesHome
@@ -78,7 +79,7 @@ class Update:
             "samples": samples,
             "seqlen": seqlen,
             "tokens_sha256": self.sample.key,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
         }
 
 

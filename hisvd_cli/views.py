@@ -79,6 +79,7 @@ def calibration_view(calibration: Calibration, seconds: float) -> RenderableType
             "calibration": str(calibration.folder),
             "text": f"{data['dataset']} ({data['split']})",
             "tokens": f"{data['samples']} × {data['seqlen']} = {data['tokens']:,}",
+            "precision": f"forward passes in {calibration.manifest['dtype']}",
             "holds": ", ".join(sorted(calibration.holds)).replace("-", " "),
             "time": duration_text(seconds),
         }
@@ -187,6 +188,7 @@ def compressed_view(outcome: Outcome) -> RenderableType:
         "checkpoint": str(outcome.output),
         "kept": f"{outcome.plan.kept_ratio:.2%} of the sublayers, "
         f"{outcome.plan.model_ratio:.2%} of the model",
+        "precision": f"forward passes in {outcome.dtype}, weights in {outcome.stored_dtype}",
         "time": stages,
         "peak memory": size_text(outcome.peak_memory_bytes),
     }

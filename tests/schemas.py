@@ -219,6 +219,7 @@ RESULTS = rows(
     bos=TEXT,
     dataset_hash=SHA256,
     nonfinite_windows={"type": "array", "items": COUNT},
+    dtype=TEXT,
 )
 COMPARISONS: Schema = {
     "type": "array",
@@ -298,6 +299,8 @@ COMPRESS = strict(
     peak_memory_bytes=COUNT,
     plan=TEXT,
     perplexity=_PERPLEXITY,
+    dtype=TEXT,
+    stored_dtype=TEXT,
 )
 CELLS = strict(
     cells=rows(

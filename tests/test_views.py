@@ -167,8 +167,11 @@ def test_sparklines() -> None:
 def test_before_and_after() -> None:
     made = plan("uniform", {"q_proj": 0.325}, 1.0)  # 999 of 3072 parameters, of 4000 in all
     seconds = dict.fromkeys(("calibrate", "plan", "decompose", "write"), 1.0)
-    outcome = Outcome(Path("made"), made, Path("p"), 3000, 8000, seconds, 10**9, None)
+    outcome = Outcome(
+        Path("made"), made, Path("p"), 3000, 8000, seconds, 10**9, None, "float32", "bfloat16"
+    )
     lines = shown(compressed_view(outcome))
+    assert " precision    forward passes in float32, weights in bfloat16" in lines
     assert lines[-3:] == [
         "             before   after  ratio",
         " parameters   4,000   1,927  48.2%",

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 
 from hisvd_cli.build.memory import check_whole_model, place_states
-from hisvd_cli.build.samples import SELF, calibration_sample, draw_sample, request_calibration
+from hisvd_cli.build.samples import (
+    SELF,
+    calibrated_dtype,
+    calibration_sample,
+    draw_sample,
+    request_calibration,
+)
 from hisvd_cli.calibrate import calibrate
 from hisvd_cli.calibration import MANIFEST, Calibration, Sample, calibration_key, open_calibration
 from hisvd_cli.distributed import world
@@ -214,7 +220,7 @@ def calibrate_again(
     source: Source,
     sample: Sample,
     folder: Path,
-    dtype: str,
+    dtype: torch.dtype,
     wanted: Collection[Need],
     reporter: Reporter,
 ) -> Calibration:
@@ -225,7 +231,7 @@ def calibrate_again(
         source: the corrected model.
         sample: the tokens.
         folder: where the calibration goes, or is already.
-        dtype: in which the original's was taken.
+        dtype: in which blocks run.
         wanted: what it must hold.
         reporter: told of progress.
     """
@@ -239,7 +245,7 @@ def calibrate_again(
             sample,
             folder,
             device=work.device,
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             batch=work.batch,
             settings=resolved.recorded("model", "calibration"),
             reporter=reporter,
@@ -267,7 +273,7 @@ def _add_gradients(
         sample,
         found,
         device=work.device,
-        dtype=getattr(torch, found.manifest["dtype"]),
+        dtype=calibrated_dtype(resolved, found),
         batch=work.batch,
         weights="weight-gradients" in wanted,
         settings=resolved.recorded("model"),

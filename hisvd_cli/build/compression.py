@@ -43,7 +43,7 @@ class Outcome:
     """A finished compression.
 
     ``perplexity`` is (before, after) where it was measured; ``plan_path`` a file that holds the
-    plan.
+    plan; ``dtype`` that of the forward passes, ``stored_dtype`` that of the weights.
     """
 
     output: Path
@@ -54,6 +54,8 @@ class Outcome:
     seconds: dict[str, float]
     peak_memory_bytes: int
     perplexity: tuple[PerplexityResult, PerplexityResult] | None
+    dtype: str
+    stored_dtype: str
 
     @property
     def dense_parameters(self) -> int | None:
@@ -82,6 +84,8 @@ class Outcome:
             "peak_memory_bytes": self.peak_memory_bytes,
             "plan": str(self.plan_path),
             "perplexity": perplexity,
+            "dtype": self.dtype,
+            "stored_dtype": self.stored_dtype,
         }
 
 
@@ -199,6 +203,8 @@ def compress_model(
         seconds=seconds,
         peak_memory_bytes=peak_memory(),
         perplexity=_before_and_after(resolved, source, path, text, reporter),
+        dtype=calibration.manifest["dtype"],
+        stored_dtype=source.weights.dtype,
     )
 
 

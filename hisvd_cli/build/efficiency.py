@@ -11,7 +11,7 @@ import torch
 from hisvd_cli.build.samples import stored_dtype
 from hisvd_cli.checkpoint import load_model
 from hisvd_cli.data import model_positions
-from hisvd_cli.device import pick_device, pick_dtype
+from hisvd_cli.device import dtype_name, pick_device, pick_dtype
 from hisvd_cli.efficiency import Runner, TimedWork, time_in_turns
 from hisvd_cli.errors import UsageError
 from hisvd_cli.profile import Resolved
@@ -77,7 +77,7 @@ class Track:
                 races.append(Race(batch, timed["model"], timed.get("baseline")))
         return Speed(
             device=str(own.model.device),
-            dtype=str(own.model.dtype).removeprefix("torch."),
+            dtype=dtype_name(own.model.dtype),
             threads=torch.get_num_threads(),
             compiled=self._settings.eval.compile,
             work=self._work,

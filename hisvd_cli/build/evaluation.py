@@ -111,7 +111,7 @@ def _fill(
 
 
 def _results(cell: Sequence[Measured]) -> list[PerplexityResult]:
-    return [result_of(each.windows, each.sums) for each in cell]
+    return [result_of(each.windows, each.sums, each.dtype) for each in cell]
 
 
 def _comparisons(

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from hisvd_cli.build.samples import stored_dtype
 from hisvd_cli.data import Text
-from hisvd_cli.device import free_memory, pick_device, pick_dtype
+from hisvd_cli.device import dtype_name, free_memory, pick_device, pick_dtype
 from hisvd_cli.evaluate import Sums, Windows, evaluation_windows
 from hisvd_cli.evaluation_store import open_store
 from hisvd_cli.measurement import Measurement, Reference, measure
@@ -32,6 +32,7 @@ class Measured:
 
     windows: Windows
     sums: Sums
+    dtype: str
 
 
 class Bench:
@@ -151,7 +152,10 @@ class Bench:
                 for each, reference in zip(wanted, references, strict=True):
                     if each.missing():
                         measure(each, model, step, reference=reference)
-        return [Measured(each.windows, each.load() or _lost(each)) for each in wanted]
+        return [
+            Measured(each.windows, each.load() or _lost(each), dtype_name(each.how.dtype))
+            for each in wanted
+        ]
 
     def _references(self) -> list[Reference]:
         """Return the baseline's head and final states, from a pass that is made once."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, measures
-from hisvd_cli.build.samples import calibration_sample
+from hisvd_cli.build.samples import calibrated_dtype, calibration_sample
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.decompose import DECOMPOSERS, Decomposer
 from hisvd_cli.device import pick_device
@@ -57,16 +56,21 @@ def open_probe(
     decomposer = resolved.settings.compress.decomposer
     method = DECOMPOSERS.get(decomposer)
     used = accepted(method, knobs)
+    dtype = calibrated_dtype(resolved, calibration)
     return ModelProbe(
         source,
         [s.name for s in anatomy.sublayers],
         windows,
         _Factors(resolved, source, anatomy, calibration, partial(method, **used)).of,
         device=pick_device(resolved.settings.model.device),
-        dtype=getattr(torch, calibration.manifest["dtype"]),
+        dtype=dtype,
         store=calibration.folder / _STORE,
         key=digest(
-            calibration.key, calibration.gradients_key, decomposer, repr(used), str(len(windows))
+            calibration.key,
+            calibration.gradients_key,
+            decomposer,
+            repr(used),
+            f"{len(windows)} {dtype}",
         ),
         reporter=reporter,
     )

@@ -16,7 +16,7 @@ from hisvd_cli.build.samples import SELF, default_dataset
 from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed
 from hisvd_cli.data import check_seqlen
-from hisvd_cli.device import pick_device, pick_dtype
+from hisvd_cli.device import dtype_name, pick_device, pick_dtype
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import SourceError, UsageError
 from hisvd_cli.lessons import Lessons, load_lessons, windows_of
@@ -131,7 +131,7 @@ def prepare_recovery(
     stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
     dtype = pick_dtype(resolved.settings.model.dtype, stored, device)
     if dtype == torch.float16:  # whose gradients vanish
-        dtype = torch.bfloat16
+        dtype = pick_dtype("auto", "bfloat16", device)
     room = Classroom(device, dtype, knobs.checkpointing)
     lessons = _lessons(resolved, checkpoint, student, teacher, room, reporter)
     return Recovery(resolved, student, teacher, room, lessons)
@@ -279,7 +279,7 @@ def _record(recovery: Recovery) -> Mapping[str, Any]:
             "tokens": lessons.tokens,
         },
         "course": course,
-        "dtype": str(recovery.room.dtype).removeprefix("torch."),
+        "dtype": dtype_name(recovery.room.dtype),
         "settings": recovery.resolved.recorded("model", "recover"),
     }
 

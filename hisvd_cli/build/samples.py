@@ -16,7 +16,7 @@ from hisvd_cli.data import (
     tokenize,
     without,
 )
-from hisvd_cli.device import pick_device, pick_dtype
+from hisvd_cli.device import dtype_name, pick_device, pick_dtype
 from hisvd_cli.errors import StaleArtifactError, UsageError
 from hisvd_cli.paths import digest, file_digest
 from hisvd_cli.profile import Resolved
@@ -78,7 +78,7 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
         )
     seqlen = window_length(wanted.seqlen, source)
     device = pick_device(model.device)
-    dtype = str(pick_dtype(model.dtype, stored_dtype(source), device)).removeprefix("torch.")
+    dtype = dtype_name(pick_dtype(model.dtype, stored_dtype(source), device))
     path = Path(dataset).expanduser()
     content = file_digest(path) if path.is_file() else dataset
     key = digest(
@@ -104,6 +104,14 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
 def stored_dtype(source: Source) -> str:
     """Return the dtype that most of the weights have on disk."""
     return source.weights.dtype
+
+
+def calibrated_dtype(resolved: Resolved, found: Calibration) -> torch.dtype:
+    """Return the dtype for forward passes beside a calibration: its own where the settings ask for
+    that or this device is fast in it, else float32."""
+    made, asked = found.manifest["dtype"], resolved.settings.model.dtype
+    device = pick_device(resolved.settings.model.device)
+    return pick_dtype(made if asked == made else "auto", made, device)
 
 
 def tokenizer_digest(source: Source) -> str:

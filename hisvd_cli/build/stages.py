@@ -26,7 +26,7 @@ from hisvd_cli.build.calibration import calibrate_again
 from hisvd_cli.build.memory import fitted, place_states, workload
 from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
 from hisvd_cli.build.plans import make_plans
-from hisvd_cli.build.samples import calibration_sample
+from hisvd_cli.build.samples import calibrated_dtype, calibration_sample
 from hisvd_cli.calibration import Calibration, Sample
 from hisvd_cli.checkpoint import is_checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed, compress
@@ -214,7 +214,7 @@ class _Stages:
             source,
             sample,
             self._folder(number) / "calibration",
-            self.first.calibration.manifest["dtype"],
+            calibrated_dtype(self.resolved, self.first.calibration),
             needs,
             self.reporter,
         )
@@ -283,7 +283,7 @@ class _Stages:
             tokens=tokens,
             batches=min(knobs.correction_batches, len(tokens)),
             device=work.device,
-            dtype=getattr(torch, self.first.calibration.manifest["dtype"]),
+            dtype=calibrated_dtype(self.resolved, self.first.calibration),
             batch=work.batch,
             place=work.place,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hisvd_cli.build.memory import place_update
-from hisvd_cli.build.samples import calibration_sample
+from hisvd_cli.build.samples import calibrated_dtype, calibration_sample
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import UsageError
@@ -41,7 +41,7 @@ def prepare_update(
         damping=knobs.update_damping,
         sample=sample,
         device=torch.device(work.device),
-        dtype=getattr(torch, found.manifest["dtype"]),
+        dtype=calibrated_dtype(resolved, found),
         batch=work.batch,
         place=work.place,
     )

@@ -18,7 +18,8 @@ class ModelSettings(Section):
     device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto takes the GPU if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
-        "Precision of forward passes: float32, bfloat16 or float16; auto is that of the weights.",
+        "Precision of forward passes: float32, bfloat16 or float16; auto is that of the weights "
+        "where this device is as fast in it as in float32.",
     )
     max_memory: Memory | None = setting(
         None,
