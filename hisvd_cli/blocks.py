@@ -221,7 +221,7 @@ class BlockWalk:
     @torch.no_grad()
     def _run(self, index: int, part: Tensor) -> Tensor:
         state = self._forward(index, part)
-        if self._refuse_nonfinite and not bool(state.isfinite().all()):
+        if self._refuse_nonfinite and not _all_finite(state):
             raise NumericalError(
                 f"The output of block {index} is NaN or infinite.", overflow_hint(self.dtype)
             )
@@ -328,6 +328,12 @@ class BlockWalk:
         finally:
             for layer in self.layers:
                 del layer.forward
+
+
+def _all_finite(state: Tensor) -> bool:
+    """Tell whether all numbers are finite. Their sum says it in a tenth of the time, unless finite
+    ones add up to more than float32 holds."""
+    return bool(state.sum(dtype=torch.float32).isfinite()) or bool(state.isfinite().all())
 
 
 def overflow_hint(dtype: torch.dtype) -> str:

@@ -58,7 +58,7 @@ MODEL_SETTINGS = strict(
     dtype={"enum": ["auto", "float32", "bfloat16", "float16"]},
 )
 CALIBRATION_SETTINGS = strict(
-    dataset=TEXT, drop={"type": "string"}, samples=COUNT, seqlen=maybe(COUNT), seed=COUNT
+    dataset=TEXT, drop={"type": "string"}, samples=maybe(COUNT), seqlen=maybe(COUNT), seed=COUNT
 )
 STORAGE: Schema = {"enum": ["pair", "pivoted"]}
 _KNOBS: dict[str, Schema] = {

@@ -448,3 +448,13 @@ def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     message, hint = fail("calibrate", *QUICK)
     assert message == f"Cannot use {tmp_path / 'x'}: Permission denied."
     assert "permissions" in hint
+
+
+def test_the_demo_is_calibrated_on_fewer_windows_by_default(here: Path) -> None:
+    def tokens(*words: object) -> int:
+        forecast = as_json("calibrate", "--model", "demo", "--dry-run", *words)
+        return int(forecast["tokens"])
+
+    assert tokens() == 64 * 512
+    assert tokens("--dataset", text_file(here)) == 256 * 512
+    assert tokens("--samples", 3) == 3 * 512

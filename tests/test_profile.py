@@ -221,7 +221,7 @@ def test_the_profile_is_printed_as_one_that_reads_back(tmp_path: Path) -> None:
     lines = text.splitlines()
     assert 'revision = "v1"  # --revision' in lines
     assert "alpha = 0.1  # HISVD_PLAN_ALPHA" in lines
-    assert "samples = 256  # default" in lines
+    assert "seed = 0  # default" in lines
     assert "# seqlen is unset  # default" in lines
     for section, model in SECTIONS.items():
         assert f"[{section}]" in lines

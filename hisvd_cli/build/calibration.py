@@ -85,7 +85,7 @@ def _check_asked(resolved: Resolved, found: Calibration) -> None:
     data = found.manifest["data"]
     wanted = found.manifest["settings"].get("calibration", {})
     made = {"drop": "", **data}
-    made["samples"] = wanted.get("samples", data["samples"])  # a text may hold fewer
+    made["samples"] = wanted.get("samples") or data["samples"]  # a text may hold fewer
     for key in ("dataset", "drop", "samples", "seqlen", "seed"):
         asked = resolved.value("calibration", key)
         # A file may be named from another folder than it was at first.

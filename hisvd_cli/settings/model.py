@@ -41,7 +41,9 @@ class CalibrationSettings(Section):
         "Leave this out wherever it stands in the text, with the space before it: '<unk>' where "
         "rare words are written so.",
     )
-    samples: int = setting(256, "Windows of text.", ge=1)
+    samples: int | None = setting(
+        None, "Windows of text; by default 256, or 64 of the demo's text.", ge=1
+    )
     seqlen: int | None = setting(
         None, "Tokens per window; by default 2048, or the model's positions if fewer.", ge=2
     )
