@@ -1,8 +1,9 @@
 """A LoRA adapter beside the weights, or in a folder of its own: merged into what is read.
 
 PEFT's definition: ``W + s · B A`` with ``s = alpha / r``, or ``alpha / √r`` with rank-stabilised
-scaling; a pattern may give single layers another alpha, and the rank is that of A. Anything else an
-adapter can hold is refused, because leaving it out would give another model.
+scaling; a pattern may give single layers another alpha, and the rank is that of A. Whole tensors
+that an adapter holds (biases, ``modules_to_save``) take the place of the model's. Anything else is
+refused, because leaving it out would give another model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
-_DEFAULT = re.compile(r"\.(lora_[AB])\.(?:default\.)?weight$")
+_HALF = re.compile(r"\.(lora_[AB])\.(?:default\.)?weight$")
+_OTHER = re.compile(r"\.lora_|\.token_adapter\.")
 _HINT = (
     "Merge it with PEFT (merge_and_unload, then save_pretrained), or remove its files to work on "
     "the model without it."
@@ -95,11 +97,9 @@ def check_adapter(adapter: Adapter) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise _refusal(adapter, f"is of the type {kind!s:.40}")
-    for key in ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices"):
+    for key in ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices"):
         if config.get(key):
             raise _refusal(adapter, f"uses {key}")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        raise _refusal(adapter, "trains biases")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGING_STARTS):
         raise _refusal(adapter, f"starts from changed weights (init_lora_weights '{start:.40}')")
@@ -137,26 +137,55 @@ def merged(adapter: Adapter, weights: Weights) -> tuple[Weights, list[str]]:
     """
     check_adapter(adapter)
     held = open_file(adapter.files[1])
+    recipes = dict(weights.recipes)
+    whole = _whole(adapter, held, weights)
+    for name, given in whole.items():
+        recipes[name] = partial(_replaced, weights, name, held, given)
+    beneath = replace(weights, recipes=dict(recipes))
     pairs = _pairs(adapter, held)
     transposed = bool(adapter.config.get("fan_in_fan_out"))
-    recipes = dict(weights.recipes)
+    changed = set(whole)
     for module, pair in pairs.items():
-        name = _stored_name(adapter, module, weights)
+        name = _stored_name(adapter, f"{module}.weight", weights)
         _check_shapes(adapter, pair, held, weights.infos[name].shape, transposed)
-        recipes[name] = partial(_add, weights, name, held, pair, transposed)
-    note = f"The adapter in {adapter.folder} is merged into {len(pairs)} weights."
+        recipes[name] = partial(_add, beneath, name, held, pair, transposed)
+        changed.add(name)
+    if not changed:
+        raise SourceError(f"{adapter.files[1]} holds no tensors.", "Fetch the adapter again.")
+    note = f"The adapter in {adapter.folder} is merged into {len(changed)} tensors."
     view = replace(weights, recipes=recipes, parts=(*weights.parts, *adapter.files))
     return view, [note]
 
 
+def _whole(adapter: Adapter, held: Weights, weights: Weights) -> dict[str, str]:
+    """Return name on disk → name in the adapter of the tensors that it holds as a whole.
+
+    Raises:
+        UnsupportedModelError: one that is neither whole nor a half of a pair, or of another shape.
+        SourceError: one that the model does not have.
+    """
+    found = {}
+    for given in held:
+        if _HALF.search(given):
+            continue
+        if _OTHER.search(given):
+            raise _refusal(adapter, f"holds {given}")
+        wanted = given.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        name = _stored_name(adapter, wanted, weights)
+        here, there = held.infos[given].shape, weights.infos[name].shape
+        if here != there:
+            raise _refusal(adapter, f"resizes {name} from {list(there)} to {list(here)}")
+        found[name] = given
+    return found
+
+
 def _pairs(adapter: Adapter, held: Weights) -> dict[str, _Pair]:
-    """Return module → its pair. Raises UnsupportedModelError, SourceError."""
+    """Return module → its pair. Raises SourceError."""
     found: dict[str, dict[str, str]] = {}
     for name in held:
-        if not (match := _DEFAULT.search(name)):
-            raise _refusal(adapter, f"holds {name}")
-        module = name[: match.start()].removeprefix(_PREFIX)
-        found.setdefault(module, {})[match[1]] = name
+        if match := _HALF.search(name):
+            module = name[: match.start()].removeprefix(_PREFIX)
+            found.setdefault(module, {})[match[1]] = name
     pairs = {}
     for module, halves in found.items():
         if halves.keys() != {"lora_A", "lora_B"}:
@@ -166,8 +195,6 @@ def _pairs(adapter: Adapter, held: Weights) -> dict[str, _Pair]:
             )
         rank = held.infos[halves["lora_A"]].shape[0]
         pairs[module] = _Pair(halves["lora_A"], halves["lora_B"], _scale(adapter, module, rank))
-    if not pairs:
-        raise SourceError(f"{adapter.files[1]} holds no tensors.", "Fetch the adapter again.")
     return pairs
 
 
@@ -195,16 +222,17 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
     return scale
 
 
-def _stored_name(adapter: Adapter, module: str, weights: Weights) -> str:
-    """Return the name on disk of a module's weight, which may have another prefix there."""
-    wanted = f"{module}.weight"
+def _stored_name(adapter: Adapter, wanted: str, weights: Weights) -> str:
+    """Return the name on disk of a tensor, which may have another prefix there."""
     if wanted in weights:
         return wanted
     near = [n for n in weights if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
     if len(near) != 1:
         raise SourceError(
-            f"The adapter in {adapter.folder} changes {module}, which the model does not have.",
-            "It belongs to another model: name its base model with base_model_name_or_path.",
+            f"The adapter in {adapter.folder} changes {wanted}, which is not a tensor of the "
+            "model's own.",
+            "It belongs to another model, or that tensor is tied to another one; merge it with "
+            "PEFT.",
         )
     return near[0]
 
@@ -220,6 +248,12 @@ def _check_shapes(
             f"{list(shape)}.",
             "It belongs to another model.",
         )
+
+
+def _replaced(weights: Weights, name: str, held: Weights, given: str) -> Tensor:
+    import torch
+
+    return held.read(given).to(getattr(torch, weights.infos[name].dtype))
 
 
 def _add(weights: Weights, name: str, held: Weights, pair: _Pair, transposed: bool) -> Tensor:

@@ -118,6 +118,10 @@ class _Reader:
         from hisvd_cli.dequantize import scaled, unpacked
 
         names = {part: f"{base}.weight_{part}" for part in ("packed", "scale", "shape")}
+        info = self.raw.infos[names["packed"]]
+        if info.dtype != "int32" or len(info.shape) != 2:
+            detail = f"tensor {names['packed']} {list(info.shape)} of {info.dtype}"
+            raise refusal(self.name, self.folder, "compressed-tensors", detail)
         if lost := [name for name in names.values() if name not in self.raw]:
             raise SourceError(
                 f"{self.name} lacks {lost[0]}, which {names['packed']} needs.",
@@ -141,7 +145,7 @@ class _Reader:
 
     def _checked_shape(self, shape_name: str, packed: str) -> tuple[int, int]:
         shape, rows = self.raw.read(shape_name).flatten().tolist(), self.raw.infos[packed].shape
-        if len(shape) != 2 or len(rows) != 2 or shape[0] != rows[0] or shape[1] < 1:
+        if len(shape) != 2 or shape[0] != rows[0] or shape[1] < 1:
             raise SourceError(
                 f"{shape_name} names {shape}, which {packed} {list(rows)} does not hold.",
                 "The file is damaged: fetch it again.",
@@ -150,7 +154,7 @@ class _Reader:
 
     def _bits(self, packed: str, width: int) -> int:
         """Return how many bits a value has: what the config says where that fits, else the most
-        that fit."""
+        that fit. Raises UnsupportedModelError."""
         words = self.raw.infos[packed].shape[1]
         groups = self.said.get("config_groups")
         named = [
@@ -158,15 +162,13 @@ class _Reader:
             for group in (groups.values() if isinstance(groups, dict) else [])
             if isinstance(group, dict) and isinstance(weights := group.get("weights"), dict)
         ]
-        fitting = [bits for bits in range(8, 1, -1) if -(-width // (32 // bits)) == words]
+        # Of other numbers of bits, values straddle words in some versions and not in others.
+        fitting = [bits for bits in (8, 4, 2, 1) if -(-width * bits // 32) == words]
         for bits in (*named, *fitting):
             if bits in fitting:
                 return int(bits)
-        raise SourceError(
-            f"{packed} holds {words} words a row, which no number of bits explains for a width of "
-            f"{width}.",
-            "The file is damaged: fetch it again.",
-        )
+        detail = f"tensor {packed} of {' or '.join(map(str, named)) or 'unknown'} bits"
+        raise refusal(self.name, self.folder, "compressed-tensors", detail)
 
     def _microscaled(self, base: str) -> _Made:
         from hisvd_cli.dequantize import microscaled

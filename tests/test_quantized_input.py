@@ -18,7 +18,7 @@ from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.source import open_source
 from tests.cli_helpers import as_json, fail, succeed, text_file
 from tests.conftest import MakeModel
-from tests.models import edit_json
+from tests.models import edit_json, save_tokenizer
 from tests.packing import (
     Packer,
     bare_float8,
@@ -206,7 +206,7 @@ def test_float8_blocks_that_are_cut_off_at_the_edge() -> None:
     assert torch.equal(scaled(stored, scale, torch.float32, block=(16, 16)), values)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_integers_are_unpacked_as_they_were_packed(bits: int) -> None:
     top = 1 << (bits - 1)
     values = torch.randint(-top, top, (5, 37))
@@ -323,6 +323,13 @@ def test_a_quantization_config_that_is_no_object(
     assert "quantization_config of config.json" in fail("eval", folder)[0]
 
 
+def test_packed_integers_whose_values_straddle_words(tiny_model: MakeModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), folder)
+    pack(folder, partial(packed_integers, bits=3), FORMATS["packed 4 bits"][1])
+    assert "is quantized (compressed-tensors, tensor model.layers.0" in fail("eval", folder)[0]
+
+
 def test_a_quantized_weight_without_its_scale(tiny_model: MakeModel, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model("llama"), folder)
@@ -360,3 +367,33 @@ def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched(
     with pytest.raises(UnsupportedModelError, match="GPTQ"):
         open_source("org/model")
     assert len(fetched) == 1
+
+
+def test_gpt_oss_in_mxfp4_is_evaluated_as_the_plain_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, GptOssConfig
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = tmp_path / "packed"
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = GptOssConfig(**sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    stored: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inner, out = tensor.shape
+            blocks = torch.randint(0, 256, (experts, out, inner // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 124, blocks.shape[:3], dtype=torch.uint8)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        else:
+            stored[name] = plain[name] = tensor
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
+    text = text_file(tmp_path, 200)
+    expected = perplexity(plain_copy(folder, plain), text, "off")
+    assert perplexity(folder, text, "on") == pytest.approx(expected, rel=1e-5)
+    assert perplexity(folder, text, "off") == pytest.approx(expected, rel=1e-5)
