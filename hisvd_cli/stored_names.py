@@ -116,9 +116,8 @@ def naming_notes(
     notes = []
     if renamed:
         name, on_disk = next(iter(renamed.items()))
-        notes.append(
-            f"{len(renamed)} tensors have other names on disk: {on_disk} is read as {name}."
-        )
+        shown = f"such as {on_disk} as {name}"
+        notes.append(f"Read under another name: {_counted(renamed)}, {shown}.")
     used = set(names.values())
     left = [name for name in stored if name not in used and not name.endswith(_BUFFERS)]
     left = [name for name in left if not name.endswith(("lm_head.weight", "embed_out.weight"))]
