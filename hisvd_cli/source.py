@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from hisvd_cli import adapter_input
 from hisvd_cli.adapter_input import Adapter, check_adapter, open_adapter
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.model_config import check_dtype, plain_config
 from hisvd_cli.paths import digest, file_digest
 from hisvd_cli.plain_weights import dequantized
-from hisvd_cli.quantized_input import CONFIG_KEYS, OWN, config_says, files_say, refusal
 from hisvd_cli.quantized_input import FILES as QUANTIZATION_FILES
+from hisvd_cli.quantized_input import OWN, config_says, files_say, refusal
 from hisvd_cli.tensorfile import reason
 from hisvd_cli.weights import LAYOUTS, Weights, has_weights, open_weights, shard_files
 
@@ -54,14 +55,20 @@ class Source:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The config. Raises UnsupportedModelError for a type that transformers does not know."""
+        """The config.
+
+        Raises:
+            UnsupportedModelError: a type that transformers does not know.
+            SourceError: config.json is missing or damaged, or names a dtype that torch has not.
+        """
         from transformers import AutoConfig
 
+        check_dtype(self.name, read_config(self.folder))
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, TypeError, AttributeError, IndexError) as error:
             raise UnsupportedModelError(
                 f"transformers cannot read the config of {self.name}: {reason(error)}",
                 "Update transformers, or pass --trust-remote-code if the model ships its own code "
@@ -76,12 +83,8 @@ class Source:
     def plain_config(self) -> dict[str, Any]:
         """config.json without what it says of a quantization that is gone once weights are read."""
         document = read_config(self.folder)
-        if self.quantization.get("quant_method") == OWN:
-            return document
-        text = document.get("text_config")
-        if isinstance(text, dict):
-            document["text_config"] = {k: v for k, v in text.items() if k not in CONFIG_KEYS}
-        return {key: value for key, value in document.items() if key not in CONFIG_KEYS}
+        own = self.quantization.get("quant_method") == OWN
+        return document if own else plain_config(document, self.weights.dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
