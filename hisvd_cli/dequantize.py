@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SLICE_VALUES = 1 << 24
+SLICE_VALUES = 1 << 22
 """Values that are converted at a time: their float32 copy is all the memory beside input and
 output."""
 

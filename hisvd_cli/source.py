@@ -276,6 +276,8 @@ def _from_hub(
         _snapshot(name, source.revision, files)
         if (folder / files[0]).is_file():
             return source
+    if adapter:
+        return _with_base(name, adapter, trust_remote_code, compressible)
     raise SourceError(
         f"'{name}' holds neither {LAYOUTS[0][1]} nor {LAYOUTS[1][1]}, whole or in shards.",
         "Try another model; without a network, one that was fetched to its end before.",
