@@ -17,9 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.errors import NumericalError, SourceError, UnsupportedModelError
+from hisvd_cli.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.hidden_states import StatesHome
-from hisvd_cli.skeleton import SUPPORTED, build_meta_model, decoder_blocks, tensor_names
+from hisvd_cli.skeleton import (
+    SUPPORTED,
+    build_meta_model,
+    decoder_blocks,
+    read_tensor,
+    tensor_names,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -232,17 +238,8 @@ class BlockWalk:
         drop_weights(self.layers[index], recurse=True)
 
     def _read(self, name: str) -> Tensor:
-        tensor = self.source.weights.read(self.names[name])
-        expected = self._shapes[name]
-        if tensor.shape != expected:
-            raise SourceError(
-                f"{name} is {list(tensor.shape)} on disk where the config asks for "
-                f"{list(expected)}.",
-                "Config and weights belong to different models: fetch both again.",
-            )
-        # Counters and masks stay what they are; only numbers are rounded.
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(self.device, dtype)
+        stored, expected = self.names[name], self._shapes[name]
+        return read_tensor(self.source, stored, name, expected, self.dtype).to(self.device)
 
     def _outside(self) -> Iterator[tuple[nn.Module, str, str]]:
         """Yield (module, local name, full name) of each stored tensor that is in no block."""

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hisvd_cli.errors import SourceError
+from hisvd_cli import adapter_input
+from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.lowrank import FACTORS, Storage
 from hisvd_cli.source import read_config
 from hisvd_cli.tensorfile import join_files, reason, write_json, write_tensors
@@ -133,6 +134,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise SourceError(
             f"{folder} is no compressed model.", "Give a folder that 'hisvd compress' wrote."
         )
+    if (folder / adapter_input.CONFIG).is_file():
+        raise UnsupportedModelError(*adapter_input.on_compressed(str(folder)))
     return Checkpoint(folder, read_config(folder))
 
 
@@ -179,6 +182,15 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json without anything that hisvd added."""
     added = {"quantization_config", "auto_map"}
     return {key: value for key, value in config.items() if key not in added}
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json of a model whose output head is stored beside the embedding."""
+    text = config.get("text_config")
+    inner = (
+        {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    )
+    return {**config, **inner, "tie_word_embeddings": False}
 
 
 def companions(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from hisvd_cli.checkpoint import (
     join_parts,
     shard_file,
     shard_names,
+    untied,
     write_loader,
 )
 from hisvd_cli.decompose import DECOMPOSERS
@@ -38,8 +39,8 @@ from hisvd_cli.paths import digest
 from hisvd_cli.plan import Plan
 from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
-from hisvd_cli.source import Source, read_config
+from hisvd_cli.skeleton import build_meta_model, decoder_blocks, own_head, tensor_names
+from hisvd_cli.source import Source
 from hisvd_cli.statistics import Need, missing
 from hisvd_cli.tensorfile import write_json, write_tensors
 from hisvd_cli.updating import Update, Updating
@@ -72,12 +73,14 @@ class Layout:
             block; of each block what stays as it is; and each of its factored sublayers.
         sizes: part → bytes.
         costs: part → what factoring it costs, 0 for what stays as it is.
+        own_head: whether the output head is written although the config ties it.
     """
 
     architecture: str
     parts: dict[str, dict[str, str]]
     sizes: dict[str, int]
     costs: dict[str, int]
+    own_head: bool
 
     def shared(self, left: Sequence[str], here: World) -> list[str]:
         """Return which of the parts that are left this process makes."""
@@ -109,7 +112,8 @@ def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layou
     groups |= {block: {block: {}} for block in (f"block-{i:05d}" for i in range(len(layers)))}
     sizes: dict[str, int] = defaultdict(int)
     costs: dict[str, int] = defaultdict(int)
-    for name, stored in tensor_names(model, source).items():
+    stored_names = tensor_names(model, source)
+    for name, stored in stored_names.items():
         block, local = _OUTSIDE, ""
         if name.startswith(f"{prefix}."):
             index, _, local = name[len(prefix) + 1 :].partition(".")
@@ -134,6 +138,7 @@ def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layou
         parts,
         {part: sizes[part] for part in parts},
         {part: costs[part] for part in parts},
+        own_head(model, stored_names),
     )
 
 
@@ -232,9 +237,8 @@ def _complete(
     home: Path, source: Source, plan: Plan, layout: Layout, record: Mapping[str, Any]
 ) -> None:
     """Write all that is no weight."""
-    config = compressed_config(
-        read_config(source.folder), layout.architecture, plan.ranks, plan.storage
-    )
+    plain = untied(source.plain_config) if layout.own_head else source.plain_config
+    config = compressed_config(plain, layout.architecture, plan.ranks, plan.storage)
     write_json(home / "config.json", config)
     write_json(home / PROVENANCE, record)
     plan.save(home / PLAN_FILE)

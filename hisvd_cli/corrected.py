@@ -41,12 +41,13 @@ class Corrected(Source):
     def weights(self) -> Weights:
         """The tensors on disk, its own before the original's. Raises SourceError."""
         weights = self.teacher.weights
-        infos, where = dict(weights.infos), dict(weights.where)
+        infos, where, recipes = dict(weights.infos), dict(weights.where), dict(weights.recipes)
         for path in self.changed_files:
             found = read_header(path).tensors
             infos |= found
             where |= dict.fromkeys(found, path)
-        return replace(weights, infos=infos, where=where)
+            recipes = {name: made for name, made in recipes.items() if name not in found}
+        return replace(weights, infos=infos, where=where, recipes=recipes)
 
     @property
     def changed_files(self) -> list[Path]:
@@ -67,6 +68,7 @@ def corrected(teacher: Source, changed: Path) -> Corrected:
         teacher.folder,
         teacher.revision,
         teacher.trust_remote_code,
+        teacher.adapter_folder,
         teacher=teacher,
         changed=changed,
     )

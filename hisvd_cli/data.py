@@ -18,6 +18,7 @@ from hisvd_cli.errors import DataError, suggest
 from hisvd_cli.paths import digest
 from hisvd_cli.source import DEMO, DEMO_FOLDER
 from hisvd_cli.tensorfile import reason
+from hisvd_cli.token_ids import known_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -279,12 +280,16 @@ def _join_rows(rows: Iterable[object], name: str) -> str:
 
 
 def tokenize(text: Text, source: Source) -> Tensor:
-    """Return the token ids ``[T]`` of a whole text, tokenized once."""
+    """Return the token ids ``[T]`` of a whole text, tokenized once.
+
+    Raises:
+        DataError: the model has no embedding for one.
+    """
     import torch
 
     # The whole text is one sequence, longer than the model's window: that is meant, not a mistake.
     ids = source.tokenizer(text.content, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    return known_ids(torch.tensor(ids, dtype=torch.long), source)
 
 
 def token_ends(text: Text, source: Source) -> tuple[Tensor, Tensor | None]:
@@ -296,6 +301,9 @@ def token_ends(text: Text, source: Source) -> tuple[Tensor, Tensor | None]:
     difference of two ends is exactly the bytes of the text between them.
 
     Ends are None for a tokenizer that cannot say where its tokens stand (one without a fast form).
+
+    Raises:
+        DataError: the model has no embedding for a token.
     """
     import torch
 
@@ -307,7 +315,8 @@ def token_ends(text: Text, source: Source) -> tuple[Tensor, Tensor | None]:
     starts = ((data & 0xC0) != 0x80).nonzero().flatten()
     places = torch.cat([starts, torch.tensor([len(data)])])  # of each character, and of the end
     ends = places[torch.tensor([end for _, end in encoded["offset_mapping"]])]
-    return torch.tensor(encoded["input_ids"], dtype=torch.long), ends.cummax(0).values
+    ids = known_ids(torch.tensor(encoded["input_ids"], dtype=torch.long), source)
+    return ids, ends.cummax(0).values
 
 
 def sample_windows(tokens: Tensor, samples: int, seqlen: int, seed: int, name: str) -> Tensor:

@@ -26,7 +26,7 @@ from hisvd_cli.errors import HisvdError, NumericalError, SourceError
 from hisvd_cli.pickle_audit import PICKLES, audit_pickle
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
+from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tell_notes, tensor_names
 from hisvd_cli.source import Source, open_source
 from hisvd_cli.sublayers import Sublayer, find_sublayers
 from hisvd_cli.weights import Weights
@@ -229,6 +229,7 @@ def _value_problems(weights: Weights, reporter: Reporter) -> list[str]:
 def _audit_model(source: Source, check_values: bool, reporter: Reporter) -> Audit:
     model, sublayers, shapes = _skeleton(source)
     infos = source.weights.infos
+    tell_notes(source, reporter)
     problems = []
     try:
         names = tensor_names(model, source)

@@ -14,6 +14,7 @@ from hisvd_cli.data import INSTRUCTION, Text, load_instructions, load_text, toke
 from hisvd_cli.errors import DataError
 from hisvd_cli.paths import digest
 from hisvd_cli.source import Source
+from hisvd_cli.token_ids import known_ids
 
 HELD_OUT_TOKENS = 4096
 """So many tokens at most are held back, and no more than a sixteenth of the text."""
@@ -95,7 +96,7 @@ def instruction_lessons(
     What is longer than ``seqlen`` is cut off; a row whose answer is cut off whole is left out.
 
     Raises:
-        DataError: a row lacks a field, or no row is left.
+        DataError: a row lacks a field, no row is left, or the model has no embedding for a token.
     """
     tokenizer = source.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -120,7 +121,8 @@ def instruction_lessons(
     for i, (tokens, prompt_length) in enumerate(kept):
         ids[i, : len(tokens)] = torch.tensor(tokens)
         counted[i, max(prompt_length - 1, 0) : len(tokens) - 1] = True
-    return Lessons(ids, counted, dataset, "instructions", digest(json.dumps(said)))
+    known = known_ids(ids, source)
+    return Lessons(known, counted, dataset, "instructions", digest(json.dumps(said)))
 
 
 def _prompt(row: Mapping[str, Any], dataset: str, number: int) -> tuple[str, str]:

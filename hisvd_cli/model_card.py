@@ -169,7 +169,7 @@ def _write_anew(
 ) -> None:
     if not (checkpoint / _PLAN).is_file():
         return
-    known = _metadata(checkpoint / CARD)
+    known = card_metadata(checkpoint)
     metadata = {key: known[key] for key in (*_CARRIED, "base_model") if key in known}
     plan = load_plan(checkpoint / _PLAN)
     _write(folder, metadata, plan, record or _record(checkpoint), multiplied=multiplied)
@@ -333,7 +333,7 @@ def _with_table(text: str, table: str) -> str:
 def _licence(folder: Path) -> dict[str, Any]:
     """Return what a model's card says of its licence and language; where it says nothing of a
     licence, its licence file stands for it."""
-    known = _metadata(folder / CARD)
+    known = card_metadata(folder)
     carried = {key: known[key] for key in _CARRIED if known.get(key)}
     files = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
     if "license" not in carried and files:
@@ -341,11 +341,12 @@ def _licence(folder: Path) -> dict[str, Any]:
     return carried
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a card, empty where it has none or it cannot be read."""
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a folder's card, empty where it has none or it cannot be read."""
     import yaml
     from huggingface_hub import metadata_load
 
+    path = folder / CARD
     try:
         return dict(metadata_load(path) or {}) if path.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError):

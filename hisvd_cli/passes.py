@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.blocks import BlockWalk, drop_weights
-from hisvd_cli.checkpoint import is_checkpoint, load_model
+from hisvd_cli.checkpoint import is_checkpoint
 from hisvd_cli.errors import UnsupportedModelError
 from hisvd_cli.skeleton import build_stored_model
 from hisvd_cli.source import Source
 from hisvd_cli.tensorfile import read_tensors, write_tensors
+from hisvd_cli.whole_model import load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,7 +182,7 @@ def open_pass(source: Source, how: Placement) -> Iterator[Pass]:
     if how.streamed:
         yield Streamed(_walk(source, how))
         return
-    model = load_model(source.folder, how.device, how.dtype, source.trust_remote_code)
+    model = load_source(source, how.device, how.dtype)
     yield Resident(model, how.batch)
 
 
@@ -197,7 +198,7 @@ def open_head(source: Source, how: Placement) -> Iterator[Head]:
         with walk.whole_outside():
             yield Head(walk.model, how.device)
         return
-    model = load_model(source.folder, how.device, how.dtype, source.trust_remote_code)
+    model = load_source(source, how.device, how.dtype)
     drop_weights(model.get_decoder(), recurse=True)
     yield Head(model, how.device)
 

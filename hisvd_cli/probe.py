@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.checkpoint import load_model
 from hisvd_cli.corrected import take_corrected
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import decoder_blocks
 from hisvd_cli.source import Source
 from hisvd_cli.tensorfile import write_json
+from hisvd_cli.whole_model import load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -178,9 +178,7 @@ class _Loaded:
         self, source: Source, windows: Tensor, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.dtype = dtype
-        self._model: PreTrainedModel = load_model(
-            source.folder, device, dtype, source.trust_remote_code
-        ).requires_grad_(False)
+        self._model: PreTrainedModel = load_source(source, device, dtype).requires_grad_(False)
         take_corrected(source, self._model)
         self._prefix, self._layers = decoder_blocks(self._model)
         self._windows = windows.to(device)

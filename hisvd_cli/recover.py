@@ -41,6 +41,7 @@ from hisvd_cli.tensorfile import write_json
 from hisvd_cli.trained_pairs import TrainedPair, open_pairs, stored_factors
 from hisvd_cli.training import Course, Progress, Trainee, Training
 from hisvd_cli.versions import versions
+from hisvd_cli.whole_model import load_source
 
 WORK = "training"
 """The folder, inside one that is being built, of what a training keeps to go on after a kill."""
@@ -216,7 +217,7 @@ def distill(
     pairs = open_pairs(model)
     keep_activations(model, room.checkpointing)
     pupil = TwoParts(model, room.dtype)
-    dense = load_model(teacher.folder, room.device, room.dtype, teacher.trust_remote_code)
+    dense = load_source(teacher, room.device, room.dtype)
     dense.requires_grad_(False)
     width = teacher.config.get_text_config().hidden_size
     tutor = Teacher(TwoParts(dense, room.dtype), lessons.ids, width, home / "teacher")

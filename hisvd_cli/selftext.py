@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from hisvd_cli.checkpoint import load_model
 from hisvd_cli.device import seeded
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.tensorfile import read_tensors, reason, write_tensors
+from hisvd_cli.token_ids import known_ids
+from hisvd_cli.whole_model import load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,14 +87,14 @@ class _Writer:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        trusted = self._source.trust_remote_code
-        return load_model(self._source.folder, self._device, self._dtype, trusted)
+        return load_source(self._source, self._device, self._dtype)
 
     def draw(self, rows: int, seqlen: int, seed: int) -> Tensor:
-        """Return sampled tokens ``[rows, seqlen]``. Raises NumericalError."""
+        """Return sampled tokens ``[rows, seqlen]``. Raises NumericalError, DataError."""
         from transformers import GenerationConfig
 
-        start = torch.full((rows, 1), _first_token(self._source), device=self._device)
+        first = known_ids(torch.full((rows, 1), _first_token(self._source)), self._source)
+        start = first.to(self._device)
         free = GenerationConfig(
             do_sample=True,
             temperature=1.0,

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.quantized_input import OWN, check_config
+from hisvd_cli.source import read_config
+from hisvd_cli.stored_names import find_names, naming_notes, refuse_unmerged, value_head
 from hisvd_cli.tensorfile import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hisvd_cli.reporter import Reporter
     from hisvd_cli.source import Source
 
 SUPPORTED = "Supported: llama, mistral, qwen2, qwen3, opt, gemma and phi, and models built alike."
@@ -81,16 +87,12 @@ def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _check_precision(source: Source, compressed: bool) -> None:
-    method = source.quantization.get("quant_method")
-    if method == "hisvd" and not compressed:
+    if source.quantization.get("quant_method") == OWN and not compressed:
         raise UnsupportedModelError(
             f"{source.name} is compressed already.",
             "Give the original model; 'hisvd inspect' tells where a checkpoint came from.",
         )
-    if method and method != "hisvd":
-        raise UnsupportedModelError(
-            f"{source.name} is quantized ({method}) already.", "Give the model in full precision."
-        )
+    check_config(source.name, source.folder, read_config(source.folder))
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -114,22 +116,73 @@ def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
     Raises:
         SourceError: a tensor of the model is not on disk.
     """
-    prefix = f"{model.base_model_prefix}."
-    names: dict[str, str] = {}
-    missing: dict[str, None] = {}
-    for name in model.state_dict():
-        stored = name if name in source.weights else name.removeprefix(prefix)
-        if stored in source.weights:
-            names[name] = stored
-        else:
-            missing[name] = None
+    wanted = list(model.state_dict())
+    names = find_names(wanted, source.weights, model.base_model_prefix)
+    missing = dict.fromkeys(name for name in wanted if name not in names)
     _untie(model, source, names, missing)
     for name in missing:
+        refuse_unmerged(source.name, source.weights)
+        if found := value_head(source.weights):
+            raise UnsupportedModelError(
+                f"{source.name} has a value or classification head ({found}) and lacks {name}, so "
+                "it is not a language model.",
+                "Give the language model that it was trained from.",
+            )
         raise SourceError(
             f"{source.name} lacks the tensor {name}, which its config asks for.",
             "The checkpoint is incomplete or of another architecture: fetch it again.",
         )
     return names
+
+
+def own_head(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
+    """Tell whether the output head lies on disk although the config ties it to the embedding.
+
+    transformers 4 ties it all the same, and drops what is on disk.
+    """
+    return (_tied_names(model) or ("", ""))[0] in names
+
+
+def tell_notes(source: Source, reporter: Reporter) -> None:
+    """Warn of what is dequantized, merged, renamed or ignored where a model is read.
+
+    Raises:
+        SourceError, UnsupportedModelError: its weights cannot be read.
+    """
+    for note in source.notes:
+        reporter.warn(note)
+    if source.quantization.get("quant_method") == OWN:
+        return
+    with suppress(SourceError, UnsupportedModelError):  # the command itself says what is wrong
+        model = build_meta_model(source)
+        prefix, layers = decoder_blocks(model)
+        names, base = tensor_names(model, source), model.base_model_prefix
+        for note in naming_notes(names, source.weights, base, prefix, len(layers)):
+            reporter.warn(note)
+
+
+def read_tensor(
+    source: Source, stored: str, name: str, expected: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """Read one tensor of a model, its numbers in ``dtype``.
+
+    Args:
+        source: the model.
+        stored: name on disk.
+        name: in the model.
+        expected: its shape there.
+        dtype: of numbers; counters and masks stay what they are.
+
+    Raises:
+        SourceError, NumericalError: it cannot be read, is misshapen or not finite.
+    """
+    tensor = source.weights.read(stored)
+    if tensor.shape != expected:
+        raise SourceError(
+            f"{name} is {list(tensor.shape)} on disk where the config asks for {list(expected)}.",
+            "Config and weights belong to different models: fetch both again.",
+        )
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _untie(

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hisvd_cli import adapter_input
+from hisvd_cli.adapter_input import Adapter, check_adapter, open_adapter
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.model_config import check_dtype, plain_config
 from hisvd_cli.paths import digest, file_digest
+from hisvd_cli.plain_weights import dequantized
+from hisvd_cli.quantized_input import FILES as QUANTIZATION_FILES
+from hisvd_cli.quantized_input import OWN, config_says, files_say, refusal
 from hisvd_cli.tensorfile import reason
-from hisvd_cli.weights import LAYOUTS, Weights, open_weights, shard_files
+from hisvd_cli.weights import LAYOUTS, Weights, has_weights, open_weights, shard_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -31,12 +38,15 @@ class Source:
         name: what the user wrote.
         folder: local folder with config, tokenizer and weights.
         revision: the hub's commit, or None for a local model.
+        trust_remote_code: run the Python code that the model ships.
+        adapter_folder: where a LoRA adapter lies, if not in ``folder``.
     """
 
     name: str
     folder: Path
     revision: str | None = None
     trust_remote_code: bool = False
+    adapter_folder: Path | None = None
 
     @property
     def original(self) -> Source:
@@ -45,20 +55,36 @@ class Source:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The config. Raises UnsupportedModelError for a type that transformers does not know."""
+        """The config.
+
+        Raises:
+            UnsupportedModelError: a type that transformers does not know.
+            SourceError: config.json is missing or damaged, or names a dtype that torch has not.
+        """
         from transformers import AutoConfig
 
+        check_dtype(self.name, read_config(self.folder))
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, TypeError, AttributeError, IndexError) as error:
             raise UnsupportedModelError(
                 f"transformers cannot read the config of {self.name}: {reason(error)}",
                 "Update transformers, or pass --trust-remote-code if the model ships its own code "
                 "and you trust it.",
             ) from error
+        if self.quantization.get("quant_method") != OWN:
+            for part in (config, config.get_text_config()):
+                part.__dict__.pop("quantization_config", None)  # its weights are read as plain ones
         return config
+
+    @cached_property
+    def plain_config(self) -> dict[str, Any]:
+        """config.json without what it says of a quantization that is gone once weights are read."""
+        document = read_config(self.folder)
+        own = self.quantization.get("quant_method") == OWN
+        return document if own else plain_config(document, self.weights.dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -78,22 +104,64 @@ class Source:
 
     @cached_property
     def weights(self) -> Weights:
-        """The tensors on disk, read one at a time. Raises SourceError."""
-        return open_weights(self.folder)
+        """The model's tensors, read one at a time: dequantized, and with an adapter merged in.
+
+        Raises:
+            SourceError: they are missing or damaged.
+            UnsupportedModelError: quantized, or with an adapter, in a way that cannot be read.
+        """
+        return self._opened[0]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done to what is on disk to make ``weights``. Raises HisvdError."""
+        return self._opened[1]
+
+    @cached_property
+    def _opened(self) -> tuple[Weights, list[str]]:
+        raw = open_weights(self.folder)
+        weights, notes = dequantized(self.name, self.folder, read_config(self.folder), raw)
+        if self.adapter is None:
+            return weights, notes
+        if self.quantization.get("quant_method") == OWN:
+            raise UnsupportedModelError(*adapter_input.on_compressed(self.name))
+        weights, more = adapter_input.merged(self.adapter, weights)
+        return weights, [*notes, *more]
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The LoRA adapter that belongs to the model, if any. Raises SourceError."""
+        return open_adapter(self.adapter_folder or self.folder)
 
     @cached_property
     def quantization(self) -> dict[str, Any]:
-        """``quantization_config`` of config.json, empty for a model in full precision."""
-        return dict(read_config(self.folder).get("quantization_config") or {})
+        """What config.json says of a quantization, empty for a model in full precision.
+
+        Raises:
+            SourceError: it says so in another form than an object.
+        """
+        return config_says(read_config(self.folder))[1]
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 that names config and weights: by commit on the hub, by content elsewhere."""
+        """sha256 that names config, weights, and all else that changes what the model computes: by
+        commit on the hub, by content elsewhere."""
         if self.revision:
-            return digest("hub", self.name, self.revision)
-        parts = [digest((self.folder / "config.json").read_bytes())]
-        parts += [f"{path.name} {file_digest(path)}" for path in self.weights.files]
+            parts = ["hub", self.name, self.revision]
+        else:
+            parts = [digest((self.folder / "config.json").read_bytes())]
+            parts += [f"{path.name} {file_digest(path)}" for path in self.weights.files]
+            parts += _named_digests(self.folder, ("generation_config.json", *QUANTIZATION_FILES))
+        if self.adapter and self.adapter_folder:
+            parts += ["adapter", *(file_digest(path) for path in self.adapter.files)]
+        if self.trust_remote_code and self.quantization.get("quant_method") != OWN:
+            parts += _named_digests(self.folder, sorted(p.name for p in self.folder.glob("*.py")))
         return digest(*parts)
+
+
+def _named_digests(folder: Path, names: Iterable[str]) -> list[str]:
+    paths = [folder / name for name in names]
+    return [f"{path.name} {file_digest(path)}" for path in paths if path.is_file()]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -134,6 +202,9 @@ def open_source(
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        adapter = open_adapter(path)
+        if adapter and not has_weights(path):
+            return _with_base(name, adapter, trust_remote_code, compressible)
         read_config(path)
         return Source(name, path, trust_remote_code=trust_remote_code)
     if path.is_file():
@@ -159,12 +230,45 @@ def _from_file(name: str, path: Path) -> Source:
     return Source(name, unpack_gguf(path))
 
 
+def _with_base(name: str, adapter: Adapter, trust_remote_code: bool, compressible: bool) -> Source:
+    """Return the base model of an adapter that lies in a folder of its own, with that adapter."""
+    check_adapter(adapter)
+    _ = adapter.files
+    named = adapter.config.get("revision")
+    if _same_folder(adapter.base, adapter.folder):
+        raise SourceError(
+            f"The adapter in {adapter.folder} names itself as its base model.",
+            "Name its base model in adapter_config.json.",
+        )
+    revision = named if isinstance(named, str) else None
+    base = open_source(adapter.base, revision, trust_remote_code, compressible)
+    if base.adapter:
+        raise UnsupportedModelError(
+            f"The base model of {name}, {base.name}, has an adapter of its own.",
+            "Merge that one with PEFT first.",
+        )
+    return replace(base, name=name, adapter_folder=adapter.folder)
+
+
+def _same_folder(name: str, folder: Path) -> bool:
+    path = Path(name).expanduser()
+    return path.is_dir() and path.resolve() == folder.resolve()
+
+
 def _from_hub(
     name: str, revision: str | None, trust_remote_code: bool, compressible: bool
 ) -> Source:
     """Fetch config and tokenizer first, so that an unsupported model fails before its weights."""
     folder = _snapshot(name, revision, _SMALL_FILES)
+    adapter = open_adapter(folder)
+    if adapter:
+        check_adapter(adapter)
+        _snapshot(name, folder.name, list(adapter_input.FILES))
+    if adapter and not (folder / "config.json").is_file():
+        return _with_base(name, adapter, trust_remote_code, compressible)
     read_config(folder)
+    if method := files_say(folder):
+        raise refusal(name, folder, method)
     source = Source(name, folder, folder.name, trust_remote_code)
     _check_structure(source, compressible)
     for files in _weight_files(folder):
@@ -172,6 +276,8 @@ def _from_hub(
         _snapshot(name, source.revision, files)
         if (folder / files[0]).is_file():
             return source
+    if adapter:
+        return _with_base(name, adapter, trust_remote_code, compressible)
     raise SourceError(
         f"'{name}' holds neither {LAYOUTS[0][1]} nor {LAYOUTS[1][1]}, whole or in shards.",
         "Try another model; without a network, one that was fetched to its end before.",

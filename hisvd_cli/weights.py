@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,16 +29,21 @@ class Weights:
     Attributes:
         infos: name → dtype, shape and byte range, for every tensor on disk.
         where: name → file.
+        recipes: name → what makes a tensor that is not stored as it is read, such as one that is
+            dequantized.
+        parts: files that recipes read, beside those of ``where``.
     """
 
     infos: dict[str, TensorInfo]
     where: dict[str, Path]
     _legacy: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    recipes: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+    parts: tuple[Path, ...] = ()
 
     @property
     def files(self) -> list[Path]:
         """The weight files, each once, sorted by name."""
-        return sorted(set(self.where.values()))
+        return sorted({*self.where.values(), *self.parts})
 
     @property
     def total_bytes(self) -> int:
@@ -69,8 +74,11 @@ class Weights:
             NumericalError: the tensor holds NaN or infinity.
         """
         path = self.where[name]
-        mapped = self._legacy.get(path)
-        tensor = _read_safetensor(path, name) if mapped is None else mapped[name]
+        if recipe := self.recipes.get(name):
+            tensor = recipe()
+        else:
+            mapped = self._legacy.get(path)
+            tensor = _read_safetensor(path, name) if mapped is None else mapped[name]
         if bad := _not_finite(tensor):
             raise NumericalError(
                 f"{name} in {path.name} holds {bad} values that are NaN or infinite.",
@@ -82,7 +90,8 @@ class Weights:
 def _not_finite(tensor: Tensor) -> int:
     """Return how many values are NaN or infinite. Looking at all of a tensor at once would take
     two and a half times its memory."""
-    if not tensor.is_floating_point():
+    # Numbers of 8 bits are checked once they are dequantized: torch cannot tell of all of them.
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
         return 0
     parts = tensor.reshape(-1).split(_CHECKED)
     return sum(int((~part.isfinite()).sum()) for part in parts if not bool(part.isfinite().all()))
@@ -113,6 +122,15 @@ def open_weights(folder: Path) -> Weights:
             f"{folder} holds no weights ({SINGLE} or pytorch_model.bin, or an index of shards).",
             "Give the folder that holds the weights.",
         )
+    return _opened(files)
+
+
+def open_file(path: Path) -> Weights:
+    """Index the tensors of one file, safetensors or ``.bin``. Raises SourceError."""
+    return _opened([path])
+
+
+def _opened(files: Sequence[Path]) -> Weights:
     infos: dict[str, TensorInfo] = {}
     where: dict[str, Path] = {}
     legacy: dict[Path, dict[str, Tensor]] = {}
@@ -125,6 +143,11 @@ def open_weights(folder: Path) -> Weights:
         infos.update(found)
         where.update(dict.fromkeys(found, path))
     return Weights(infos, where, legacy)
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether weights lie in a folder, whole or not."""
+    return any((folder / name).is_file() for layout in LAYOUTS for name in layout)
 
 
 def _weight_files(folder: Path) -> list[Path]:

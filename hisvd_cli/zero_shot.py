@@ -189,6 +189,13 @@ def score(
         found = lm_eval.evaluate(
             lm=asked, task_dict=task.loaded, limit=task.limit, log_samples=False
         )
+    except IndexError as error:  # torch: an id without an embedding
+        rows = int(model.config.get_text_config().vocab_size)
+        raise HisvdError(
+            f"lm-eval cannot run the task '{task.name}': {reason(error)} The tokenizer has "
+            f"{len(tokenizer)} tokens, the model {rows} embeddings.",
+            "Put the tokenizer beside the weights that the model was trained with.",
+        ) from error
     except (ValueError, AssertionError, KeyError, TypeError, NotImplementedError) as error:
         raise HisvdError(
             f"lm-eval cannot run the task '{task.name}': {reason(error)}",

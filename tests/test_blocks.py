@@ -219,7 +219,7 @@ def test_compressed_and_quantized_models_are_refused(tiny_model: MakeModel, tmp_
         build_meta_model(open_source(str(folder)))
     build_meta_model(open_source(str(folder)), compressed=True)
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedModelError, match=r"quantized \(gptq\)"):
+    with pytest.raises(UnsupportedModelError, match=r"quantized \(GPTQ\)"):
         build_meta_model(open_source(str(folder)), compressed=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from hisvd_cli.build.samples import tokenizer_digest
 from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.source import DEMO_FOLDER, open_source
 from tests.conftest import MakeModel
@@ -139,6 +141,43 @@ def test_a_fingerprint_names_config_and_weights(tiny_model: MakeModel, tmp_path:
     assert len({first, second, fingerprint()}) == 3
 
 
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "quantize_config.json", "hf_quant_config.json"]
+)
+def test_a_fingerprint_names_all_files_that_change_the_model(
+    name: str, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_model("llama"), tmp_path / "model")
+    found = [open_source(str(folder)).fingerprint]
+    for said in ("1", "2"):
+        (folder / name).write_text(f'{{"bits": {said}}}')
+        found.append(open_source(str(folder)).fingerprint)
+    assert len(set(found)) == 3
+
+
+def test_a_fingerprint_names_code_that_is_trusted(tiny_model: MakeModel, tmp_path: Path) -> None:
+    folder = copy_of(tiny_model("llama"), tmp_path / "model")
+    plain = open_source(str(folder)).fingerprint
+    found = []
+    for code in ("1", "2"):
+        (folder / "modeling_own.py").write_text(code)
+        assert open_source(str(folder)).fingerprint == plain
+        found.append(open_source(str(folder), trust_remote_code=True).fingerprint)
+    assert len({*found, plain}) == 3
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "chat_template.jinja"])
+def test_a_tokenizer_is_named_by_all_its_files(
+    name: str, tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_model("llama"), tmp_path / "model")
+    found = []
+    for text in ("{}", '{"bos_token": "<s>"}'):
+        (folder / name).write_text(text)
+        found.append(tokenizer_digest(open_source(str(folder))))
+    assert found[0] != found[1]
+
+
 # The hub
 
 
@@ -261,6 +300,28 @@ def test_other_models_can_be_opened_to_be_evaluated(tiny_model: MakeModel, hub: 
         open_source("org/model")
     assert hub.fetched == set()
     assert open_source("org/model", compressible=False).folder.is_dir()
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_on_the_hub_is_fetched_with_its_base(
+    with_config: bool, tiny_model: MakeModel, hub: FakeHub
+) -> None:
+    base = tiny_model("llama_untied")
+    hub.repository.mkdir()
+    if with_config:
+        shutil.copyfile(base / "config.json", hub.repository / "config.json")
+    said = {"peft_type": "LORA", "lora_alpha": 2, "base_model_name_or_path": str(base)}
+    (hub.repository / "adapter_config.json").write_text(json.dumps(said))
+    name = "model.layers.0.self_attn.q_proj"
+    halves = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2)}
+    pair = {f"base_model.model.{name}.{half}.weight": each for half, each in halves.items()}
+    save_file(pair, hub.repository / "adapter_model.safetensors")
+    source = open_source("org/model")
+    assert hub.fetched == {"adapter_model.safetensors"}
+    stored = load_file(base / "model.safetensors")[f"{name}.weight"]
+    assert torch.equal(source.weights.read(f"{name}.weight"), stored + 2)
+    plain = open_source(str(base)).fingerprint
+    assert (source.name, source.fingerprint == plain) == ("org/model", False)
 
 
 def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

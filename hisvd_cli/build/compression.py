@@ -33,6 +33,7 @@ from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.skeleton import tell_notes
 from hisvd_cli.source import Source
 from hisvd_cli.stage_times import keep_times
 from hisvd_cli.updating import Update
@@ -167,6 +168,7 @@ def compress_model(
         HisvdError: see :func:`check_request`; nothing is written then.
     """
     source = named_source(resolved)
+    tell_notes(source, reporter)
     check_request(resolved, source, output, plan_file, overwrite)
     plan = open_plan(plan_file, source) if plan_file else None
     path = output_path(resolved, output)

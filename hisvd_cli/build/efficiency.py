@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from hisvd_cli.build.samples import stored_dtype
-from hisvd_cli.checkpoint import load_model
 from hisvd_cli.data import model_positions
 from hisvd_cli.device import dtype_name, pick_device, pick_dtype
 from hisvd_cli.efficiency import Runner, TimedWork, time_in_turns
@@ -19,6 +18,7 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import Settings
 from hisvd_cli.source import Source
 from hisvd_cli.speed import Race, Speed
+from hisvd_cli.whole_model import load_source
 
 DEFAULT_PROMPT = 512
 
@@ -89,7 +89,7 @@ class Track:
     def _open(self, source: Source) -> Runner:
         device = pick_device(self._settings.model.device)
         dtype = pick_dtype(self._settings.model.dtype, stored_dtype(source), device)
-        model = load_model(source.folder, device, dtype, source.trust_remote_code)
+        model = load_source(source, device, dtype)
         return Runner(model, self._settings.eval.compile)
 
 

@@ -24,6 +24,7 @@ from hisvd_cli.evaluate import Comparison, PerplexityResult, compare, result_of
 from hisvd_cli.grid import Evaluation, Failure, Grid
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.skeleton import tell_notes
 from hisvd_cli.source import DEMO, Source, open_source
 from hisvd_cli.speed import Speed
 from hisvd_cli.zero_shot import Score
@@ -54,12 +55,15 @@ def evaluate_models(
         raise UsageError("No model is named.", "Name a checkpoint folder or a model.")
     named = resolved.settings.eval.baseline
     baseline = open_source(named, compressible=False) if named else None
+    if baseline:
+        tell_notes(baseline, reporter)
     failures: list[Failure] = []
     with ExitStack() as stack:
         sources: list[tuple[str, Source]] = []
         for target in targets:
             with tolerated(target, failures, len(targets) == 1):
                 source = stack.enter_context(open_target(resolved, target))
+                tell_notes(source, reporter)
                 window_length(resolved.settings.eval.seqlen, source)
                 sources.append((target, source))
         grid = Grid([], None, [], failures, len(targets) == 1)

@@ -33,6 +33,7 @@ from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.rounding_noise import Rounding
 from hisvd_cli.settings import PlanSettings, Settings
+from hisvd_cli.skeleton import tell_notes
 from hisvd_cli.source import Source
 from hisvd_cli.spectrum import Spectrum
 from hisvd_cli.statistics import Need, missing
@@ -49,6 +50,7 @@ def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
         SourceError: a calibration is named, but not there.
     """
     source = named_source(resolved)
+    tell_notes(source, reporter)
     check_knobs(resolved, source)
     check_planning_memory(resolved, source)
     named = resolved.settings.calibration.path is not None

@@ -55,6 +55,14 @@ def window_length(asked: int | None, source: Source) -> int:
     return min(DEFAULT_SEQLEN, model_positions(source) or DEFAULT_SEQLEN)
 
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"),
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""All that decides how a tokenizer reads a text, or a conversation."""
+
+
 @dataclass(frozen=True)
 class CalibrationRequest:
     """Which calibration is asked for; its key is known without reading the text."""
@@ -126,9 +134,8 @@ def calibrated_dtype(resolved: Resolved, found: Calibration) -> torch.dtype:
 
 def tokenizer_digest(source: Source) -> str:
     """Return a hash of a model's tokenizer, the same for models that share it."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    files = [source.folder / name for name in names]
-    return digest(*(file_digest(path) for path in files if path.is_file()))
+    files = [source.folder / name for name in TOKENIZER_FILES]
+    return digest(*(f"{path.name} {file_digest(path)}" for path in files if path.is_file()))
 
 
 def draw_sample(request: CalibrationRequest, source: Source, reporter: Reporter) -> Sample:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hisvd_cli.build.samples import stored_dtype, tokenizer_digest
-from hisvd_cli.checkpoint import load_model
 from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.evaluation_store import Store, open_store
 from hisvd_cli.paths import digest
@@ -14,6 +13,7 @@ from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.versions import versions
+from hisvd_cli.whole_model import load_source
 from hisvd_cli.zero_shot import NamedTask, Score, open_tasks, score
 
 
@@ -59,7 +59,7 @@ class Examination:
         """Fill in what is not known yet, and keep it."""
         device = pick_device(self._settings.model.device)
         dtype = pick_dtype(self._settings.model.dtype, stored_dtype(source), device)
-        model = load_model(source.folder, device, dtype, source.trust_remote_code)
+        model = load_source(source, device, dtype)
         label = f"Asking {Path(source.name).name}"
         filled = list(found)
         with self._reporter.stage(label, sum(each is None for each in found)) as step:

@@ -13,9 +13,11 @@ def calibrate(run: Run, dry_run: DryRun = False) -> None:
     """
     from hisvd_cli.build.calibration import ensure_calibration, named_source
     from hisvd_cli.build.forecast import forecast_calibration
+    from hisvd_cli.skeleton import tell_notes
     from hisvd_cli.views import calibration_view, forecast_view
 
     source = named_source(run.resolved)
+    tell_notes(source, run.console)
     if dry_run:
         forecast = forecast_calibration(run.resolved, source)
         run.console.show(forecast_view(forecast))
