@@ -149,7 +149,7 @@ def _complete(
         home / "config.json",
         compressed_config(
             config,
-            config["architectures"][0],
+            checkpoint.architecture,
             checkpoint.ranks,
             storage,
             bits=dict(recipe.bits),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.json_files import read_json
+from hisvd_cli.library_errors import library_errors
 from hisvd_cli.paths import digest, file_digest
 from hisvd_cli.tensorfile import reason
+from hisvd_cli.unpickle import clean
 from hisvd_cli.weights import LAYOUTS, Weights, open_weights, shard_files
 
 if TYPE_CHECKING:
@@ -48,33 +50,36 @@ class Source:
         """The config. Raises UnsupportedModelError for a type that transformers does not know."""
         from transformers import AutoConfig
 
-        try:
+        with library_errors(self._unknown_config):
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, OSError) as error:
-            raise UnsupportedModelError(
-                f"transformers cannot read the config of {self.name}: {reason(error)}",
-                "Update transformers, or pass --trust-remote-code if the model ships its own code "
-                "and you trust it.",
-            ) from error
+        check_sizes(config, self.name)
         return config
+
+    def _unknown_config(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"transformers cannot read the config of {self.name}: {why}",
+            "Update transformers, or pass --trust-remote-code if the model ships its own code "
+            "and you trust it.",
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises SourceError where it is missing."""
         from transformers import AutoTokenizer
 
-        try:
+        with library_errors(self._no_tokenizer):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
-            raise SourceError(
-                f"{self.name} has no tokenizer that loads: {reason(error)}",
-                "Put the tokenizer's files beside the weights.",
-            ) from error
         return tokenizer
+
+    def _no_tokenizer(self, why: str) -> SourceError:
+        return SourceError(
+            f"{self.name} has no tokenizer that loads: {why}",
+            "Put the tokenizer's files beside the weights.",
+        )
 
     @cached_property
     def weights(self) -> Weights:
@@ -83,8 +88,19 @@ class Source:
 
     @cached_property
     def quantization(self) -> dict[str, Any]:
-        """``quantization_config`` of config.json, empty for a model in full precision."""
-        return dict(read_config(self.folder).get("quantization_config") or {})
+        """``quantization_config`` of config.json, empty for a model in full precision.
+
+        Raises:
+            SourceError: it is no JSON object.
+        """
+        found = read_config(self.folder).get("quantization_config")
+        if found is not None and not isinstance(found, dict):
+            raise SourceError(
+                f"{self.folder / 'config.json'}: quantization_config must be a JSON object, and is "
+                f"{clean(repr(found))}.",
+                "Remove it, or download the model again.",
+            )
+        return found or {}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,11 +112,32 @@ class Source:
         return digest(*parts)
 
 
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "head_dim": 1 << 16,
+    "hidden_size": 1 << 20,
+    "num_attention_heads": 1 << 16,
+}
+"""Sizes in a config that take time or memory before any weight is looked at."""
+
+
+def check_sizes(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedModelError where a size of a config is beyond what any model has."""
+    text = config.get_text_config()
+    for key, largest in _LARGEST.items():
+        size = getattr(text, key, None)
+        if isinstance(size, int) and not 0 <= size <= largest:
+            raise UnsupportedModelError(
+                f"The config of {name} names {key} {size}, which must be from 0 to {largest}.",
+                "Download the model again.",
+            )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the parsed config.json of a folder. Raises SourceError."""
     path = folder / "config.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path, strict=False)
     except FileNotFoundError as error:
         raise SourceError(
             f"{folder} holds no config.json, so it is no Hugging Face model.",
