@@ -32,9 +32,9 @@ _FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")
 INSTRUCTION = "instruction"
 """The field by which a set of instructions is known."""
 _TEXT_COLUMNS = ("text", "sentence", "content", "document")
-_PARQUET_ROWS = 1024
+_PARQUET_ROWS = 64
 """Rows that are unpacked at a time."""
-_PARQUET_BASE, _PARQUET_RATIO = 1 << 28, 100
+_PARQUET_BASE, _PARQUET_RATIO = 1 << 26, 100
 """Bytes that a parquet file may unpack to: so many, and so many times its size."""
 
 
@@ -203,7 +203,7 @@ def _read_plain(path: Path) -> str:
 
 def _parquet_rows(path: Path) -> Iterator[object]:
     # pyarrow comes with datasets, which is made on top of it.
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import RecordBatch, parquet  # type: ignore[import-untyped]
 
     def unreadable(why: str) -> DataError:
         return DataError(f"{path} is no readable parquet file: {why}", "Write or fetch it again.")
@@ -215,10 +215,17 @@ def _parquet_rows(path: Path) -> Iterator[object]:
             raise unreadable(f"it declares more than {limit:,} bytes of data.")
         read = 0
         for batch in file.iter_batches(_PARQUET_ROWS):
-            read += batch.nbytes
+            # An entry of a dictionary would otherwise count once, and be unpacked many times.
+            columns = [c.dictionary_decode() if _is_coded(c) else c for c in batch.columns]
+            plain = RecordBatch.from_arrays(columns, names=batch.schema.names)
+            read += plain.nbytes
             if read > limit:
                 raise unreadable(f"it unpacks to more than {limit:,} bytes.")
-            yield from batch.to_pylist()
+            yield from plain.to_pylist()
+
+
+def _is_coded(column: Any) -> bool:
+    return hasattr(column, "dictionary_decode")
 
 
 def _json_rows(path: Path, content: str) -> Iterator[object]:
