@@ -6,7 +6,6 @@ those of all V's, so that neither step's gradients depend on what the other chan
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,8 @@ from hisvd_cli.checkpoint import load_model
 from hisvd_cli.decoding import TwoParts
 from hisvd_cli.device import seeded
 from hisvd_cli.distillation import likelihood_of, summed_loss
-from hisvd_cli.errors import UsageError
+from hisvd_cli.errors import SourceError, UsageError
+from hisvd_cli.json_files import read_json
 from hisvd_cli.lessons import Lessons
 from hisvd_cli.recover import Classroom, Factors, held_out_measures, keep_activations
 from hisvd_cli.reporter import Reporter
@@ -137,7 +137,7 @@ def _train_one(
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if (home / _DONE).is_file():
             best, _ = read_tensors(home / BEST, f"Remove {home.parent.parent} and run again.")
-            progress = Progress(**json.loads((home / _DONE).read_text(encoding="utf-8")))
+            progress = _read_progress(home / _DONE)
         else:
             trainee = _trainee(model, parameters, lessons, course, room)
             best, progress = Training(trainee, course, home, room.device, reporter).run()
@@ -216,3 +216,12 @@ def _both(first: Progress, second: Progress) -> Progress:
         best_step=first.steps + second.best_step,
         stopped=second.stopped or first.stopped,
     )
+
+
+def _read_progress(path: Path) -> Progress:
+    try:
+        return Progress(**read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise SourceError(
+            f"{path} is damaged.", f"Remove {path.parent.parent.parent} and run again."
+        ) from error

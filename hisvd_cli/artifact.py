@@ -61,7 +61,7 @@ def _beside(folder: Path, kind: str) -> Path:
 def _prepare(partial: Path, record: Path, key: str) -> None:
     # The key stands beside the folder, not in it: a run that is killed while the folder takes its
     # name then leaves either everything to go on with, or a complete folder and nothing else in it.
-    if partial.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8") != key):
+    if partial.is_dir() and (not record.is_file() or record.read_bytes() != key.encode()):
         record.unlink(missing_ok=True)  # first: a folder that is half removed is nobody's
         shutil.rmtree(partial)
     write_text(record, key)

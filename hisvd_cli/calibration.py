@@ -6,16 +6,18 @@ taken too, is an artifact of the same form.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below 3.12
 
 from hisvd_cli.errors import SourceError, StaleArtifactError
+from hisvd_cli.json_files import parse_json, read_json
 from hisvd_cli.moments import Moment, Side
 from hisvd_cli.paths import digest
 from hisvd_cli.source import Source
@@ -30,6 +32,35 @@ FORMAT_VERSION = 2
 WEIGHT_PARTS = ("mean", "output", "input")
 """Endings of a sublayer's tensors in a file of weight gradients, as in ``WeightGradients``."""
 _AGAIN = "Calibrate again."
+
+
+class _Model(TypedDict):
+    name: str
+    fingerprint: str
+
+
+class _Data(TypedDict):
+    dataset: str
+    drop: NotRequired[str]
+    split: str
+    tokens_sha256: str
+    samples: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    seqlen: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+
+
+class _Manifest(TypedDict):
+    """What is read of ``calibration.json``; it holds more."""
+
+    key: str
+    model: _Model
+    data: _Data
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    settings: dict[str, dict[str, Any]]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 @dataclass(frozen=True)
@@ -172,7 +203,7 @@ class Calibration:
         """Return sublayer name → keys of its moment and of its channels. Raises SourceError."""
         path = self.folder / block_file(layer)
         try:
-            owners = json.loads(read_header(path).metadata["block"])["owners"]
+            owners = parse_json(read_header(path).metadata["block"])["owners"]
             return {name: (moment, channels) for name, (moment, channels) in owners.items()}
         except SourceError as error:
             raise SourceError(error.message, _AGAIN) from error
@@ -187,7 +218,7 @@ class Calibration:
         """
         path = self.folder / block_file(layer)
         try:
-            return float(json.loads(read_header(path).metadata["block"])["importance"])
+            return float(parse_json(read_header(path).metadata["block"])["importance"])
         except (KeyError, ValueError, TypeError) as error:
             raise SourceError(f"{path} holds no statistics.", _AGAIN) from error
 
@@ -275,8 +306,10 @@ def open_calibration(folder: Path, source: Source | None = None) -> Calibration:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            _MANIFEST.validate_python(manifest, strict=True)
         made_for, fingerprint = manifest["model"]["name"], manifest["model"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
@@ -300,7 +333,7 @@ def _open_gradients(folder: Path, key: str) -> dict[str, Any] | None:
     """Return the manifest of gradients that belong to the calibration ``key``, if there are any."""
     try:
         path = folder / GRADIENTS / GRADIENTS_MANIFEST
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(path)
         fits = manifest["format_version"] == FORMAT_VERSION and manifest["calibration"] == key
         whole = isinstance(manifest["weights"], bool) and isinstance(manifest["key"], str)
         return manifest if fits and whole else None

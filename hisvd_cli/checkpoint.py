@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from hisvd_cli import adapter_input
 from hisvd_cli.errors import SourceError, UnsupportedModelError
-from hisvd_cli.lowrank import FACTORS, Storage
+from hisvd_cli.json_files import read_json
+from hisvd_cli.library_errors import library_errors
+from hisvd_cli.lowrank import Storage
 from hisvd_cli.source import read_config
 from hisvd_cli.tensorfile import join_files, reason, write_json, write_tensors
 from hisvd_cli.weights import INDEX, SINGLE, Weights, open_weights
@@ -56,12 +57,11 @@ class Checkpoint:
     @property
     def ranks(self) -> dict[str, int]:
         """Name → rank of each low-rank sublayer, as the config says. Raises SourceError."""
-        ranks = self.config["quantization_config"].get("ranks")
-        if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
+        if not isinstance(self.config["quantization_config"].get("ranks"), dict):
             raise SourceError(
                 f"config.json of {self.folder} names no ranks.", "Compress the model again."
             )
-        return dict(ranks)
+        return dict(self._loader.ranks)
 
     @property
     def bits(self) -> dict[str, int]:
@@ -83,20 +83,17 @@ class Checkpoint:
 
     @cached_property
     def _loader(self) -> HiSVDConfig:
-        from hisvd_cli.transformers_plugin import HiSVDConfig
-
-        try:
-            return HiSVDConfig(**self.config["quantization_config"])
-        except (ValueError, TypeError) as error:
-            raise SourceError(
-                f"config.json of {self.folder} cannot be used: {reason(error)}",
-                "Compress the model again, or use the version of hisvd that wrote it.",
-            ) from error
+        return quantization_of(self.config, self.folder)
 
     @property
     def storage(self) -> Storage:
         """How its pairs are written. Raises SourceError."""
-        return storage_of(self.config["quantization_config"])
+        return self._loader.storage
+
+    @property
+    def architecture(self) -> str:
+        """Class name of the model. Raises SourceError."""
+        return architecture_of(self.config, self.folder)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -109,7 +106,7 @@ class Checkpoint:
         if not path.is_file():
             return {}
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_json(path)
         except (OSError, ValueError) as error:
             raise SourceError(f"{path} is no valid JSON file.", "Compress again.") from error
         return document if isinstance(document, dict) else {}
@@ -139,15 +136,33 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_config(folder))
 
 
-def storage_of(quantization: Mapping[str, Any]) -> Storage:
-    """Return the storage that a ``quantization_config`` names. Raises SourceError: none we know."""
-    named = quantization.get("storage", "pair")
-    if not isinstance(named, str) or named not in FACTORS:
+def quantization_of(config: Mapping[str, Any], where: Path) -> HiSVDConfig:
+    """Return ranks, storage and bits as a config.json names them, checked as the loader does.
+
+    Args:
+        config: its content.
+        where: the folder or file that holds it.
+
+    Raises:
+        SourceError: it names none, or what cannot be.
+    """
+    from hisvd_cli.transformers_plugin import HiSVDConfig
+
+    try:
+        return HiSVDConfig(**config["quantization_config"])
+    except (ValueError, TypeError, KeyError) as error:
         raise SourceError(
-            f"config.json names the storage {named!r}, which is not known.",
-            "Use the version of hisvd that wrote it.",
-        )
-    return cast(Storage, named)
+            f"config.json of {where} cannot be used: {reason(error)}",
+            "Compress the model again, or use the version of hisvd that wrote it.",
+        ) from error
+
+
+def architecture_of(config: Mapping[str, Any], where: Path) -> str:
+    """Return the class name of the model of a config.json. Raises SourceError."""
+    named = config.get("architectures")
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
+        raise SourceError(f"config.json of {where} names no architecture.", "Compress again.")
+    return str(named[0])
 
 
 def compressed_config(
@@ -305,7 +320,8 @@ def load_model(
     import hisvd_cli.transformers_plugin  # noqa: F401  (registers the loader)
 
     open_weights(folder)
-    try:
+    hint = f"Look closer with: hisvd inspect {folder}"
+    with library_errors(lambda why: SourceError(f"transformers cannot load {folder}: {why}", hint)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -313,11 +329,6 @@ def load_model(
             # A compressed folder's own copy of the loader is not needed where hisvd runs.
             trust_remote_code=trust_remote_code and not is_checkpoint(folder),
         )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise SourceError(
-            f"transformers cannot load {folder}: {reason(error)}",
-            f"Look closer with: hisvd inspect {folder}",
-        ) from error
     _check_loading(folder, loaded[1])
     model: PreTrainedModel = loaded[0].to(device)
     model.eval()

@@ -18,19 +18,23 @@ from hisvd_cli.checkpoint import (
     PROVENANCE,
     SHARD_BYTES,
     Checkpoint,
+    architecture_of,
     companions,
     compressed_config,
     copy_companions,
     dense_config,
     open_checkpoint,
-    storage_of,
+    quantization_of,
     write_loader,
     write_shards,
 )
 from hisvd_cli.errors import SourceError
+from hisvd_cli.foreign import read_foreign
+from hisvd_cli.library_errors import library_errors
 from hisvd_cli.lowrank import FACTORS, dense_product, is_order
 from hisvd_cli.model_card import write_dense_card
 from hisvd_cli.paths import digest
+from hisvd_cli.pt_parts import check_parts
 from hisvd_cli.quantized import MATRICES, SCALE, dequantized, storage_with
 from hisvd_cli.skeleton import build_meta_model
 from hisvd_cli.source import Source
@@ -74,25 +78,25 @@ def is_own_pt(document: object) -> bool:
 
 
 def load_pt(path: Path) -> dict[str, Any]:
-    """Read one of our ``.pt`` files, its tensors mapped from the file.
+    """Read one of our ``.pt`` files, its tensors mapped from the file, and check its parts.
 
     Raises:
         SourceError: another kind of file, or a damaged one.
     """
-    import pickle
+    document = open_pt(path)
+    check_parts(path, document)
+    return document
 
-    try:
+
+def open_pt(path: Path) -> dict[str, Any]:
+    """Read one of our ``.pt`` files; its parts may be anything. Raises SourceError for others."""
+    hint = f"Look at it safely with: hisvd inspect {path}"
+    damaged = SourceError(f"{path} is no .pt file of hisvd, or it is damaged.", hint)
+    read_foreign(path)  # first: it holds what it declares, which torch would believe
+    with library_errors(lambda _: damaged):
         document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise SourceError(
-            f"{path} is no .pt file of hisvd, or it is damaged.",
-            f"Look at it safely with: hisvd inspect {path}",
-        ) from error
-    if not is_own_pt(document) or document["format_version"] != PT_VERSION:
-        raise SourceError(
-            f"{path} is no .pt file of this version of hisvd.",
-            f"Look at it safely with: hisvd inspect {path}",
-        )
+    if not is_own_pt(document) or document.get("format_version") != PT_VERSION:
+        raise SourceError(f"{path} is no .pt file of this version of hisvd.", hint)
     loaded: dict[str, Any] = document
     return loaded
 
@@ -101,20 +105,20 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write one of our ``.pt`` files as a Hugging Face folder. Raises SourceError, OutputError."""
     document = load_pt(path)
     tensors: dict[str, Tensor] = document["tensors"]
+    known = quantization_of(document["config"], path)
+    architecture = architecture_of(document["config"], path)
     with building(folder, digest("from-pt", str(path.stat().st_mtime_ns))) as partial:
         sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
         write_shards(partial, sizes, iter(tensors.items()), shard_bytes)
-        config = document["config"]
-        quantization = config["quantization_config"]
-        given = {key: quantization[key] for key in ("bits", "group_size") if key in quantization}
         write_json(
             partial / "config.json",
             compressed_config(
-                config,
-                config["architectures"][0],
-                quantization["ranks"],
-                storage_of(quantization),
-                **given,
+                document["config"],
+                architecture,
+                known.ranks,
+                known.storage,
+                bits=known.bits,
+                group_size=known.group_size,
             ),
         )
         write_json(partial / PROVENANCE, document["provenance"])

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hisvd_cli.errors import DataError, suggest
+from hisvd_cli.json_files import parse_json
+from hisvd_cli.library_errors import library_errors
 from hisvd_cli.paths import digest
 from hisvd_cli.source import DEMO, DEMO_FOLDER
 from hisvd_cli.tensorfile import reason
@@ -31,6 +33,10 @@ _FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")
 INSTRUCTION = "instruction"
 """The field by which a set of instructions is known."""
 _TEXT_COLUMNS = ("text", "sentence", "content", "document")
+_PARQUET_ROWS = 64
+"""Rows that are unpacked at a time."""
+_PARQUET_BASE, _PARQUET_RATIO = 1 << 26, 100
+"""Bytes that a parquet file may unpack to: so many, and so many times its size."""
 
 
 @dataclass(frozen=True)
@@ -198,16 +204,29 @@ def _read_plain(path: Path) -> str:
 
 def _parquet_rows(path: Path) -> Iterator[object]:
     # pyarrow comes with datasets, which is made on top of it.
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    from pyarrow import RecordBatch, parquet  # type: ignore[import-untyped]
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except ArrowException as error:
-        raise DataError(
-            f"{path} is no readable parquet file: {reason(error)}", "Write or fetch it again."
-        ) from error
+    def unreadable(why: str) -> DataError:
+        return DataError(f"{path} is no readable parquet file: {why}", "Write or fetch it again.")
+
+    limit = _PARQUET_BASE + _PARQUET_RATIO * path.stat().st_size
+    with library_errors(unreadable), parquet.ParquetFile(path) as file:
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > limit:
+            raise unreadable(f"it declares more than {limit:,} bytes of data.")
+        read = 0
+        for batch in file.iter_batches(_PARQUET_ROWS):
+            # An entry of a dictionary would otherwise count once, and be unpacked many times.
+            columns = [c.dictionary_decode() if _is_coded(c) else c for c in batch.columns]
+            plain = RecordBatch.from_arrays(columns, names=batch.schema.names)
+            read += plain.nbytes
+            if read > limit:
+                raise unreadable(f"it unpacks to more than {limit:,} bytes.")
+            yield from plain.to_pylist()
+
+
+def _is_coded(column: Any) -> bool:
+    return hasattr(column, "dictionary_decode")
 
 
 def _json_rows(path: Path, content: str) -> Iterator[object]:
@@ -222,10 +241,13 @@ def _json_rows(path: Path, content: str) -> Iterator[object]:
 
 def _parse(path: Path, text: str, line: int) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text, strict=False)
+    except ValueError as error:
+        why = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line, why = line + error.lineno - 1, error.msg
         raise DataError(
-            f"{path} is no JSON in line {line + error.lineno - 1}: {error.msg}.",
+            f"{path} is no JSON in line {line}: {why}.",
             "A .jsonl file holds an object per line, a .json file also a list of objects.",
         ) from error
 

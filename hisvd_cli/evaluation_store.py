@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.evaluate import Sums
+from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import cache_root
 from hisvd_cli.tensorfile import write_text
 
@@ -46,7 +47,7 @@ class Store:
             return None
         try:
             kept = document["sums"]
-            return Sums(_rows(kept["nats"]), _read(kept["kl"]), _read(kept["agreed"]))
+            return _same_rows(Sums(_rows(kept["nats"]), _read(kept["kl"]), _read(kept["agreed"])))
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -58,7 +59,7 @@ class Store:
     def load_document(self, key: str) -> dict[str, Any] | None:
         """Return a measurement that is no sums; None for none, or a damaged file."""
         try:
-            document = json.loads(self.path(key).read_text(encoding="utf-8"))
+            document = read_json(self.path(key))
             return dict(document) if document["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -85,6 +86,14 @@ def _read(rows: list[list[float | None]] | None) -> Tensor | None:
 def _rows(rows: list[list[float | None]]) -> Tensor:
     values = [[math.nan if value is None else value for value in row] for row in rows]
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _same_rows(sums: Sums) -> Sums:
+    """Return sums as they are. Raises ValueError where they are not of the same blocks."""
+    shapes = [part.shape for part in (sums.nats, sums.kl, sums.agreed) if part is not None]
+    if len(shapes[0]) != 2 or len(set(shapes)) != 1:
+        raise ValueError("sums of different blocks")
+    return sums
 
 
 def _written(sums: Tensor | None) -> list[list[float | None]] | None:

@@ -22,13 +22,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hisvd_cli.errors import SourceError
-from hisvd_cli.unpickle import BoundedReader, Global, Machine, Node, RefusedError, Tensor, clean
+from hisvd_cli.unpickle import (
+    BoundedReader,
+    Global,
+    Machine,
+    Node,
+    RefusedError,
+    Tensor,
+    check_inflated,
+    clean,
+)
 
 _ZIP_START = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_DEPTH = 500
 _MAX_NAME = 1000
 _MAX_VISITS = 5_000_000
+_FREE_VISITS, _VISITS_PER_OPERATION = 10_000, 4
+"""How many objects are looked at: each as often as it is named, which is not often."""
+_MAX_CHARACTERS = 1 << 27
 _MAX_REPORTED_GLOBALS = 20
 
 _DAMAGE = (
@@ -127,14 +139,15 @@ def read_foreign(path: Path) -> ForeignCheckpoint:
     Raises:
         SourceError: the file is missing, damaged, no torch checkpoint, or refused.
     """
-    machine = Machine()
+    machine = Machine(0)
     try:
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
+            machine = Machine(file_bytes)
             read = _read_zip if file.read(4) == _ZIP_START else _read_legacy
             file.seek(0)
             root, problems = read(file, file_bytes, machine)
-        walk = _Walk(root)
+        walk = _Walk(root, machine.operations)
     except _DAMAGE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         message = f"{path} is not a readable torch checkpoint: {clean(reason)}"
@@ -162,9 +175,10 @@ def _foreign(name: str, tensor: Tensor) -> ForeignTensor:
 # The two formats.
 
 
-def _read_zip(file: BinaryIO, _: int, machine: Machine) -> tuple[object, list[str]]:
+def _read_zip(file: BinaryIO, size: int, machine: Machine) -> tuple[object, list[str]]:
     with zipfile.ZipFile(file) as archive:
         entry = _pickle_entry(archive)
+        check_inflated(entry.file_size, size)
         with archive.open(entry) as stream:
             root = machine.load(BoundedReader(stream, entry.file_size))
             stream.read(1)  # at the end of the entry, this is what checks its CRC
@@ -274,7 +288,7 @@ class _Visit:
 class _Walk:
     """Names every tensor below the root: parameters, buffers and submodules, attributes last."""
 
-    def __init__(self, root: object) -> None:
+    def __init__(self, root: object, operations: int) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.classes: dict[str, str] = {}
         self.problems: list[str] = []
@@ -282,20 +296,24 @@ class _Walk:
         self._listed: set[int] = set()  # of tensors, by identity: the file's values have no hash
         self._seen: set[int] = set()
         self._later: deque[_Visit] = deque()
-        self._run(root)
+        self._run(root, min(_MAX_VISITS, _FREE_VISITS + _VISITS_PER_OPERATION * operations))
 
-    def _run(self, root: object) -> None:
+    def _run(self, root: object, limit: int) -> None:
         stack = [_Visit("", root, module=True)]
-        visits = deep = 0
+        visits = deep = characters = 0
         while stack or self._later:
             visit = stack.pop() if stack else self._later.popleft()
             visits += 1
-            if visits > _MAX_VISITS:
-                raise RefusedError(f"more than {_MAX_VISITS:,} objects, or one inside itself")
+            if visits > limit:
+                raise RefusedError(f"more than {limit:,} objects, or one inside itself")
             if visit.depth > _MAX_DEPTH:
                 deep += 1
                 continue
-            stack += reversed(list(self._children(visit)))
+            children = list(self._children(visit))
+            characters += sum(len(child.name) for child in children)
+            if characters > _MAX_CHARACTERS:
+                raise RefusedError(f"its names have more than {_MAX_CHARACTERS:,} characters")
+            stack += reversed(children)
         if deep:
             self.problems.append(f"{deep} objects lie deeper than {_MAX_DEPTH} levels: not read")
 

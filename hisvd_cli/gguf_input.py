@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.artifact import building
 from hisvd_cli.errors import SourceError
+from hisvd_cli.gguf_header import check_gguf
+from hisvd_cli.library_errors import library_errors
 from hisvd_cli.paths import cache_root, file_digest, slug
-from hisvd_cli.tensorfile import reason
 
 if TYPE_CHECKING:
     import torch
@@ -29,24 +30,27 @@ def unpack_gguf(path: Path) -> Path:
     if folder.is_dir():
         return folder
     try:
-        dtype = _stored_dtype(path)
+        import gguf  # noqa: F401
     except ImportError as error:
         raise SourceError(
             f"Reading {path.name} needs the package 'gguf'.", "Run: pip install 'hisvd[gguf]'"
         ) from error
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise SourceError(
-            f"{path} is no complete GGUF file: {reason(error)}", "Fetch it again."
-        ) from error
+    with library_errors(lambda why: _incomplete(path, why)):
+        dtype = _stored_dtype(path)
     with building(folder, content) as partial:
         _dequantize(path, partial, dtype)
     return folder
 
 
+def _incomplete(path: Path, why: str) -> SourceError:
+    return SourceError(f"{path} is not a complete GGUF file: {why}", "Download it again.")
+
+
 def _stored_dtype(path: Path) -> torch.dtype:
     import torch
-    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
+    check_gguf(path, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
     kinds = {t.tensor_type for t in GGUFReader(path).tensors if len(t.shape) > 1}
     if kinds == {GGMLQuantizationType.F32}:
         return torch.float32
@@ -57,20 +61,21 @@ def _dequantize(path: Path, folder: Path, dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    try:
+    with library_errors(lambda why: _unreadable(path, why)):
         model = AutoModelForCausalLM.from_pretrained(**where, **_unpacking(), dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise SourceError(
-            f"transformers cannot read {path}: {reason(error)}",
-            "Use the model's safetensors version.",
-        ) from error
     # The dequantized model still says that it is quantized, and save_pretrained would refuse it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.__dict__.update(hf_quantizer=None, is_quantized=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _unreadable(path: Path, why: str) -> SourceError:
+    return SourceError(
+        f"transformers cannot read {path}: {why}", "Use the model's safetensors version."
+    )
 
 
 def _unpacking() -> dict[str, Any]:

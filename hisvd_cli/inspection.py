@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -141,7 +141,7 @@ def _skeleton(
 def _audit_checkpoint(
     target: str, checkpoint: Checkpoint, check_values: bool, reporter: Reporter
 ) -> Audit:
-    ranks, storage = _ranks(checkpoint), checkpoint.storage
+    ranks, storage = checkpoint.ranks, checkpoint.storage
     layout = Layout(ranks, storage, checkpoint.bits, checkpoint.group_size)
     weights = checkpoint.weights
     found = {name: info.shape for name, info in weights.infos.items()}
@@ -178,16 +178,6 @@ def _audit_checkpoint(
 
 def _numbers(layout: Layout) -> dict[str, str]:
     return {"numbers": layout.line()} if layout.bits else {}
-
-
-def _ranks(checkpoint: Checkpoint) -> dict[str, int]:
-    quantization: dict[str, Any] = checkpoint.config["quantization_config"]
-    ranks = quantization.get("ranks")
-    if not isinstance(ranks, dict) or not all(isinstance(r, int) and r > 0 for r in ranks.values()):
-        raise SourceError(
-            f"The config.json of {checkpoint.folder} names no ranks.", "Compress again."
-        )
-    return ranks
 
 
 def _is_copy(model: PreTrainedModel, name: str, found: dict[str, tuple[int, ...]]) -> bool:

@@ -60,8 +60,13 @@ class Measurement:
         return digest(*about, self.source.fingerprint, self.windows.key, how, self.baseline)
 
     def load(self) -> Sums | None:
-        """Return the sums of the windows that are done, if any."""
-        return self.store.load(self.key)
+        """Return the sums of the windows that are done, if any. Sums of other blocks, which a
+        damaged file holds, do not count."""
+        sums = self.store.load(self.key)
+        count, blocks = self.windows.tokens.shape
+        fits = sums is not None and sums.nats.shape[1] == blocks and len(sums) <= count
+        whole = sums is not None and (sums.kl is not None) == bool(self.baseline)
+        return sums if fits and whole else None
 
     def missing(self) -> int:
         """Return how many windows are not measured yet."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or with an i of 1024
+_LARGEST = 1 << 62
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
 HOST = "cpu"
 DEVICES = (HOST, "cuda", "mps")
@@ -57,7 +58,7 @@ def _bytes(text: str) -> int:
     if match is None:
         raise ValueError(text)
     number, unit, binary = match.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
-    if size < 1:
+    size = float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()]
+    if not 1 <= size <= _LARGEST:
         raise ValueError(text)
-    return size
+    return int(size)

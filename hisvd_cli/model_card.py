@@ -3,7 +3,6 @@ what was kept, and what that cost where it was measured."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hisvd_cli.audit import stages_text, told_recovery
 from hisvd_cli.data import NAMED
 from hisvd_cli.errors import SourceError
+from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.source import Source
@@ -267,7 +267,7 @@ def _model_name(folder: Path) -> str:
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / _PROVENANCE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
         return {**known, **{key: record.get(key) for key in ("update", "stages", "recovery")}}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -11,6 +11,7 @@ from hisvd_cli.errors import SourceError
 from hisvd_cli.tensorfile import reason, write_text
 
 _CHUNK = 1 << 20
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 def cache_root() -> Path:
@@ -45,8 +46,8 @@ def file_digest(path: Path) -> str:
     """
     try:
         record = _digest_record(path)
-        if record.is_file() and len(known := record.read_text(encoding="ascii")) == 64:
-            return known
+        if record.is_file() and _DIGEST.fullmatch(known := record.read_bytes()):
+            return known.decode()
         state = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from math import prod
@@ -21,11 +20,13 @@ from hisvd_cli.audit import (
     tensor_problems,
     value_problems,
 )
-from hisvd_cli.checkpoint import PLAN_FILE, storage_of
-from hisvd_cli.convert import load_pt
+from hisvd_cli.checkpoint import PLAN_FILE, quantization_of
+from hisvd_cli.convert import open_pt
 from hisvd_cli.errors import SourceError
 from hisvd_cli.foreign import ForeignCheckpoint, ForeignTensor, find_pairs, read_foreign
+from hisvd_cli.json_files import parse_json
 from hisvd_cli.plan import plan_from
+from hisvd_cli.pt_parts import check_parts
 from hisvd_cli.sublayers import Sublayer
 
 PICKLES = {".pt", ".pth", ".bin", ".pkl"}
@@ -46,9 +47,10 @@ def audit_pickle(target: str, path: Path, check_values: bool) -> Audit:
     found = read_foreign(path)
     if not found.classes and all(map(_PLAIN.fullmatch, found.globals_seen)):
         try:
-            document = load_pt(path)
+            document = open_pt(path)
         except SourceError:  # a plain state dict
             return _audit_foreign(target, found)
+        check_parts(path, document)
         return _audit_own(target, path, document, check_values)
     return _audit_foreign(target, found)
 
@@ -58,11 +60,9 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         tensors = document["tensors"]
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
-        quantization = document["config"]["quantization_config"]
-        ranks, storage = dict(quantization["ranks"]), storage_of(quantization)
-        bits, group = quantization.get("bits", {}), quantization.get("group_size", 1)
-        layout = Layout(ranks, storage, dict(bits), int(group))
-        plan = plan_from(json.loads(document["files"][PLAN_FILE].numpy().tobytes()))
+        known = quantization_of(document["config"], path)
+        layout = Layout(known.ranks, known.storage, known.bits, known.group_size)
+        plan = plan_from(parse_json(document["files"][PLAN_FILE].numpy().tobytes()))
         provenance = dict(document["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{path} is damaged: its parts do not fit.", "Write it again.") from error
@@ -82,7 +82,7 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         sublayers=rows,
         provenance=provenance,
         problems=problems,
-        table={**provenance_table(provenance), "storage": storage},
+        table={**provenance_table(provenance), "storage": known.storage},
     )
 
 

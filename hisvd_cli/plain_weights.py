@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.errors import SourceError
 from hisvd_cli.quantized_input import OWN, check_config, check_names, config_says, refusal
-from hisvd_cli.tensorfile import TensorInfo
+from hisvd_cli.safetensors_header import TensorInfo
 from hisvd_cli.weights import Weights
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from hisvd_cli.budget import Shape, cost, full_rank, is_dense
 from hisvd_cli.byte_budget import BITS, FULL_BITS, Choice
 from hisvd_cli.byte_frontier import Point
 from hisvd_cli.errors import SourceError
+from hisvd_cli.json_files import read_json
 from hisvd_cli.lowrank import LAYERS, Storage
 from hisvd_cli.spectrum import Spectrum, tail_share
 from hisvd_cli.tensorfile import write_json
@@ -180,7 +181,7 @@ class Plan:
 def load_plan(path: Path) -> Plan:
     """Read a plan back. Raises SourceError for a file that is no plan."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         if document["kind"] != "plan" or document["format_version"] != FORMAT_VERSION:
             raise ValueError(document["kind"])
         return plan_from(document)
@@ -200,17 +201,36 @@ def plan_from(document: Mapping[str, Any]) -> Plan:
     """
     fields = Plan.__dataclass_fields__
     known = {n: document[n] for n in fields if n in document or n not in _LATER}
-    plan = TypeAdapter(Plan).validate_python(known)
+    # As JSON, where a list may stand for a tuple: strictly, so that no true or "3" counts as 3.
+    plan = TypeAdapter(Plan).validate_json(json.dumps(known, allow_nan=False), strict=True)
     if plan.storage not in LAYERS:
         raise ValueError(f"storage {plan.storage}")
+    if not plan.sublayers:
+        raise ValueError("no sublayers")
     for row in plan.sublayers:
-        if not 1 <= row.rank <= full_rank(row.shape):
-            raise ValueError(f"{row.name}: rank {row.rank}")
-        if row.bits not in BITS:
-            raise ValueError(f"{row.name}: {row.bits} bits")
-    if not isinstance(plan.provenance["model"]["fingerprint"], str):
-        raise ValueError("provenance")
+        _check_row(row)
+    if plan.bytes is not None and min(plan.bytes.full, plan.bytes.model, plan.bytes.group_size) < 1:
+        raise ValueError("bytes")
+    _check_origin(plan.provenance)
     return plan
+
+
+def _check_row(row: SublayerPlan) -> None:
+    if not 1 <= row.rank <= full_rank(row.shape) or row.layer < 0 or row.parameters < 1:
+        raise ValueError(f"{row.name}: rank {row.rank}")
+    if row.bits not in BITS:
+        raise ValueError(f"{row.name}: {row.bits} bits")
+
+
+def _check_origin(provenance: Mapping[str, Any]) -> None:
+    """Raise ValueError or KeyError where a plan does not say what it was made for."""
+    model, calibration = provenance["model"], provenance["calibration"]
+    if not isinstance(model["name"], str) or not isinstance(model["fingerprint"], str):
+        raise ValueError("provenance")
+    if type(model.get("parameters", 1)) is not int or model.get("parameters", 1) < 1:
+        raise ValueError("provenance")
+    if calibration is not None and not isinstance(calibration, str):
+        raise ValueError("provenance")
 
 
 @dataclass(frozen=True)

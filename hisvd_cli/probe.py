@@ -8,7 +8,6 @@ Legend: S windows of L tokens; d hidden width; hidden states ``[S, L, d]``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.corrected import take_corrected
+from hisvd_cli.json_files import read_json
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import decoder_blocks
 from hisvd_cli.source import Source
@@ -136,7 +136,7 @@ class ModelProbe:
 
 def _read(store: Path, key: str) -> dict[str, float]:
     try:
-        document = json.loads(store.read_text(encoding="utf-8"))
+        document = read_json(store)
         return dict(document["answers"]) if document["key"] == key else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -19,10 +19,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hisvd_cli.errors import UsageError, suggest
+from hisvd_cli.json_files import check_depth, read_bounded
 from hisvd_cli.presets import PRESETS
 from hisvd_cli.settings import SECTIONS, Settings, flag_of, item_of, kind_of
+from hisvd_cli.unpickle import clean
 
 PROFILE_NAME = "hisvd.toml"
+_MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "profiles"
 """Where the profiles lie that hisvd brings."""
 Key = tuple[str, str]
@@ -302,13 +305,16 @@ def find_profile(start: Path) -> Path | None:
 def read_profile(path: Path) -> dict[str, Any]:
     """Parse a profile. Raises UsageError where it is missing or no TOML."""
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
+        document = tomli.loads(read_bounded(path, _MAX_BYTES).decode("utf-8"))
+        check_depth(document)
+        return document
     except OSError as error:
         raise UsageError(
             f"Cannot read the profile {path}: {error.strerror}.", "Check the path."
         ) from error
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except (ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
+        reason = "it is nested too deep" if deep else " ".join(str(error).split())
         raise UsageError(f"{path} is no valid TOML: {reason}.", "Mend that line.") from error
 
 
@@ -376,7 +382,8 @@ def _override(text: str, section: str, key: str) -> Any:
     """Read a value as TOML, or as it stands where it is none (a name needs no quotes)."""
     try:
         value = tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+        check_depth(value)
+    except (ValueError, RecursionError):
         return text
     return text if kind_of(section, key) is str and not isinstance(value, str) else value
 
@@ -389,9 +396,10 @@ def _describe(detail: ErrorDetails, origins: Mapping[Key, str], profile: str) ->
     if detail["type"] == "extra_forbidden":
         return (section, key), f"{profile}: {name}: no such setting. {_place(section, key)}"
     if origin == profile:
-        line = f"{profile}: {name} = {_toml(detail['input'])}"
+        line = f"{profile}: {name} = {clean(_toml(detail['input']))}"
     else:
-        line = f"{origin}{' ' if origin == flag_of(section, key) else '='}{detail['input']}"
+        given = clean(str(detail["input"]))
+        line = f"{origin}{' ' if origin == flag_of(section, key) else '='}{given}"
     return (section, key), f"{line} {_reason(detail, section, key)}"
 
 
@@ -416,6 +424,10 @@ def _reason(detail: ErrorDetails, section: str, key: str) -> str:
         return f"must be {choices}." + (f" Did you mean '{near[0]}'?" if near else "")
     if kind == "too_short":
         return "must name at least one."
+    if kind == "int_parsing_size":
+        return "has too many digits."
+    if kind == "string_unicode":
+        return "must be a text of valid Unicode."
     if kind == "int_from_float" or kind.endswith(("_type", "_parsing")):
         wanted = item_of(kind_of(section, key))
         quoted = isinstance(value, str) and kind.endswith("_type")

@@ -150,7 +150,7 @@ def _complete(
         home / "config.json",
         compressed_config(
             config,
-            config["architectures"][0],
+            checkpoint.architecture,
             checkpoint.ranks,
             storage,
             bits=dict(recipe.bits),

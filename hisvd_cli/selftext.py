@@ -27,6 +27,7 @@ from hisvd_cli.whole_model import load_source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SEEDS = 1 << 63
 ROWS = 16
 """Rows of a batch. It decides what is drawn, so it is no setting."""
 
@@ -70,7 +71,9 @@ def sample_self(
             try:
                 batch = read_tensors(path, "")[0]["tokens"]
             except (SourceError, KeyError):  # absent, or damaged: both mean drawing it again
-                batch = writer.draw(min(ROWS, samples - start), seqlen, seed * len(starts) + index)
+                batch = writer.draw(
+                    min(ROWS, samples - start), seqlen, (seed * len(starts) + index) % _SEEDS
+                )
                 write_tensors(path, {"tokens": batch}, {})
             rows.append(batch)
             step()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.library_errors import library_errors
 from hisvd_cli.quantized_input import OWN, check_config
 from hisvd_cli.source import read_config
 from hisvd_cli.stored_names import find_names, naming_notes, refuse_unmerged, value_head
@@ -47,21 +49,22 @@ def build_meta_model(
             f"{source.name} ('{source.config.model_type}') has an encoder beside its decoder.",
             SUPPORTED,
         )
-    try:
-        with init_empty_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(source.config),  # the model writes its dtype into the config
-                dtype=dtype,
-                trust_remote_code=source.trust_remote_code,
-            )
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        raise UnsupportedModelError(
-            f"{source.name} ('{source.config.model_type}') cannot be built as a causal language "
-            f"model: {reason(error)}",
-            SUPPORTED,
-        ) from error
+    with library_errors(partial(_not_built, source)), init_empty_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(source.config),  # the model writes its dtype into the config
+            dtype=dtype,
+            trust_remote_code=source.trust_remote_code,
+        )
     model.eval()
     return model
+
+
+def _not_built(source: Source, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{source.name} ('{source.config.model_type}') cannot be built as a causal language "
+        f"model: {why}",
+        SUPPORTED,
+    )
 
 
 def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
@@ -78,7 +81,7 @@ def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
         try:
             replace_linears(model, HiSVDConfig(**source.quantization))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise SourceError(
                 f"{source.name} cannot be built: {reason(error)}",
                 f"Look closer with: hisvd inspect {source.name}",

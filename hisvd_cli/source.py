@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hisvd_cli import adapter_input
 from hisvd_cli.adapter_input import Adapter, check_adapter, open_adapter
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.json_files import read_json
+from hisvd_cli.library_errors import library_errors
 from hisvd_cli.model_config import check_dtype, plain_config
 from hisvd_cli.paths import digest, file_digest
 from hisvd_cli.plain_weights import dequantized
@@ -64,20 +65,22 @@ class Source:
         from transformers import AutoConfig
 
         check_dtype(self.name, read_config(self.folder))
-        try:
+        with library_errors(self._unknown_config):
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, OSError, TypeError, AttributeError, IndexError) as error:
-            raise UnsupportedModelError(
-                f"transformers cannot read the config of {self.name}: {reason(error)}",
-                "Update transformers, or pass --trust-remote-code if the model ships its own code "
-                "and you trust it.",
-            ) from error
+        check_sizes(config, self.name)
         if self.quantization.get("quant_method") != OWN:
             for part in (config, config.get_text_config()):
                 part.__dict__.pop("quantization_config", None)  # its weights are read as plain ones
         return config
+
+    def _unknown_config(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"transformers cannot read the config of {self.name}: {why}",
+            "Update transformers, or pass --trust-remote-code if the model ships its own code "
+            "and you trust it.",
+        )
 
     @cached_property
     def plain_config(self) -> dict[str, Any]:
@@ -91,16 +94,17 @@ class Source:
         """The model's tokenizer. Raises SourceError where it is missing."""
         from transformers import AutoTokenizer
 
-        try:
+        with library_errors(self._no_tokenizer):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
-            raise SourceError(
-                f"{self.name} has no tokenizer that loads: {reason(error)}",
-                "Put the tokenizer's files beside the weights.",
-            ) from error
         return tokenizer
+
+    def _no_tokenizer(self, why: str) -> SourceError:
+        return SourceError(
+            f"{self.name} has no tokenizer that loads: {why}",
+            "Put the tokenizer's files beside the weights.",
+        )
 
     @cached_property
     def weights(self) -> Weights:
@@ -164,11 +168,32 @@ def _named_digests(folder: Path, names: Iterable[str]) -> list[str]:
     return [f"{path.name} {file_digest(path)}" for path in paths if path.is_file()]
 
 
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "head_dim": 1 << 16,
+    "hidden_size": 1 << 20,
+    "num_attention_heads": 1 << 16,
+}
+"""Sizes in a config that take time or memory before any weight is looked at."""
+
+
+def check_sizes(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedModelError where a size of a config is beyond what any model has."""
+    text = config.get_text_config()
+    for key, largest in _LARGEST.items():
+        size = getattr(text, key, None)
+        if isinstance(size, int) and not 0 <= size <= largest:
+            raise UnsupportedModelError(
+                f"The config of {name} names {key} {size}, which must be from 0 to {largest}.",
+                "Download the model again.",
+            )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the parsed config.json of a folder. Raises SourceError."""
     path = folder / "config.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path, strict=False)
     except FileNotFoundError as error:
         raise SourceError(
             f"{folder} holds no config.json, so it is no Hugging Face model.",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.tensorfile import write_text
 
@@ -27,7 +28,7 @@ def times_of(record: Mapping[str, Any]) -> dict[str, float] | None:
     """Return the seconds by stage that were kept, in order; None where this machine made no such
     checkpoint, or the file is damaged."""
     try:
-        document = json.loads(_path(record).read_text(encoding="utf-8"))
+        document = read_json(_path(record))
         return {str(stage): float(value) for stage, value in document.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return None

@@ -13,36 +13,20 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hisvd_cli.errors import OutputError, SourceError
+from hisvd_cli.json_files import MAX_BYTES
+from hisvd_cli.safetensors_header import DTYPE_NAMES, Header, TensorInfo, parse_header
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DTYPE_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-"""safetensors' name of a dtype → torch's."""
 
 SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
 TEMPORARY = ".*.tmp"
 """Matches what a killed run may leave of a file that it was writing."""
 
-_MAX_HEADER = 100_000_000
 _CHUNK = 1 << 20
 _DAMAGED = "Fetch or write the file again; it is damaged or was not written to its end."
 
@@ -52,35 +36,6 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     line = str(text).splitlines()[0].strip()
     return line if line.endswith((".", "!", "?", ":")) else f"{line}."
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of one tensor; ``start`` and ``end`` are absolute byte positions."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size on disk in bytes."""
-        return self.end - self.start
-
-    @property
-    def width(self) -> float:
-        """Bytes of one element; infinite where there is none."""
-        count = math.prod(self.shape)
-        return self.nbytes / count if count else math.inf
-
-
-@dataclass(frozen=True)
-class Header:
-    """The tensors of a file in file order, and its string metadata."""
-
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -101,29 +56,19 @@ def read_header(path: Path) -> Header:
 
 def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
     prefix = file.read(8)
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER
-    if length > min(_MAX_HEADER, size - 8):
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_BYTES
+    if length > min(MAX_BYTES, size - 8):
         raise SourceError(f"{path} is no complete safetensors file ({size} bytes).", _DAMAGED)
     try:
-        entries = json.loads(file.read(length))
-        metadata = entries.pop("__metadata__", {})
-        base = 8 + length
-        tensors = {
-            name: TensorInfo(
-                DTYPE_NAMES.get(entry["dtype"], entry["dtype"]),
-                tuple(entry["shape"]),
-                base + entry["data_offsets"][0],
-                base + entry["data_offsets"][1],
-            )
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise SourceError(f"{path} has no valid safetensors header.", _DAMAGED) from error
-    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].start))
-    end = max((info.end for info in ordered.values()), default=base)
+        header = parse_header(file.read(length), 8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"{path} has no valid safetensors header: {reason(error)}", _DAMAGED
+        ) from error
+    end = max((info.end for info in header.tensors.values()), default=8 + length)
     if end != size:
         raise SourceError(f"{path} holds {size} bytes where its header names {end}.", _DAMAGED)
-    return Header(ordered, metadata)
+    return header
 
 
 def read_tensors(

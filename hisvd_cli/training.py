@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.artifact import building
-from hisvd_cli.errors import NumericalError
+from hisvd_cli.errors import NumericalError, SourceError
+from hisvd_cli.json_files import parse_json
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.tensorfile import read_tensors, write_tensors
 
@@ -267,10 +268,15 @@ class Training:
             self.reporter.note(f"Going on after step {self.progress.steps}.")
         if (self.home / BEST).is_file():
             # It may be newer than the state: the best state was written at once.
-            _, about = read_tensors(self.home / BEST, f"Remove {self.home} and run again.", _none)
-            found = json.loads(about["measures"])
+            hint = f"Remove {self.home} and run again."
+            _, about = read_tensors(self.home / BEST, hint, _none)
+            try:
+                found = parse_json(about["measures"], strict=False)
+                at = int(about["step"])
+            except (KeyError, ValueError) as error:
+                raise SourceError(f"{self.home / BEST} is damaged.", hint) from error
             if _first(found) < _first(self.progress.best):
-                self.progress.best, self.progress.best_step = found, int(about["step"])
+                self.progress.best, self.progress.best_step = found, at
 
 
 def _none(_name: str) -> bool:

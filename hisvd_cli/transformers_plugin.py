@@ -53,6 +53,7 @@ AUTO_MAP = {
     "AutoConfig": "modeling_hisvd.HiSVDAutoConfig",
 }
 
+_LARGEST = (1 << 31) - 1  # no matrix has more rows or columns
 _ADDED = {leaf for leaves in FACTORS.values() for leaf in leaves} - {"weight"}
 _ADDED |= {leaf + SCALE for leaf in MATRICES}
 
@@ -99,7 +100,7 @@ class HiSVDConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.ranks = _checked("ranks", ranks, "no positive integer", _is_positive)
         self.storage = cast(Storage, storage)
-        self.bits = _checked("bits", bits, f"none of {BITS}", lambda value: value in BITS)
+        self.bits = _checked("bits", bits, f"none of {BITS}", _is_width)
         if not _is_positive(group_size):
             raise ValueError(f"quantization_config.group_size is no positive integer: {group_size}")
         self.group_size = group_size
@@ -338,6 +339,7 @@ def replace_linears(model: PreTrainedModel, config: HiSVDConfig) -> None:
         local = name.removeprefix(prefix) if headless and name not in modules else name
         linear = modules.get(local)
         if isinstance(linear, nn.Linear):
+            _check_rank(linear, name, config)
             _set_module(model, local, _replacement(linear, name, config))
         elif not headless or name.startswith(prefix):
             wrong.append(name)
@@ -361,7 +363,11 @@ def register() -> None:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and 0 < value <= _LARGEST
+
+
+def _is_width(value: object) -> bool:
+    return type(value) is int and value in BITS
 
 
 def _checked(
@@ -392,6 +398,16 @@ def _is_headless(model: PreTrainedModel) -> bool:
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _check_rank(linear: nn.Linear, name: str, config: HiSVDConfig) -> None:
+    """Raise ``ValueError`` if a rank is larger than the matrix that it is of."""
+    largest = min(linear.in_features, linear.out_features)
+    rank = config.ranks.get(name, 1)
+    if rank > largest:
+        raise ValueError(
+            f"quantization_config.ranks gives {name} the rank {rank}, and its largest is {largest}."
+        )
 
 
 def _replacement(linear: nn.Linear, name: str, config: HiSVDConfig) -> nn.Module:

@@ -19,6 +19,11 @@ from typing import IO, Any, cast
 
 MAX_PICKLE_BYTES = 1 << 30
 MAX_OPERATIONS = 10_000_000  # a pickled mixture of 37 000 linears takes about 6 million
+# What a small file may take, and how that grows with its size: one byte of a pickle can become an
+# object of 80, and one of an archive a thousand bytes of a pickle.
+_FREE_BYTES = 1 << 24
+_FREE_OPERATIONS = 200_000
+_BYTES_PER_OPERATION = 4
 MAX_LINE_BYTES = 1 << 20
 MAX_NAME_CHARACTERS = 300
 _MAX_DIMENSIONS = 64
@@ -115,6 +120,12 @@ class Tensor:
         return _ITEM_SIZES[self.dtype]
 
 
+def check_inflated(size: int, file_bytes: int) -> None:
+    """Raise RefusedError where a compressed pickle unpacks to more than its file accounts for."""
+    if size > _FREE_BYTES + file_bytes:
+        raise RefusedError(f"its pickle unpacks to {size:,} bytes, from a file of {file_bytes:,}")
+
+
 class BoundedReader:
     """The part of a binary file that `genops` needs, with a limit on what it reads."""
 
@@ -154,13 +165,18 @@ class Machine:
         globals: every global that the file names, by module and name.
         storages: every storage that it refers to, by key; the first description of a key holds.
         altered: the classes and functions whose own attributes the file would set.
+        operations: how many instructions were interpreted.
+
+    Args:
+        file_bytes: size of the file on disk, which bounds the number of instructions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file_bytes: int) -> None:
         self.globals: dict[tuple[str, str], Global] = {}
         self.storages: dict[str, Storage] = {}
         self.altered: dict[str, Global] = {}
-        self._operations = 0
+        self.operations = 0
+        self._allowed = min(MAX_OPERATIONS, _FREE_OPERATIONS + file_bytes // _BYTES_PER_OPERATION)
         self._stack: list[object] = []
         self._marks: list[list[object]] = []
         self._memo: dict[int, object] = {}
@@ -169,9 +185,12 @@ class Machine:
         """Interpret one pickle, up to and including its STOP, and return what it builds."""
         self._stack, self._marks, self._memo = [], [], {}
         for opcode, argument, position in pickletools.genops(cast(IO[bytes], reader)):
-            self._operations += 1
-            if self._operations > MAX_OPERATIONS:
-                raise RefusedError(f"the pickle has more than {MAX_OPERATIONS:,} instructions")
+            self.operations += 1
+            if self.operations > self._allowed:
+                raise RefusedError(
+                    f"the pickle has more than {self._allowed:,} instructions, which is too many "
+                    "for a file of its size"
+                )
             if opcode.name in _VALUE_OPCODES:
                 self._stack.append(argument)
                 continue

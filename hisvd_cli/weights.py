@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hisvd_cli.errors import NumericalError, SourceError
-from hisvd_cli.tensorfile import TensorInfo, read_header, reason
+from hisvd_cli.json_files import read_json
+from hisvd_cli.safetensors_header import TensorInfo
+from hisvd_cli.tensorfile import read_header, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,12 +54,20 @@ class Weights:
     @property
     def dtype(self) -> str:
         """The floating-point dtype that most of the tensors have, of all dtypes where there is
-        none."""
+        none. Raises SourceError where torch has no such dtype."""
         sizes: dict[str, int] = {}
         for info in self.infos.values():
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
         floats = {dtype: size for dtype, size in sizes.items() if "float" in dtype} or sizes
-        return max(floats, key=lambda dtype: floats[dtype])
+        import torch
+
+        dtype = max(floats, key=lambda dtype: floats[dtype])
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise SourceError(
+                f"{self.files[0].parent} stores its weights as {dtype}, which torch does not have.",
+                "Use a version of the model in float32, float16 or bfloat16.",
+            )
+        return dtype
 
     def __contains__(self, name: object) -> bool:
         return name in self.where
@@ -142,6 +151,8 @@ def _opened(files: Sequence[Path]) -> Weights:
             found = read_header(path).tensors
         infos.update(found)
         where.update(dict.fromkeys(found, path))
+    if not infos:
+        raise SourceError(f"{files[0]} holds no tensors.", "Fetch the model again.")
     return Weights(infos, where, legacy)
 
 
@@ -162,10 +173,18 @@ def _weight_files(folder: Path) -> list[Path]:
 def shard_files(index: Path) -> list[str]:
     """Return the names of the shards that an index lists. Raises SourceError."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({Path(name).as_posix() for name in weight_map.values()})
+        names = {Path(name).as_posix() for name in read_json(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index} is no valid index of shards.", "Fetch it again.") from error
+    for name in sorted(names):
+        # A name from a file must not lead out of the folder.
+        path = Path(name)
+        if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise SourceError(
+                f"{index} names the shard '{name}', which is not a file of its folder.",
+                "Fetch the model again; do not use this one if you do not know its author.",
+            )
+    return sorted(names)
 
 
 def _indexed(index: Path) -> list[Path]:
@@ -185,23 +204,38 @@ def _map_bin(path: Path) -> dict[str, Tensor]:
 
     import torch
 
+    from hisvd_cli.foreign import read_foreign
+    from hisvd_cli.library_errors import library_errors
+
+    hint = "Fetch it again, or convert the model to safetensors."
+    read_foreign(path)  # first: it holds what it declares, which torch would believe
     # Files from before PyTorch 1.6 are no archives, and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
-    try:
-        state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise SourceError(
-            f"{path} is damaged, or holds more than tensors; no code in it was run.",
-            "Fetch it again, or convert the model to safetensors.",
-        ) from error
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
-        raise SourceError(
-            f"Cannot read {path}: {reason(error)}",
-            "Fetch it again, or convert the model to safetensors.",
-        ) from error
+    with library_errors(lambda why: SourceError(f"Cannot read {path}: {why}", hint)):
+        try:
+            state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise SourceError(
+                f"{path} is damaged, or holds more than tensors; no code in it was run.", hint
+            ) from error
     if not isinstance(state, dict):
         raise SourceError(f"{path} holds no state dict.", "Convert the model to safetensors.")
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    found = {str(name): each for name, each in state.items() if isinstance(each, torch.Tensor)}
+    check_plain(path, found, hint)
+    return found
+
+
+def check_plain(path: Path, tensors: Mapping[str, Tensor], hint: str) -> None:
+    """Raise SourceError where a tensor of a pickle is no plain one: sparse, packed, without data,
+    or of more numbers than its data has."""
+    import torch
+
+    for name, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or type(tensor) is not torch.Tensor:
+            raise SourceError(f"{name} in {path} is no plain tensor.", hint)
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise SourceError(f"{name} in {path} has more numbers than the file.", hint)
 
 
 def _info(tensor: Tensor) -> TensorInfo:

@@ -134,7 +134,7 @@ def test_weights_are_unpacked_where_transformers_could_keep_them_packed(
 def test_damaged_files_are_named(cut: int, tiny_model: MakeModel, tmp_path: Path) -> None:
     path = write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", "F32")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(SourceError, match=r"tiny\.gguf is no complete GGUF file"):
+    with pytest.raises(SourceError, match=r"tiny\.gguf is not a complete GGUF file"):
         open_source(str(path))
     assert not list((cache_root() / "gguf").glob("*"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.settings.fields import DECOMPOSER_NAMES, Section, any_of, setting
+from hisvd_cli.settings.fields import DECOMPOSER_NAMES, MANY, Section, any_of, setting
 
 _DECOMPOSERS = "Knobs of decomposers"
 _CORRECTIONS = "Knobs of corrections"
@@ -34,8 +34,9 @@ class CompressSettings(Section):
         "How far an update is held back, relative to the mean square of the inputs; by default "
         "chosen, for each group of sublayers, on a quarter of the windows that the fit leaves out.",
         ge=0,
+        le=1e6,
     )
-    max_shard_size: float = setting(5.0, "Largest weight file in GB.", gt=0)
+    max_shard_size: float = setting(5.0, "Largest weight file in GB.", gt=0, le=1e6)
     evaluate: bool | None = setting(
         None, "Measure perplexity before and after; by default only for the demo model."
     )
@@ -44,6 +45,7 @@ class CompressSettings(Section):
         "How often the model is truncated to the full ratio: between two stages it is multiplied "
         "out, corrected, and calibrated on the same text again.",
         ge=1,
+        le=1000,
     )
     correction: Literal["pull-subspace", "project-to-delta", "alpha-blend", "gradient-step"] = (
         setting(
@@ -54,19 +56,24 @@ class CompressSettings(Section):
         )
     )
     correction_samples: int = setting(
-        0, "Calibration windows whose gradients correct; 0 takes all.", panel=_CORRECTIONS, ge=0
+        0,
+        "Calibration windows whose gradients correct; 0 takes all.",
+        panel=_CORRECTIONS,
+        ge=0,
+        le=MANY,
     )
     correction_batches: int = setting(
         1,
         "pull-subspace: into how many batches they are parted, each with a direction of its own.",
         panel=_CORRECTIONS,
         ge=1,
+        le=MANY,
     )
     correction_alpha: float = setting(
         0.5, "alpha-blend: share of the way back to the original.", panel=_CORRECTIONS, gt=0, le=1
     )
     correction_step: float = setting(
-        1e-4, "gradient-step: step against the gradient.", panel=_CORRECTIONS, gt=0
+        1e-4, "gradient-step: step against the gradient.", panel=_CORRECTIONS, gt=0, le=1e6
     )
     asvd_alpha: float = setting(
         0.5, "asvd: exponent of the mean absolute input.", panel=_DECOMPOSERS, ge=0, le=8
@@ -77,8 +84,8 @@ class CompressSettings(Section):
         panel=_DECOMPOSERS,
     )
     oversamples: int = setting(
-        10, "randomized: directions drawn beyond the rank.", panel=_DECOMPOSERS, ge=0
+        10, "randomized: directions drawn beyond the rank.", panel=_DECOMPOSERS, ge=0, le=MANY
     )
     power_iterations: int = setting(
-        2, "randomized: passes that sharpen the directions.", panel=_DECOMPOSERS, ge=0
+        2, "randomized: passes that sharpen the directions.", panel=_DECOMPOSERS, ge=0, le=1000
     )

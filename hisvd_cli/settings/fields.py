@@ -80,12 +80,18 @@ def any_of(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
+MANY = 10**9
+"""Upper bound of counts: more than anybody asks for, and small enough to be multiplied."""
+LARGEST_SEED = 2**63 - 1
+
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Ratios = Annotated[list[Ratio], Field(min_length=1), BeforeValidator(_as_list)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 Presets = Annotated[list[PresetName], BeforeValidator(_none_or_list), AfterValidator(_once)]
 Words = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_words)]
-Counts = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1), BeforeValidator(_words)]
+Counts = Annotated[
+    list[Annotated[int, Field(ge=1, le=MANY)]], Field(min_length=1), BeforeValidator(_words)
+]
 Memory = Annotated[str, AfterValidator(checked)]
 Methods = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
 

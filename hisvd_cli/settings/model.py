@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.settings.fields import Memory, Section, setting
+from hisvd_cli.settings.fields import LARGEST_SEED, MANY, Memory, Section, setting
 
 
 class ModelSettings(Section):
@@ -42,13 +42,16 @@ class CalibrationSettings(Section):
         "rare words are written so.",
     )
     samples: int | None = setting(
-        None, "Windows of text; by default 256, or 64 of the demo's text.", ge=1
+        None, "Windows of text; by default 256, or 64 of the demo's text.", ge=1, le=MANY
     )
     seqlen: int | None = setting(
-        None, "Tokens per window; by default 2048, or the model's positions if fewer.", ge=2
+        None,
+        "Tokens per window; by default 2048, or the model's positions if fewer.",
+        ge=2,
+        le=MANY,
     )
-    seed: int = setting(0, "Which windows are drawn.", ge=0)
-    batch: int = setting(4, "Windows per forward pass.", ge=1)
+    seed: int = setting(0, "Which windows are drawn.", ge=0, le=LARGEST_SEED)
+    batch: int = setting(4, "Windows per forward pass.", ge=1, le=MANY)
     gradients: bool = setting(False, "Also take gradients of the loss, for fisher and the like.")
     weight_gradients: bool = setting(
         False,

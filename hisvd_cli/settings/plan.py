@@ -8,6 +8,7 @@ from pydantic import field_serializer
 
 from hisvd_cli.settings.fields import (
     ALLOCATOR_NAMES,
+    MANY,
     Methods,
     Names,
     PresetName,
@@ -58,7 +59,7 @@ class PlanSettings(Section):
     min_rank_ratio: float = setting(
         0.3, "Smallest rank, as a share of what equal shares would give.", ge=0, lt=1
     )
-    multiple_of: int = setting(1, "Ranks are multiples of this.", ge=1)
+    multiple_of: int = setting(1, "Ranks are multiples of this.", ge=1, le=MANY)
     storage: Literal["pair", "pivoted"] = setting(
         "pair",
         "How a low-rank pair is written: pair (U and V), or pivoted (r rows of the product, and "
@@ -123,12 +124,13 @@ class PlanSettings(Section):
         "asvd, lems, learned: windows of calibration text to measure on.",
         panel=_ALLOCATORS,
         ge=1,
+        le=MANY,
     )
     learning_start: Literal["uniform", "waterfill"] = setting(
         "waterfill", "learned: where positions start: uniform or waterfill.", panel=_ALLOCATORS
     )
     learning_steps: int = setting(
-        40, "learned: steps of gradient descent.", panel=_ALLOCATORS, ge=1
+        40, "learned: steps of gradient descent.", panel=_ALLOCATORS, ge=1, le=MANY
     )
     learning_rate: float = setting(
         0.01, "learned: size of a step, as a share of the full rank.", panel=_ALLOCATORS, gt=0, le=1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.settings.fields import Section, setting
+from hisvd_cli.settings.fields import MANY, Section, setting
 
 
 class QuantizeSettings(Section):
@@ -27,7 +27,10 @@ class QuantizeSettings(Section):
         "bear the least, or the same.",
         "--quantize-dense",
     )
-    group_size: int = setting(64, "int4: inputs of a row that share a scale.", ge=1)
+    group_size: int = setting(64, "int4: inputs of a row that share a scale.", ge=1, le=MANY)
     damping: float = setting(
-        0.01, "gptq: added to the diagonal of an input's moment, as a share of its mean.", gt=0
+        0.01,
+        "gptq: added to the diagonal of an input's moment, as a share of its mean.",
+        gt=0,
+        le=1e6,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.settings.fields import Section, setting
+from hisvd_cli.settings.fields import LARGEST_SEED, MANY, Section, setting
 
 _LORA = "Recovery by lora"
 
@@ -30,10 +30,10 @@ class RecoverSettings(Section):
         "--recover-drop",
     )
     samples: int | None = setting(
-        None, "Windows of it; by default all, and 256 of self.", "--recover-samples", ge=2
+        None, "Windows of it; by default all, and 256 of self.", "--recover-samples", ge=2, le=MANY
     )
     minutes: float | None = setting(
-        None, "Train so long; by default 20 for distill.", "--recover-minutes", gt=0
+        None, "Train so long; by default 20 for distill.", "--recover-minutes", gt=0, le=1e6
     )
     tokens: int | None = setting(
         None,
@@ -41,32 +41,43 @@ class RecoverSettings(Section):
         "tokens alone can be made again to the byte.",
         "--recover-tokens",
         ge=1,
+        le=10**15,
     )
     learning_rate: float | None = setting(
         None,
         "Peak of the learning rate; by default 3e-4 for distill, 1e-4 for lora.",
         "--recover-learning-rate",
         gt=0,
+        le=1e3,
     )
     temperature: float = setting(
-        1.0, "distill: temperature of both distributions.", "--recover-temperature", gt=0
+        1.0, "distill: temperature of both distributions.", "--recover-temperature", gt=0, le=1e6
     )
     batch: int | None = setting(
-        None, "Windows of a step; by default 4 for distill, 64 for lora.", "--recover-batch", ge=1
+        None,
+        "Windows of a step; by default 4 for distill, 64 for lora.",
+        "--recover-batch",
+        ge=1,
+        le=MANY,
     )
-    seqlen: int = setting(256, "Tokens per window.", "--recover-seqlen", ge=2)
-    seed: int = setting(0, "Order of the windows, and dropout.", "--recover-seed", ge=0)
+    seqlen: int = setting(256, "Tokens per window.", "--recover-seqlen", ge=2, le=MANY)
+    seed: int = setting(
+        0, "Order of the windows, and dropout.", "--recover-seed", ge=0, le=LARGEST_SEED
+    )
     checkpointing: bool = setting(
         False,
         "Make activations again in the backward pass: less memory, a third more time.",
         "--recover-checkpointing",
     )
-    lora_rank: int = setting(8, "Rank of the adapters.", panel=_LORA, ge=1)
-    lora_alpha: int = setting(16, "Adapters are scaled by this over their rank.", panel=_LORA, ge=1)
+    lora_rank: int = setting(8, "Rank of the adapters.", panel=_LORA, ge=1, le=MANY)
+    lora_alpha: int = setting(
+        16, "Adapters are scaled by this over their rank.", panel=_LORA, ge=1, le=MANY
+    )
     lora_dropout: float = setting(0.05, "Dropout before the adapters.", panel=_LORA, ge=0, lt=1)
     lora_epochs: float = setting(
         2.0,
         "Passes over the text, for U's and again for V's, without another budget.",
         panel=_LORA,
         gt=0,
+        le=1e6,
     )
