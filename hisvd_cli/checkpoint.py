@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from hisvd_cli.companions import is_own_file
 from hisvd_cli.errors import SourceError
 from hisvd_cli.lowrank import FACTORS, Storage
-from hisvd_cli.source import read_config
+from hisvd_cli.source import names_own_loader, read_config
 from hisvd_cli.tensorfile import join_files, reason, write_json, write_tensors
 from hisvd_cli.weights import INDEX, SINGLE, Weights, open_weights
 
@@ -29,20 +30,6 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "hisvd"
 SHARD_BYTES = 5 * 10**9
 _METADATA = {"format": "pt"}  # transformers refuses safetensors files without it
-_COMPANION_NAMES = (
-    "token",
-    "special_tokens",
-    "vocab",
-    "merges",
-    "added_tokens",
-    "chat_template",
-    "generation_config",
-    "spiece",
-    "sentencepiece",
-    "preprocessor",
-    "LICENSE",
-    "NOTICE",
-)
 
 
 @dataclass(frozen=True)
@@ -102,11 +89,15 @@ class Checkpoint:
         """What ``hisvd.json`` records, empty where it is missing or holds no JSON object.
 
         Raises:
-            SourceError: the file is no JSON.
+            SourceError: the file is no JSON, or a link to one elsewhere.
         """
         path = self.folder / PROVENANCE
         if not path.is_file():
             return {}
+        if not is_own_file(path):  # all of it is written into what is made from this checkpoint
+            raise SourceError(
+                f"{path} links to a file outside its folder.", "Put the file itself there."
+            )
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -179,19 +170,6 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json without anything that hisvd added."""
     added = {"quantization_config", "auto_map"}
     return {key: value for key, value in config.items() if key not in added}
-
-
-def companions(folder: Path) -> list[Path]:
-    """Return the files that travel with the weights: tokenizer, generation config, licence."""
-    return [
-        p for p in sorted(folder.iterdir()) if p.is_file() and p.name.startswith(_COMPANION_NAMES)
-    ]
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer and other small files."""
-    for path in companions(source):
-        shutil.copyfile(path, target / path.name)
 
 
 def write_loader(folder: Path) -> None:
@@ -285,6 +263,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a dense or compressed folder with transformers, strictly.
 
+    The loader that a compressed folder carries is not run: the installed one does the same.
+
     Raises:
         SourceError: tensors are missing, superfluous or misshapen.
     """
@@ -298,8 +278,7 @@ def load_model(
             folder,
             dtype=dtype,
             output_loading_info=True,
-            # A compressed folder's own copy of the loader is not needed where hisvd runs.
-            trust_remote_code=trust_remote_code and not is_checkpoint(folder),
+            trust_remote_code=trust_remote_code and not names_own_loader(read_config(folder)),
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise SourceError(

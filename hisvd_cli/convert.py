@@ -18,18 +18,17 @@ from hisvd_cli.checkpoint import (
     PROVENANCE,
     SHARD_BYTES,
     Checkpoint,
-    companions,
     compressed_config,
-    copy_companions,
     dense_config,
     open_checkpoint,
     storage_of,
     write_loader,
     write_shards,
 )
+from hisvd_cli.companions import companions, copy_companions, is_companion, is_own_file
 from hisvd_cli.errors import SourceError
 from hisvd_cli.lowrank import FACTORS, dense_product, is_order
-from hisvd_cli.model_card import write_dense_card
+from hisvd_cli.model_card import CARD, write_dense_card
 from hisvd_cli.paths import digest
 from hisvd_cli.quantized import MATRICES, SCALE, dequantized, storage_with
 from hisvd_cli.skeleton import build_meta_model
@@ -40,6 +39,7 @@ PT_FORMAT = "hisvd-pt"
 PT_VERSION = 1
 """A ``.pt`` file is a dict of plain types and tensors: format, format_version, config, provenance,
 tensors (name → tensor) and files (name → bytes as a uint8 tensor)."""
+_OWN = (CARD, PLAN_FILE)
 
 
 def to_pt(checkpoint: Checkpoint, path: Path) -> None:
@@ -60,8 +60,12 @@ def to_pt(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _texts(folder: Path) -> list[Path]:
-    own = [folder / name for name in ("README.md", PLAN_FILE)]
-    return companions(folder) + [path for path in own if path.is_file()]
+    return companions(folder) + [folder / name for name in _OWN if is_own_file(folder / name)]
+
+
+def travels(name: str) -> bool:
+    """Tell whether a file of this name is unpacked from a ``.pt`` file."""
+    return name in _OWN or is_companion(name)
 
 
 def _as_tensor(data: bytes) -> Tensor:
@@ -119,8 +123,8 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         )
         write_json(partial / PROVENANCE, document["provenance"])
         for name, data in document["files"].items():
-            # A name from a file must not lead out of the folder.
-            (partial / Path(name).name).write_bytes(data.numpy().tobytes())
+            if travels(name):
+                (partial / name).write_bytes(data.numpy().tobytes())
         write_loader(partial)
 
 

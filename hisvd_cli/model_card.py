@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hisvd_cli.audit import stages_text, told_recovery
+from hisvd_cli.companions import is_own_file, licences
 from hisvd_cli.data import NAMED
 from hisvd_cli.errors import SourceError
 from hisvd_cli.paths import slug
@@ -335,7 +336,7 @@ def _licence(folder: Path) -> dict[str, Any]:
     licence, its licence file stands for it."""
     known = _metadata(folder / CARD)
     carried = {key: known[key] for key in _CARRIED if known.get(key)}
-    files = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
+    files = licences(folder)
     if "license" not in carried and files:
         carried |= {"license": "other", "license_name": "see-file", "license_link": files[0]}
     return carried
@@ -347,7 +348,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
 
     try:
-        return dict(metadata_load(path) or {}) if path.is_file() else {}
+        return dict(metadata_load(path) or {}) if is_own_file(path) else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 

@@ -46,7 +46,7 @@ def build_meta_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(source.config),  # the model writes its dtype into the config
                 dtype=dtype,
-                trust_remote_code=source.trust_remote_code,
+                trust_remote_code=source.runs_code,
             )
     except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise UnsupportedModelError(

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jinja2
 import pytest
 
 from hisvd_cli.profile import resolve
 from hisvd_cli.profile_search import search_profile
 from hisvd_cli.settings import SECTIONS, consent_of
+from hisvd_cli.source import Source, names_own_loader
+from hisvd_cli.transformers_plugin import AUTO_MAP
 from tests.cli_helpers import as_json, fail, script, succeed, two_lines
 from tests.conftest import MakeModel
 from tests.models import edit_json
 from tests.test_source import copy_of
 
+SHORT = ("--samples", 8, "--seqlen", 64, "--dataset", "demo")
+EVALUATED = ("--dataset", "demo", "--windows", 2, "--seqlen", 32)
+TRAINED = ("--recover-dataset", "demo", "--recover-seqlen", 32, "--recover-samples", 8)
 TASK = """
 task: endings
 dataset_path: json
@@ -131,6 +137,99 @@ def test_a_default_may_stand_in_a_found_profile(here: Path) -> None:
 def test_a_flag_does_not_excuse_a_found_profile(luring: Path, proof: Path) -> None:
     done = script("inspect", ".", "--trust-remote-code", cwd=luring)
     assert done.returncode == 2
+    assert not proof.exists()
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def low(tiny_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed model."""
+    root = tmp_path_factory.mktemp("trust")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HISVD_CACHE", str(root / "cache"))
+        made = ("--ratio", 0.6, *SHORT, "--set", "compress.evaluate=false")
+        succeed("compress", "--model", tiny_model("llama"), *made, "--output", root / "low")
+    return root / "low"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "low", *EVALUATED, "--stream", "off"],
+        ["eval", "low", *EVALUATED, "--stream", "on"],
+        ["inspect", "low"],
+        ["compress", "--from", "low", "--recover", "distill", "--recover-tokens", 200, *TRAINED],
+    ],
+)
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_a_checkpoint_runs_no_loader_of_its_own(
+    low: Path, here: Path, proof: Path, words: list[object], tokenizer: bool
+) -> None:
+    folder = lure(copy_of(low, here / "low"), proof)
+    (folder / "lure.py").rename(folder / "modeling_hisvd.py")
+    if tokenizer:
+        auto_map = {"AutoTokenizer": [None, "modeling_hisvd.Tokenizer"]}
+        edit_json(folder / "tokenizer_config.json", auto_map=auto_map)
+    succeed(*words, "--trust-remote-code")
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "../model", *EVALUATED],
+        ["compress", "--model", "../model", "--ratio", 0.6, *SHORT, "--output", "out"],
+    ],
+)
+def test_a_model_runs_its_own_code_where_it_is_asked_for(
+    luring: Path, proof: Path, here: Path, words: list[object]
+) -> None:
+    (luring / "hisvd.toml").unlink()
+    assert here.parent == luring.parent
+    message, hint = fail(*words)
+    assert "transformers cannot read the config" in message
+    assert "--trust-remote-code" in hint
+    assert not proof.exists()
+    succeed(*words, "--trust-remote-code", "--set", "compress.evaluate=false")
+    assert proof.exists()
+
+
+def test_the_loader_is_known_by_the_name_that_it_is_written_under() -> None:
+    assert names_own_loader({"auto_map": AUTO_MAP})
+    assert names_own_loader({"auto_map": {"AutoModel": "me/model--modeling_hisvd.X"}})
+    assert not names_own_loader({"auto_map": {"AutoModel": "me/modeling_hisvd--modeling_x.X"}})
+    assert not names_own_loader({})
+    assert not names_own_loader({"auto_map": None})
+
+
+# Other ways to run something
+
+
+def test_a_chat_template_runs_nothing(low: Path, here: Path, proof: Path) -> None:
+    folder = copy_of(low, here / "low")
+    opener = "''.__class__.__mro__[1].__subclasses__()"
+    run = "{% for c in " + opener + " %}{% if c.__name__ == 'Popen' %}"
+    run += "{{ c(['touch', '" + str(proof) + "']) }}{% endif %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(run)
+    succeed("eval", folder, *EVALUATED, "--fresh")
+    tokenizer = Source(str(folder), folder).tokenizer
+    assert tokenizer.chat_template == run
+    with pytest.raises(jinja2.exceptions.SecurityError):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["own/set", "own/set:part", "./own/set"])
+def test_a_folder_here_is_no_data_set(here: Path, proof: Path, name: str) -> None:
+    folder = here / "own" / "set"
+    folder.mkdir(parents=True)
+    (folder / "set.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    message, _ = fail("eval", "demo", "--dataset", name, "--windows", 1, "--seqlen", 32)
+    assert "only a folder" in message
+    message, _ = fail("calibrate", "--model", "demo", "--dataset", name)
+    assert "only a folder" in message
     assert not proof.exists()
 
 
