@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hisvd_cli import adapter_input
+from hisvd_cli.companions import is_own_file
 from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.library_errors import library_errors
 from hisvd_cli.lowrank import Storage
-from hisvd_cli.source import read_config
+from hisvd_cli.source import names_own_loader, read_config
 from hisvd_cli.tensorfile import join_files, reason, write_json, write_tensors
 from hisvd_cli.weights import INDEX, SINGLE, Weights, open_weights
 
@@ -31,20 +32,6 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "hisvd"
 SHARD_BYTES = 5 * 10**9
 _METADATA = {"format": "pt"}  # transformers refuses safetensors files without it
-_COMPANION_NAMES = (
-    "token",
-    "special_tokens",
-    "vocab",
-    "merges",
-    "added_tokens",
-    "chat_template",
-    "generation_config",
-    "spiece",
-    "sentencepiece",
-    "preprocessor",
-    "LICENSE",
-    "NOTICE",
-)
 
 
 @dataclass(frozen=True)
@@ -100,11 +87,15 @@ class Checkpoint:
         """What ``hisvd.json`` records, empty where it is missing or holds no JSON object.
 
         Raises:
-            SourceError: the file is no JSON.
+            SourceError: the file is no JSON, or a link to one elsewhere.
         """
         path = self.folder / PROVENANCE
         if not path.is_file():
             return {}
+        if not is_own_file(path):  # all of it is written into what is made from this checkpoint
+            raise SourceError(
+                f"{path} links to a file outside its folder.", "Put the file itself there."
+            )
         try:
             document = read_json(path)
         except (OSError, ValueError) as error:
@@ -208,19 +199,6 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **inner, "tie_word_embeddings": False}
 
 
-def companions(folder: Path) -> list[Path]:
-    """Return the files that travel with the weights: tokenizer, generation config, licence."""
-    return [
-        p for p in sorted(folder.iterdir()) if p.is_file() and p.name.startswith(_COMPANION_NAMES)
-    ]
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer and other small files."""
-    for path in companions(source):
-        shutil.copyfile(path, target / path.name)
-
-
 def write_loader(folder: Path) -> None:
     """Put the code beside the weights that ``trust_remote_code=True`` needs where hisvd is not
     installed."""
@@ -312,6 +290,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a dense or compressed folder with transformers, strictly.
 
+    The loader that a compressed folder carries is not run: the installed one does the same.
+
     Raises:
         SourceError: tensors are missing, superfluous or misshapen.
     """
@@ -326,8 +306,7 @@ def load_model(
             folder,
             dtype=dtype,
             output_loading_info=True,
-            # A compressed folder's own copy of the loader is not needed where hisvd runs.
-            trust_remote_code=trust_remote_code and not is_checkpoint(folder),
+            trust_remote_code=trust_remote_code and not names_own_loader(read_config(folder)),
         )
     _check_loading(folder, loaded[1])
     model: PreTrainedModel = loaded[0].to(device)

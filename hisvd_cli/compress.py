@@ -21,13 +21,13 @@ from hisvd_cli.checkpoint import (
     PLAN_FILE,
     PROVENANCE,
     compressed_config,
-    copy_companions,
     join_parts,
     shard_file,
     shard_names,
     untied,
     write_loader,
 )
+from hisvd_cli.companions import copy_companions, warn_of_links
 from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.distributed import World, building_together, share_by_cost, world
 from hisvd_cli.errors import StaleArtifactError
@@ -186,6 +186,7 @@ def compress(
         NumericalError, OutputError: see each.
     """
     check_plan(plan, source)
+    warn_of_links(source.folder, reporter)
     for need in needs:
         if calibration is None or need not in calibration.holds:
             raise missing(decomposer, need)

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.console import RenderableType
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,10 +22,12 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
 from hisvd_cli.errors import HisvdError
+from hisvd_cli.escaping import printable
 
 _UNBOUNDED = 500  # columns of a file or a pipe, which need no line breaks
 _LOG_SECONDS = 30.0  # between two lines on a stage where no progress bar can be drawn
@@ -41,8 +43,32 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
 
 
+class _SafeConsole(RichConsole):
+    """Rich's console, which lets no text reach the terminal as a control sequence.
+
+    Nor does a name break the line that it stands in, and so forge another one: no text here holds
+    a line break on purpose.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, highlight=False, markup=False, emoji=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield the pieces of what is printed: texts without control characters, and rich's own
+        sequences."""
+        if isinstance(renderable, str):
+            renderable = renderable.replace("\n", " ")
+        elif isinstance(renderable, Text) and "\n" in renderable.plain:
+            renderable = renderable.copy()
+            renderable.plain = renderable.plain.replace("\n", " ")  # styles stay at their places
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 class Console:
-    """One output sink.
+    """One output sink. No text is taken for markup, or printed with control characters.
 
     Args:
         as_json: stdout gets one JSON document and nothing else.
@@ -64,14 +90,8 @@ class Console:
         self.muted = muted
         self._stdout = sys.stdout
         bounded = self._stdout.isatty() or "COLUMNS" in os.environ
-        self._out = RichConsole(
-            file=self._stdout,
-            width=None if bounded else _UNBOUNDED,
-            highlight=False,
-            markup=False,
-            emoji=False,
-        )
-        self._err = RichConsole(stderr=True, highlight=False, markup=False, emoji=False)
+        self._out = _SafeConsole(file=self._stdout, width=None if bounded else _UNBOUNDED)
+        self._err = _SafeConsole(stderr=True)
 
     @property
     def width(self) -> int:
@@ -87,7 +107,7 @@ class Console:
         if not (self.as_json or self.quiet):
             with self._out.capture() as captured:
                 self._out.print(renderable)
-            self.text(captured.get())
+            self._write(captured.get())
 
     def result(self, document: dict[str, Any], line: str) -> None:
         """Print the result as JSON (--json), or as one plain line (--quiet)."""
@@ -97,7 +117,11 @@ class Console:
             self.text(f"{line}\n")
 
     def text(self, text: str) -> None:
-        """Print a text as it is on stdout. Raises BrokenPipeError where nobody reads it."""
+        """Print a text as it is, but for control characters, on stdout. Raises BrokenPipeError
+        where nobody reads it."""
+        self._write(printable(text))
+
+    def _write(self, text: str) -> None:
         if not self.muted:
             self._stdout.write(text)
             self._stdout.flush()
@@ -129,7 +153,8 @@ class Console:
             cause: print this one's traceback above it.
         """
         if cause is not None:
-            self._tell(Text("".join(traceback.format_exception(cause)).rstrip()))
+            for line in "".join(traceback.format_exception(cause)).rstrip().splitlines():
+                self._tell(Text(line))
         for line in error.message.splitlines():
             self._tell(Text.assemble(("Error: ", "bold red"), line))
         if error.hint:

@@ -19,20 +19,19 @@ from hisvd_cli.checkpoint import (
     SHARD_BYTES,
     Checkpoint,
     architecture_of,
-    companions,
     compressed_config,
-    copy_companions,
     dense_config,
     open_checkpoint,
     quantization_of,
     write_loader,
     write_shards,
 )
+from hisvd_cli.companions import companions, copy_companions, is_companion, is_own_file
 from hisvd_cli.errors import SourceError
 from hisvd_cli.foreign import read_foreign
 from hisvd_cli.library_errors import library_errors
 from hisvd_cli.lowrank import FACTORS, dense_product, is_order
-from hisvd_cli.model_card import write_dense_card
+from hisvd_cli.model_card import CARD, write_dense_card
 from hisvd_cli.paths import digest
 from hisvd_cli.pt_parts import check_parts
 from hisvd_cli.quantized import MATRICES, SCALE, dequantized, storage_with
@@ -44,6 +43,7 @@ PT_FORMAT = "hisvd-pt"
 PT_VERSION = 1
 """A ``.pt`` file is a dict of plain types and tensors: format, format_version, config, provenance,
 tensors (name → tensor) and files (name → bytes as a uint8 tensor)."""
+_OWN = (CARD, PLAN_FILE)
 
 
 def to_pt(checkpoint: Checkpoint, path: Path) -> None:
@@ -64,8 +64,12 @@ def to_pt(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _texts(folder: Path) -> list[Path]:
-    own = [folder / name for name in ("README.md", PLAN_FILE)]
-    return companions(folder) + [path for path in own if path.is_file()]
+    return companions(folder) + [folder / name for name in _OWN if is_own_file(folder / name)]
+
+
+def travels(name: str) -> bool:
+    """Tell whether a file of this name is unpacked from a ``.pt`` file."""
+    return name in _OWN or is_companion(name)
 
 
 def _as_tensor(data: bytes) -> Tensor:
@@ -123,8 +127,8 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         )
         write_json(partial / PROVENANCE, document["provenance"])
         for name, data in document["files"].items():
-            # A name from a file must not lead out of the folder.
-            (partial / Path(name).name).write_bytes(data.numpy().tobytes())
+            if travels(name):
+                (partial / name).write_bytes(data.numpy().tobytes())
         write_loader(partial)
 
 

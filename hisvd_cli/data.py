@@ -124,9 +124,9 @@ def load_text(name: str, purpose: Purpose) -> Text:
     elif name == DEMO:
         content = (DEMO_FOLDER / f"{purpose}.txt").read_text(encoding="utf-8")
         text = Text(name, purpose, content)
-    elif path.suffix in _FILE_KINDS or path.is_dir() or name.startswith((".", "/", "~")):
+    elif path.suffix in _FILE_KINDS or _is_folder(name) or name.startswith((".", "/", "~")):
         raise DataError(
-            f"There is no file '{name}'{', only a folder' if path.is_dir() else ''}.",
+            f"There is no file '{name}'{', only a folder' if _is_folder(name) else ''}.",
             f"Give the path of a {', '.join(_FILE_KINDS)} file.",
         )
     elif name in NAMED or "/" in name:
@@ -161,7 +161,7 @@ def load_instructions(name: str) -> list[dict[str, Any]] | None:
             rows = _json_rows(path, _read_plain(path))
         else:
             return None
-    elif name in NAMED or "/" not in name or path.suffix in _FILE_KINDS or path.is_dir():
+    elif name in NAMED or "/" not in name or path.suffix in _FILE_KINDS or _is_folder(name):
         return None  # a text, or nothing: load_text tells
     else:
         rows = _hub_rows(name, _custom(name), "calibration")
@@ -169,6 +169,11 @@ def load_instructions(name: str) -> list[dict[str, Any]] | None:
     if not isinstance(first, dict) or INSTRUCTION not in first:
         return None
     return [first, *(row if isinstance(row, dict) else {} for row in rows)]
+
+
+def _is_folder(name: str) -> bool:
+    """Tell whether ``datasets`` would read a folder that lies here in the place of a hub id."""
+    return Path(name).expanduser().is_dir() or Path(_custom(name).repo).is_dir()
 
 
 def _custom(name: str) -> HubSet:

@@ -60,7 +60,11 @@ def _stored_dtype(path: Path) -> torch.dtype:
 def _dequantize(path: Path, folder: Path, dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": path.parent,
+        "gguf_file": path.name,
+        "trust_remote_code": False,  # else transformers asks whether it may run what lies there
+    }
     with library_errors(lambda why: _unreadable(path, why)):
         model = AutoModelForCausalLM.from_pretrained(**where, **_unpacking(), dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(**where)

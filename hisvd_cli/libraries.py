@@ -6,6 +6,16 @@ import logging
 import os
 import warnings
 
+from hisvd_cli.escaping import printable
+
+_LOUD = ("transformers", "huggingface_hub", "datasets", "lm_eval")
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Take control characters out of a line of a log, which may hold names from files."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
 
 def calm_libraries(quiet: bool, verbose: bool) -> None:
     """Silence the progress bars and the log lines of transformers and datasets.
@@ -27,6 +37,9 @@ def calm_libraries(quiet: bool, verbose: bool) -> None:
     logs.disable_progress_bar()  # the hub's as well
     if downloads:
         enable_progress_bars()
+    for library in _LOUD:
+        for handler in logging.getLogger(library).handlers:
+            handler.addFilter(_make_printable)
     if not verbose:
         logs.set_verbosity_error()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hisvd_cli.audit import stages_text, told_recovery
+from hisvd_cli.companions import is_own_file, licences
 from hisvd_cli.data import NAMED
 from hisvd_cli.errors import SourceError
+from hisvd_cli.escaping import markdown_code, markdown_text
 from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan, load_plan
@@ -59,7 +61,7 @@ _BODY = """
 Every setting stands in `hisvd.json`{and_plan}.
 """
 _LOW_RANK = """\
-The linear layers of the decoder blocks of `{model}` replaced by low-rank pairs with
+The linear layers of the decoder blocks of {model} replaced by low-rank pairs with
 hisvd, {training}."""
 _LOADING = """\
 With hisvd installed (`pip install hisvd`):
@@ -77,7 +79,7 @@ Without hisvd, with the code in this folder:
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```"""
 _MULTIPLIED = """\
-The linear layers of the decoder blocks of `{model}` truncated to low rank with
+The linear layers of the decoder blocks of {model} truncated to low rank with
 hisvd, {training}, and multiplied out again: a plain model
 of the original size."""
 _PLAIN_LOADING = """\
@@ -200,9 +202,10 @@ def _write(
     ]
     trained = told_recovery(record)
     body = _BODY.format(
-        name=Path(named).name,
+        name=markdown_text(Path(named).name),
         what=(_MULTIPLIED if multiplied else _LOW_RANK).format(
-            model=model, training=f"then trained ({trained})" if trained else "without training"
+            model=markdown_code(model),
+            training=f"then trained ({markdown_text(trained)})" if trained else "without training",
         ),
         kept=plan.ratio,
         kept_exact=plan.kept_ratio,
@@ -211,10 +214,10 @@ def _write(
         sublayers=len(plan.sublayers),
         storage="multiplied out" if multiplied else pairs,
         integers="" if multiplied else _integers(integers),
-        allocator=plan.allocator,
-        decomposer=record["decomposer"] + _updated(record.get("update")),
-        stages=f"\n| stages | {stages} |" if (stages := stages_text(record)) else "",
-        calibration=_calibration(record["calibration"]),
+        allocator=markdown_text(plan.allocator),
+        decomposer=markdown_text(record["decomposer"] + _updated(record.get("update"))),
+        stages=f"\n| stages | {markdown_text(stages)} |" if (stages := stages_text(record)) else "",
+        calibration=markdown_text(_calibration(record["calibration"])),
         results=f"{_BEGIN}\n{_UNMEASURED}\n{_END}",
         loading=_PLAIN_LOADING if multiplied else _LOADING,
         and_plan="" if multiplied else ", the rank of every sublayer in `plan.json`",
@@ -316,7 +319,7 @@ def _table(results: Sequence[EvalResult]) -> str:
         how += f", text {str(digest)[:12]}" if digest else ""
         split = f" ({result.dataset_split})" if result.dataset_split else ""
         cells = (f"{result.dataset_name}{split}", result.metric_type, dense, result.metric_value)
-        lines.append(f"| {' | '.join(map(str, cells))} | {how} |")
+        lines.append(f"| {' | '.join(map(markdown_text, (*cells, how)))} |")
     return "\n".join(lines)
 
 
@@ -335,7 +338,7 @@ def _licence(folder: Path) -> dict[str, Any]:
     licence, its licence file stands for it."""
     known = card_metadata(folder)
     carried = {key: known[key] for key in _CARRIED if known.get(key)}
-    files = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
+    files = licences(folder)
     if "license" not in carried and files:
         carried |= {"license": "other", "license_name": "see-file", "license_link": files[0]}
     return carried
@@ -348,7 +351,7 @@ def card_metadata(folder: Path) -> dict[str, Any]:
 
     path = folder / CARD
     try:
-        return dict(metadata_load(path) or {}) if path.is_file() else {}
+        return dict(metadata_load(path) or {}) if is_own_file(path) else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 
@@ -362,10 +365,8 @@ def _integers(made: Mapping[str, Any]) -> str:
     groups = f", groups of {made['group_size']}" if 4 in counts else ""
     size, before = made["bytes"], made["dense_bytes"]
     share = f"{size / 1e6:,.1f} MB, {size / before:.2%} of {before / 1e6:,.1f} MB"
-    return (
-        f"\n| numbers | {kinds}{groups}; rounded by {made['method']} |"
-        f"\n| bytes of all weights | {share} |"
-    )
+    told = markdown_text(f"{kinds}{groups}; rounded by {made['method']}")
+    return f"\n| numbers | {told} |\n| bytes of all weights | {share} |"
 
 
 def _updated(update: Mapping[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -74,8 +75,8 @@ def _take_common(
         _common(
             "--profile",
             text="Profile to read: a file, or the name of one that hisvd brings (plan "
-            "--list-profiles); by default the nearest hisvd.toml upward from here. Paths in it are "
-            "relative to the current folder.",
+            "--list-profiles); by default your own nearest hisvd.toml, from here up to the home "
+            "folder. Paths in it are relative to the current folder.",
             metavar="FILE",
         ),
     ] = None,
@@ -130,6 +131,7 @@ def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Comm
             flags = {key: None if value == [] else value for key, value in flags.items()}
             console, profile, overrides, show = _take_common(**{n: given.pop(n) for n in common})
             resolved = resolve(flags, profile, overrides)
+            _tell_profile(resolved, console)
             if show:
                 _show_settings(resolved, console)
                 return
@@ -155,6 +157,15 @@ def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Comm
         return run
 
     return decorate
+
+
+def _tell_profile(resolved: Resolved, console: Console) -> None:
+    console.note(f"Profile: {resolved.in_use or 'none'}")
+    if resolved.foreign:
+        console.warn(
+            f"{resolved.foreign} is not read: it, or its folder, belongs to another user. Pass "
+            f"--profile {shlex.quote(resolved.foreign)} if you trust it."
+        )
 
 
 def _show_settings(resolved: Resolved, console: Console) -> None:

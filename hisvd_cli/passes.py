@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.blocks import BlockWalk, drop_weights
-from hisvd_cli.checkpoint import is_checkpoint
 from hisvd_cli.errors import UnsupportedModelError
 from hisvd_cli.skeleton import build_stored_model
 from hisvd_cli.source import Source
@@ -204,8 +203,6 @@ def open_head(source: Source, how: Placement) -> Iterator[Head]:
 
 
 def _walk(source: Source, how: Placement) -> BlockWalk:
-    if is_checkpoint(source.folder):  # its own copy of the loader is not needed here
-        source = replace(source, trust_remote_code=False)
     model = build_stored_model(source, how.dtype)
     # A window that is not finite is told of in the result: it does not stop the others.
     return BlockWalk(source, how.device, how.dtype, how.batch, model=model, refuse_nonfinite=False)

@@ -21,7 +21,7 @@ from hisvd_cli.audit import (
     value_problems,
 )
 from hisvd_cli.checkpoint import PLAN_FILE, quantization_of
-from hisvd_cli.convert import open_pt
+from hisvd_cli.convert import open_pt, travels
 from hisvd_cli.errors import SourceError
 from hisvd_cli.foreign import ForeignCheckpoint, ForeignTensor, find_pairs, read_foreign
 from hisvd_cli.json_files import parse_json
@@ -70,6 +70,11 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
     rows = rows_of(sublayers, dtypes, layout)
     expected = sublayer_shapes(sublayers, layout)
     problems = tensor_problems(expected, shapes) + plan_problems(plan, rows)
+    problems += [
+        f"It holds the file '{name}', which is none of a checkpoint's: convert leaves it out."
+        for name in document["files"]
+        if not travels(str(name))
+    ]
     if check_values:
         problems += value_problems(tensors.items())
     held = parameters_on_disk(sublayer_shapes(sublayers, layout, packed=False), shapes)

@@ -21,11 +21,13 @@ from pydantic_core import ErrorDetails
 from hisvd_cli.errors import UsageError, suggest
 from hisvd_cli.json_files import check_depth, read_bounded
 from hisvd_cli.presets import PRESETS
-from hisvd_cli.settings import SECTIONS, Settings, flag_of, item_of, kind_of
+from hisvd_cli.profile_search import Search, search_profile
+from hisvd_cli.settings import SECTIONS, Settings, consent_of, flag_of, item_of, kind_of
 from hisvd_cli.unpickle import clean
 
 PROFILE_NAME = "hisvd.toml"
 _MAX_BYTES = 1 << 20
+
 SHIPPED = Path(__file__).parent / "profiles"
 """Where the profiles lie that hisvd brings."""
 Key = tuple[str, str]
@@ -36,6 +38,7 @@ _OTHER_VARIABLES = {"HISVD_CACHE", "HISVD_DEBUG"}
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _RATIO_HINT = "The ratio is the share to keep, above 0 and at most 1: 0.6 keeps 60 %."
 _SETTINGS_HINT = "The --help of the command lists its settings, their values and defaults."
+_UNASKED = "which only a flag, the environment or --profile may ask for."
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Resolved:
         origins: (section, key) → a flag, an environment variable, the path of a profile, or
             ``preset NAME`` where a preset brought it.
         profile: the profile that was asked for, None where it was only found.
+        in_use: path of the profile that was read, asked for or found; None where there is none.
+        foreign: path of a profile that was not read because it is another user's.
         variants: the same with each of several presets; none where at most one was given. Several
             bring nothing to ``settings`` itself.
         by_ratio: the same at each of several ratios, where the preset says more at some of them;
@@ -56,6 +61,8 @@ class Resolved:
     settings: Settings
     origins: dict[Key, str]
     profile: str | None = None
+    in_use: str | None = None
+    foreign: str | None = None
     variants: tuple[Resolved, ...] = ()
     by_ratio: Mapping[float, Resolved] = field(default_factory=dict)
 
@@ -102,7 +109,7 @@ class Resolved:
 
     def toml(self) -> str:
         """Return the settings as a profile, each line with its origin as a comment."""
-        lines: list[str] = []
+        lines = [f"# profile: {' '.join((self.in_use or 'none').splitlines())}", ""]
         for section, values in self.settings.model_dump(mode="json").items():
             lines.append(f"[{section}]")
             for key, value in values.items():
@@ -116,7 +123,8 @@ class Resolved:
     def document(self) -> dict[str, Any]:
         """Return the settings and their origins as JSON data."""
         origins = {f"{section}.{key}": origin for (section, key), origin in self.origins.items()}
-        return {"settings": self.settings.model_dump(mode="json"), "origins": origins}
+        settings = self.settings.model_dump(mode="json")
+        return {"profile": self.in_use, "settings": settings, "origins": origins}
 
     def recorded(self, *sections: str) -> dict[str, Any]:
         """Return what artifacts record of ``sections`` (all but ``eval`` where none is named):
@@ -171,9 +179,12 @@ def resolve(
     Raises:
         UsageError: one line for every unknown key, wrong type and value out of bounds.
     """
-    path = shipped_or_file(profile) if profile else find_profile(start or Path.cwd())
+    searched = Search() if profile else search_profile(start or Path.cwd())
+    path = shipped_or_file(profile) if profile else searched.profile
     document = read_profile(path) if path else {}
     problems = _profile_problems(document, str(path))
+    if not profile:
+        problems += _unasked(document, str(path), problems)
     layers: list[_Layer] = [
         [(key, value, str(path)) for key, value in _flatten(document)],
         list(_from_environment(os.environ if environ is None else environ, problems)),
@@ -184,6 +195,8 @@ def resolve(
     ]
     asked = str(profile) if profile else None
     base = _at_ratios(layers, str(path), problems, asked)
+    base = replace(base, in_use=str(path) if path else None)
+    base = replace(base, foreign=str(searched.foreign) if searched.foreign else None)
     several = base.settings.plan.preset
     if len(several) < 2:
         return base
@@ -230,9 +243,17 @@ def _settled(
     settings = _validate(merged, origins, profile, problems)
     if settings is None:
         lines = dict.fromkeys(line for _, line in problems)
-        ratio_only = all(key[1] in ("ratio", "bytes_ratio") for key, _ in problems)
-        raise UsageError("\n".join(lines), _RATIO_HINT if ratio_only else _SETTINGS_HINT)
+        raise UsageError("\n".join(lines), _hint(problems, profile))
     return settings, origins
+
+
+def _hint(problems: _Problems, profile: str) -> str:
+    """Say what to do about all problems together."""
+    if all(line.endswith(_UNASKED) for _, line in problems):
+        asked = shlex.quote(profile)
+        return f"Give it as a flag, or pass --profile {asked} if you trust all that stands in it."
+    ratio_only = all(key[1] in ("ratio", "bytes_ratio") for key, _ in problems)
+    return _RATIO_HINT if ratio_only else _SETTINGS_HINT
 
 
 def _with_preset(layers: Sequence[_Layer], ratio: float | None) -> Iterator[tuple[Key, Any, str]]:
@@ -294,14 +315,6 @@ def shipped_or_file(profile: Path) -> Path:
     return known[str(profile)]
 
 
-def find_profile(start: Path) -> Path | None:
-    """Return the nearest ``hisvd.toml`` in ``start`` or above it."""
-    for folder in (start, *start.parents):
-        if (folder / PROFILE_NAME).is_file():
-            return folder / PROFILE_NAME
-    return None
-
-
 def read_profile(path: Path) -> dict[str, Any]:
     """Parse a profile. Raises UsageError where it is missing or no TOML."""
     try:
@@ -333,6 +346,25 @@ def _profile_problems(document: Mapping[str, Any], profile: str) -> _Problems:
     except ValidationError as error:
         return [_describe(detail, {}, profile) for detail in error.errors()]
     return []
+
+
+def _unasked(document: Mapping[str, Any], profile: str, told: _Problems) -> _Problems:
+    """Return what a profile that was only found may not set: what needs somebody's consent.
+
+    Such a profile may lie in a folder that was fetched from anywhere. A default harms nobody, so
+    that what ``--show-profile`` prints can be kept as a profile.
+    """
+    known = {key for key, _ in told}
+    return [
+        (
+            (section, key),
+            f"{profile}: {section}.{key} = {_toml(value)} {consent_of(section, key)}, {_UNASKED}",
+        )
+        for (section, key), value in _flatten(document)
+        if consent_of(section, key)
+        and value != SECTIONS[section].model_fields[key].default
+        and (section, key) not in known
+    ]
 
 
 def _variable(section: str, key: str) -> str:

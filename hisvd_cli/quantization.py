@@ -28,13 +28,13 @@ from hisvd_cli.checkpoint import (
     PROVENANCE,
     Checkpoint,
     compressed_config,
-    copy_companions,
     join_parts,
     shard_file,
     shard_names,
     write_loader,
 )
 from hisvd_cli.collector import Collector
+from hisvd_cli.companions import copy_companions, is_own_file, warn_of_links
 from hisvd_cli.device import dtype_name
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.factory import block_number
@@ -124,6 +124,7 @@ def quantize(
         OutputError: the folder cannot be written.
     """
     checkpoint.refuse_quantized()
+    warn_of_links(checkpoint.folder, reporter)
     recipe = replace(recipe, bits={name: n for name, n in recipe.bits.items() if n != 16})
     source = Source(str(checkpoint.folder), checkpoint.folder)
     work = _Work(source, checkpoint, recipe, text)
@@ -158,7 +159,7 @@ def _complete(
         ),
     )
     write_json(home / PROVENANCE, record)
-    if (checkpoint.folder / PLAN_FILE).is_file():
+    if is_own_file(checkpoint.folder / PLAN_FILE):
         load_plan(checkpoint.folder / PLAN_FILE).save(home / PLAN_FILE)
     copy_companions(checkpoint.folder, home)
     write_loader(home)

@@ -21,11 +21,11 @@ from hisvd_cli.checkpoint import (
     PLAN_FILE,
     PROVENANCE,
     Checkpoint,
-    companions,
     load_model,
     write_loader,
     write_shards,
 )
+from hisvd_cli.companions import copy_companions, is_own_file
 from hisvd_cli.decoding import TwoParts
 from hisvd_cli.distillation import divergence_from, summed_loss
 from hisvd_cli.divergence import token_divergences, token_losses
@@ -136,9 +136,8 @@ def _write(checkpoint: Checkpoint, factors: Factors, home: Path, shard_bytes: in
 def _describe(checkpoint: Checkpoint, record: Mapping[str, Any], home: Path) -> None:
     """Write all that is no weight; the provenance last, which says that the folder is complete."""
     write_json(home / "config.json", checkpoint.config)
-    for path in companions(checkpoint.folder):
-        shutil.copyfile(path, home / path.name)
-    if (checkpoint.folder / PLAN_FILE).is_file():
+    copy_companions(checkpoint.folder, home)
+    if is_own_file(checkpoint.folder / PLAN_FILE):
         shutil.copyfile(checkpoint.folder / PLAN_FILE, home / PLAN_FILE)
     write_loader(home)
     made = {**checkpoint.provenance, "recovery": record, "versions": versions()}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hisvd_cli.errors import OutputError
+from hisvd_cli.escaping import markdown_code, markdown_text, spreadsheet_cell
 from hisvd_cli.evaluate import PerplexityResult
 from hisvd_cli.grid import Grid
 from hisvd_cli.tensorfile import write_text
@@ -54,18 +55,20 @@ def csv_table(grid: Grid) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     bounds = [f"{figure}{end}" for figure in FIGURES for end in ("", "_low", "_high")]
-    writer.writerow(["model", "dataset", *bounds, *_FACTS, *_TASK_FACTS])
+    rows: list[list[object]] = []
+    rows.append(["model", "dataset", *bounds, *_FACTS, *_TASK_FACTS])
     for model, result in _rows(grid):
         cells: list[object] = [model, result.dataset]
         for figure in FIGURES:
             low, high = (result.intervals or {}).get(figure) or (None, None)
             cells += [getattr(result, figure), low, high]
         cells += [getattr(result, fact) for fact in _FACTS]
-        writer.writerow([*cells, *("" for _ in _TASK_FACTS)])
+        rows.append([*cells, *("" for _ in _TASK_FACTS)])
     blank = [""] * (len(bounds) + len(_FACTS))
     for model, found in _scores(grid):
         facts = [getattr(found, fact) for fact in _TASK_FACTS]
-        writer.writerow([model, found.task, *blank, *facts])
+        rows.append([model, found.task, *blank, *facts])
+    writer.writerows(map(spreadsheet_cell, row) for row in rows)
     return out.getvalue()
 
 
@@ -75,7 +78,8 @@ def markdown_table(grid: Grid) -> str:
     lines = [_line(head), "|---" * 2 + "|---:" * len(FIGURES) + "|"]
     for model, result in _rows(grid):
         cells = [_figure(result, figure, form) for figure, (_, form) in FIGURES.items()]
-        lines.append(_line([f"`{model}`", f"{result.dataset} ({result.split})", *cells]))
+        text = markdown_text(f"{result.dataset} ({result.split})")
+        lines.append(_line([markdown_code(model, in_table=True), text, *cells]))
     rows = _rows(grid)
     for _, result in rows:
         made = result.bootstrap or {}
@@ -89,11 +93,11 @@ def _task_lines(grid: Grid) -> list[str]:
     """Return the lines of a table of all scores in tasks, or none."""
     lines = []
     for model, found in _scores(grid):
-        metric = found.metric if found.filter == "none" else f"{found.metric} ({found.filter})"
         value = "not finite" if found.value is None else f"{found.value:.4f}"
         value += "" if found.stderr is None else f" ± {found.stderr:.4f}"
         shots = "" if found.num_fewshot is None else str(found.num_fewshot)
-        lines.append(_line([f"`{model}`", found.task, shots, metric, value]))
+        asked = (markdown_text(found.task), shots, markdown_text(found.measure), value)
+        lines.append(_line([markdown_code(model, in_table=True), *asked]))
     head = ["", _line(["model", "task", "few-shot", "metric", "value"]), "|---|---|---:|---|---:|"]
     return head + lines if lines else []
 
@@ -109,7 +113,7 @@ def _scores(grid: Grid) -> Iterator[tuple[str, Score]]:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def _figure(result: PerplexityResult, figure: str, form: str) -> str:

@@ -53,7 +53,7 @@ def build_meta_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(source.config),  # the model writes its dtype into the config
             dtype=dtype,
-            trust_remote_code=source.trust_remote_code,
+            trust_remote_code=source.runs_code,
         )
     model.eval()
     return model

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
+_LOADER = "modeling_hisvd"
+"""The module that compressed models carry for those who have no hisvd."""
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.py", "*.md", "LICENSE*"]
 
@@ -55,6 +58,12 @@ class Source:
         return self
 
     @cached_property
+    def runs_code(self) -> bool:
+        """Whether config and model are made by code that the model ships: it was asked for, and is
+        not a copy of hisvd's own loader, of which the installed one serves. Raises SourceError."""
+        return self.trust_remote_code and not names_own_loader(read_config(self.folder))
+
+    @cached_property
     def config(self) -> PretrainedConfig:
         """The config.
 
@@ -67,7 +76,7 @@ class Source:
         check_dtype(self.name, read_config(self.folder))
         with library_errors(self._unknown_config):
             config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code
+                self.folder, trust_remote_code=self.runs_code
             )
         check_sizes(config, self.name)
         if self.quantization.get("quant_method") != OWN:
@@ -94,9 +103,14 @@ class Source:
         """The model's tokenizer. Raises SourceError where it is missing."""
         from transformers import AutoTokenizer
 
+        given = {}
+        if self.trust_remote_code and not self.runs_code:
+            # Else transformers reads the config itself, and runs the code that it names.
+            given["config"] = copy.deepcopy(self.config)
+            given["config"].auto_map = {}
         with library_errors(self._no_tokenizer):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code
+                self.folder, trust_remote_code=self._tokenizer_runs_code, **given
             )
         return tokenizer
 
@@ -105,6 +119,15 @@ class Source:
             f"{self.name} has no tokenizer that loads: {why}",
             "Put the tokenizer's files beside the weights.",
         )
+
+    @property
+    def _tokenizer_runs_code(self) -> bool:
+        """Whether the tokenizer is made by code of its own, which a model in plain transformers may
+        have, too."""
+        path = self.folder / "tokenizer_config.json"
+        if not (self.trust_remote_code and path.is_file()):
+            return self.runs_code
+        return not names_own_loader(_read_object(path))
 
     @cached_property
     def weights(self) -> Weights:
@@ -189,14 +212,26 @@ def check_sizes(config: PretrainedConfig, name: str) -> None:
             )
 
 
+def names_own_loader(config: Mapping[str, Any]) -> bool:
+    """Tell whether the code that a config names is hisvd's loader."""
+    auto_map = config.get("auto_map")
+    named = auto_map.values() if isinstance(auto_map, dict) else auto_map or ()
+    classes = [one for each in named for one in (each if isinstance(each, list) else [each])]
+    # REPOSITORY--MODULE.CLASS
+    return any(str(each).split("--")[-1].split(".")[0] == _LOADER for each in classes)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the parsed config.json of a folder. Raises SourceError."""
-    path = folder / "config.json"
+    return _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         document = read_json(path, strict=False)
     except FileNotFoundError as error:
         raise SourceError(
-            f"{folder} holds no config.json, so it is no Hugging Face model.",
+            f"{path.parent} holds no {path.name}, so it is no Hugging Face model.",
             "Give the folder that holds config.json and the weights.",
         ) from error
     except (OSError, ValueError) as error:

@@ -123,10 +123,10 @@ def test_switches_that_are_not_given_leave_the_profile_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "hisvd.toml").write_text(
+    (tmp_path / "own.toml").write_text(
         "[model]\ntrust_remote_code = true\n[compress]\nevaluate = true\n[plan]\ninclude = ['x']\n"
     )
-    settings = as_json("compress", "--show-profile")["settings"]
+    settings = as_json("compress", "--profile", "own.toml", "--show-profile")["settings"]
     assert settings["model"]["trust_remote_code"] is True
     assert settings["compress"]["evaluate"] is True
     assert settings["plan"]["include"] == ["x"]

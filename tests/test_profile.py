@@ -9,7 +9,8 @@ import pytest
 import tomli
 
 from hisvd_cli.errors import UsageError
-from hisvd_cli.profile import Key, find_profile, resolve
+from hisvd_cli.profile import Key, resolve
+from hisvd_cli.profile_search import search_profile
 from hisvd_cli.settings import SECTIONS, Settings
 
 
@@ -65,14 +66,14 @@ def test_the_nearest_profile_upward(tmp_path: Path) -> None:
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     outer = write(tmp_path, "[plan]\nalpha = 1\n")
-    assert find_profile(inner) == outer
+    assert search_profile(inner).profile == outer
     near = write(tmp_path / "a", "[plan]\nalpha = 2\n")
-    assert find_profile(inner) == near
+    assert search_profile(inner).profile == near
     named = tmp_path / "other.toml"
     named.write_text("[plan]\nalpha = 3\n")
     assert resolve({}, named, environ={}, start=inner).settings.plan.alpha == 3
     (near.parent / "b" / "hisvd.toml").mkdir()  # a folder of that name is no profile
-    assert find_profile(inner) == near
+    assert search_profile(inner).profile == near
 
 
 @pytest.mark.parametrize(

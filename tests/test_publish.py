@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workbench = bench(root)
     compress_to(workbench, plan_at(workbench, 0.6), root / "low")
     return root / "low"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that the library in this process takes for the real one, and a token for it."""
-    with fake_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 def test_a_checkpoint_is_uploaded_as_it_is(made: Path, hub: FakeHub) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint
+from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint
+from hisvd_cli.companions import companions, is_own_file
 from hisvd_cli.errors import OutputError, SourceError, UsageError
+from hisvd_cli.model_card import CARD
+from hisvd_cli.reporter import Reporter
 from hisvd_cli.tensorfile import TEMPORARY, reason
-from hisvd_cli.weights import open_weights
+from hisvd_cli.transformers_plugin import remote_code_files
+from hisvd_cli.weights import INDEX, open_weights
 
 if TYPE_CHECKING:
     from hisvd_cli.build.conversion import Target
 
 # What a run that was killed, or an editor, may have left there.
-_LEFTOVERS = [TEMPORARY, f"*/{TEMPORARY}", "*.part", "*.lock", ".*.partial*", "__pycache__/*"]
+_LEFTOVERS = [TEMPORARY, "*.part", "*.lock", ".*.partial*", "__pycache__"]
+_WRITTEN = ("config.json", INDEX, PROVENANCE, PLAN_FILE, CARD)
+_SHOWN = 5
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that may write."
 
 
@@ -104,9 +111,11 @@ def _check_repo(repo: str) -> None:
         HfApi().whoami()
 
 
-def publish(folder: Path, hub: Hub) -> str:
+def publish(folder: Path, hub: Hub, reporter: Reporter) -> str:
     """Upload a folder that hisvd wrote in one commit, and return its address. The repository, and
     the branch, are made where they do not exist.
+
+    What is no part of a model stays here, and the user is told.
 
     Raises:
         SourceError: see :func:`check_request`.
@@ -115,6 +124,8 @@ def publish(folder: Path, hub: Hub) -> str:
     from huggingface_hub import HfApi
 
     _check_publishable(folder)
+    files = published_files(folder)
+    _tell_left(folder, files, reporter)
     api = HfApi()
     with _hub_errors(hub.repo):
         url = api.create_repo(hub.repo, private=hub.private or None, exist_ok=True)
@@ -124,10 +135,37 @@ def publish(folder: Path, hub: Hub) -> str:
             repo_id=url.repo_id,
             folder_path=folder,
             revision=hub.revision,
-            ignore_patterns=_LEFTOVERS,
+            allow_patterns=files,
             commit_message="Upload a model compressed with hisvd",
         )
     return f"{url}/tree/{hub.revision}" if hub.revision else str(url)
+
+
+def published_files(folder: Path) -> list[str]:
+    """Return the names of what is uploaded: weights, what hisvd writes beside them, and what
+    travels with a model.
+
+    Raises:
+        SourceError: a weight file is a link to somewhere else.
+    """
+    weights = open_weights(folder).files
+    for path in weights:
+        if not is_own_file(path):
+            raise SourceError(
+                f"{path} links to a file outside its folder.", "Put the file itself there."
+            )
+    own = (*_WRITTEN, *remote_code_files())
+    beside = [name for name in own if is_own_file(folder / name)]
+    travelling = [path.name for path in companions(folder)]
+    return sorted({*(path.name for path in weights), *beside, *travelling})
+
+
+def _tell_left(folder: Path, files: Collection[str], reporter: Reporter) -> None:
+    names = (path.name for path in folder.iterdir() if path.name not in files)
+    left = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _LEFTOVERS))
+    if left:
+        shown = ", ".join(left[:_SHOWN]) + f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN)
+        reporter.warn(f"Not uploaded, as it is no part of a model: {shown}.")
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def convert(
         run.console.show(f"{output}: {size_text(size)}")
         document |= {"to": to, "bytes": size}
     if hub is not None:
-        line = publish(output or checkpoint, hub)
+        line = publish(output or checkpoint, hub, run.console)
         run.console.show(line)
         document["url"] = line
     run.console.result(document, line)
@@ -94,9 +94,12 @@ def _written(
     """Convert, and return the bytes written."""
     from hisvd_cli.build.conversion import asks_to_quantize, convert_checkpoint, quantize_to
     from hisvd_cli.build.quantization import check_quantization
+    from hisvd_cli.companions import warn_of_links
 
     check_quantization(run.resolved)
     if asks_to_quantize(run.resolved):
         return quantize_to(run.resolved, checkpoint, to, output, overwrite, run.console)
+    if checkpoint.is_dir():
+        warn_of_links(checkpoint, run.console)
     shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
     return convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes)

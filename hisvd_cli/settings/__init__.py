@@ -32,6 +32,7 @@ __all__ = [
     "Section",
     "Settings",
     "choices_of",
+    "consent_of",
     "flag_of",
     "item_of",
     "kind_of",
@@ -70,6 +71,11 @@ def flag_of(section: str, key: str) -> str:
 def panel_of(section: str, key: str) -> str:
     """Return the panel of a setting in ``--help``, empty where it is that of its section."""
     return str(_extra(section, key)["panel"])
+
+
+def consent_of(section: str, key: str) -> str:
+    """Return what a setting does that somebody must ask for, empty where it does no such thing."""
+    return str(_extra(section, key)["consent"])
 
 
 def choices_of(section: str, key: str) -> list[str]:

@@ -52,7 +52,10 @@ class EvalSettings(Section):
         None, "Only the first so many questions of each task.", panel=_TASKS, ge=1, le=MANY
     )
     task_path: str | None = setting(
-        None, "Folder of tasks of your own, in lm-eval's YAML.", panel=_TASKS
+        None,
+        "Folder of tasks of your own, in lm-eval's YAML; runs the Python code that they name.",
+        panel=_TASKS,
+        consent="runs the Python code that task files name",
     )
     efficiency: bool = setting(
         False,

@@ -36,6 +36,7 @@ def setting(
     *,
     panel: str = "",
     choices: Sequence[str] = (),
+    consent: str = "",
     **bounds: Any,
 ) -> Any:
     """Return a field.
@@ -46,9 +47,17 @@ def setting(
         flag: its flag, where that is not the key's name.
         panel: its panel in ``--help``, where that is not its section's.
         choices: values that completion offers, where others may be allowed too.
+        consent: what it does that somebody must ask for, such as running code or sending data: it
+            then counts from a flag, the environment and a profile that was named, and is an error
+            in one that was only found.
         bounds: what pydantic checks.
     """
-    extra: dict[str, Any] = {"flag": flag, "panel": panel, "choices": list(choices)}
+    extra: dict[str, Any] = {
+        "flag": flag,
+        "panel": panel,
+        "choices": list(choices),
+        "consent": consent,
+    }
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 

@@ -14,7 +14,11 @@ class ModelSettings(Section):
         "", "Hub id, folder, .gguf file, or 'demo', a small model inside hisvd.", "--model"
     )
     revision: str | None = setting(None, "Branch, tag or commit on the hub.")
-    trust_remote_code: bool = setting(False, "Run the Python code that a model ships.")
+    trust_remote_code: bool = setting(
+        False,
+        "Run the Python code that a model ships.",
+        consent="runs the Python code that a model ships",
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto takes the GPU if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
