@@ -123,7 +123,8 @@ class Resolved:
         for key in ("path", "batch", "gradients", "weight_gradients"):
             document.get("calibration", {}).pop(key, None)
         document.get("compress", {}).pop("evaluate", None)
-        document.get("model", {}).pop("max_memory", None)
+        for key in ("max_memory", "scratch"):
+            document.get("model", {}).pop(key, None)
         if self.settings.compress.update == "none":
             for key in ("update", "update_damping"):
                 document.get("compress", {}).pop(key, None)
