@@ -26,6 +26,7 @@ from hisvd_cli.console import Console
 from hisvd_cli.distributed import launched
 from hisvd_cli.errors import HisvdError, MemoryLimitError, OutputError, StoppedError, UsageError
 from hisvd_cli.lost import end
+from hisvd_cli.streams import check_written, prepare_streams
 from hisvd_cli.tensorfile import reason
 
 _MEMORY_HINT = (
@@ -55,6 +56,7 @@ class _Edge(TyperGroup):
         """Run the command line and exit."""
         try:
             code = super().main(*args, **{**options, "standalone_mode": False})
+            check_written()
         except Exception as error:
             told = _explain(error)
             cause = error if os.environ.get("HISVD_DEBUG") == "1" else None
@@ -96,10 +98,11 @@ def _explain(error: Exception) -> HisvdError:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "hisvd"
         return UsageError(" ".join(error.format_message().split()), f"Run: {command} --help")
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError):
+        where = f"Cannot use {error.filename}" if error.filename else "Cannot write"
         return OutputError(
-            f"Cannot use {error.filename}: {reason(error)}",
-            "Check that path, its permissions, and the space left on its disk.",
+            f"{where}: {reason(error)}",
+            "Check the path, its permissions, and the space left on its disk.",
         )
     return HisvdError(
         f"Unforeseen {type(error).__name__}: {reason(error)}",
@@ -168,4 +171,5 @@ def _root(
 
 def main() -> None:
     """Run the command line."""
+    prepare_streams()
     app()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from hisvd_cli.cache import write_hint
 from hisvd_cli.errors import OutputError
-from hisvd_cli.tensorfile import SPACE_HINT, TEMPORARY, reason, write_text
+from hisvd_cli.tensorfile import TEMPORARY, reason, write_text
 
 
 def partial_path(folder: Path) -> Path:
@@ -51,7 +52,7 @@ def building(folder: Path, key: str) -> Iterator[Path]:
             f"Another hisvd run is writing {folder}.", "Wait for it, or choose another folder."
         ) from error
     except OSError as error:
-        raise OutputError(f"Cannot write {folder}: {reason(error)}", SPACE_HINT) from error
+        raise OutputError(f"Cannot write {folder}: {reason(error)}", write_hint(folder)) from error
 
 
 def _beside(folder: Path, kind: str) -> Path:

@@ -37,7 +37,7 @@ from hisvd_cli.pt_parts import check_parts
 from hisvd_cli.quantized import MATRICES, SCALE, dequantized, storage_with
 from hisvd_cli.skeleton import build_meta_model
 from hisvd_cli.source import Source
-from hisvd_cli.tensorfile import replacing, write_json
+from hisvd_cli.tensorfile import replacing, serializing, write_json
 
 PT_FORMAT = "hisvd-pt"
 PT_VERSION = 1
@@ -59,8 +59,8 @@ def to_pt(checkpoint: Checkpoint, path: Path) -> None:
         "tensors": {name: checkpoint.weights.read(name) for name in checkpoint.weights},
         "files": {p.name: _as_tensor(p.read_bytes()) for p in _texts(checkpoint.folder)},
     }
-    with replacing(path) as temporary:
-        torch.save(document, temporary)
+    with replacing(path) as temporary, serializing(path), temporary.open("wb") as file:
+        torch.save(document, file)  # of a path, the name would go into the archive
 
 
 def _texts(folder: Path) -> list[Path]:

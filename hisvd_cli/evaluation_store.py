@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hisvd_cli.errors import OutputError
 from hisvd_cli.evaluate import Sums
 from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import cache_root
@@ -35,6 +36,8 @@ class Store:
     """
 
     folder: Path
+    _known: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """What cannot be written to the folder, and what cannot be removed from it (None)."""
 
     def path(self, key: str) -> Path:
         """Return the file of a measurement."""
@@ -52,12 +55,14 @@ class Store:
             return None
 
     def save(self, key: str, about: Mapping[str, Any], sums: Sums) -> None:
-        """Write the sums of the windows that are done, and what they are of. Raises OutputError."""
+        """Write the sums of the windows that are done, and what they are of."""
         kept = {part.name: _written(getattr(sums, part.name)) for part in fields(sums)}
         self.save_document(key, {**about, "sums": kept})
 
     def load_document(self, key: str) -> dict[str, Any] | None:
         """Return a measurement that is no sums; None for none, or a damaged file."""
+        if key in self._known:
+            return self._known[key]
         try:
             document = read_json(self.path(key))
             return dict(document) if document["key"] == key else None
@@ -65,13 +70,20 @@ class Store:
             return None
 
     def save_document(self, key: str, document: Mapping[str, Any]) -> None:
-        """Write a measurement that is no sums. Raises OutputError."""
+        """Keep a measurement that is no sums; where the folder cannot be written, in memory."""
         text = json.dumps({"key": key, **document}, allow_nan=False)
-        write_text(self.path(key), text + "\n")
+        try:
+            write_text(self.path(key), text + "\n")
+            self._known.pop(key, None)
+        except OutputError:
+            self._known[key] = json.loads(text)
 
     def forget(self, key: str) -> None:
         """Remove a measurement."""
-        self.path(key).unlink(missing_ok=True)
+        try:
+            self.path(key).unlink(missing_ok=True)
+        except OSError:
+            self._known[key] = None
 
 
 def open_store() -> Store:

@@ -18,8 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hisvd_cli.cache import write_hint
 from hisvd_cli.errors import OutputError
-from hisvd_cli.tensorfile import SPACE_HINT, reason, write_parts
+from hisvd_cli.tensorfile import reason, write_parts
 
 Place = Literal["device", "host", "file"]
 NAME = "hidden"
@@ -56,13 +57,13 @@ class StatesHome:
         size = prod(shape) * dtype.itemsize
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:
-                _reserve(file.fileno(), size)
+                reserve(file.fileno(), size)
                 self._map = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise OutputError(
                 f"Cannot keep {size / 1e9:.1f} GB of hidden states in {self._folder}: "
                 f"{reason(error)}",
-                SPACE_HINT,
+                write_hint(self._folder),
             ) from error
         return torch.frombuffer(self._map, dtype=dtype).view(*shape)
 
@@ -83,10 +84,17 @@ def chunks(states: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, states[start : start + rows]
 
 
-def _reserve(file: int, size: int) -> None:
-    """Make a file that long. Its blocks are taken now: a disk that is full later would kill the
-    process, where it now raises OSError."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.ftruncate(file, size)
+def reserve(file: int, size: int) -> None:
+    """Make an open file that long, and take its blocks now: a disk that is full later would end the
+    process (SIGBUS) where a map of the file is written, and it now raises OSError."""
+    before = os.fstat(file).st_size
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+            return
+        os.lseek(file, before, os.SEEK_SET)
+        while (left := size - os.fstat(file).st_size) > 0:
+            os.write(file, bytes(min(left, _CHUNK)))
+    except OSError:
+        os.ftruncate(file, before)  # what was taken of it comes back
+        raise

@@ -16,6 +16,7 @@ from hisvd_cli.console import Console
 from hisvd_cli.distributed import joining, launched, launched_rank, leave
 from hisvd_cli.presets import PRESETS
 from hisvd_cli.profile import Key, Resolved, resolve
+from hisvd_cli.scratch import sweep
 from hisvd_cli.settings import (
     SECTIONS,
     Settings,
@@ -135,6 +136,8 @@ def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Comm
             if show:
                 _show_settings(resolved, console)
                 return
+            if not console.muted:
+                sweep(resolved.settings.model.scratch)
             _prepare_libraries(console)
             work = partial(command, Run(resolved, console), **given)
             with console.alone():

@@ -1,25 +1,20 @@
-"""Where hisvd keeps what it makes when the user names no place."""
+"""Names and hashes of what is on disk."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from hisvd_cli.errors import SourceError
+from hisvd_cli.cache import cache_root
+from hisvd_cli.errors import OutputError, SourceError
 from hisvd_cli.tensorfile import reason, write_text
+
+__all__ = ["cache_root", "digest", "file_digest", "slug"]
 
 _CHUNK = 1 << 20
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
-
-
-def cache_root() -> Path:
-    """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if named := os.environ.get("HISVD_CACHE"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hisvd"
 
 
 def slug(text: str) -> str:
@@ -42,12 +37,12 @@ def file_digest(path: Path) -> str:
 
     Raises:
         SourceError: the file cannot be read.
-        OutputError: the cache cannot be written.
     """
     try:
         record = _digest_record(path)
-        if record.is_file() and _DIGEST.fullmatch(known := record.read_bytes()):
-            return known.decode()
+        with suppress(OSError):  # not there, or not readable
+            if _DIGEST.fullmatch(known := record.read_bytes()):
+                return known.decode()
         state = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
@@ -56,7 +51,8 @@ def file_digest(path: Path) -> str:
         raise SourceError(
             f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
         ) from error
-    write_text(record, state.hexdigest())
+    with suppress(OutputError):  # without a record it is read again the next time
+        write_text(record, state.hexdigest())
     return state.hexdigest()
 
 

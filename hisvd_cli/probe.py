@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.corrected import take_corrected
+from hisvd_cli.errors import OutputError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import decoder_blocks
@@ -129,7 +130,8 @@ class ModelProbe:
             u, v = self._factors(name)
             with model.replaced(name, u[:, :rank] @ v[:rank]):
                 self._answers[question] = measure(model, name)
-            write_json(self._store, {"key": self._key, "answers": self._answers})
+            with suppress(OutputError):  # an answer that is not kept is measured again
+                write_json(self._store, {"key": self._key, "answers": self._answers})
             self._reporter.note(f"Measured {question}: {self._answers[question]:.5g}.")
         return self._answers[question]
 

@@ -25,7 +25,6 @@ from hisvd_cli.profile_search import Search, search_profile
 from hisvd_cli.settings import SECTIONS, Settings, consent_of, flag_of, item_of, kind_of
 from hisvd_cli.unpickle import clean
 
-PROFILE_NAME = "hisvd.toml"
 _MAX_BYTES = 1 << 20
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -134,7 +133,8 @@ class Resolved:
         for key in ("path", "batch", "gradients", "weight_gradients"):
             document.get("calibration", {}).pop(key, None)
         document.get("compress", {}).pop("evaluate", None)
-        document.get("model", {}).pop("max_memory", None)
+        for key in ("max_memory", "scratch"):
+            document.get("model", {}).pop(key, None)
         if self.settings.compress.update == "none":
             for key in ("update", "update_damping"):
                 document.get("compress", {}).pop(key, None)

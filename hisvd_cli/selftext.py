@@ -9,6 +9,7 @@ Rows are drawn in fixed batches, each with a seed of its own, and kept on disk b
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.device import seeded
-from hisvd_cli.errors import NumericalError, SourceError
+from hisvd_cli.errors import NumericalError, OutputError, SourceError
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
@@ -58,7 +59,6 @@ def sample_self(
 
     Raises:
         NumericalError: the model's distribution is not finite.
-        OutputError: the cache cannot be written.
     """
     key = digest(source.fingerprint, f"{samples} {seqlen} {seed} {dtype} {device.type}")
     folder = cache_root() / "self" / key[:16]
@@ -74,7 +74,8 @@ def sample_self(
                 batch = writer.draw(
                     min(ROWS, samples - start), seqlen, (seed * len(starts) + index) % _SEEDS
                 )
-                write_tensors(path, {"tokens": batch}, {})
+                with suppress(OutputError):  # a batch that is not kept is drawn again
+                    write_tensors(path, {"tokens": batch}, {})
             rows.append(batch)
             step()
     return torch.cat(rows)

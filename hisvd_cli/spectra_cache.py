@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from hisvd_cli.ahead import ahead
 from hisvd_cli.calibration import GRADIENTS, Calibration
 from hisvd_cli.distributed import share_by_cost, world
-from hisvd_cli.errors import SourceError
+from hisvd_cli.errors import OutputError, SourceError
 from hisvd_cli.estimate import decomposition_cost
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
@@ -237,7 +238,8 @@ def _cached(
     for part in here.gathered(mine):
         values |= part
     if here.first:
-        write_tensors(path, values, {"key": key})
+        with suppress(OutputError):  # what is not kept is computed again
+            write_tensors(path, values, {"key": key})
     return values
 
 

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hisvd_cli.errors import OutputError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.tensorfile import write_text
 
 
 def keep_times(record: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
-    """Write the seconds by stage of the checkpoint that has this ``hisvd.json``, over earlier ones.
-
-    Raises:
-        OutputError: the cache cannot be written.
-    """
-    write_text(_path(record), json.dumps(dict(seconds)) + "\n")
+    """Write the seconds by stage of the checkpoint that has this ``hisvd.json``, over earlier ones;
+    where the cache cannot be written, nothing is kept."""
+    with suppress(OutputError):
+        write_text(_path(record), json.dumps(dict(seconds)) + "\n")
 
 
 def times_of(record: Mapping[str, Any]) -> dict[str, float] | None:

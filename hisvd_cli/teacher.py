@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.decoding import TwoParts
+from hisvd_cli.errors import OutputError
+from hisvd_cli.hidden_states import reserve
+from hisvd_cli.tensorfile import reason
 
 _KNOWN = "known.bin"
 _STATES = "states.bin"
@@ -18,13 +21,17 @@ class Teacher:
     """The dense model's final hidden states of windows, kept in a file as they are first needed.
 
     They are vocabulary ÷ width times smaller than logits, and the head makes the same logits of
-    them again. The file is sparse: what is not reached takes no space.
+    them again. Space for all of them is taken at the start, so that a full disk does not stop the
+    training midway.
 
     Args:
         parts: the dense model.
         tokens: all windows ``[N, L]``.
         width: of its hidden states.
         folder: where they are kept.
+
+    Raises:
+        OutputError: there is no space for them.
     """
 
     def __init__(self, parts: TwoParts, tokens: Tensor, width: int, folder: Path) -> None:
@@ -32,7 +39,6 @@ class Teacher:
         self._parts = parts
         self._tokens = tokens
         dtype = next(parts.model.parameters()).dtype
-        folder.mkdir(exist_ok=True)
         self._states = _mapped(folder / _STATES, (*tokens.shape, width), dtype)
         self._known = _mapped(folder / _KNOWN, (len(tokens),), torch.uint8)
 
@@ -48,5 +54,17 @@ class Teacher:
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor that lies in a file; a new file holds zeros."""
+    """Return a tensor that lies in a file; a new file holds zeros. Raises OutputError."""
+    size = prod(shape) * dtype.itemsize
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("ab") as file:
+            reserve(file.fileno(), size)
+    except OSError as error:
+        raise OutputError(
+            f"Cannot keep {size / 1e9:.2f} GB of the dense model's hidden states in "
+            f"{path.parent}: {reason(error)}",
+            "Free some space, name another --output, or lower --recover-samples or "
+            "--recover-seqlen.",
+        ) from error
     return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(shape)

@@ -10,22 +10,26 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from hisvd_cli.cache import write_hint
 from hisvd_cli.errors import OutputError, SourceError
 from hisvd_cli.json_files import MAX_BYTES
+from hisvd_cli.owners import TAG, is_abandoned, own_tag
 from hisvd_cli.safetensors_header import DTYPE_NAMES, Header, TensorInfo, parse_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
 TEMPORARY = ".*.tmp"
 """Matches what a killed run may leave of a file that it was writing."""
+_OWNED = re.compile(rf"\..+\.({TAG})\.tmp")
 
 _CHUNK = 1 << 20
 _DAMAGED = "Fetch or write the file again; it is damaged or was not written to its end."
@@ -100,15 +104,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         OutputError: the file cannot be written, for example on a full disk.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, serializing(path):
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        try:
-            save_file(contiguous, temporary, metadata=dict(metadata))
-        except SafetensorError as error:
-            raise OutputError(f"Cannot write {path}: {reason(error)}", SPACE_HINT) from error
+        save_file(contiguous, temporary, metadata=dict(metadata))
+
+
+@contextmanager
+def serializing(path: Path) -> Iterator[None]:
+    """Have what torch and safetensors raise in the body where the disk is full say so.
+
+    Raises:
+        OutputError: the operating system refuses the write.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
+    except RuntimeError as error:
+        # torch's writer of archives finds its own count of bytes wrong, and says only that.
+        if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter")):
+            raise
+        system = error.__context__
+        why = reason(system) if isinstance(system, OSError) else "not all bytes were taken."
+        raise OutputError(f"Cannot write {path}: {why}", write_hint(path)) from error
 
 
 @contextmanager
@@ -119,19 +141,29 @@ def replacing(path: Path) -> Iterator[Path]:
         OutputError: the operating system refuses the write.
     """
     # Two processes may write the same file of a cache: each has a temporary name of its own.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{own_tag()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent.absolute())
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner reads
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:  # Windows flushes what is open for writing
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner reads
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {reason(error)}", SPACE_HINT) from error
+        raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
     finally:
         with suppress(OSError):  # a path that cannot be written may be one that cannot be looked at
             temporary.unlink()
+
+
+@cache
+def _remove_abandoned(folder: Path) -> None:
+    """Remove, once for each folder, what processes that were killed had begun to write there."""
+    for path in folder.glob(TEMPORARY):
+        owned = _OWNED.fullmatch(path.name)
+        if owned and is_abandoned(owned[1], path):
+            path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -21,7 +21,7 @@ from hisvd_cli.artifact import building
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.json_files import parse_json
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.tensorfile import read_tensors, write_tensors
+from hisvd_cli.tensorfile import read_tensors, serializing, write_tensors
 
 BEST = "best.safetensors"
 _STATE = "state"
@@ -259,7 +259,7 @@ class Training:
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._started
-        with building(self.home / _STATE, "") as folder:
+        with building(self.home / _STATE, "") as folder, serializing(folder):
             self._accelerator.save_state(str(folder))
 
     def _resume(self) -> None:

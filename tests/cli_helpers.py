@@ -110,12 +110,14 @@ def text_file(folder: Path, words: int = 2000, seed: int = 0) -> Path:
 
 
 @contextmanager
-def running(*words: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+def running(
+    *words: object, cwd: Path, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Start the installed script, able to be interrupted, and kill it if it still runs at last."""
     process = subprocess.Popen(
         [SCRIPT, *(str(word) for word in words)],
         cwd=cwd,
-        env=environment(),
+        env=environment(env),
         # A test run in the background ignores the signal, and its children would as well.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         stdout=subprocess.PIPE,

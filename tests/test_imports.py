@@ -39,6 +39,7 @@ INTERFACE = (
     "settings",
     "presets",
     "console",
+    "streams",
     "views",
     "plan_views",
     "byte_views",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from hisvd_cli.block_inputs import INPUTS
 from hisvd_cli.build.memory import check_whole_model, place_states
 from hisvd_cli.build.samples import (
     SELF,
@@ -24,6 +25,7 @@ from hisvd_cli.gradients import measure_gradients
 from hisvd_cli.paths import cache_root, slug
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.scratch import expire
 from hisvd_cli.settings import flag_of
 from hisvd_cli.source import Source, open_source
 from hisvd_cli.statistics import Need
@@ -158,6 +160,8 @@ def ensure_calibration(
         made = found
         sample = world().agreed(lambda: calibration_sample(resolved, source, made, reporter))
         found = _add_gradients(resolved, source, made, sample, wanted, reporter)
+    if world().first:
+        expire(found.folder / INPUTS)  # of a walk for gradients that nobody has finished
     return found, time.monotonic() - started
 
 

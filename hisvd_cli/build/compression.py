@@ -33,6 +33,7 @@ from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.scratch import clear_beside
 from hisvd_cli.skeleton import tell_notes
 from hisvd_cli.source import Source
 from hisvd_cli.stage_times import keep_times
@@ -196,6 +197,7 @@ def compress_model(
     }
     if world().first:
         keep_times(made.record, seconds)
+        clear_beside(path)
     return Outcome(
         output=path,
         plan=last.plan,

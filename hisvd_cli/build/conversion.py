@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +14,28 @@ from hisvd_cli.convert import from_pt, repack, to_dense, to_pt, unpacked
 from hisvd_cli.errors import OutputError, SourceError, UsageError
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.scratch import scratch_folder
 
 Target = Literal["hf", "pt", "dense"]
 
 
 def convert_checkpoint(
-    checkpoint: Path, to: Target, output: Path, overwrite: bool, shard_bytes: int
+    checkpoint: Path,
+    to: Target,
+    output: Path,
+    overwrite: bool,
+    shard_bytes: int,
+    scratch: str | None = None,
 ) -> int:
     """Convert a checkpoint folder or ``.pt`` file; return the bytes written.
+
+    Args:
+        checkpoint: the folder or file.
+        to: the form.
+        output: the folder or file to write.
+        overwrite: replace what stands there.
+        shard_bytes: largest size of a weight file.
+        scratch: folder for temporary files; by default one in the cache.
 
     Raises:
         SourceError: ``checkpoint`` is none.
@@ -33,7 +46,7 @@ def convert_checkpoint(
     if checkpoint.is_file() and to == "hf":
         from_pt(checkpoint, output, shard_bytes)
     else:
-        with _opened(checkpoint, output) as opened:
+        with _opened(checkpoint, scratch) as opened:
             _convert(opened, to, output, shard_bytes)
     return _bytes_of(output)
 
@@ -64,12 +77,13 @@ def quantize_to(
         )
     _check_paths(checkpoint, to, output, overwrite)
     check_quantization(resolved)
-    with _opened(checkpoint, output) as opened:
+    scratch = resolved.settings.model.scratch
+    with _opened(checkpoint, scratch) as opened:
         if to == "hf":
             quantize_checkpoint(resolved, opened, output, None, reporter)
         else:
-            with _scratch(output) as scratch:
-                made = scratch / "quantized"
+            with scratch_folder(scratch) as folder:
+                made = folder / "quantized"
                 quantize_checkpoint(resolved, opened, made, None, reporter)
                 to_pt(open_checkpoint(made), output)
     return _bytes_of(output)
@@ -104,19 +118,10 @@ def _convert(checkpoint: Checkpoint, to: Target, output: Path, shard_bytes: int)
 
 
 @contextmanager
-def _opened(checkpoint: Path, output: Path) -> Iterator[Checkpoint]:
-    """Open a checkpoint; a ``.pt`` is unpacked beside the output while the body runs: there is
-    room, where /tmp may be small."""
+def _opened(checkpoint: Path, scratch: str | None) -> Iterator[Checkpoint]:
+    """Open a checkpoint; a ``.pt`` is unpacked into a temporary folder while the body runs."""
     if checkpoint.is_dir():
         yield open_checkpoint(checkpoint)
         return
-    with _scratch(output) as scratch:
-        yield open_checkpoint(unpacked(checkpoint, scratch / "unpacked"))
-
-
-@contextmanager
-def _scratch(output: Path) -> Iterator[Path]:
-    """Make a folder beside the output, for while the body runs."""
-    home = next(folder for folder in output.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".hisvd-", dir=home) as scratch:
-        yield Path(scratch)
+    with scratch_folder(scratch) as folder:
+        yield open_checkpoint(unpacked(checkpoint, folder / "unpacked"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import combinations
@@ -24,6 +23,7 @@ from hisvd_cli.evaluate import Comparison, PerplexityResult, compare, result_of
 from hisvd_cli.grid import Evaluation, Failure, Grid
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.scratch import scratch_folder
 from hisvd_cli.skeleton import tell_notes
 from hisvd_cli.source import DEMO, Source, open_source
 from hisvd_cli.speed import Speed
@@ -152,8 +152,8 @@ def open_target(resolved: Resolved, target: str) -> Iterator[Source]:
     """Open a model, a checkpoint folder, or a ``.pt`` file (unpacked while the body runs)."""
     path = Path(target).expanduser()
     if path.is_file() and path.suffix == ".pt":
-        with tempfile.TemporaryDirectory(prefix="hisvd-") as scratch:
-            yield Source(target, unpacked(path, Path(scratch) / "unpacked"))
+        with scratch_folder(resolved.settings.model.scratch) as scratch:
+            yield Source(target, unpacked(path, scratch / "unpacked"))
     else:
         model = resolved.settings.model
         yield open_source(target, model.revision, model.trust_remote_code, compressible=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from hisvd_cli.measurement import Measurement, Reference, measure
 from hisvd_cli.passes import FinalStates, Head, Placement, open_head, open_pass
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.scratch import scratch_folder
 from hisvd_cli.source import Source
 
 _SHARE = 0.8  # of the free memory, that weights may take; logits and activations need the rest
@@ -160,12 +160,34 @@ class Bench:
     def _references(self) -> list[Reference]:
         """Return the baseline's head and final states, from a pass that is made once."""
         if self._head is None:
-            folder = self._beside.enter_context(_states_folder(self._store.folder))
+            folder = self._beside.enter_context(self._states_folder())
             self._states = [FinalStates(folder / each.key[:16]) for each in self._dense]
             self._keep_states()
             opened = open_head(self._dense[0].source, self._dense[0].how)
             self._head = self._beside.enter_context(opened)
         return [Reference(self._head, states) for states in self._states]
+
+    @contextmanager
+    def _states_folder(self) -> Iterator[Path]:
+        """Yield a folder for a baseline's states, removed when the body ends.
+
+        A run that is killed leaves it, and the next one goes on with what is there; a run beside
+        another one, or with a cache that it cannot write to, has a temporary folder.
+        """
+        home = self._store.folder
+        lock = FileLock(home / ".states.lock")
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            with scratch_folder(self._settings.model.scratch) as own:
+                yield own
+            return
+        try:
+            yield home / "states"
+            shutil.rmtree(home / "states", ignore_errors=True)
+        finally:
+            lock.release()
 
     def _keep_states(self) -> None:
         pairs = list(zip(self._dense, self._states, strict=True))
@@ -191,25 +213,3 @@ def _vocabulary(measurement: Measurement) -> int:
 def _weight_bytes(source: Source, dtype: torch.dtype) -> int:
     """Return the bytes of a model's weights in memory."""
     return sum(torch.Size(i.shape).numel() for i in source.weights.infos.values()) * dtype.itemsize
-
-
-@contextmanager
-def _states_folder(home: Path) -> Iterator[Path]:
-    """Yield a folder for a baseline's states, removed when the body ends.
-
-    A run that is killed leaves it, and the next one goes on with what is there; a run beside
-    another one has a folder of its own.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(home / ".states.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        with tempfile.TemporaryDirectory(prefix=".states-", dir=home) as own:
-            yield Path(own)
-        return
-    try:
-        yield home / "states"
-        shutil.rmtree(home / "states", ignore_errors=True)
-    finally:
-        lock.release()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
+import psutil
 import torch
 
 from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint
@@ -77,5 +77,9 @@ def _peak_resident() -> int:
     # What getrusage reports on Linux includes the process that started this one.
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which Windows lacks
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -19,6 +19,7 @@ from hisvd_cli.options import Run, keys_of, option, with_settings
         *(("calibration", key) for key in ("dataset", "samples", "seqlen", "seed", "batch")),
         ("model", "device"),
         ("model", "dtype"),
+        ("model", "scratch"),
     ]
 )
 def convert(
@@ -102,4 +103,5 @@ def _written(
     if checkpoint.is_dir():
         warn_of_links(checkpoint, run.console)
     shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
-    return convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes)
+    scratch = run.settings.model.scratch
+    return convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes, scratch)

@@ -30,6 +30,9 @@ class ModelSettings(Section):
         "Memory to keep to: 3GB (of the machine), or cpu=8GB,cuda=20GB. Hidden states then go to "
         "host memory or a file, and fewer windows through a block at a time, where they must.",
     )
+    scratch: str | None = setting(
+        None, "Folder for temporary files, with room for a model; by default one in the cache."
+    )
 
 
 class CalibrationSettings(Section):

@@ -1,0 +1,24 @@
+"""Where hisvd keeps what it makes when the user names no place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
+
+
+def cache_root() -> Path:
+    """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if named := os.environ.get("HISVD_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hisvd"
+
+
+def write_hint(path: Path) -> str:
+    """Say what to do where ``path`` cannot be written."""
+    root = cache_root().absolute()
+    if path.absolute() == root or root in path.absolute().parents:
+        return f"Free some space in {root}, or name another folder in HISVD_CACHE."
+    return _SPACE_HINT
