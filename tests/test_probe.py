@@ -113,7 +113,7 @@ def test_answers_are_kept_on_disk(
     model = load_dense(folder)
     name, store = sublayers(model)[3], tmp_path / "measured.json"
     first = probe_of(folder, store, model).divergence(name, 4)
-    monkeypatch.setattr("hisvd_cli.probe.load_model", None)
+    monkeypatch.setattr("hisvd_cli.probe.load_source", None)
     assert probe_of(folder, store, model).divergence(name, 4) == first
     with pytest.raises(TypeError):  # another key, another rank: both need the model
         probe_of(folder, store, model, key="other").divergence(name, 4)

@@ -69,7 +69,7 @@ def test_the_cache_spares_the_model(tiny_model: MakeModel, monkeypatch: pytest.M
     folder = tiny_model("llama")
     drawn = sample(folder, samples=ROWS + 3)
     assert len(batches()) == 2
-    monkeypatch.setattr("hisvd_cli.selftext.load_model", None)
+    monkeypatch.setattr("hisvd_cli.selftext.load_source", None)
     assert torch.equal(sample(folder, samples=ROWS + 3), drawn)
 
 
@@ -113,7 +113,7 @@ def test_a_model_that_overflows_is_an_error(
         model.get_output_embeddings().weight.data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr("hisvd_cli.selftext.load_model", broken)
+    monkeypatch.setattr("hisvd_cli.selftext.load_source", broken)
     with pytest.raises(NumericalError, match="cannot write text"):
         sample(tiny_model("llama"))
     assert batches() == []

@@ -108,7 +108,7 @@ def test_scores_are_those_of_transformers_and_kept(
         raise AssertionError("asked again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "load_model", refuse)
+        patch.setattr(builder, "load_source", refuse)
         assert as_json(*asked) == document
         shown = succeed(*asked, env={"COLUMNS": "80", "NO_COLOR": "1"}).stdout
         assert "Tasks (lm-eval)" in shown
