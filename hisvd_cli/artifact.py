@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,9 +39,10 @@ def building(folder: Path, key: str) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
             try:
+                standing = _standing(folder)
                 _prepare(partial, _beside(folder, "key"), key)
                 yield partial
-                _swap(partial, folder)
+                _swap(partial, folder, standing)
                 _beside(folder, "key").unlink()
             finally:
                 # Removed while it is held: whoever gets it next has made a new one.
@@ -71,10 +72,27 @@ def _prepare(partial: Path, record: Path, key: str) -> None:
         leftover.unlink()
 
 
-def _swap(partial: Path, folder: Path) -> None:
+def _standing(folder: Path) -> set[str]:
+    """Return the names of what stands in the folder that is to be replaced, put back first where a
+    run was killed while its new one took the name. Raises OSError."""
     old = _beside(folder, "old")
-    shutil.rmtree(old, ignore_errors=True)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def _swap(partial: Path, folder: Path, standing: Collection[str]) -> None:
+    """Give a folder its name. What was put into the one before it meanwhile, and is not in
+    ``standing``, moves over; what cannot stays beside it."""
+    old = _beside(folder, "old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if not old.is_dir():
+        return
+    for path in [path for path in old.iterdir() if path.name not in standing]:
+        if not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    if all(path.name in standing for path in old.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)

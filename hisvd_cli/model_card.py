@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from hisvd_cli.evaluate import PerplexityResult
 
-CARD = "README.md"
 _PROVENANCE = "hisvd.json"
+CARD = "README.md"
 _PLAN = "plan.json"
 _TASK = "text-generation"
 _CARRIED = ("license", "license_name", "license_link", "language")

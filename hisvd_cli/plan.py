@@ -19,7 +19,7 @@ from hisvd_cli.errors import SourceError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.lowrank import LAYERS, Storage
 from hisvd_cli.spectrum import Spectrum, tail_share
-from hisvd_cli.tensorfile import write_json
+from hisvd_cli.tensorfile import json_text, write_through
 
 FORMAT_VERSION = 1
 _LATER = {"bytes"}  # what plans of earlier versions do not name
@@ -175,7 +175,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write ``plan.json``. Raises OutputError."""
-        write_json(path, self.document())
+        write_through(path, json_text(self.document()))
 
 
 def load_plan(path: Path) -> Plan:

@@ -12,7 +12,7 @@ from hisvd_cli.errors import OutputError
 from hisvd_cli.escaping import markdown_code, markdown_text, spreadsheet_cell
 from hisvd_cli.evaluate import PerplexityResult
 from hisvd_cli.grid import Grid
-from hisvd_cli.tensorfile import write_text
+from hisvd_cli.tensorfile import write_through
 from hisvd_cli.zero_shot import Score
 
 FIGURES = {
@@ -22,18 +22,34 @@ FIGURES = {
     "agreement": ("agreement", "{:.3f}"),
 }
 """Figure → its title and its form in a table."""
+STARTS = {
+    "--markdown": "| model | dataset |",
+    "--csv": "model,dataset,",
+    "--report": '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+}
+"""Flag of a report → how such a report begins."""
 _TASK_FACTS = ("metric", "filter", "value", "stderr", "num_fewshot", "questions")
 _FACTS = ("split", "tokens", "bytes", "windows", "seqlen", "dataset_hash")
 
 
-def check_report_path(path: Path | None, flag: str) -> None:
-    """Find out before any work whether a file can be written.
+def check_report_path(path: Path | None, flag: str, start: str) -> None:
+    """Find out before any work whether a report can be written.
+
+    Args:
+        path: the file; what is no regular file is written to as it is.
+        flag: what named it.
+        start: how reports of this kind begin: no other file is replaced.
 
     Raises:
-        OutputError: a folder stands there, or nothing can be written there.
+        OutputError: a folder or another file stands there, or nothing can be written there.
     """
     if path is None:
         return
+    if path.is_file() and path.stat().st_size and not _begins(path, start):
+        raise OutputError(
+            f"{flag} {path} holds something that is not such a report.",
+            "Name another file, or remove it yourself.",
+        )
     if path.is_dir():
         raise OutputError(f"{flag} {path} is a folder.", "Name a file.")
     home = next(folder for folder in path.absolute().parents if folder.exists())
@@ -41,12 +57,17 @@ def check_report_path(path: Path | None, flag: str) -> None:
         raise OutputError(f"Cannot write {flag} {path}: {home} takes no files.", "Name another.")
 
 
+def _begins(path: Path, start: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start.encode())) == start.encode()
+
+
 def write_reports(grid: Grid, markdown: Path | None, table: Path | None) -> None:
     """Write the reports that are asked for. Raises OutputError."""
     if markdown is not None:
-        write_text(markdown, markdown_table(grid))
+        write_through(markdown, markdown_table(grid))
     if table is not None:
-        write_text(table, csv_table(grid))
+        write_through(table, csv_table(grid))
 
 
 def csv_table(grid: Grid) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from hisvd_cli.block_inputs import INPUTS
 from hisvd_cli.build.memory import check_whole_model, place_states
+from hisvd_cli.build.output_names import output_name
 from hisvd_cli.build.samples import (
     SELF,
     calibrated_dtype,
@@ -68,7 +69,7 @@ def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> 
             the settings name.
     """
     if named := resolved.settings.calibration.path:
-        folder = Path(named).expanduser()
+        folder = output_name(Path(named), "--calibration")
         if not (folder / MANIFEST).is_file():
             return None
         found = open_calibration(folder, source)
@@ -170,7 +171,11 @@ def _calibrate(
 ) -> Calibration:
     request = request_calibration(resolved, source)
     named = resolved.settings.calibration.path
-    folder = Path(named).expanduser() if named else calibration_home(source) / request.key[:16]
+    folder = (
+        output_name(Path(named), "--calibration")
+        if named
+        else calibration_home(source) / request.key[:16]
+    )
     dtype: torch.dtype = getattr(torch, request.dtype)
 
     def look() -> Calibration | tuple[Sample, Workload]:

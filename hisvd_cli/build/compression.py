@@ -14,7 +14,8 @@ from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_update, check_whole_model
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
-from hisvd_cli.build.outputs import check_output, peak_memory, refuse_flags
+from hisvd_cli.build.output_names import inputs_of
+from hisvd_cli.build.outputs import check_output, check_plan_output, peak_memory, refuse_flags
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
 from hisvd_cli.build.recovery import Unmended, check_recovery, mend, unmended, wants_recovery
@@ -26,11 +27,11 @@ from hisvd_cli.compress import Compressed
 from hisvd_cli.convert import to_pt
 from hisvd_cli.data import Text
 from hisvd_cli.distributed import world
-from hisvd_cli.errors import OutputError, UsageError
+from hisvd_cli.errors import UsageError
 from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
 from hisvd_cli.model_card import perplexity_results, update_card
 from hisvd_cli.paths import slug
-from hisvd_cli.plan import Plan
+from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.scratch import clear_beside
@@ -91,13 +92,21 @@ class Outcome:
         }
 
 
-def output_path(resolved: Resolved, output: Path | None) -> Path:
+def output_path(resolved: Resolved, output: Path | None, plan_file: Path | None) -> Path:
     """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder, of a
-    bytes ratio ``MODEL-bytes-RATIO``."""
+    bytes ratio ``MODEL-bytes-RATIO``; the ratio is that of the plan where one is given.
+
+    Raises:
+        SourceError: there is no plan in ``plan_file``.
+    """
     if output is not None:
         return output
-    by_bytes = bytes_ratio(resolved)
-    ratio = f"{resolved.settings.plan.ratio[0]:g}" if by_bytes is None else f"bytes-{by_bytes:g}"
+    by_bytes = bytes_ratio(resolved) if plan_file is None else None
+    kept = resolved.settings.plan.ratio[0]
+    if plan_file is not None:
+        plan = load_plan(plan_file)
+        by_bytes, kept = plan.bytes.ratio if plan.bytes else None, plan.ratio
+    ratio = f"{kept:g}" if by_bytes is None else f"bytes-{by_bytes:g}"
     return Path(f"{slug(resolved.settings.model.name)}-{ratio}")
 
 
@@ -144,11 +153,11 @@ def check_request(
     if wants_recovery(resolved):
         check_whole_model(resolved, source, "--recover")
         check_recovery(resolved, source)
-    path = output_path(resolved, output)
-    check_output(path, overwrite)
+    path = output_path(resolved, output, plan_file)
+    check_output(path, overwrite, inputs_of(resolved, source.folder, plan_file))
     sidecar = _plan_beside(path)
-    if path.suffix == ".pt" and sidecar.exists() and not overwrite and sidecar != plan_file:
-        raise OutputError(f"{sidecar} exists.", "Pass --overwrite, or name another --output.")
+    if path.suffix == ".pt" and sidecar != plan_file:
+        check_plan_output(sidecar, overwrite)
 
 
 def _plan_beside(path: Path) -> Path:
@@ -172,7 +181,7 @@ def compress_model(
     tell_notes(source, reporter)
     check_request(resolved, source, output, plan_file, overwrite)
     plan = open_plan(plan_file, source) if plan_file else None
-    path = output_path(resolved, output)
+    path = output_path(resolved, output, plan_file)
     text = _evaluation_text(resolved, source) if world().first else None
     needs = decomposer_needs(resolved.settings.compress)
     if plan is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,8 +114,12 @@ def grid_cells(resolved: Resolved, output: Path | None) -> list[Cell]:
         raise OutputError(f"{output} is a file.", "Name a folder for all checkpoints.")
     model = slug(resolved.settings.model.name)
     cells = []
+    short = Counter(f"{ratio:g}" for ratio in dict.fromkeys(resolved.settings.plan.ratio))
     for one in resolved.cells():
-        words = [model, *one.settings.plan.preset, f"{one.settings.plan.ratio[0]:g}"]
+        kept = one.settings.plan.ratio[0]
+        # Two that are the same to six digits get all of them.
+        ratio = f"{kept:g}" if short[f"{kept:g}"] < 2 else repr(kept)
+        words = [model, *one.settings.plan.preset, ratio]
         cells.append(Cell(one, (output or Path()) / "-".join(words)))
     return cells
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from hisvd_cli.build.output_names import inputs_of
 from hisvd_cli.build.outputs import check_output
 from hisvd_cli.build.quantization import check_quantization, quantize_checkpoint
 from hisvd_cli.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.convert import from_pt, repack, to_dense, to_pt, unpacked
-from hisvd_cli.errors import OutputError, SourceError, UsageError
+from hisvd_cli.errors import SourceError, UsageError
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.scratch import scratch_folder
@@ -75,7 +76,7 @@ def quantize_to(
             "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
             "Leave out --to dense, or --quantize.",
         )
-    _check_paths(checkpoint, to, output, overwrite)
+    _check_paths(checkpoint, to, output, overwrite, inputs_of(resolved))
     check_quantization(resolved)
     scratch = resolved.settings.model.scratch
     with _opened(checkpoint, scratch) as opened:
@@ -89,7 +90,9 @@ def quantize_to(
     return _bytes_of(output)
 
 
-def _check_paths(checkpoint: Path, to: Target, output: Path, overwrite: bool) -> None:
+def _check_paths(
+    checkpoint: Path, to: Target, output: Path, overwrite: bool, inputs: Iterable[Path] = ()
+) -> None:
     if not checkpoint.exists():
         raise SourceError(f"There is no checkpoint '{checkpoint}'.", "Check the path.")
     if (output.suffix == ".pt") != (to == "pt"):
@@ -97,9 +100,7 @@ def _check_paths(checkpoint: Path, to: Target, output: Path, overwrite: bool) ->
             f"--to {to} cannot write '{output}'.",
             "A single file ends in .pt; every other form is a folder.",
         )
-    if output.resolve() == checkpoint.resolve():
-        raise OutputError(f"{output} is the input itself.", "Name another --output.")
-    check_output(output, overwrite)
+    check_output(output, overwrite, [checkpoint, *inputs])
 
 
 def _bytes_of(output: Path) -> int:

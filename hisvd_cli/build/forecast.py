@@ -146,7 +146,7 @@ def forecast_compression(
     peak = factoring.joined(updated)
     peak = peak.joined(between.peak) if between else peak
     return {
-        "output": str(output_path(resolved, output)),
+        "output": str(output_path(resolved, output, plan_file)),
         "ratio": plan.ratio if plan else resolved.settings.plan.ratio[0],
         "bytes": _checkpoint_bytes(resolved, source, anatomy, plan),
         "dense_bytes": source.weights.total_bytes,

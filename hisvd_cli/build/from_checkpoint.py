@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.audit import part
+from hisvd_cli.build.output_names import inputs_of
 from hisvd_cli.build.outputs import check_output, peak_memory, refuse_flags
 from hisvd_cli.build.recovery import course_of, prepare_recovery, run_recovery
 from hisvd_cli.checkpoint import open_checkpoint
@@ -65,16 +66,12 @@ def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overw
     refuse_flags(resolved, "compress", given, "compress the model anew", but=("max_shard_size",))
     refuse_flags(resolved, "quantize", given, "round what comes out with: hisvd convert")
     path = output or folder.with_name(f"{folder.name}-{resolved.settings.recover.method}")
-    if path.resolve() == folder.resolve():
-        raise UsageError(
-            f"--output {path} is the checkpoint itself.", "Name another folder with --output."
-        )
     if path.suffix == ".pt":
         raise UsageError(
             f"--from writes a folder, not the file {path}.",
             "Name a folder, and make one file of it with: hisvd convert.",
         )
-    check_output(path, overwrite)
+    check_output(path, overwrite, inputs_of(resolved, folder))
     return path
 
 

@@ -5,45 +5,104 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
 import torch
 
-from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint
-from hisvd_cli.errors import OutputError, UsageError
+from hisvd_cli.build.output_names import check_form, refuse_inputs
+from hisvd_cli.checkpoint import PLAN_FILE
+from hisvd_cli.convert import load_pt
+from hisvd_cli.errors import OutputError, SourceError, UsageError
+from hisvd_cli.own_files import foreign_files, is_own_folder
+from hisvd_cli.plan import load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.settings import SECTIONS, flag_of
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output that is in the way, before any work.
 
     ``--overwrite`` only ever replaces what hisvd wrote.
 
+    Args:
+        path: a folder, or a file that ends in ``.pt``.
+        overwrite: whether a checkpoint that stands there may be replaced.
+        inputs: what the run reads.
+
     Raises:
-        OutputError: something stands there, or nothing can be written there.
+        UsageError: the name of another kind of file.
+        OutputError: something stands there, it is an input, or nothing can be written there.
     """
+    check_form(path)
+    refuse_inputs(path, inputs)
     home = next(folder for folder in path.absolute().parents if folder.exists())
     if not (home.is_dir() and os.access(home, os.W_OK)):
         raise OutputError(f"Cannot write into {home}.", "Name another --output.")
     if path.suffix == ".pt":
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+        _check_file(path, overwrite)
+    else:
+        _check_folder(path, overwrite)
+
+
+def _check_file(path: Path, overwrite: bool) -> None:
+    if not path.exists():
         return
-    if path.is_file():
-        raise OutputError(f"{path} is a file.", "Name a folder, or a file that ends in .pt.")
+    if not path.is_file():
+        raise OutputError(f"{path} is not a regular file.", "Name another --output.")
+    if not overwrite:
+        raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+    try:
+        load_pt(path)
+    except SourceError as error:
+        raise OutputError(
+            f"{path} holds something that hisvd did not write.",
+            "Name another --output, or remove the file yourself.",
+        ) from error
+
+
+def _check_folder(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        kind = "a file" if path.is_file() else "not a folder"
+        raise OutputError(f"{path} is {kind}.", "Name a folder, or a file that ends in .pt.")
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
         raise OutputError(
             f"The folder {path} is not empty.", "Pass --overwrite, or name another --output."
         )
-    if not is_checkpoint(path) and not (path / PROVENANCE).is_file():
+    if not is_own_folder(path):
         raise OutputError(
             f"The folder {path} holds something that hisvd did not write.",
             "Name another --output, or remove the folder yourself.",
+        )
+    if other := next(foreign_files(path), None):
+        raise OutputError(
+            f"The folder {path} also holds {other.name}, which hisvd did not write.",
+            "Move it elsewhere, or name another --output.",
+        )
+
+
+def check_plan_output(path: Path, overwrite: bool) -> None:
+    """Refuse a place for a plan where anything but a plan stands, or one of a checkpoint.
+
+    Raises:
+        OutputError: it may not be replaced.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+    try:
+        load_plan(path)
+    except SourceError as error:
+        raise OutputError(
+            f"{path} exists, and is no plan.", "Name another --output, or remove it yourself."
+        ) from error
+    if path.name == PLAN_FILE and is_own_folder(path.parent):
+        raise OutputError(
+            f"{path} is the plan of the checkpoint {path.parent}.", "Name another --output."
         )
 
 

@@ -16,6 +16,7 @@ from hisvd_cli.build.byte_budgets import scope as byte_scope
 from hisvd_cli.build.calibration import find_calibration, named_source, require_calibration
 from hisvd_cli.build.memory import check_factoring, check_whole_model
 from hisvd_cli.build.methods import measures, method_that_needs, plan_needs
+from hisvd_cli.build.outputs import check_plan_output
 from hisvd_cli.build.probes import open_probe
 from hisvd_cli.build.spectra import find_roundings, find_spectra
 from hisvd_cli.calibration import Calibration
@@ -23,8 +24,6 @@ from hisvd_cli.compress import check_plan
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import (
     BudgetError,
-    OutputError,
-    SourceError,
     UsageError,
 )
 from hisvd_cli.plan import ModelSize, Plan, assemble, by_bytes, load_plan
@@ -103,15 +102,11 @@ def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[st
                 f"--output takes one plan, but {len(given)} {flag}s were given.",
                 f"Give one --{flag}, or use --json.",
             )
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a device or a pipe: it is written to, not replaced
     if path.suffix != ".json":
         raise UsageError(f"--output {path} does not end in .json.", "Name it plan.json, say.")
-    if path.exists():
-        try:
-            load_plan(path)
-        except SourceError as error:
-            raise OutputError(
-                f"{path} exists, and is no plan.", "Name another --output, or remove it yourself."
-            ) from error
+    check_plan_output(path, overwrite=True)
 
 
 def open_plan(path: Path, source: Source) -> Plan:

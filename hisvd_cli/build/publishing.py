@@ -9,21 +9,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, is_checkpoint
+from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint
 from hisvd_cli.companions import companions, is_own_file
 from hisvd_cli.errors import OutputError, SourceError, UsageError
-from hisvd_cli.model_card import CARD
+from hisvd_cli.own_files import written_files
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.tensorfile import TEMPORARY, reason
-from hisvd_cli.transformers_plugin import remote_code_files
-from hisvd_cli.weights import INDEX, open_weights
+from hisvd_cli.weights import open_weights
 
 if TYPE_CHECKING:
     from hisvd_cli.build.conversion import Target
 
 # What a run that was killed, or an editor, may have left there.
 _LEFTOVERS = [TEMPORARY, "*.part", "*.lock", ".*.partial*", "__pycache__"]
-_WRITTEN = ("config.json", INDEX, PROVENANCE, PLAN_FILE, CARD)
 _SHOWN = 5
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that may write."
 
@@ -154,7 +152,7 @@ def published_files(folder: Path) -> list[str]:
             raise SourceError(
                 f"{path} links to a file outside its folder.", "Put the file itself there."
             )
-    own = (*_WRITTEN, *remote_code_files())
+    own = written_files()
     beside = [name for name in own if is_own_file(folder / name)]
     travelling = [path.name for path in companions(folder)]
     return sorted({*(path.name for path in weights), *beside, *travelling})

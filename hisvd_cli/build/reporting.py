@@ -15,7 +15,7 @@ from hisvd_cli.profile import Resolved
 from hisvd_cli.report.content import ModelFacts, Report, Spectra
 from hisvd_cli.report.page import render
 from hisvd_cli.stage_times import times_of
-from hisvd_cli.tensorfile import read_tensors, write_text
+from hisvd_cli.tensorfile import read_tensors, write_through
 from hisvd_cli.versions import versions
 
 
@@ -29,7 +29,7 @@ def write_report(resolved: Resolved, grid: Grid, path: Path) -> None:
         settings=resolved.settings.model_dump(mode="json", include={"eval", "model"}),
         versions=versions(),
     )
-    write_text(path, render(report))
+    write_through(path, render(report))
 
 
 def _facts(resolved: Resolved, model: str) -> ModelFacts:

@@ -58,6 +58,9 @@ def compress(
 
     hisvd compress --from demo-0.6 --recover distill --recover-minutes 20
     """
+    from hisvd_cli.build.output_names import output_name
+
+    output = output and output_name(output)
     if checkpoint is not None:
         if plan is not None:
             raise UsageError("--from names a checkpoint that has its plan.", "Leave out --plan.")

@@ -64,9 +64,11 @@ def convert(
 
     hisvd convert demo-0.6 --push-to-hub me/demo-0.6
     """
+    from hisvd_cli.build.output_names import output_name
     from hisvd_cli.build.publishing import Hub, check_request, publish
     from hisvd_cli.views import size_text
 
+    output = output and output_name(output)
     hub = Hub(push_to_hub, private, revision) if push_to_hub else None
     if hub is None and (private or revision):
         raise UsageError("--private and --revision say how to upload.", "Add --push-to-hub REPO.")

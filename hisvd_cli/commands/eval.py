@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hisvd_cli.errors import HisvdError
+from hisvd_cli.errors import HisvdError, UsageError
 from hisvd_cli.options import Run, keys_of, option, with_settings
 
 _MODEL = [key for key in keys_of("model") if key[1] != "name"]
@@ -53,11 +53,9 @@ def evaluate(
     from hisvd_cli.build.reporting import write_report
     from hisvd_cli.evaluation_views import grid_view
     from hisvd_cli.report.page import check_libraries
-    from hisvd_cli.report_tables import check_report_path, write_reports
+    from hisvd_cli.report_tables import write_reports
 
-    check_report_path(markdown, "--markdown")
-    check_report_path(csv, "--csv")
-    check_report_path(report, "--report")
+    markdown, csv, report = _reports({"--markdown": markdown, "--csv": csv, "--report": report})
     if report is not None:
         check_libraries()
     named = targets or [run.settings.model.name]
@@ -72,3 +70,22 @@ def evaluate(
     if grid.failures:
         told = [f"{each.model}: {each.message}" for each in grid.failures]
         raise HisvdError("\n".join(told), grid.failures[0].hint)
+
+
+def _reports(named: dict[str, Path | None]) -> list[Path | None]:
+    """Return the files of reports, by flag, once it is sure that they can be written.
+
+    Raises:
+        UsageError: two reports have the same file.
+        OutputError: see :func:`hisvd_cli.report_tables.check_report_path`.
+    """
+    from hisvd_cli.build.output_names import output_name
+    from hisvd_cli.report_tables import STARTS, check_report_path
+
+    paths = {flag: path and output_name(path, flag) for flag, path in named.items()}
+    for flag, path in paths.items():
+        check_report_path(path, flag, STARTS[flag])
+    files = [path.resolve() for path in paths.values() if path and not path.is_char_device()]
+    if len(set(files)) < len(files):
+        raise UsageError("Two reports have the same name.", "Give each a file of its own.")
+    return list(paths.values())

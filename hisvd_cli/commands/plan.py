@@ -62,6 +62,7 @@ def plan(
         return
     from hisvd_cli.build.byte_budgets import bytes_ratio
     from hisvd_cli.build.forecast import forecast_plan
+    from hisvd_cli.build.output_names import output_name
     from hisvd_cli.build.plans import check_plan_file, check_sublayers, plan_model
     from hisvd_cli.plan_views import comparison_view, plan_forecast_view, plan_view
 
@@ -72,6 +73,7 @@ def plan(
         return
     chosen = run.settings.plan
     if output is not None:
+        output = output_name(output)
         ratios = chosen.ratio if bytes_ratio(run.resolved) is None else chosen.ratio[:1]
         check_plan_file(output, ratios, chosen.allocator)
     if spectrum_of:

@@ -1,0 +1,52 @@
+"""Which files hisvd wrote: what may be replaced, and what belongs to somebody else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE
+from hisvd_cli.companions import is_companion
+from hisvd_cli.json_files import read_json
+from hisvd_cli.model_card import CARD
+from hisvd_cli.weights import INDEX
+
+KINDS = ("checkpoint", "dense")
+"""What ``hisvd.json`` says of a folder that hisvd wrote."""
+_WRITTEN = ("config.json", INDEX, PROVENANCE, PLAN_FILE, CARD)
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Tell whether hisvd wrote a checkpoint or a dense model into a folder: its record says so."""
+    record = _record(folder / PROVENANCE)
+    return record.get("kind") in KINDS and all(
+        isinstance(record.get(key), dict) for key in ("model", "versions")
+    )
+
+
+def written_files() -> list[str]:
+    """Return the names of what hisvd writes beside weights."""
+    from hisvd_cli.transformers_plugin import remote_code_files
+
+    return [*_WRITTEN, *remote_code_files()]
+
+
+def foreign_files(folder: Path) -> Iterator[Path]:
+    """Yield what hisvd did not write among the entries of a checkpoint's folder."""
+    written = written_files()
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        known = name in written or _WEIGHTS.fullmatch(name) or is_companion(name)
+        if not known or path.is_symlink() or not path.is_file():
+            yield path
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        document = {} if path.is_symlink() else read_json(path, strict=False)
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
