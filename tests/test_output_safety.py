@@ -35,8 +35,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own(made: Path, here: Path) -> Path:
     """A copy of ``made`` in the current folder."""
-    succeeded = script("--version", cwd=here)
-    assert succeeded.returncode == 0
     for name in ("ck", "dense"):
         (here / name).mkdir()
         for path in (made / name).iterdir():
@@ -56,13 +54,11 @@ def untouched(folder: Path, *words: object, code: int = 1) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("output", ["dense", "dense/", "dense/out", ".", "link", "link/x"])
-@pytest.mark.parametrize("command", ["compress", "plan-file"])
-def test_an_output_at_the_model_is_refused(output: str, command: str, own: Path) -> None:
+def test_an_output_at_the_model_is_refused(output: str, own: Path) -> None:
     (own / "link").symlink_to("dense")
-    more = ("--plan", "plan.json") if command == "plan-file" else ("--ratio", 0.6)
-    words = ("compress", "--model", "dense", "--dataset", "demo", "--samples", 4, "--seqlen", 32)
-    message, _ = untouched(own, *words, *more, "--output", output, "--overwrite")
-    assert "the input" in message or "hisvd did not write" in message or "lies in" in message
+    words = ("--model", "dense", "--dataset", "demo", "--samples", 4, "--seqlen", 32)
+    message, _ = untouched(own, "compress", *words, "--output", output, "--overwrite")
+    assert "the input dense" in message
 
 
 def test_an_output_above_the_model_is_refused(own: Path) -> None:
@@ -270,7 +266,7 @@ def test_the_home_folder_is_expanded(
     assert not (own / "~").exists()
 
 
-def test_a_model_that_is_not_ours_is_an_input_too(tiny_model: MakeModel, here: Path) -> None:
+def test_a_model_that_is_not_ours_is_an_input_too(tiny_model: MakeModel) -> None:
     model = tiny_model("llama")
     words = ("--model", model, "--dataset", "demo", "--samples", 4, "--seqlen", 32)
     message, _ = untouched(model, "compress", *words, "--output", model, "--overwrite")
