@@ -56,8 +56,9 @@ class Source:
     @property
     def carries_code(self) -> bool:
         """Whether what is made from the model needs the code that it ships. Raises SourceError."""
-        auto_map = read_config(self.folder).get("auto_map") or {}
-        return self.runs_code and "AutoModelForCausalLM" in auto_map
+        if not self.runs_code:
+            return False
+        return "AutoModelForCausalLM" in (read_config(self.folder).get("auto_map") or {})
 
     @cached_property
     def config(self) -> PretrainedConfig:
