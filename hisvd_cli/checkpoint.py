@@ -15,7 +15,7 @@ from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.library_errors import library_errors
 from hisvd_cli.lowrank import Storage
-from hisvd_cli.source import names_own_loader, read_config
+from hisvd_cli.source import code_modules, names_own_loader, read_config
 from hisvd_cli.tensorfile import join_files, reason, write_json, write_tensors
 from hisvd_cli.weights import INDEX, SINGLE, Weights, open_weights
 
@@ -66,6 +66,16 @@ class Checkpoint:
             raise SourceError(
                 f"{self.folder} is quantized already.",
                 "Quantize the checkpoint that it was made from.",
+            )
+
+    def refuse_own_code(self) -> None:
+        """Raise SourceError where a folder needs code of its base model, which only compress copies
+        into a checkpoint, and only where somebody asks for it."""
+        if code_modules(self.config) and not names_own_loader(self.config):
+            raise SourceError(
+                f"{self.folder} is loaded by Python code of its base model, which hisvd neither "
+                "converts nor uploads.",
+                "Use the folder as it is, or compress the model again.",
             )
 
     @cached_property

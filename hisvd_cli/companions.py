@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from hisvd_cli.reporter import Reporter
@@ -67,6 +68,17 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy the small files that travel with the weights."""
     for path in companions(source):
         shutil.copyfile(path, target / path.name)
+
+
+def copy_code(source: Path, target: Path, modules: Iterable[str]) -> None:
+    """Copy the Python files of ``modules``, and those beside them that they import."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    for path in (source / f"{module}.py" for module in sorted(modules)):
+        if is_own_file(path):
+            for file in {path, *map(Path, get_relative_import_files(path))}:
+                if is_own_file(file) and file.parent == source:
+                    shutil.copyfile(file, target / file.name)
 
 
 def warn_of_links(folder: Path, reporter: Reporter) -> None:

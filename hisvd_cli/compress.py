@@ -27,7 +27,7 @@ from hisvd_cli.checkpoint import (
     untied,
     write_loader,
 )
-from hisvd_cli.companions import copy_companions, warn_of_links
+from hisvd_cli.companions import copy_code, copy_companions, warn_of_links
 from hisvd_cli.decompose import DECOMPOSERS
 from hisvd_cli.distributed import World, building_together, share_by_cost, world
 from hisvd_cli.errors import StaleArtifactError
@@ -40,7 +40,7 @@ from hisvd_cli.plan import Plan
 from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import build_meta_model, decoder_blocks, own_head, tensor_names
-from hisvd_cli.source import Source
+from hisvd_cli.source import Source, code_modules
 from hisvd_cli.statistics import Need, missing
 from hisvd_cli.tensorfile import write_json, write_tensors
 from hisvd_cli.updating import Update, Updating
@@ -240,11 +240,16 @@ def _complete(
     """Write all that is no weight."""
     plain = untied(source.plain_config) if layout.own_head else source.plain_config
     config = compressed_config(plain, layout.architecture, plan.ranks, plan.storage)
+    if source.carries_code:  # asked for, and needed to load the result
+        config["auto_map"] = plain["auto_map"]
     write_json(home / "config.json", config)
     write_json(home / PROVENANCE, record)
     plan.save(home / PLAN_FILE)
     copy_companions(source.folder, home)
-    write_loader(home)
+    if source.carries_code:
+        copy_code(source.folder, home, code_modules(plain))
+    else:
+        write_loader(home)
     write_card(home, source, plan, record)
 
 

@@ -51,6 +51,7 @@ def to_pt(checkpoint: Checkpoint, path: Path) -> None:
 
     Tensors are mapped from the shards, not copied into memory first. Raises OutputError.
     """
+    checkpoint.refuse_own_code()
     document = {
         "format": PT_FORMAT,
         "format_version": PT_VERSION,
@@ -143,6 +144,7 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
         SourceError: a factor is missing, or is no such thing.
         OutputError: the folder cannot be written.
     """
+    checkpoint.refuse_own_code()
     infos, read = checkpoint.weights.infos, checkpoint.weights.read
     factors = _factor_names(checkpoint)
     inner = {name for names in factors.values() for name in names.values()} - set(factors)
@@ -197,6 +199,7 @@ def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
 
 def repack(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     """Write a checkpoint folder again, with shards of another size. Raises OutputError."""
+    checkpoint.refuse_own_code()
     weights = checkpoint.weights
     with building(folder, digest("repack", json.dumps(checkpoint.config))) as partial:
         sizes = {name: info.nbytes for name, info in weights.infos.items()}

@@ -62,7 +62,8 @@ def audit(
     if (path / MANIFEST).is_file():
         return _audit_calibration(target, open_calibration(path), check_values)
     if path.is_dir() and is_checkpoint(path):
-        return _audit_checkpoint(target, open_checkpoint(path), check_values, reporter)
+        source = Source(target, path, trust_remote_code=trust_remote_code)
+        return _audit_checkpoint(source, open_checkpoint(path), check_values, reporter)
     source = open_source(target, revision, trust_remote_code, compressible=False)
     return _audit_model(source, check_values, reporter)
 
@@ -139,13 +140,13 @@ def _skeleton(
 
 
 def _audit_checkpoint(
-    target: str, checkpoint: Checkpoint, check_values: bool, reporter: Reporter
+    source: Source, checkpoint: Checkpoint, check_values: bool, reporter: Reporter
 ) -> Audit:
     ranks, storage = checkpoint.ranks, checkpoint.storage
     layout = Layout(ranks, storage, checkpoint.bits, checkpoint.group_size)
     weights = checkpoint.weights
     found = {name: info.shape for name, info in weights.infos.items()}
-    model, sublayers, dense = _skeleton(Source(target, checkpoint.folder))
+    model, sublayers, dense = _skeleton(source)
     dense = {name: shape for name, shape in dense.items() if not _is_copy(model, name, found)}
     expected = {**dense, **sublayer_shapes(sublayers, layout)}
     matrices = {**dense, **sublayer_shapes(sublayers, layout, packed=False)}
@@ -164,7 +165,7 @@ def _audit_checkpoint(
         problems += _value_problems(weights, reporter)
     return Audit(
         "checkpoint",
-        target,
+        source.name,
         parameters=parameters_on_disk(matrices, found),
         dense_parameters=sum(map(prod, dense.values())),
         bytes=sum(file.stat().st_size for file in weights.files),

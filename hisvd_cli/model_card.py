@@ -78,6 +78,15 @@ Without hisvd, with the code in this folder:
 ```python
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```"""
+_CODE_LOADING = """\
+With hisvd installed (`pip install hisvd`), and the code of the base model in this folder:
+
+```python
+import hisvd_cli
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+```"""
 _MULTIPLIED = """\
 The linear layers of the decoder blocks of {model} truncated to low rank with
 hisvd, {training}, and multiplied out again: a plain model
@@ -141,7 +150,7 @@ def write_card(folder: Path, source: Source, plan: Plan, record: Mapping[str, An
     metadata: dict[str, Any] = dict(_licence(source.folder))
     if "/" in source.name and source.revision:
         metadata["base_model"] = source.name
-    _write(folder, metadata, plan, record, multiplied=False)
+    _write(folder, metadata, plan, record, multiplied=False, carries_code=source.carries_code)
 
 
 def rewrite_card(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
@@ -184,6 +193,7 @@ def _write(
     record: Mapping[str, Any],
     *,
     multiplied: bool,
+    carries_code: bool = False,
 ) -> None:
     from huggingface_hub import ModelCardData
 
@@ -219,7 +229,7 @@ def _write(
         stages=f"\n| stages | {markdown_text(stages)} |" if (stages := stages_text(record)) else "",
         calibration=markdown_text(_calibration(record["calibration"])),
         results=f"{_BEGIN}\n{_UNMEASURED}\n{_END}",
-        loading=_PLAIN_LOADING if multiplied else _LOADING,
+        loading=_PLAIN_LOADING if multiplied else _CODE_LOADING if carries_code else _LOADING,
         and_plan="" if multiplied else ", the rank of every sublayer in `plan.json`",
     )
     write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n{body}")

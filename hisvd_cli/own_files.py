@@ -11,6 +11,7 @@ from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE
 from hisvd_cli.companions import is_companion
 from hisvd_cli.json_files import read_json
 from hisvd_cli.model_card import CARD
+from hisvd_cli.source import code_modules, names_own_loader
 from hisvd_cli.weights import INDEX
 
 KINDS = ("checkpoint", "dense")
@@ -36,7 +37,7 @@ def written_files() -> list[str]:
 
 def foreign_files(folder: Path) -> Iterator[Path]:
     """Yield what hisvd did not write among the entries of a checkpoint's folder."""
-    written = written_files()
+    written = {*written_files(), *_carried_code(folder)}
     for path in sorted(folder.iterdir()):
         name = path.name
         known = name in written or _WEIGHTS.fullmatch(name) or is_companion(name)
@@ -50,3 +51,10 @@ def _record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _carried_code(folder: Path) -> list[str]:
+    """Return the names of the Python files that a checkpoint took over from its base model."""
+    config = _record(folder / "config.json")
+    carries = code_modules(config) and not names_own_loader(config)
+    return [path.name for path in folder.glob("*.py")] if carries else []

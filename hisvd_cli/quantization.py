@@ -123,6 +123,7 @@ def quantize(
         NumericalError: numbers that are not finite.
         OutputError: the folder cannot be written.
     """
+    checkpoint.refuse_own_code()
     checkpoint.refuse_quantized()
     warn_of_links(checkpoint.folder, reporter)
     recipe = replace(recipe, bits={name: n for name, n in recipe.bits.items() if n != 16})

@@ -87,6 +87,7 @@ def recover(
         NumericalError: a trained factor overflows in the dtype on disk.
         OutputError, SourceError: see each.
     """
+    checkpoint.refuse_own_code()
     started = time.monotonic()
     key = digest(json.dumps([record, checkpoint.provenance], sort_keys=True))
     progress = Progress()

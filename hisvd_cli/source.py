@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,13 @@ class Source:
         """Whether config and model are made by code that the model ships: it was asked for, and is
         not a copy of hisvd's own loader, of which the installed one serves. Raises SourceError."""
         return self.trust_remote_code and not names_own_loader(read_config(self.folder))
+
+    @property
+    def carries_code(self) -> bool:
+        """Whether what is made from the model needs the code that it ships. Raises SourceError."""
+        if not self.runs_code:
+            return False
+        return "AutoModelForCausalLM" in (read_config(self.folder).get("auto_map") or {})
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -212,18 +219,47 @@ def check_sizes(config: PretrainedConfig, name: str) -> None:
             )
 
 
-def names_own_loader(config: Mapping[str, Any]) -> bool:
-    """Tell whether the code that a config names is hisvd's loader."""
+def code_modules(config: Mapping[str, Any]) -> set[str]:
+    """Return the modules of the code that a config names, without their repositories."""
     auto_map = config.get("auto_map")
     named = auto_map.values() if isinstance(auto_map, dict) else auto_map or ()
     classes = [one for each in named for one in (each if isinstance(each, list) else [each])]
     # REPOSITORY--MODULE.CLASS
-    return any(str(each).split("--")[-1].split(".")[0] == _LOADER for each in classes)
+    return {str(each).split("--")[-1].split(".")[0] for each in classes if each}
+
+
+def names_own_loader(config: Mapping[str, Any]) -> bool:
+    """Tell whether the code that a config names is hisvd's loader."""
+    return _LOADER in code_modules(config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed config.json of a folder. Raises SourceError."""
-    return _read_object(folder / "config.json")
+    """Return the parsed config.json of a folder.
+
+    Raises:
+        SourceError: it is missing or damaged, or names code of the hub in the place of attention,
+            which transformers may run without being told to trust it.
+    """
+    path = folder / "config.json"
+    config = _read_object(path)
+    for key, value in _nested(config):
+        if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise SourceError(
+                f"{path} names code of the hub as {key}: '{value}'.",
+                f"Remove the line from the file; {key} is no part of a model.",
+            )
+    return config
+
+
+def _nested(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values of a JSON object and of those in it."""
+    left: list[tuple[str, Any]] = list(document.items())
+    while left:
+        key, value = left.pop()
+        yield key, value
+        if isinstance(value, dict):  # of attention, a value for each part of a model
+            inner = key if key.endswith("_implementation") else ""
+            left += [(inner or str(name), each) for name, each in value.items()]
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ INTERFACE = (
     "app",
     "options",
     "profile",
+    "profile_search",
     "settings",
     "presets",
     "console",

@@ -196,6 +196,53 @@ def test_a_model_runs_its_own_code_where_it_is_asked_for(
     assert proof.exists()
 
 
+@pytest.mark.usefixtures("here")
+def test_code_of_a_model_travels_only_where_it_is_asked_for(
+    tiny_model: MakeModel, tmp_path: Path, proof: Path
+) -> None:
+    folder = lure(copy_of(tiny_model("llama"), tmp_path / "model"), proof)
+    (folder / "lure.py").write_text((folder / "lure.py").read_text() + "from .other import x\n")
+    for name in ("other.py", "unused.py"):
+        (folder / name).write_text("x = 1\n")
+    auto_map = {"AutoConfig": "lure.Config", "AutoModelForCausalLM": "lure.Model"}
+    edit_json(folder / "config.json", auto_map=auto_map)  # of a type that transformers knows
+    made = ("compress", "--model", folder, "--ratio", 0.6, *SHORT, "--no-evaluate")
+    loader = {"modeling_hisvd.py", "lowrank.py", "quantized.py"}
+    succeed(*made, "--output", "plain")
+    assert {path.name for path in Path("plain").glob("*.py")} == loader
+    assert not proof.exists()
+    succeed(*made, "--trust-remote-code", "--output", "own")
+    assert proof.exists()
+    assert {path.name for path in Path("own").glob("*.py")} == {"lure.py", "other.py"}
+    assert "code of the base model" in Path("own/README.md").read_text()
+    own = as_json("eval", "own", *EVALUATED, "--trust-remote-code")["results"][0]
+    assert own == as_json("eval", "plain", *EVALUATED)["results"][0]
+    succeed("inspect", "own", "--trust-remote-code")
+    for words in (["--to", "hf"], ["--to", "dense"], ["--to", "pt"], ["--quantize", "int8"]):
+        output = "x.pt" if "pt" in words else "x"
+        message, _ = fail("convert", "own", *words, "--output", output)
+        assert "neither converts nor uploads" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"attn_implementation": {"text_config": "evil/kernel@v1:x"}},
+        {"text_config": {"_attn_implementation": "evil/kernel"}},
+    ],
+)
+def test_a_config_names_no_code_of_the_hub(
+    tiny_model: MakeModel, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    folder = copy_of(tiny_model("llama"), tmp_path / "model")
+    edit_json(folder / "config.json", **changes)
+    for words in (["inspect", folder], ["eval", folder, *EVALUATED]):
+        message, hint = fail(*words)
+        assert "names code of the hub as" in message
+        assert "Remove" in hint
+
+
 def test_the_loader_is_known_by_the_name_that_it_is_written_under() -> None:
     assert names_own_loader({"auto_map": AUTO_MAP})
     assert names_own_loader({"auto_map": {"AutoModel": "me/model--modeling_hisvd.X"}})

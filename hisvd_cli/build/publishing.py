@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint
+from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint, open_checkpoint
 from hisvd_cli.companions import companions, is_own_file
 from hisvd_cli.errors import OutputError, SourceError, UsageError
 from hisvd_cli.own_files import written_files
@@ -144,8 +144,10 @@ def published_files(folder: Path) -> list[str]:
     travels with a model.
 
     Raises:
-        SourceError: a weight file is a link to somewhere else.
+        SourceError: a weight file is a link to somewhere else, or code is needed as well.
     """
+    if is_checkpoint(folder):
+        open_checkpoint(folder).refuse_own_code()
     weights = open_weights(folder).files
     for path in weights:
         if not is_own_file(path):
