@@ -136,7 +136,7 @@ def test_a_killed_command_leaves_one_folder_which_the_next_removes(
 ) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    more = {
+    more: dict[str, list[object]] = {
         "eval": ["--windows", 400, "--seqlen", 64, "--quiet"],
         "convert": ["--to", "dense", "--output", "dense"],
     }
