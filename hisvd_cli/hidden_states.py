@@ -69,12 +69,18 @@ class StatesHome:
 
     def settle(self) -> None:
         """Let go of the pages of the file that were read and written: they are in it."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if self._map is not None:
+            settle(self._map)
 
     def save(self, path: Path, states: Tensor) -> None:
         """Write states, without a copy of all of them. Raises OutputError."""
         write_parts(path, NAME, [part for _, part in chunks(states)], {}, self.settle)
+
+
+def settle(mapped: mmap.mmap) -> None:
+    """Let go of the pages of a mapped file, which holds what they hold."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def chunks(states: Tensor) -> Iterator[tuple[int, Tensor]]:

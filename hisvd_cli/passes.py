@@ -29,8 +29,6 @@ from hisvd_cli.whole_model import load_source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_HIDDEN_BYTES = 1 << 30  # hidden states of the windows that go through the blocks together
-
 
 @dataclass(frozen=True)
 class Output:
@@ -58,12 +56,14 @@ class Placement:
         dtype: in which precision.
         batch: windows per forward pass.
         streamed: one block in memory at a time.
+        states_bytes: hidden states of the windows that then go through the blocks together.
     """
 
     device: torch.device
     dtype: torch.dtype
     batch: int
     streamed: bool = False
+    states_bytes: int = 1 << 30
 
 
 class Resident:
@@ -85,19 +85,20 @@ class Resident:
 class Streamed:
     """A model on disk, of which one block at a time is in memory.
 
-    Windows go through the blocks together, as many as their hidden states fit into a gibibyte, so
-    that the weights are read seldom.
+    Windows go through the blocks together, as many as their hidden states fit into so many bytes,
+    so that the weights are read seldom.
     """
 
-    def __init__(self, walk: BlockWalk) -> None:
+    def __init__(self, walk: BlockWalk, states_bytes: int) -> None:
         self._walk = walk
+        self._states_bytes = states_bytes
         self._tap = _Tap(walk.model)
 
     def run(self, ids: Tensor) -> Iterator[Output]:
         """Yield the output of each batch. Raises NumericalError for weights that are not finite."""
         walk = self._walk
         width = int(walk.model.config.get_text_config().hidden_size)
-        together = _HIDDEN_BYTES // (ids.shape[1] * width * walk.dtype.itemsize)
+        together = self._states_bytes // (ids.shape[1] * width * walk.dtype.itemsize)
         for chunk in ids.split(max(walk.batch, together // walk.batch * walk.batch)):
             walk.embed(chunk)
             for index in range(len(walk.layers)):
@@ -179,7 +180,7 @@ def open_pass(source: Source, how: Placement) -> Iterator[Pass]:
         UnsupportedModelError: it cannot be built, or not be streamed.
     """
     if how.streamed:
-        yield Streamed(_walk(source, how))
+        yield Streamed(_walk(source, how), how.states_bytes)
         return
     model = load_source(source, how.device, how.dtype)
     yield Resident(model, how.batch)

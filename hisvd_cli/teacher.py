@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from math import prod
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hisvd_cli.decoding import TwoParts
 from hisvd_cli.errors import OutputError
-from hisvd_cli.hidden_states import reserve
+from hisvd_cli.hidden_states import reserve, settle
 from hisvd_cli.tensorfile import reason
 
 _KNOWN = "known.bin"
@@ -39,27 +40,32 @@ class Teacher:
         self._parts = parts
         self._tokens = tokens
         dtype = next(parts.model.parameters()).dtype
-        self._states = _mapped(folder / _STATES, (*tokens.shape, width), dtype)
-        self._known = _mapped(folder / _KNOWN, (len(tokens),), torch.uint8)
+        self._states, self._map = _mapped(folder / _STATES, (*tokens.shape, width), dtype)
+        self._known, _ = _mapped(folder / _KNOWN, (len(tokens),), torch.uint8)
 
     def states(self, rows: Tensor) -> Tensor:
         """Return the states ``[B, L, d]`` of windows ``[B]``."""
         missing = rows[self._known[rows] == 0]
         if len(missing):
             with torch.no_grad():
-                found = self._parts.states(self._tokens[missing])
-            self._states[missing] = found.to("cpu", self._states.dtype)
+                made = self._parts.states(self._tokens[missing])
+            self._states[missing] = made.to("cpu", self._states.dtype)
             self._known[missing] = 1
-        return self._states[rows].to(self._parts.model.device)
+        found = self._states[rows].to(self._parts.model.device)
+        settle(self._map)
+        return found
 
 
-def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor that lies in a file; a new file holds zeros. Raises OutputError."""
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap.mmap]:
+    """Return a tensor that lies in a file, and the map that it lies in; a new file holds zeros.
+    Raises OutputError."""
     size = prod(shape) * dtype.itemsize
     try:
         path.parent.mkdir(exist_ok=True)
         with path.open("ab") as file:
             reserve(file.fileno(), size)
+        with path.open("rb+") as file:
+            mapped = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise OutputError(
             f"Cannot keep {size / 1e9:.2f} GB of the dense model's hidden states in "
@@ -67,4 +73,4 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             "Free some space, name another --output, or lower --recover-samples or "
             "--recover-seqlen.",
         ) from error
-    return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(shape)
+    return torch.frombuffer(mapped, dtype=dtype).view(shape), mapped

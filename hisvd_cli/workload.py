@@ -15,7 +15,7 @@ import torch
 from hisvd_cli.hidden_states import Place
 from hisvd_cli.sublayers import Sublayer
 
-IMPORTS_BYTES = 400_000_000
+IMPORTS_BYTES = 420_000_000
 """Resident after importing torch and transformers, and building a model without weights."""
 _CONTEXT_BYTES = 500_000_000  # of a GPU's memory, before anything is put there
 _DOUBLE, _SINGLE = 8, 4
@@ -36,6 +36,11 @@ class Peak:
     def joined(self, other: Peak) -> Peak:
         """Return the peak of work of both kinds, one after the other."""
         return Peak(max(self.host, other.host), max(self.device, other.device))
+
+    def beside(self, other: Peak) -> Peak:
+        """Return the peak of work of both kinds at once; what every process takes counts once."""
+        device = max(self.device + other.device - _CONTEXT_BYTES, self.device, other.device)
+        return Peak(self.host + other.host - IMPORTS_BYTES, device)
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,25 @@ def _spread(work: Workload, running: int, means: int) -> Peak:
     if work.place == "device":
         return Peak(host, device + kept)
     return Peak(host + kept, device)
+
+
+def on_device(device: torch.device, taken: int) -> Peak:
+    """Return the peak of work that takes so much where it runs, and little elsewhere."""
+    if device.type == "cpu":
+        return Peak(IMPORTS_BYTES + taken)
+    return Peak(IMPORTS_BYTES, _CONTEXT_BYTES + taken)
+
+
+def quantization_peak(work: Workload) -> Peak:
+    """Return the peak of rounding a block after the other with the moments of its inputs."""
+    block, size = work.block, work.dtype.itemsize
+    inputs = {s.shape[1] for s in block}
+    # All sublayers may read another input; sums are in doubles, and one is factored beside them.
+    moments = _DOUBLE * sum(s.shape[1] ** 2 for s in block) + 4 * _DOUBLE * max(inputs) ** 2
+    widest = max(s.shape[0] * s.shape[1] for s in block)
+    rounding = 4 * _DOUBLE * widest + size * parameters(block)
+    running = size * parameters(block) + moments + rounding + _activations(work)
+    return _spread(work, max(size * work.outside_parameters, running), 0)
 
 
 def squares(sublayers: Sequence[Sublayer]) -> int:

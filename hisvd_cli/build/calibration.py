@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hisvd_cli.block_inputs import INPUTS
-from hisvd_cli.build.memory import check_whole_model, place_states
+from hisvd_cli.build.memory import place_states
 from hisvd_cli.build.output_names import output_name
 from hisvd_cli.build.samples import (
     SELF,
@@ -18,6 +18,7 @@ from hisvd_cli.build.samples import (
     draw_sample,
     request_calibration,
 )
+from hisvd_cli.build.whole_models import check_writing
 from hisvd_cli.calibrate import calibrate
 from hisvd_cli.calibration import MANIFEST, Calibration, Sample, calibration_key, open_calibration
 from hisvd_cli.distributed import world
@@ -184,7 +185,7 @@ def _calibrate(
             return open_calibration(folder, source)
         present = _present(folder, source)
         if request.dataset == SELF:
-            check_whole_model(resolved, source, f"--dataset {SELF}")
+            check_writing(resolved, source, request.seqlen, f"--dataset {SELF}")
         work = place_states(resolved, source, wanted, reporter)
         sample = draw_sample(request, source, reporter)
         _warn_of_few(source, sample, reporter)

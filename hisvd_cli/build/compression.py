@@ -12,7 +12,7 @@ from hisvd_cli.audit import part
 from hisvd_cli.build.byte_budgets import bytes_ratio, rounded_by
 from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
-from hisvd_cli.build.memory import check_factoring, check_update, check_whole_model
+from hisvd_cli.build.memory import check_factoring, check_rounding, check_update
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
 from hisvd_cli.build.output_names import inputs_of
 from hisvd_cli.build.outputs import check_output, check_plan_output, peak_memory, refuse_flags
@@ -22,6 +22,7 @@ from hisvd_cli.build.recovery import Unmended, check_recovery, mend, unmended, w
 from hisvd_cli.build.samples import default_dataset, window_length
 from hisvd_cli.build.stages import RECORDED, Stage, check_stages, factored, last_stage
 from hisvd_cli.build.updates import prepare_update
+from hisvd_cli.build.whole_models import check_evaluation
 from hisvd_cli.checkpoint import PLAN_FILE, open_checkpoint
 from hisvd_cli.compress import Compressed
 from hisvd_cli.convert import to_pt
@@ -148,10 +149,11 @@ def check_request(
         check_quantization(resolved, planned=by_bytes)
         check_factoring(resolved, source)
     check_update(resolved, source)
+    if resolved.settings.quantize.method == "gptq" and quantizes(resolved):
+        check_rounding(resolved, source)
     if _evaluates(resolved, source):
-        check_whole_model(resolved, source, "--evaluate")
+        check_evaluation(resolved, source)
     if wants_recovery(resolved):
-        check_whole_model(resolved, source, "--recover")
         check_recovery(resolved, source)
     path = output_path(resolved, output, plan_file)
     check_output(path, overwrite, inputs_of(resolved, source.folder, plan_file))

@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from hisvd_cli.build.samples import stored_dtype
+from hisvd_cli.build.whole_models import streamed_states
 from hisvd_cli.data import Text
 from hisvd_cli.device import dtype_name, free_memory, pick_device, pick_dtype
 from hisvd_cli.evaluate import Sums, Windows, evaluation_windows
@@ -54,6 +55,7 @@ class Bench:
         reporter: Reporter,
         fresh: bool = False,
     ) -> None:
+        self._resolved = resolved
         self._settings = resolved.settings
         self._texts = texts
         self._seqlen = seqlen
@@ -120,6 +122,10 @@ class Bench:
     def _placement(self, source: Source) -> Placement:
         device = pick_device(self._settings.model.device)
         dtype = pick_dtype(self._settings.model.dtype, stored_dtype(source), device)
+        baseline = self._dense[0].source if self._dense else None
+        states = streamed_states(self._resolved, source, self._seqlen, baseline)
+        if states is not None:
+            return Placement(device, dtype, self._settings.eval.batch, True, states)
         streamed = self._settings.eval.stream == "on"
         if self._settings.eval.stream == "auto":
             free = free_memory(device)

@@ -21,12 +21,12 @@ from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.statistics import Need
 from hisvd_cli.workload import (
-    IMPORTS_BYTES,
     Peak,
     Workload,
     calibration_peak,
     factoring_peak,
     gradients_peak,
+    quantization_peak,
     update_peak,
 )
 
@@ -199,13 +199,8 @@ def factoring_of(resolved: Resolved, source: Source, anatomy: Anatomy) -> Peak:
     return factoring_peak(anatomy.sublayers, itemsize, device)
 
 
-def check_whole_model(resolved: Resolved, source: Source, reason: str) -> None:
-    """Find out whether the whole model fits into the bound.
-
-    Args:
-        resolved: the settings.
-        source: the model.
-        reason: the setting that has it loaded.
+def check_rounding(resolved: Resolved, source: Source) -> None:
+    """Find out whether rounding with compensation, a block at a time, fits into the bound.
 
     Raises:
         UsageError: a bound of a device that is not used.
@@ -214,11 +209,10 @@ def check_whole_model(resolved: Resolved, source: Source, reason: str) -> None:
     bounds = memory_bounds(resolved)
     if bounds is None:
         return
-    device = pick_device(resolved.settings.model.device).type
-    size = source.weights.total_bytes
-    peak = Peak(IMPORTS_BYTES + size) if device == HOST else Peak(IMPORTS_BYTES, size)
-    if found := excess(peak, bounds, device):
+    work = workload(resolved, source, dissect(source))
+    if found := excess(quantization_peak(work), bounds, work.device.type):
         raise MemoryLimitError(
-            f"{reason} loads the whole model, which takes {found}.",
-            f"Raise --max-memory, or do without {reason}.",
+            f"--quantize-method gptq takes {found}.",
+            "Raise --max-memory, lower --samples, --seqlen or --batch, or use --quantize-method "
+            "nearest.",
         )

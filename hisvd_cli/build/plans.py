@@ -14,11 +14,12 @@ from hisvd_cli.build.byte_budgets import ALLOCATOR as BYTE_ALLOCATOR
 from hisvd_cli.build.byte_budgets import ByteScope, bytes_ratio, choose
 from hisvd_cli.build.byte_budgets import scope as byte_scope
 from hisvd_cli.build.calibration import find_calibration, named_source, require_calibration
-from hisvd_cli.build.memory import check_factoring, check_whole_model
+from hisvd_cli.build.memory import check_factoring
 from hisvd_cli.build.methods import measures, method_that_needs, plan_needs
 from hisvd_cli.build.outputs import check_plan_output
 from hisvd_cli.build.probes import open_probe
 from hisvd_cli.build.spectra import find_roundings, find_spectra
+from hisvd_cli.build.whole_models import check_measuring
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import check_plan
 from hisvd_cli.distributed import world
@@ -153,7 +154,7 @@ def check_planning_memory(resolved: Resolved, source: Source) -> None:
     """
     check_factoring(resolved, source)
     for name in filter(measures, resolved.settings.plan.allocator):
-        check_whole_model(resolved, source, f"--allocator {name}")
+        check_measuring(resolved, source, name)
 
 
 def make_plans(

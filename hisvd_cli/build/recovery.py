@@ -12,7 +12,8 @@ import torch
 
 from hisvd_cli.adaptation import Adapter, adapt, check_peft
 from hisvd_cli.audit import part
-from hisvd_cli.build.samples import SELF, default_dataset
+from hisvd_cli.build.samples import SELF, default_dataset, stored_dtype
+from hisvd_cli.build.whole_models import check_training, check_writing
 from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed
 from hisvd_cli.data import check_seqlen
@@ -20,6 +21,7 @@ from hisvd_cli.device import dtype_name, pick_device, pick_dtype
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import SourceError, UsageError
 from hisvd_cli.lessons import Lessons, load_lessons, windows_of
+from hisvd_cli.lowrank import FACTORS
 from hisvd_cli.paths import digest
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.profile import Resolved
@@ -87,6 +89,11 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
     dataset = next((name for name in named if name != "auto"), SELF)
     if dataset != SELF:
         _limited(_load(dataset, dense, resolved, calibrated.drop), resolved)
+    teacher = dense if resolved.settings.recover.method == "distill" else None
+    dtype = _dtype(resolved, stored_dtype(dense))
+    check_training(resolved, (dense, teacher), dtype, _together(resolved))
+    if dataset == SELF:
+        check_writing(resolved, dense, resolved.settings.recover.seqlen, f"--dataset {SELF}")
 
 
 def _check_knobs(resolved: Resolved) -> None:
@@ -127,14 +134,34 @@ def prepare_recovery(
     if teacher is not None:
         check_teacher(student, teacher)
     check_seqlen(knobs.seqlen, student)
-    device = pick_device(resolved.settings.model.device)
     stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
-    dtype = pick_dtype(resolved.settings.model.dtype, stored, device)
-    if dtype == torch.float16:  # whose gradients vanish
-        dtype = pick_dtype("auto", "bfloat16", device)
-    room = Classroom(device, dtype, knobs.checkpointing)
+    dtype = _dtype(resolved, stored)
+    check_training(resolved, (student, teacher), dtype, _together(resolved), _factors(checkpoint))
+    room = Classroom(pick_device(resolved.settings.model.device), dtype, knobs.checkpointing)
     lessons = _lessons(resolved, checkpoint, student, teacher, room, reporter)
     return Recovery(resolved, student, teacher, room, lessons)
+
+
+def _dtype(resolved: Resolved, stored: str) -> torch.dtype:
+    """Return the dtype that models run in."""
+    device = pick_device(resolved.settings.model.device)
+    dtype = pick_dtype(resolved.settings.model.dtype, stored, device)
+    if dtype == torch.float16:  # whose gradients vanish
+        return pick_dtype("auto", "bfloat16", device)
+    return dtype
+
+
+def _together(resolved: Resolved) -> tuple[int, int]:
+    """Return how many windows pass a model together, and the tokens in each."""
+    seqlen = resolved.settings.recover.seqlen
+    return max(_TOGETHER // seqlen, 1), seqlen
+
+
+def _factors(checkpoint: Checkpoint) -> int:
+    """Return the numbers in all low-rank factors of a checkpoint."""
+    leaves = FACTORS[checkpoint.storage]
+    shapes = [checkpoint.weights.infos[f"{n}.{x}"].shape for n in checkpoint.ranks for x in leaves]
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def _teacher(resolved: Resolved, checkpoint: Checkpoint) -> Source | None:
@@ -254,7 +281,7 @@ def course_of(recovery: Recovery) -> Course:
         tokens=None if tokens is None else max(tokens // parts, 1),
         learning_rate=knobs.learning_rate or _RATES[knobs.method],
         batch=knobs.batch or _BATCHES[knobs.method],
-        together=max(_TOGETHER // knobs.seqlen, 1),
+        together=_together(recovery.resolved)[0],
         seed=knobs.seed,
     )
 
