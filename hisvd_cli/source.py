@@ -73,6 +73,7 @@ class Source:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
+            tokenizer("a", verbose=False)  # odd values in its files are found when it is used
         return tokenizer
 
     def _no_tokenizer(self, why: str) -> SourceError:
