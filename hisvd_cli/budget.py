@@ -112,11 +112,12 @@ class Budget:
         because a pair at break-even costs exactly what the dense matrix does.
         """
         limits = [break_even(shape) for shape in self.shapes]
+        floors = [self._plain(*each) for each in zip(self.floors, self.shapes, strict=True)]
 
         def at(scale: float) -> list[float]:
             return [
                 min(max(scale * b, floor), limit)
-                for b, floor, limit in zip(baselines, self.floors, limits, strict=True)
+                for b, floor, limit in zip(baselines, floors, limits, strict=True)
             ]
 
         def spent(scale: float) -> float:
@@ -124,6 +125,11 @@ class Budget:
 
         high = max(limit / b for limit, b in zip(limits, baselines, strict=True))
         return at(_bisect(spent, self.parameters, high))
+
+    def _plain(self, rank: int, shape: Shape) -> float:
+        """Return the rank, not rounded, of the plain pair that costs what ``rank`` does here."""
+        m, n = shape
+        return rank if self.storage == "pair" else self.cost(rank, shape) / (m + n)
 
     def rounded(
         self, ranks: Sequence[float], energies: Sequence[Tensor], nearest: bool = False

@@ -119,6 +119,7 @@ class Source:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self._tokenizer_runs_code, **given
             )
+            tokenizer("a", verbose=False)  # odd values in its files are found when it is used
         return tokenizer
 
     def _no_tokenizer(self, why: str) -> SourceError:

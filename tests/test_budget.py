@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hisvd_cli.budget import (
     Budget,
@@ -81,6 +83,30 @@ def test_plans_meet_the_budget(ratio: float, multiple_of: int, storage: Storage)
         assert budget.parameters - spent < multiple_of * max(sum(s) for _, s in truncated)
     assert all(r % multiple_of == 0 for r, _ in truncated)
     assert all(r == full_rank(s) for r, s, d in zip(ranks, SHAPES, dense, strict=True) if d)
+
+
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(2, 60), st.integers(2, 60)), min_size=1, max_size=6),
+    st.floats(0.05, 1.0),
+    st.integers(1, 16),
+    st.sampled_from(list(LAYERS)),
+)
+def test_less_is_left_than_one_step_of_any_truncated_layer_costs(
+    shapes: list[tuple[int, int]], ratio: float, multiple_of: int, storage: Storage
+) -> None:
+    """What the README promises: for tiny models and large steps too, where 0.05 % does not hold."""
+    total = sum(m * n for m, n in shapes)
+    floors = [min(multiple_of, full_rank(s)) for s in shapes]
+    try:
+        budget = Budget(shapes, int(ratio * total), floors, multiple_of, storage)
+    except BudgetError:
+        return
+    ranks = budget.rounded(budget.scaled([1.0] * len(shapes)), _energies(shapes, 4))
+    left = budget.parameters - budget.spent(ranks)
+    pairs = zip(ranks, shapes, strict=True)
+    truncated = [shape for rank, shape in pairs if rank < full_rank(shape)]
+    assert 0 <= left < min((multiple_of * sum(s) for s in truncated), default=1 + left)
 
 
 def test_ratio_one_keeps_everything_dense() -> None:
