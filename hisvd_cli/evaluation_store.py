@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hisvd_cli.checksums import text_checksum
 from hisvd_cli.evaluate import Sums
 from hisvd_cli.paths import cache_root
 from hisvd_cli.tensorfile import write_text
@@ -59,14 +60,17 @@ class Store:
         """Return a measurement that is no sums; None for none, or a damaged file."""
         try:
             document = json.loads(self.path(key).read_text(encoding="utf-8"))
-            return dict(document) if document["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):
+            found = document.pop("checksum")
+            right = document["key"] == key and found == text_checksum(_text(document))
+            return dict(document) if right else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def save_document(self, key: str, document: Mapping[str, Any]) -> None:
         """Write a measurement that is no sums. Raises OutputError."""
-        text = json.dumps({"key": key, **document}, allow_nan=False)
-        write_text(self.path(key), text + "\n")
+        whole = {"key": key, **document}
+        checked = {**whole, "checksum": text_checksum(_text(whole))}
+        write_text(self.path(key), _text(checked) + "\n")
 
     def forget(self, key: str) -> None:
         """Remove a measurement."""
@@ -76,6 +80,10 @@ class Store:
 def open_store() -> Store:
     """Return the store in hisvd's cache."""
     return Store(cache_root() / "evaluations")
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, allow_nan=False)
 
 
 def _read(rows: list[list[float | None]] | None) -> Tensor | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.checkpoint import load_model
+from hisvd_cli.checksums import seal, sealed
 from hisvd_cli.corrected import take_corrected
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.skeleton import decoder_blocks
@@ -130,11 +131,14 @@ class ModelProbe:
             with model.replaced(name, u[:, :rank] @ v[:rank]):
                 self._answers[question] = measure(model, name)
             write_json(self._store, {"key": self._key, "answers": self._answers})
+            seal(self._store)
             self._reporter.note(f"Measured {question}: {self._answers[question]:.5g}.")
         return self._answers[question]
 
 
 def _read(store: Path, key: str) -> dict[str, float]:
+    if not sealed(store):
+        return {}
     try:
         document = json.loads(store.read_text(encoding="utf-8"))
         return dict(document["answers"]) if document["key"] == key else {}

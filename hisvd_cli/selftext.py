@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.checkpoint import load_model
+from hisvd_cli.checksums import intact
 from hisvd_cli.device import seeded
-from hisvd_cli.errors import NumericalError, SourceError
+from hisvd_cli.errors import NumericalError
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
-from hisvd_cli.tensorfile import read_tensors, reason, write_tensors
+from hisvd_cli.tensorfile import AGAIN, read_tensors, reason, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,8 @@ def sample_self(
     dtype: torch.dtype,
     reporter: Reporter,
 ) -> Tensor:
-    """Return token ids that a model wrote, from the cache where it holds them.
+    """Return token ids that a model wrote, from the cache where it holds them, whichever device
+    they were drawn on: a calibration that was taken on a GPU is gone on with on a CPU.
 
     Args:
         source: the model.
@@ -58,7 +60,7 @@ def sample_self(
         NumericalError: the model's distribution is not finite.
         OutputError: the cache cannot be written.
     """
-    key = digest(source.fingerprint, f"{samples} {seqlen} {seed} {dtype} {device.type}")
+    key = digest(source.fingerprint, f"{samples} {seqlen} {seed} {dtype} {_first_token(source)}")
     folder = cache_root() / "self" / key[:16]
     writer = _Writer(source, device, dtype)
     rows: list[Tensor] = []
@@ -66,9 +68,9 @@ def sample_self(
     with reporter.stage("Sampling text", len(starts)) as step:
         for index, start in enumerate(starts):
             path = folder / f"batch-{index:05d}.safetensors"
-            try:
-                batch = read_tensors(path, "")[0]["tokens"]
-            except (SourceError, KeyError):  # absent, or damaged: both mean drawing it again
+            if intact(path):
+                batch = read_tensors(path, AGAIN)[0]["tokens"]
+            else:
                 batch = writer.draw(min(ROWS, samples - start), seqlen, seed * len(starts) + index)
                 write_tensors(path, {"tokens": batch}, {})
             rows.append(batch)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64
 
 from hisvd_cli.decoding import TwoParts
 
@@ -17,8 +18,9 @@ _STATES = "states.bin"
 class Teacher:
     """The dense model's final hidden states of windows, kept in a file as they are first needed.
 
-    They are vocabulary ÷ width times smaller than logits, and the head makes the same logits of
-    them again. The file is sparse: what is not reached takes no space.
+    What an earlier run kept is used again where its checksum is right. They are vocabulary ÷ width
+    times smaller than logits, and the head makes the same logits of them again. The file is sparse:
+    what is not reached takes no space.
 
     Args:
         parts: the dense model.
@@ -34,17 +36,29 @@ class Teacher:
         dtype = next(parts.model.parameters()).dtype
         folder.mkdir(exist_ok=True)
         self._states = _mapped(folder / _STATES, (*tokens.shape, width), dtype)
-        self._known = _mapped(folder / _KNOWN, (len(tokens),), torch.uint8)
+        self._known = _mapped(folder / _KNOWN, (len(tokens),), torch.int64)
+        self._checked: set[int] = set()
 
     def states(self, rows: Tensor) -> Tensor:
         """Return the states ``[B, L, d]`` of windows ``[B]``."""
-        missing = rows[self._known[rows] == 0]
+        missing = torch.tensor([row for row in rows.tolist() if not self._holds(row)])
         if len(missing):
             with torch.no_grad():
                 found = self._parts.states(self._tokens[missing])
             self._states[missing] = found.to("cpu", self._states.dtype)
-            self._known[missing] = 1
+            for row in missing.tolist():
+                self._known[row] = self._checksum(row)
+        self._checked.update(rows.tolist())
         return self._states[rows].to(self._parts.model.device)
+
+    def _holds(self, row: int) -> bool:
+        """Tell whether the states of a window are kept as they were written."""
+        return row in self._checked or int(self._known[row]) == self._checksum(row)
+
+    def _checksum(self, row: int) -> int:
+        """Return a checksum of the states of a window, never that of none, 0."""
+        data = self._states[row].view(torch.uint8).numpy().data
+        return xxh3_64(data).intdigest() >> 1 or 1
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -11,12 +11,15 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from xxhash import xxh3_64
+
+from hisvd_cli.checksums import BLANK, KEY, PLACE, remember
 from hisvd_cli.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ DTYPE_NAMES = {
 """safetensors' name of a dtype → torch's."""
 
 SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
+AGAIN = "Run the same command again: it makes anew what is damaged."
 TEMPORARY = ".*.tmp"
 """Matches what a killed run may leave of a file that it was writing."""
 
@@ -77,7 +81,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of a file in file order, and its string metadata."""
+    """The tensors of a file in file order, and its string metadata but for the checksum."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -106,7 +110,7 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
         raise SourceError(f"{path} is no complete safetensors file ({size} bytes).", _DAMAGED)
     try:
         entries = json.loads(file.read(length))
-        metadata = entries.pop("__metadata__", {})
+        metadata = _without_checksum(entries.pop("__metadata__", {}))
         base = 8 + length
         tensors = {
             name: TensorInfo(
@@ -144,9 +148,13 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-            return found, dict(file.metadata() or {})
+            return found, _without_checksum(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise SourceError(f"Cannot read {path}: {reason(error)}", hint) from error
+
+
+def _without_checksum(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key != KEY}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -155,15 +163,43 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         OutputError: the file cannot be written, for example on a full disk.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
+    named = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    infos = [
+        (name, TensorInfo(_dtype(t), tuple(t.shape), 0, t.numel() * t.element_size()))
+        for name, t in named
+    ]
+    _write(path, infos, (_bytes(tensor) for _, tensor in named), metadata)
 
-    with replacing(path) as temporary:
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        try:
-            save_file(contiguous, temporary, metadata=dict(metadata))
-        except SafetensorError as error:
-            raise OutputError(f"Cannot write {path}: {reason(error)}", SPACE_HINT) from error
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
+
+
+def _write(
+    path: Path,
+    tensors: Sequence[tuple[str, TensorInfo]],
+    data: Iterable[bytes | memoryview],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file with its checksum. Raises OutputError."""
+    header = _header(tensors, {KEY: BLANK, **metadata})
+    state = xxh3_64(header)
+    with replacing(path) as temporary, temporary.open("wb") as target:
+        target.write(header)
+        for chunk in data:
+            state.update(chunk)
+            target.write(chunk)
+        target.seek(PLACE)
+        target.write(state.hexdigest().encode())
+    remember(path)
 
 
 @contextmanager
@@ -219,11 +255,8 @@ def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -
     placed = [(part, *item) for part in parts for item in read_header(part).tensors.items()]
     # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
     placed.sort(key=lambda item: item[2].width, reverse=True)
-    header = _header([(name, info) for _, name, info in placed], metadata)
-    with replacing(path) as temporary, temporary.open("wb") as target:
-        target.write(header)
-        for part, _, info in placed:
-            _copy_bytes(part, info, target)
+    data = (chunk for part, _, info in placed for chunk in _chunks(part, info))
+    _write(path, [(name, info) for _, name, info in placed], data, metadata)
 
 
 def write_parts(
@@ -245,16 +278,15 @@ def write_parts(
     Raises:
         OutputError: the file cannot be written.
     """
-    import torch
-
-    dtype = str(parts[0].dtype).removeprefix("torch.")
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     size = math.prod(shape) * parts[0].element_size()
-    with replacing(path) as temporary, temporary.open("wb") as target:
-        target.write(_header([(name, TensorInfo(dtype, shape, 0, size))], metadata))
+
+    def data() -> Iterator[memoryview]:
         for part in parts:
-            target.write(part.contiguous().cpu().view(torch.uint8).numpy().data)
+            yield _bytes(part)
             written()
+
+    _write(path, [(name, TensorInfo(_dtype(parts[0]), shape, 0, size))], data(), metadata)
 
 
 def _header(tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
@@ -274,7 +306,7 @@ def _header(tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, st
     return struct.pack("<Q", len(text)) + text
 
 
-def _copy_bytes(part: Path, info: TensorInfo, target: BinaryIO) -> None:
+def _chunks(part: Path, info: TensorInfo) -> Iterator[bytes]:
     with part.open("rb") as source:
         source.seek(info.start)
         left = info.nbytes
@@ -282,4 +314,5 @@ def _copy_bytes(part: Path, info: TensorInfo, target: BinaryIO) -> None:
             data = source.read(min(left, _CHUNK))
             if not data:
                 raise SourceError(f"{part} became shorter while it was read.", _DAMAGED)
-            left -= target.write(data)
+            left -= len(data)
+            yield data

@@ -32,6 +32,7 @@ __all__ = [
     "Section",
     "Settings",
     "choices_of",
+    "decides",
     "flag_of",
     "item_of",
     "kind_of",
@@ -70,6 +71,11 @@ def flag_of(section: str, key: str) -> str:
 def panel_of(section: str, key: str) -> str:
     """Return the panel of a setting in ``--help``, empty where it is that of its section."""
     return str(_extra(section, key)["panel"])
+
+
+def decides(section: str, key: str) -> bool:
+    """Tell whether a setting decides what comes out, and not only how it is made."""
+    return bool(_extra(section, key)["decides"])
 
 
 def choices_of(section: str, key: str) -> list[str]:

@@ -36,6 +36,7 @@ def setting(
     *,
     panel: str = "",
     choices: Sequence[str] = (),
+    decides: bool = True,
     **bounds: Any,
 ) -> Any:
     """Return a field.
@@ -46,9 +47,16 @@ def setting(
         flag: its flag, where that is not the key's name.
         panel: its panel in ``--help``, where that is not its section's.
         choices: values that completion offers, where others may be allowed too.
+        decides: whether it decides what comes out, and not only how it is made: artifacts record
+            such settings, and those of ``[calibration]`` choose which calibration is meant.
         bounds: what pydantic checks.
     """
-    extra: dict[str, Any] = {"flag": flag, "panel": panel, "choices": list(choices)}
+    extra: dict[str, Any] = {
+        "flag": flag,
+        "panel": panel,
+        "choices": list(choices),
+        "decides": decides,
+    }
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 

@@ -24,6 +24,7 @@ class ModelSettings(Section):
         None,
         "Memory to keep to: 3GB (of the machine), or cpu=8GB,cuda=20GB. Hidden states then go to "
         "host memory or a file, and fewer windows through a block at a time, where they must.",
+        decides=False,
     )
 
 
@@ -45,12 +46,18 @@ class CalibrationSettings(Section):
         None, "Tokens per window; by default 2048, or the model's positions if fewer.", ge=2
     )
     seed: int = setting(0, "Which windows are drawn.", ge=0)
-    batch: int = setting(4, "Windows per forward pass.", ge=1)
-    gradients: bool = setting(False, "Also take gradients of the loss, for fisher and the like.")
+    batch: int = setting(4, "Windows per forward pass.", decides=False, ge=1)
+    gradients: bool = setting(
+        False, "Also take gradients of the loss, for fisher and the like.", decides=False
+    )
     weight_gradients: bool = setting(
         False,
         "Also those of the weights, for zero-sum, fwsvd and gfwsvd; implies --gradients.",
+        decides=False,
     )
     path: str | None = setting(
-        None, "Folder of the calibration; by default one in the cache.", "--calibration"
+        None,
+        "Folder of the calibration; by default one in the cache.",
+        "--calibration",
+        decides=False,
     )
