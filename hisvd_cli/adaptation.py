@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.checkpoint import load_model
+from hisvd_cli.checksums import intact, seal, sealed
 from hisvd_cli.decoding import TwoParts
 from hisvd_cli.device import seeded
 from hisvd_cli.distillation import likelihood_of, summed_loss
@@ -26,7 +27,7 @@ from hisvd_cli.lessons import Lessons
 from hisvd_cli.recover import Classroom, Factors, held_out_measures, keep_activations
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
-from hisvd_cli.tensorfile import read_tensors, write_json
+from hisvd_cli.tensorfile import AGAIN, read_tensors, write_json
 from hisvd_cli.trained_pairs import TrainedPair, open_pairs
 from hisvd_cli.training import BEST, Course, Progress, Trainee, Training
 
@@ -135,13 +136,14 @@ def _train_one(
     with seeded(course.seed, room.device):
         adapted = adapted_model(model, [f"{name}.{factor}" for name in names], adapter)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if (home / _DONE).is_file():
-            best, _ = read_tensors(home / BEST, f"Remove {home.parent.parent} and run again.")
+        if sealed(home / _DONE) and intact(home / BEST):
+            best, _ = read_tensors(home / BEST, AGAIN)
             progress = _read_progress(home / _DONE)
         else:
             trainee = _trainee(model, parameters, lessons, course, room)
             best, progress = Training(trainee, course, home, room.device, reporter).run()
             write_json(home / _DONE, asdict(progress))
+            seal(home / _DONE)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(best[name])

@@ -11,7 +11,9 @@ from filelock import FileLock, Timeout
 
 from hisvd_cli.cache import write_hint
 from hisvd_cli.errors import OutputError
+from hisvd_cli.paths import digest
 from hisvd_cli.tensorfile import TEMPORARY, reason, write_text
+from hisvd_cli.versions import versions
 
 
 def partial_path(folder: Path) -> Path:
@@ -24,17 +26,19 @@ def building(folder: Path, key: str) -> Iterator[Path]:
     """Yield a folder to build in; it replaces ``folder`` once the body has succeeded.
 
     What an interrupted run with the same ``key`` left there is kept, so that the body can go on
-    after it; what a run with another key left is removed.
+    after it; what a run with another key, or of other versions of the libraries, left is removed.
+    The body makes anew what was damaged meanwhile.
 
     Args:
         folder: the final place. What stands there is replaced, only at the very end.
-        key: hash of everything that the content depends on.
+        key: hash of everything that the content depends on: what it is made from, and its layout.
 
     Raises:
         OutputError: another run is building the same folder, or it cannot be written.
     """
     folder = folder.resolve()  # a link stays a link to what is built, and '.' has a name
     partial, lock = partial_path(folder), _beside(folder, "lock")
+    key = digest(key, *versions().values())
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):

@@ -25,8 +25,9 @@ class BlockInputs:
         return RowFiles(self.folder, f"input-{index:05d}")
 
     def has(self, index: int, count: int) -> bool:
-        """Tell whether the input of block ``index`` is kept, of all ``count`` sequences."""
-        return self._files(index).hold(count)
+        """Tell whether the input of block ``index`` is kept, of all ``count`` sequences; files that
+        were damaged are removed."""
+        return self._files(index).sound(count)
 
     def keep(self, index: int, first: int, hidden: Tensor, home: StatesHome) -> None:
         """Write the input of block ``index``, of sequences from ``first`` on. Raises
@@ -41,16 +42,12 @@ class BlockInputs:
         Raises:
             SourceError, OutputError: it cannot be read, or there is no space for it.
         """
-        return self._files(index).load(start, end, home, self._hint)
+        return self._files(index).load(start, end, home)
 
     def part(self, index: int, start: int, end: int) -> Tensor:
         """Return sequences ``start`` to ``end`` of the input of block ``index``, read alone. Raises
         SourceError."""
-        return self._files(index).read(start, end, self._hint)
-
-    @property
-    def _hint(self) -> str:
-        return f"Remove {self.folder} and run again."
+        return self._files(index).read(start, end)
 
     def remove(self) -> None:
         """Give back the disk space."""

@@ -22,6 +22,7 @@ from hisvd_cli.calibration import (
     calibration_key,
     open_calibration,
 )
+from hisvd_cli.checksums import intact
 from hisvd_cli.collector import Collector, TurnSum
 from hisvd_cli.device import dtype_name
 from hisvd_cli.distributed import building_together, world
@@ -130,9 +131,11 @@ def _walk_blocks(
     state = Checkpoints(partial, _STATE, len(sample.tokens))
     start = here.share(len(sample.tokens)).start
     done, kept = here.agreed(
-        lambda: ([i for i in range(count) if (partial / block_file(i)).is_file()], state.blocks())
+        lambda: ([i for i in range(count) if intact(partial / block_file(i))], state.blocks())
     )
-    first = count if len(done) == count else _resume_state(walk, sample, state, kept)
+    missing = next((i for i in range(count) if i not in done), count)
+    kept = [block for block in kept if block <= missing]
+    first = count if missing == count else _resume_state(walk, sample, state, kept)
     saved = time.monotonic()
     with reporter.stage("Calibrating blocks", count) as step:
         for index in range(count):
@@ -180,8 +183,7 @@ def _resume_state(walk: BlockWalk, sample: Sample, state: Checkpoints, kept: Seq
     walk.embed(mine, compute_hidden=not kept)
     if not kept:
         return 0
-    hint = f"Remove {state.folder} and run again."
-    walk.hidden = state.at(kept[-1]).load(rows.start, rows.stop, walk.home, hint)
+    walk.hidden = state.at(kept[-1]).load(rows.start, rows.stop, walk.home)
     return kept[-1]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hisvd_cli import adapter_input
+from hisvd_cli.checksums import intact
 from hisvd_cli.companions import is_own_file
 from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.json_files import read_json
@@ -237,14 +238,42 @@ def shard_file(index: int, count: int) -> str:
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[str]], total_bytes: int) -> None:
-    """Write the index of a sharded checkpoint (file → tensor names); a single file needs none."""
+    """Write the index of a sharded checkpoint (file → tensor names); a single file needs none.
+    Other weight files, and an index that is not needed, are removed."""
+    for path in folder.glob("*.safetensors"):
+        if path.name not in files:
+            path.unlink()
     if len(files) == 1:
+        (folder / INDEX).unlink(missing_ok=True)
         return
     weight_map = {name: file for file, names in files.items() for name in names}
     write_json(
         folder / INDEX,
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def parts_left(home: Path, shards: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the parts (of shard → parts) that are to be made: no run has written them yet, or they
+    were damaged since.
+
+    Parts are joined once all are there. Where one is missing nevertheless, a file was damaged: then
+    weight files that were joined already are removed, as what is made may follow from their parts.
+    """
+
+    def left() -> list[str]:
+        return [
+            part
+            for file, parts in shards.items()
+            if not intact(home / file)
+            for part in parts
+            if not intact(home / f"{part}.part")
+        ]
+
+    if left():
+        for file in shards:
+            (home / file).unlink(missing_ok=True)
+    return left()
 
 
 def join_parts(
@@ -263,7 +292,7 @@ def join_parts(
     """
     for file, parts in shards.items():
         pieces = [home / f"{part}.part" for part in parts]
-        if not (home / file).is_file():
+        if not intact(home / file):
             join_files(pieces, home / file, _METADATA)
         for piece in pieces:
             piece.unlink(missing_ok=True)
@@ -276,22 +305,23 @@ def join_parts(
 def write_shards(
     folder: Path,
     sizes: Mapping[str, int],
-    tensors: Iterator[tuple[str, Tensor]],
+    make: Callable[[str], Tensor],
     limit: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors as they come into shards of at most ``limit`` bytes; one shard is in memory.
+    """Write tensors into shards of at most ``limit`` bytes; one shard is in memory. Shards that an
+    interrupted run left are kept.
 
     Args:
         folder: where to.
-        sizes: name → bytes, in the order in which ``tensors`` yields them.
-        tensors: name and tensor.
+        sizes: name → bytes.
+        make: returns a tensor by its name; called in the order of ``sizes``.
         limit: bytes per shard.
     """
     groups = shard_names(sizes, limit)
     files = {shard_file(i, len(groups)): names for i, names in enumerate(groups)}
     for file, names in files.items():
-        shard = dict(next(tensors) for _ in names)
-        write_tensors(folder / file, shard, _METADATA)
+        if not intact(folder / file):
+            write_tensors(folder / file, {name: make(name) for name in names}, _METADATA)
     write_index(folder, files, sum(sizes.values()))
 
 

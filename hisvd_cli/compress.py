@@ -22,6 +22,7 @@ from hisvd_cli.checkpoint import (
     PROVENANCE,
     compressed_config,
     join_parts,
+    parts_left,
     shard_file,
     shard_names,
     untied,
@@ -202,7 +203,7 @@ def compress(
     with building_together(output, key) as home:
         groups = shard_names(layout.sizes, shard_bytes)
         shards = {shard_file(i, len(groups)): parts for i, parts in enumerate(groups)}
-        left = here.agreed(lambda: _left(home, shards))
+        left = here.agreed(lambda: parts_left(home, shards))
         updated = layout.factored() if update else {}
         mine = layout.shared([part for part in left if part not in updated.values()], here)
         with reporter.stage("Compressing layers", len(mine)) as step:
@@ -221,17 +222,6 @@ def compress(
     written = time.monotonic()
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Compressed(output, size, decomposed - started, written - decomposed, record)
-
-
-def _left(home: Path, shards: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the parts (of shard → parts) that no run has written yet."""
-    return [
-        part
-        for file, parts in shards.items()
-        if not (home / file).is_file()
-        for part in parts
-        if not (home / f"{part}.part").is_file()
-    ]
 
 
 def _complete(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from hisvd_cli.foreign import read_foreign
 from hisvd_cli.library_errors import library_errors
 from hisvd_cli.lowrank import FACTORS, dense_product, is_order
 from hisvd_cli.model_card import CARD, write_dense_card
-from hisvd_cli.paths import digest
+from hisvd_cli.paths import digest, file_digest
 from hisvd_cli.pt_parts import check_parts
 from hisvd_cli.quantized import MATRICES, SCALE, dequantized, storage_with
 from hisvd_cli.skeleton import build_meta_model
@@ -112,9 +110,9 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     tensors: dict[str, Tensor] = document["tensors"]
     known = quantization_of(document["config"], path)
     architecture = architecture_of(document["config"], path)
-    with building(folder, digest("from-pt", str(path.stat().st_mtime_ns))) as partial:
+    with building(folder, digest("from-pt", file_digest(path), str(shard_bytes))) as partial:
         sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
-        write_shards(partial, sizes, iter(tensors.items()), shard_bytes)
+        write_shards(partial, sizes, tensors.__getitem__, shard_bytes)
         write_json(
             partial / "config.json",
             compressed_config(
@@ -157,20 +155,18 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
         if name not in inner
     }
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in sizes:
-            if name not in factors:
-                yield name, read(name)
-                continue
-            stored = {leaf: read(full) for leaf, full in factors[name].items()}
-            if "weight_order" in stored and not is_order(stored["weight_order"]):
-                raise SourceError(f"{name}_order is no order of rows.", "Compress again.")
-            plain = dequantized(stored, shapes[name][1], checkpoint.group_size)
-            weight = dense_product(plain) if "weight_u" in plain else plain["weight"]
-            yield name, weight.to(dtype)
+    def make(name: str) -> Tensor:
+        if name not in factors:
+            return read(name)
+        stored = {leaf: read(full) for leaf, full in factors[name].items()}
+        if "weight_order" in stored and not is_order(stored["weight_order"]):
+            raise SourceError(f"{name}_order is no order of rows.", "Compress again.")
+        plain = dequantized(stored, shapes[name][1], checkpoint.group_size)
+        weight = dense_product(plain) if "weight_u" in plain else plain["weight"]
+        return weight.to(dtype)
 
-    with building(folder, digest("dense", json.dumps(checkpoint.config))) as partial:
-        write_shards(partial, sizes, tensors(), shard_bytes)
+    with building(folder, _key("dense", checkpoint, shard_bytes)) as partial:
+        write_shards(partial, sizes, make, shard_bytes)
         write_json(partial / "config.json", dense_config(checkpoint.config))
         write_json(partial / PROVENANCE, {**checkpoint.provenance, "kind": "dense"})
         copy_companions(checkpoint.folder, partial)
@@ -201,15 +197,20 @@ def repack(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     """Write a checkpoint folder again, with shards of another size. Raises OutputError."""
     checkpoint.refuse_own_code()
     weights = checkpoint.weights
-    with building(folder, digest("repack", json.dumps(checkpoint.config))) as partial:
+    with building(folder, _key("repack", checkpoint, shard_bytes)) as partial:
         sizes = {name: info.nbytes for name, info in weights.infos.items()}
-        tensors = ((name, weights.read(name)) for name in sizes)
-        write_shards(partial, sizes, tensors, shard_bytes)
+        write_shards(partial, sizes, weights.read, shard_bytes)
         write_json(partial / "config.json", checkpoint.config)
         write_json(partial / PROVENANCE, checkpoint.provenance)
         for path in _texts(checkpoint.folder):
             shutil.copyfile(path, partial / path.name)
         write_loader(partial)
+
+
+def _key(form: str, checkpoint: Checkpoint, shard_bytes: int) -> str:
+    """Return the hash of everything that the shards of another form depend on."""
+    source = Source(str(checkpoint.folder), checkpoint.folder)
+    return digest(form, source.fingerprint, str(shard_bytes))
 
 
 def unpacked(path: Path, scratch: Path) -> Path:

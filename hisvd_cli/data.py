@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Purpose = Literal["calibration", "evaluation"]
 _JOIN = "\n\n"
 _FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")
+FILE = "file"
+"""The split of a text that is a file."""
 INSTRUCTION = "instruction"
 """The field by which a set of instructions is known."""
 _TEXT_COLUMNS = ("text", "sentence", "content", "document")
@@ -120,7 +122,7 @@ def load_text(name: str, purpose: Purpose) -> Text:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        text = Text(name, "file", _read_file(path))
+        text = Text(name, FILE, _read_file(path))
     elif name == DEMO:
         content = (DEMO_FOLDER / f"{purpose}.txt").read_text(encoding="utf-8")
         text = Text(name, purpose, content)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hisvd_cli.checksums import text_checksum
 from hisvd_cli.errors import OutputError
 from hisvd_cli.evaluate import Sums
 from hisvd_cli.json_files import read_json
@@ -65,18 +66,21 @@ class Store:
             return self._known[key]
         try:
             document = read_json(self.path(key))
-            return dict(document) if document["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):
+            found = document.pop("checksum")
+            right = document["key"] == key and found == text_checksum(_text(document))
+            return dict(document) if right else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def save_document(self, key: str, document: Mapping[str, Any]) -> None:
         """Keep a measurement that is no sums; where the folder cannot be written, in memory."""
-        text = json.dumps({"key": key, **document}, allow_nan=False)
+        whole = {"key": key, **document}
+        checked = {**whole, "checksum": text_checksum(_text(whole))}
         try:
-            write_text(self.path(key), text + "\n")
+            write_text(self.path(key), _text(checked) + "\n")
             self._known.pop(key, None)
         except OutputError:
-            self._known[key] = json.loads(text)
+            self._known[key] = json.loads(_text(whole))
 
     def forget(self, key: str) -> None:
         """Remove a measurement."""
@@ -89,6 +93,10 @@ class Store:
 def open_store() -> Store:
     """Return the store in hisvd's cache."""
     return Store(cache_root() / "evaluations")
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, allow_nan=False)
 
 
 def _read(rows: list[list[float | None]] | None) -> Tensor | None:

@@ -22,6 +22,7 @@ from hisvd_cli.calibration import (
     open_calibration,
     weights_file,
 )
+from hisvd_cli.checksums import intact
 from hisvd_cli.device import dtype_name
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError
@@ -112,7 +113,7 @@ class _Blocks:
     def is_done(self, index: int) -> bool:
         """Tell whether a block's gradients are there."""
         files = [block_file(index), *([weights_file(index)] if self.weights else [])]
-        return all((self.partial / file).is_file() for file in files)
+        return all(intact(self.partial / file) for file in files)
 
     def watch(self, index: int, linears: Mapping[str, nn.Linear]) -> GradientCollector:
         """Return what sums up the gradients of a block."""

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.blocks import BlockWalk, drop_weights
+from hisvd_cli.checksums import intact
 from hisvd_cli.errors import UnsupportedModelError
 from hisvd_cli.skeleton import build_stored_model
 from hisvd_cli.source import Source
-from hisvd_cli.tensorfile import read_tensors, write_tensors
+from hisvd_cli.tensorfile import AGAIN, read_tensors, write_tensors
 from hisvd_cli.whole_model import load_source
 
 if TYPE_CHECKING:
@@ -219,9 +220,9 @@ class FinalStates:
         return self.folder / f"window-{window:06d}.safetensors"
 
     def count(self) -> int:
-        """Return how many windows, from the first on, are kept."""
+        """Return how many windows, from the first on, are kept and were not damaged."""
         count = 0
-        while self._path(count).is_file():
+        while intact(self._path(count)):
             count += 1
         return count
 
@@ -247,6 +248,5 @@ class FinalStates:
         Raises:
             SourceError: a file is missing or damaged.
         """
-        hint = f"Remove {self.folder} and run again."
         paths = [self._path(window) for window in range(first, first + count)]
-        return torch.stack([read_tensors(path, hint)[0]["final"] for path in paths])
+        return torch.stack([read_tensors(path, AGAIN)[0]["final"] for path in paths])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from hisvd_cli.checksums import seal, sealed
 from hisvd_cli.corrected import take_corrected
 from hisvd_cli.errors import OutputError
 from hisvd_cli.json_files import read_json
@@ -132,11 +133,14 @@ class ModelProbe:
                 self._answers[question] = measure(model, name)
             with suppress(OutputError):  # an answer that is not kept is measured again
                 write_json(self._store, {"key": self._key, "answers": self._answers})
+                seal(self._store)
             self._reporter.note(f"Measured {question}: {self._answers[question]:.5g}.")
         return self._answers[question]
 
 
 def _read(store: Path, key: str) -> dict[str, float]:
+    if not sealed(store):
+        return {}
     try:
         document = read_json(store)
         return dict(document["answers"]) if document["key"] == key else {}

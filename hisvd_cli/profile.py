@@ -22,7 +22,7 @@ from hisvd_cli.errors import UsageError, suggest
 from hisvd_cli.json_files import check_depth, read_bounded
 from hisvd_cli.presets import PRESETS
 from hisvd_cli.profile_search import Search, search_profile
-from hisvd_cli.settings import SECTIONS, Settings, consent_of, flag_of, item_of, kind_of
+from hisvd_cli.settings import SECTIONS, Settings, consent_of, decides, flag_of, item_of, kind_of
 from hisvd_cli.unpickle import clean
 
 _MAX_BYTES = 1 << 20
@@ -85,6 +85,18 @@ class Resolved:
         """Tell whether a setting was given on the command line."""
         return self.origins.get((section, key), "").startswith("--")
 
+    def asked(self, section: str) -> list[str]:
+        """Return the settings of a section, of those that decide what comes out, that were given
+        a value anywhere."""
+        given = [key for of, key in self.origins if of == section and decides(of, key)]
+        return [key for key in given if self.value(section, key) not in (None, "auto")]
+
+    def place(self, section: str, key: str) -> str:
+        """Return where a setting was given, to be named in a message: its flag, its environment
+        variable, or its key and the profile."""
+        origin = self.origins[section, key]
+        return origin if origin.startswith(("--", "HISVD_")) else f"{section}.{key} in {origin}"
+
     def uses_defaults(self, section: str) -> bool:
         """Tell whether nothing chose a method: no preset, and no method by its name."""
         return not {(section, "preset"), (section, "allocator")} & self.origins.keys()
@@ -130,11 +142,9 @@ class Resolved:
         every setting that can change a result."""
         chosen = set(sections) or set(SECTIONS) - {"eval"}
         document = self.settings.model_dump(mode="json", include=chosen)
-        for key in ("path", "batch", "gradients", "weight_gradients"):
-            document.get("calibration", {}).pop(key, None)
-        document.get("compress", {}).pop("evaluate", None)
-        for key in ("max_memory", "scratch"):
-            document.get("model", {}).pop(key, None)
+        for section, values in document.items():
+            for key in [key for key in values if not decides(section, key)]:
+                del values[key]
         if self.settings.compress.update == "none":
             for key in ("update", "update_damping"):
                 document.get("compress", {}).pop(key, None)

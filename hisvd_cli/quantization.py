@@ -9,7 +9,7 @@ block by block; what enters a block has passed the blocks before it as they are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ from hisvd_cli.checkpoint import (
     Checkpoint,
     compressed_config,
     join_parts,
+    parts_left,
     shard_file,
     shard_names,
     write_loader,
@@ -49,7 +50,7 @@ from hisvd_cli.rounding import Metric, metric_of, quantize_compensated, quantize
 from hisvd_cli.skeleton import build_meta_model, build_stored_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import find_sublayers
-from hisvd_cli.tensorfile import read_tensors, reason, write_json, write_tensors
+from hisvd_cli.tensorfile import AGAIN, read_tensors, reason, write_json, write_tensors
 from hisvd_cli.versions import versions
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ def quantize(
     groups = shard_names(sizes, shard_bytes)
     shards = {shard_file(i, len(groups)): parts for i, parts in enumerate(groups)}
     with building(output, digest(json.dumps(record, sort_keys=True), str(shard_bytes))) as home:
-        if not any((home / file).is_file() for file in shards):  # else all parts were there
-            work.write_parts(home, reporter)
+        if left := parts_left(home, shards):
+            work.write_parts(home, left, reporter)
         names = {part: list(tensors) for part, tensors in work.stored.items()}
         join_parts(home, shards, names, sum(sizes.values()))
         _complete(home, checkpoint, recipe, record)
@@ -261,10 +262,9 @@ class _Work:
             return 2 if leaf.endswith(SCALE) else 1
         return int(self._weights.infos[name].width)
 
-    def write_parts(self, home: Path, reporter: Reporter) -> None:
-        """Write every part that no run has written yet."""
-        left = [part for part in self.stored if not (home / f"{part}.part").is_file()]
-        walk = self._embedded() if self._text and left not in ([], [_OUTSIDE]) else None
+    def write_parts(self, home: Path, left: Sequence[str], reporter: Reporter) -> None:
+        """Write the parts that are ``left``; the others lie in ``home``."""
+        walk = self._embedded() if self._text and left != [_OUTSIDE] else None
         with reporter.stage("Quantizing blocks", len(self.stored)) as step:
             for part in self.stored:
                 path = home / f"{part}.part"
@@ -342,7 +342,7 @@ class _Work:
     def _pass_on(self, walk: BlockWalk, part: str, path: Path) -> None:
         """Send the hidden states through a block as it has been written."""
         index = block_number(part)
-        tensors, _ = read_tensors(path, f"Remove {path.parent} and run again.")
+        tensors, _ = read_tensors(path, AGAIN)
         local = {
             name.removeprefix(f"{walk.prefix}.{index}."): tensor.to(
                 walk.device, walk.dtype if tensor.is_floating_point() else tensor.dtype

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hisvd_cli.checkpoint import (
     write_loader,
     write_shards,
 )
+from hisvd_cli.checksums import intact
 from hisvd_cli.companions import copy_companions, is_own_file
 from hisvd_cli.decoding import TwoParts
 from hisvd_cli.distillation import divergence_from, summed_loss
@@ -89,10 +90,12 @@ def recover(
     """
     checkpoint.refuse_own_code()
     started = time.monotonic()
-    key = digest(json.dumps([record, checkpoint.provenance], sort_keys=True))
+    about = json.dumps([record, checkpoint.provenance], sort_keys=True)
+    key = digest(about, str(shard_bytes))
     progress = Progress()
     with building(output, key) as home:
-        if not (home / PROVENANCE).is_file():  # which is written last
+        if not ((home / PROVENANCE).is_file() and all(map(intact, home.glob("*.safetensors")))):
+            # The provenance, which is written last, is missing; or weights were damaged since.
             (home / WORK).mkdir(exist_ok=True)
             factors, progress = train(home / WORK)
             _write(checkpoint, factors, home, shard_bytes)
@@ -112,26 +115,28 @@ def _write(checkpoint: Checkpoint, factors: Factors, home: Path, shard_bytes: in
     infos, storage = checkpoint.weights.infos, checkpoint.storage
     leaves = FACTORS[storage]
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        made: dict[str, Tensor] = {}
-        for name in infos:
-            sublayer, _, leaf = name.rpartition(".")
-            if sublayer not in factors or leaf not in leaves:
-                yield name, checkpoint.weights.read(name)
-                continue
-            if name not in made:
-                dtype = getattr(torch, infos[f"{sublayer}.weight"].dtype)
-                stored = stored_factors(*factors[sublayer], storage, dtype)
-                made |= {f"{sublayer}.{leaf}": tensor for leaf, tensor in stored.items()}
-            if not bool(made[name].isfinite().all()):
-                raise NumericalError(
-                    f"The trained {name} is not finite in {infos[name].dtype}.",
-                    "Train again with a lower --recover-learning-rate.",
-                )
-            yield name, made.pop(name)
+    made: dict[str, Tensor] = {}
 
+    def make(name: str) -> Tensor:
+        sublayer, _, leaf = name.rpartition(".")
+        if sublayer not in factors or leaf not in leaves:
+            return checkpoint.weights.read(name)
+        if name not in made:
+            dtype = getattr(torch, infos[f"{sublayer}.weight"].dtype)
+            stored = stored_factors(*factors[sublayer], storage, dtype)
+            made.update({f"{sublayer}.{leaf}": tensor for leaf, tensor in stored.items()})
+        if not bool(made[name].isfinite().all()):
+            raise NumericalError(
+                f"The trained {name} is not finite in {infos[name].dtype}.",
+                "Train again with a lower --recover-learning-rate.",
+            )
+        return made.pop(name)
+
+    # A run that was killed here may have ended its training elsewhere, if that is bounded in time.
+    for path in home.glob("*.safetensors"):
+        path.unlink()
     sizes = {name: info.nbytes for name, info in infos.items()}
-    write_shards(home, sizes, tensors(), shard_bytes)
+    write_shards(home, sizes, make, shard_bytes)
 
 
 def _describe(checkpoint: Checkpoint, record: Mapping[str, Any], home: Path) -> None:

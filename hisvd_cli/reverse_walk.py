@@ -77,7 +77,6 @@ class ReverseWalk:
         rows = world().share(self._total)
         self._start = rows.start  # the first sequence of this process
         self._tokens = tokens[rows.start : rows.stop]
-        self._partial = partial
         self._state_seconds = state_seconds
         self._reporter = reporter
 
@@ -102,7 +101,7 @@ class ReverseWalk:
         if not left:
             return
         self._forward(count)
-        gradient, start = self._first_gradient(count)
+        gradient, start = self._first_gradient(count, left[-1])
         saved = time.monotonic()
         with self._reporter.stage("Gradients of blocks", count) as step:
             for _ in range(start + 1, count):
@@ -146,13 +145,13 @@ class ReverseWalk:
                 step()
         self.walk.hidden = torch.empty(0)
 
-    def _first_gradient(self, count: int) -> tuple[Tensor, int]:
-        """Return the gradient at the output of a block, and the block."""
+    def _first_gradient(self, count: int, last: int) -> tuple[Tensor, int]:
+        """Return the gradient at the output of a block, not below ``last``, and the block."""
         home = self.walk.home
-        if kept := world().agreed(self.state.blocks):
-            hint = f"Remove {self._partial} and run again."
+        kept = [block for block in world().agreed(self.state.blocks) if block >= last]
+        if kept:
             end = self._start + len(self._tokens)
-            return self.state.at(kept[0]).load(self._start, end, home, hint), kept[0]
+            return self.state.at(kept[0]).load(self._start, end, home), kept[0]
         with self._reporter.stage("Gradient of the loss", len(self._tokens)) as step:
             gradient = torch.empty(0)
             with self.walk.whole_outside():

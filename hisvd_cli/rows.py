@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hisvd_cli.checksums import intact
 from hisvd_cli.errors import SourceError
 from hisvd_cli.hidden_states import NAME, StatesHome, chunks
-from hisvd_cli.tensorfile import reason
+from hisvd_cli.tensorfile import AGAIN, reason
 
 _SPAN = re.compile(r"(\d+)-(\d+)\.safetensors")
 
@@ -54,28 +55,26 @@ class RowFiles:
             start = until
         return pieces
 
-    def hold(self, count: int) -> bool:
-        """Tell whether rows 0 to ``count`` are all there."""
+    def sound(self, count: int) -> bool:
+        """Tell whether rows 0 to ``count`` are all there; files that were damaged are removed."""
+        for _, _, path in self._spans():
+            if not intact(path):
+                path.unlink(missing_ok=True)
         return self._pieces(0, count) is not None
 
-    def read(self, start: int, end: int, hint: str) -> Tensor:
-        """Return rows ``start`` to ``end``, reading no others.
-
-        Args:
-            start: the first row.
-            end: the one after the last.
-            hint: what to do where a file is missing or damaged.
+    def read(self, start: int, end: int) -> Tensor:
+        """Return rows ``start`` to before ``end``, reading no others.
 
         Raises:
             SourceError: rows are missing, or a file is damaged.
         """
         pieces = self._pieces(start, end)
         if pieces is None:
-            raise SourceError(f"{self.folder} lacks rows {start} to {end} of {self.stem}.", hint)
-        parts = [_read(path, which, hint) for path, which in pieces]
+            raise SourceError(f"{self.folder} lacks rows {start} to {end} of {self.stem}.", AGAIN)
+        parts = [_read(path, which) for path, which in pieces]
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def load(self, start: int, end: int, home: StatesHome, hint: str) -> Tensor:
+    def load(self, start: int, end: int, home: StatesHome) -> Tensor:
         """Return rows ``start`` to ``end`` in memory of ``home``, read a few at a time.
 
         Raises:
@@ -84,21 +83,21 @@ class RowFiles:
         """
         if start == end:
             return torch.empty(0)
-        row = self.read(start, start + 1, hint)
+        row = self.read(start, start + 1)
         states = home.take((end - start, *row.shape[1:]), row.dtype)
         for first, part in chunks(states):
-            part.copy_(self.read(start + first, start + first + len(part), hint))
+            part.copy_(self.read(start + first, start + first + len(part)))
             home.settle()
         return states
 
 
-def _read(path: Path, which: slice, hint: str) -> Tensor:
+def _read(path: Path, which: slice) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
             part: Tensor = file.get_slice(NAME)[which]
             return part
     except (SafetensorError, OSError) as error:
-        raise SourceError(f"Cannot read {path}: {reason(error)}", hint) from error
+        raise SourceError(f"Cannot read {path}: {reason(error)}", AGAIN) from error
 
 
 @dataclass(frozen=True)
@@ -120,10 +119,10 @@ class Checkpoints:
         return RowFiles(self.folder, f"{self.name}-{block:05d}")
 
     def blocks(self) -> list[int]:
-        """Return for which blocks all rows are there."""
+        """Return for which blocks all rows are there; files that were damaged are removed."""
         stems = {path.name.partition(".")[0] for path in self.folder.glob(f"{self.name}-*.*")}
         blocks = sorted(int(stem.rpartition("-")[2]) for stem in stems)
-        return [block for block in blocks if self.at(block).hold(self.count)]
+        return [block for block in blocks if self.at(block).sound(self.count)]
 
     def remove(self, but: int | None = None) -> None:
         """Remove all files but those for one block."""

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from hisvd_cli.checksums import intact
 from hisvd_cli.device import seeded
-from hisvd_cli.errors import NumericalError, OutputError, SourceError
+from hisvd_cli.errors import NumericalError, OutputError
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
-from hisvd_cli.tensorfile import read_tensors, reason, write_tensors
+from hisvd_cli.tensorfile import AGAIN, read_tensors, reason, write_tensors
 from hisvd_cli.token_ids import known_ids
 from hisvd_cli.whole_model import load_source
 
@@ -43,7 +44,8 @@ def sample_self(
     dtype: torch.dtype,
     reporter: Reporter,
 ) -> Tensor:
-    """Return token ids that a model wrote, from the cache where it holds them.
+    """Return token ids that a model wrote, from the cache where it holds them, whichever device
+    they were drawn on: a calibration that was taken on a GPU is gone on with on a CPU.
 
     Args:
         source: the model.
@@ -60,7 +62,7 @@ def sample_self(
     Raises:
         NumericalError: the model's distribution is not finite.
     """
-    key = digest(source.fingerprint, f"{samples} {seqlen} {seed} {dtype} {device.type}")
+    key = digest(source.fingerprint, f"{samples} {seqlen} {seed} {dtype} {_first_token(source)}")
     folder = cache_root() / "self" / key[:16]
     writer = _Writer(source, device, dtype)
     rows: list[Tensor] = []
@@ -68,9 +70,9 @@ def sample_self(
     with reporter.stage("Sampling text", len(starts)) as step:
         for index, start in enumerate(starts):
             path = folder / f"batch-{index:05d}.safetensors"
-            try:
-                batch = read_tensors(path, "")[0]["tokens"]
-            except (SourceError, KeyError):  # absent, or damaged: both mean drawing it again
+            if intact(path):
+                batch = read_tensors(path, AGAIN)[0]["tokens"]
+            else:
                 batch = writer.draw(
                     min(ROWS, samples - start), seqlen, (seed * len(starts) + index) % _SEEDS
                 )

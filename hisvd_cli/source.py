@@ -397,8 +397,12 @@ def _weight_files(folder: Path) -> list[list[str]]:
     A repository may hold the same weights several times, in other formats and folders.
     """
     return [
-        shard_files(folder / index) if (folder / index).is_file() else [single]
+        files
         for index, single in LAYOUTS
+        for files in (
+            [single],
+            *([shard_files(folder / index)] if (folder / index).is_file() else []),
+        )
     ]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hisvd_cli.ahead import ahead
 from hisvd_cli.calibration import GRADIENTS, Calibration
+from hisvd_cli.checksums import intact
 from hisvd_cli.distributed import share_by_cost, world
-from hisvd_cli.errors import OutputError, SourceError
+from hisvd_cli.errors import OutputError
 from hisvd_cli.estimate import decomposition_cost
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.reporter import Reporter
@@ -29,7 +30,7 @@ from hisvd_cli.spectrum import (
 )
 from hisvd_cli.statistics import Need, Statistics, missing, required
 from hisvd_cli.sublayers import Sublayer
-from hisvd_cli.tensorfile import read_tensors, write_tensors
+from hisvd_cli.tensorfile import AGAIN, read_tensors, write_tensors
 from hisvd_cli.truncation import decomposing
 
 Compute = Callable[[Tensor, Statistics], Tensor]
@@ -244,8 +245,7 @@ def _cached(
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor]:
-    try:
-        tensors, metadata = read_tensors(path, "")
-    except SourceError:  # absent, or damaged: both mean computing it again
+    if not intact(path):  # absent, or damaged: both mean computing it again
         return {}
+    tensors, metadata = read_tensors(path, AGAIN)
     return tensors if metadata.get("key") == key else {}

@@ -15,6 +15,7 @@ from hisvd_cli.blocks import BlockWalk
 from hisvd_cli.calibrate import STATE_SECONDS
 from hisvd_cli.calibration import block_file
 from hisvd_cli.checkpoint import Checkpoint
+from hisvd_cli.checksums import intact
 from hisvd_cli.corrected import corrected
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError
@@ -95,7 +96,7 @@ def write_weights(
             "Correcting blocks" if step else "Multiplying out", len(layers)
         ) as tell:
             for layer in layers:
-                if not (home / block_file(layer)).is_file():
+                if not intact(home / block_file(layer)):
                     tensors = truncated.block(layer, step, _none)
                     write_tensors(home / block_file(layer), tensors, {})
                 tell()
@@ -148,7 +149,7 @@ def write_by_gradients(
         reverse = ReverseWalk(walk, running.tokens, inputs, home, reporter, state_seconds)
 
         def is_done(layer: int) -> bool:
-            return layer not in truncated.layers or (home / block_file(layer)).is_file()
+            return layer not in truncated.layers or intact(home / block_file(layer))
 
         def watch(layer: int, linears: Mapping[str, nn.Linear]) -> BatchGradients:
             low_rank = set(truncated.layers.get(layer, ()))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64
 
 from hisvd_cli.decoding import TwoParts
 from hisvd_cli.errors import OutputError
@@ -22,8 +23,8 @@ class Teacher:
     """The dense model's final hidden states of windows, kept in a file as they are first needed.
 
     They are vocabulary ÷ width times smaller than logits, and the head makes the same logits of
-    them again. Space for all of them is taken at the start, so that a full disk does not stop the
-    training midway.
+    them again. What an earlier run kept is used again where its checksum is right. Space for all of
+    them is taken at the start, so that a full disk does not stop the training midway.
 
     Args:
         parts: the dense model.
@@ -41,19 +42,31 @@ class Teacher:
         self._tokens = tokens
         dtype = next(parts.model.parameters()).dtype
         self._states, self._map = _mapped(folder / _STATES, (*tokens.shape, width), dtype)
-        self._known, _ = _mapped(folder / _KNOWN, (len(tokens),), torch.uint8)
+        self._known, _ = _mapped(folder / _KNOWN, (len(tokens),), torch.int64)
+        self._checked: set[int] = set()
 
     def states(self, rows: Tensor) -> Tensor:
         """Return the states ``[B, L, d]`` of windows ``[B]``."""
-        missing = rows[self._known[rows] == 0]
+        missing = torch.tensor([row for row in rows.tolist() if not self._holds(row)])
         if len(missing):
             with torch.no_grad():
                 made = self._parts.states(self._tokens[missing])
             self._states[missing] = made.to("cpu", self._states.dtype)
-            self._known[missing] = 1
+            for row in missing.tolist():
+                self._known[row] = self._checksum(row)
+        self._checked.update(rows.tolist())
         found = self._states[rows].to(self._parts.model.device)
         settle(self._map)
         return found
+
+    def _holds(self, row: int) -> bool:
+        """Tell whether the states of a window are kept as they were written."""
+        return row in self._checked or int(self._known[row]) == self._checksum(row)
+
+    def _checksum(self, row: int) -> int:
+        """Return a checksum of the states of a window, never that of none, 0."""
+        data = self._states[row].view(torch.uint8).numpy().data
+        return xxh3_64(data).intdigest() >> 1 or 1
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap.mmap]:

@@ -12,13 +12,16 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from xxhash import xxh3_64
+
 from hisvd_cli.cache import write_hint
+from hisvd_cli.checksums import BLANK, KEY, PLACE, remember
 from hisvd_cli.errors import OutputError, SourceError
 from hisvd_cli.json_files import MAX_BYTES
 from hisvd_cli.owners import TAG, is_abandoned, own_tag
@@ -27,6 +30,7 @@ from hisvd_cli.safetensors_header import DTYPE_NAMES, Header, TensorInfo, parse_
 if TYPE_CHECKING:
     from torch import Tensor
 
+AGAIN = "Run the same command again: it makes anew what is damaged."
 TEMPORARY = ".*.tmp"
 """Matches what a killed run may leave of a file that it was writing."""
 _OWNED = re.compile(rf"\..+\.({TAG})\.tmp")
@@ -69,6 +73,7 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
         raise SourceError(
             f"{path} has no valid safetensors header: {reason(error)}", _DAMAGED
         ) from error
+    header = Header(header.tensors, _without_checksum(header.metadata))
     end = max((info.end for info in header.tensors.values()), default=8 + length)
     if end != size:
         raise SourceError(f"{path} holds {size} bytes where its header names {end}.", _DAMAGED)
@@ -93,9 +98,13 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-            return found, dict(file.metadata() or {})
+            return found, _without_checksum(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise SourceError(f"Cannot read {path}: {reason(error)}", hint) from error
+
+
+def _without_checksum(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key != KEY}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -104,11 +113,43 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         OutputError: the file cannot be written, for example on a full disk.
     """
-    from safetensors.torch import save_file
+    # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
+    named = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    infos = [
+        (name, TensorInfo(_dtype(t), tuple(t.shape), 0, t.numel() * t.element_size()))
+        for name, t in named
+    ]
+    _write(path, infos, (_bytes(tensor) for _, tensor in named), metadata)
 
-    with replacing(path) as temporary, serializing(path):
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata))
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
+
+
+def _write(
+    path: Path,
+    tensors: Sequence[tuple[str, TensorInfo]],
+    data: Iterable[bytes | memoryview],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file with its checksum. Raises OutputError."""
+    header = _header(tensors, {KEY: BLANK, **metadata})
+    state = xxh3_64(header)
+    with replacing(path) as temporary, temporary.open("wb") as target:
+        target.write(header)
+        for chunk in data:
+            state.update(chunk)
+            target.write(chunk)
+        target.seek(PLACE)
+        target.write(state.hexdigest().encode())
+    remember(path)
 
 
 @contextmanager
@@ -213,11 +254,8 @@ def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -
     placed = [(part, *item) for part in parts for item in read_header(part).tensors.items()]
     # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
     placed.sort(key=lambda item: item[2].width, reverse=True)
-    header = _header([(name, info) for _, name, info in placed], metadata)
-    with replacing(path) as temporary, temporary.open("wb") as target:
-        target.write(header)
-        for part, _, info in placed:
-            _copy_bytes(part, info, target)
+    data = (chunk for part, _, info in placed for chunk in _chunks(part, info))
+    _write(path, [(name, info) for _, name, info in placed], data, metadata)
 
 
 def write_parts(
@@ -239,16 +277,15 @@ def write_parts(
     Raises:
         OutputError: the file cannot be written.
     """
-    import torch
-
-    dtype = str(parts[0].dtype).removeprefix("torch.")
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     size = math.prod(shape) * parts[0].element_size()
-    with replacing(path) as temporary, temporary.open("wb") as target:
-        target.write(_header([(name, TensorInfo(dtype, shape, 0, size))], metadata))
+
+    def data() -> Iterator[memoryview]:
         for part in parts:
-            target.write(part.contiguous().cpu().view(torch.uint8).numpy().data)
+            yield _bytes(part)
             written()
+
+    _write(path, [(name, TensorInfo(_dtype(parts[0]), shape, 0, size))], data(), metadata)
 
 
 def _header(tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
@@ -268,7 +305,7 @@ def _header(tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, st
     return struct.pack("<Q", len(text)) + text
 
 
-def _copy_bytes(part: Path, info: TensorInfo, target: BinaryIO) -> None:
+def _chunks(part: Path, info: TensorInfo) -> Iterator[bytes]:
     with part.open("rb") as source:
         source.seek(info.start)
         left = info.nbytes
@@ -276,4 +313,5 @@ def _copy_bytes(part: Path, info: TensorInfo, target: BinaryIO) -> None:
             data = source.read(min(left, _CHUNK))
             if not data:
                 raise SourceError(f"{part} became shorter while it was read.", _DAMAGED)
-            left -= target.write(data)
+            left -= len(data)
+            yield data

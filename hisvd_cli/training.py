@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.artifact import building
+from hisvd_cli.checksums import intact, seal, sealed
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.json_files import parse_json
 from hisvd_cli.reporter import Reporter
-from hisvd_cli.tensorfile import read_tensors, serializing, write_tensors
+from hisvd_cli.tensorfile import AGAIN, read_tensors, serializing, write_tensors
 
 BEST = "best.safetensors"
 _STATE = "state"
@@ -162,7 +164,7 @@ class Training:
                 tick()
         if not self.progress.stopped:
             self._measure()
-        best, _ = read_tensors(self.home / BEST, f"Remove {self.home} and run again.")
+        best, _ = read_tensors(self.home / BEST, AGAIN)
         return best, self.progress
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,20 +263,25 @@ class Training:
         self.progress.seconds = time.monotonic() - self._started
         with building(self.home / _STATE, "") as folder, serializing(folder):
             self._accelerator.save_state(str(folder))
+            seal(folder)
 
     def _resume(self) -> None:
+        state, best = self.home / _STATE, self.home / BEST
+        if (state.is_dir() and not sealed(state)) or (best.is_file() and not intact(best)):
+            self.reporter.warn("What an interrupted training left is damaged: it begins anew.")
+            shutil.rmtree(state, ignore_errors=True)
+            best.unlink(missing_ok=True)
         if (self.home / _STATE).is_dir():
             self._accelerator.load_state(str(self.home / _STATE))
             self.reporter.note(f"Going on after step {self.progress.steps}.")
         if (self.home / BEST).is_file():
             # It may be newer than the state: the best state was written at once.
-            hint = f"Remove {self.home} and run again."
-            _, about = read_tensors(self.home / BEST, hint, _none)
+            _, about = read_tensors(self.home / BEST, AGAIN, _none)
             try:
                 found = parse_json(about["measures"], strict=False)
                 at = int(about["step"])
             except (KeyError, ValueError) as error:
-                raise SourceError(f"{self.home / BEST} is damaged.", hint) from error
+                raise SourceError(f"{self.home / BEST} is damaged.", AGAIN) from error
             if _first(found) < _first(self.progress.best):
                 self.progress.best, self.progress.best_step = found, at
 

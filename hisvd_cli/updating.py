@@ -21,7 +21,7 @@ from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.lowrank import dense_product
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.statistics import Statistics
-from hisvd_cli.tensorfile import read_tensors, write_tensors
+from hisvd_cli.tensorfile import AGAIN, read_tensors, write_tensors
 from hisvd_cli.two_streams import TwoStreams
 from hisvd_cli.updates import (
     DAMPINGS,
@@ -206,7 +206,7 @@ class Updating:
     def _weight(self, name: str) -> Tensor:
         """Return what the finished factors of a sublayer multiply to."""
         path = self._home / f"{self._parts[name]}.part"
-        tensors, _ = read_tensors(path, f"Remove {self._home} and run again.")
+        tensors, _ = read_tensors(path, AGAIN)
         return dense_product({key.rpartition(".")[2]: t for key, t in tensors.items()})
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ((INDEX, SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
-"""(index of shards, single file) in the order of preference."""
+"""(index of shards, single file) in the order of preference. Of a layout that lies there in both
+forms the single file is read, as transformers does it."""
 _CHECKED = 1 << 22
 """Values that are checked at a time."""
 
@@ -163,10 +164,10 @@ def has_weights(folder: Path) -> bool:
 
 def _weight_files(folder: Path) -> list[Path]:
     for index, single in LAYOUTS:
-        if (folder / index).is_file():
-            return _indexed(folder / index)
         if (folder / single).is_file():
             return [folder / single]
+        if (folder / index).is_file():
+            return _indexed(folder / index)
     return []
 
 

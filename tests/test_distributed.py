@@ -21,6 +21,7 @@ from hisvd_cli.distributed import World, own_gpu, share_by_cost
 from hisvd_cli.errors import SourceError, UsageError
 from hisvd_cli.hidden_states import StatesHome
 from hisvd_cli.rows import Checkpoints, RowFiles
+from hisvd_cli.tensorfile import AGAIN
 from tests.cli_helpers import digests, environment, succeed, text_file, two_lines
 from tests.models import save_model
 from tests.workbench import tree
@@ -228,10 +229,10 @@ def test_rows_are_read_from_files_of_any_processes(tmp_path: Path) -> None:
     assert state.blocks() == [4]
     for start in range(8):
         for end in range(start + 1, 9):
-            assert torch.equal(state.at(4).read(start, end, ""), whole[start:end])
+            assert torch.equal(state.at(4).read(start, end), whole[start:end])
     with pytest.raises(SourceError, match="lacks rows 4 to 6 of hidden-00007") as caught:
-        state.at(7).read(4, 6, "Do this.")
-    assert caught.value.hint == "Do this."
+        state.at(7).read(4, 6)
+    assert caught.value.hint == AGAIN
     RowFiles(tmp_path, "none").keep(0, whole[:0], home)
     state.remove(but=4)
     assert state.blocks() == [4]

@@ -26,6 +26,7 @@ from hisvd_cli.reporter import Silent
 from hisvd_cli.rows import RowFiles
 from hisvd_cli.source import open_source
 from hisvd_cli.sublayers import Sublayer
+from hisvd_cli.tensorfile import AGAIN, write_tensors
 from hisvd_cli.workload import IMPORTS_BYTES, Peak, Workload, calibration_peak
 from tests.cli_helpers import QUICK, as_json, digests, environment, fail, succeed, two_lines
 from tests.conftest import MakeModel
@@ -256,11 +257,11 @@ def test_states_are_saved_and_loaded(place: Place, tmp_path: Path) -> None:
     home.settle()
     files = RowFiles(tmp_path, "a")
     files.keep(7, states, home)
-    save_file({"hidden": values}, tmp_path / "b.safetensors", metadata={})
+    write_tensors(tmp_path / "b.safetensors", {"hidden": values}, {})
     written = tmp_path / "a.000007-000307.safetensors"
     assert torch.equal(load_file(written)["hidden"], values)
     assert written.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    found = files.load(17, 307, StatesHome(CPU, place, tmp_path), "")
+    found = files.load(17, 307, StatesHome(CPU, place, tmp_path))
     assert torch.equal(found, values[10:])
     assert {path.name for path in tmp_path.iterdir()} == {written.name, "b.safetensors"}
 
@@ -268,8 +269,8 @@ def test_states_are_saved_and_loaded(place: Place, tmp_path: Path) -> None:
 def test_a_file_of_something_else_holds_no_states(tmp_path: Path) -> None:
     save_file({"other": torch.zeros(2)}, tmp_path / "x.000000-000002.safetensors")
     with pytest.raises(SourceError, match="Cannot read") as caught:
-        RowFiles(tmp_path, "x").load(0, 2, StatesHome(CPU), "Remove it.")
-    assert caught.value.hint == "Remove it."
+        RowFiles(tmp_path, "x").load(0, 2, StatesHome(CPU))
+    assert caught.value.hint == AGAIN
 
 
 def test_a_full_disk_is_an_error_before_the_walk(tmp_path: Path) -> None:

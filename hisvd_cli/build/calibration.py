@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -16,11 +17,20 @@ from hisvd_cli.build.samples import (
     calibrated_dtype,
     calibration_sample,
     draw_sample,
+    is_text_of,
     request_calibration,
 )
 from hisvd_cli.build.whole_models import check_writing
 from hisvd_cli.calibrate import calibrate
-from hisvd_cli.calibration import MANIFEST, Calibration, Sample, calibration_key, open_calibration
+from hisvd_cli.calibration import (
+    GRADIENTS,
+    MANIFEST,
+    Calibration,
+    Sample,
+    calibration_key,
+    open_calibration,
+)
+from hisvd_cli.checksums import seal, sealed
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError, UsageError
 from hisvd_cli.gradients import measure_gradients
@@ -79,7 +89,7 @@ def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> 
     exact = calibration_home(source) / request_calibration(resolved, source).key[:16]
     if (exact / MANIFEST).is_file():
         return open_calibration(exact, source)
-    if any(section == "calibration" for section, _ in resolved.origins):
+    if resolved.asked("calibration"):
         return None
     return _newest(source, reporter)
 
@@ -90,20 +100,18 @@ def _check_asked(resolved: Resolved, found: Calibration) -> None:
     wanted = found.manifest["settings"].get("calibration", {})
     made = {"drop": "", **data}
     made["samples"] = wanted.get("samples") or data["samples"]  # a text may hold fewer
-    for key in ("dataset", "drop", "samples", "seqlen", "seed"):
+    for key in resolved.asked("calibration"):
         asked = resolved.value("calibration", key)
-        # A file may be named from another folder than it was at first.
-        bare = _bare if key == "dataset" else str
-        if resolved.is_flag("calibration", key) and bare(asked) != bare(made[key]):
-            flag = flag_of("calibration", key)
+        same = str(asked) == str(made[key])
+        if key == "dataset":  # a file may be named from another folder than it was at first
+            same = is_text_of(asked, data)
+        if not same:
+            flag, place = flag_of("calibration", key), resolved.place("calibration", key)
+            changed = " as it reads now" if str(asked) == str(made[key]) else ""
             raise StaleArtifactError(
-                f"{found.folder} was calibrated with {flag} {made[key]}, not {asked}.",
-                f"Leave out {flag}, or name another folder with --calibration.",
+                f"{found.folder} was calibrated with {flag} {made[key]}, not {asked}{changed}.",
+                f"Leave out {place}, or name another folder with --calibration.",
             )
-
-
-def _bare(dataset: str) -> str:
-    return Path(dataset).name
 
 
 def _newest(source: Source, reporter: Reporter) -> Calibration | None:
@@ -245,7 +253,7 @@ def calibrate_again(
         wanted: what it must hold.
         reporter: told of progress.
     """
-    if world().agreed((folder / MANIFEST).is_file):
+    if world().agreed(lambda: _kept(folder)):
         found = open_calibration(folder, source)
     else:
         samples, seqlen = sample.tokens.shape
@@ -262,9 +270,26 @@ def calibrate_again(
             keep_inputs=set(wanted) != {"moments"},
             place=work.place,
         )
+        _seal(folder)
     if set(wanted) - found.holds:
-        return _add_gradients(resolved, source, found, sample, wanted, reporter)
+        found = _add_gradients(resolved, source, found, sample, wanted, reporter)
+        _seal(folder / GRADIENTS)
     return found
+
+
+def _kept(folder: Path) -> bool:
+    """Tell whether an interrupted run left a calibration that was not damaged since; gradients that
+    were are removed."""
+    gradients = folder / GRADIENTS
+    if gradients.is_dir() and not sealed(gradients):
+        shutil.rmtree(gradients)
+    return (folder / MANIFEST).is_file() and sealed(folder)
+
+
+def _seal(folder: Path) -> None:
+    if world().first:
+        seal(folder)
+    world().wait()
 
 
 def _add_gradients(

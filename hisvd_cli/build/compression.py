@@ -18,7 +18,15 @@ from hisvd_cli.build.output_names import inputs_of
 from hisvd_cli.build.outputs import check_output, check_plan_output, peak_memory, refuse_flags
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
-from hisvd_cli.build.recovery import Unmended, check_recovery, mend, unmended, wants_recovery
+from hisvd_cli.build.recovery import (
+    Unmended,
+    check_recovery,
+    check_trains,
+    mend,
+    reads_the_same,
+    unmended,
+    wants_recovery,
+)
 from hisvd_cli.build.samples import default_dataset, window_length
 from hisvd_cli.build.stages import RECORDED, Stage, check_stages, factored, last_stage
 from hisvd_cli.build.updates import prepare_update
@@ -154,6 +162,10 @@ def check_request(
     if _evaluates(resolved, source):
         check_evaluation(resolved, source)
     if wants_recovery(resolved):
+        if plan_file is not None:
+            check_trains(open_plan(plan_file, source).ranks, resolved)
+        elif bytes_ratio(resolved) is None and max(resolved.settings.plan.ratio) == 1:
+            check_trains({}, resolved)
         check_recovery(resolved, source)
     path = output_path(resolved, output, plan_file)
     check_output(path, overwrite, inputs_of(resolved, source.folder, plan_file))
@@ -196,6 +208,8 @@ def compress_model(
     fixed = plan is not None
     plan = plan or make_plans(resolved, source, calibration, reporter)[0]
     planning = time.monotonic() - started
+    if wants_recovery(resolved):
+        check_trains(plan.ranks, resolved)
     first = Stage(source, calibration, plan)
     with last_stage(resolved, first, fixed, path, reporter) as (last, before):
         made, plan_path, recovering = _write(resolved, last, path, update, reporter)
@@ -233,8 +247,10 @@ def _write(
     resolved = rounded_by(resolved, last.plan)
     rounds = quantizes(resolved) or bool(last.plan.bits)
     whole = folder.with_name(f".{path.name}.whole") if rounds else folder
-    left = _unrounded(resolved, last, whole) if rounds else None
+    left = world().agreed(lambda: _unrounded(resolved, last, whole)) if rounds else None
     made, recovering = left or _mended(resolved, last, whole, update, reporter)
+    if rounds and not left:
+        Unmended(whole).keep()
     if rounds and world().first:
         bits = last.plan.bits or None
         made = quantize_compressed(
@@ -255,9 +271,11 @@ def _write(
 def _unrounded(resolved: Resolved, last: Stage, folder: Path) -> tuple[Compressed, float] | None:
     """Return what a run left that was interrupted while it rounded, and no seconds of training;
     None where there is nothing, or it was made by another plan or settings."""
-    made = Unmended(folder).kept(last.plan, resolved.recorded(*RECORDED))
+    made = Unmended(folder).kept(last.plan, resolved.recorded(*RECORDED), last.original_key)
     wanted = resolved.recorded("model", "recover") if wants_recovery(resolved) else None
     if made is None or part(made.record, "recovery").get("settings") != wanted:
+        return None
+    if wanted and not reads_the_same(resolved, last.source.original, made.record):
         return None
     return made, 0.0
 
@@ -270,8 +288,10 @@ def _mended(
     if not wants_recovery(resolved):
         return factored(resolved, last, folder, reporter, update), 0.0
     raw, recorded = unmended(folder), resolved.recorded(*RECORDED)
-    made = raw.kept(last.plan, recorded)
-    made = made or factored(resolved, last, raw.folder, reporter, update)
+    made = raw.kept(last.plan, recorded, last.original_key)
+    if made is None:
+        made = factored(resolved, last, raw.folder, reporter, update)
+        raw.keep()
     started = time.monotonic()
     size = mend(resolved, raw, folder, last.source.original, reporter)
     record = open_checkpoint(folder).provenance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from hisvd_cli.build.compression import Outcome, check_request, compress_model
 from hisvd_cli.build.evaluation import tolerated
 from hisvd_cli.build.forecast import forecast_compression
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
+from hisvd_cli.build.recovery import reads_the_same, wants_recovery
+from hisvd_cli.build.samples import is_text_of
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
 from hisvd_cli.distributed import world
@@ -229,8 +231,24 @@ def _check_same(cell: Cell, source: Source, calibration: Calibration | None) -> 
         differs = ["model"]
     elif calibration and part(record, "calibration").get("key") != calibration.key:
         differs.append("calibration")
+    differs += _changed_texts(cell, source, record)
     if differs:
         raise OutputError(
             f"{cell.output} was made from other settings: {', '.join(differs)}.",
             "Pass --overwrite, or name another --output.",
         )
+
+
+def _changed_texts(cell: Cell, source: Source, record: Mapping[str, Any]) -> list[str]:
+    """Return which texts read otherwise now than when a checkpoint was made, under the same name.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    changed = []
+    dataset, data = cell.resolved.settings.calibration.dataset, part(record, "calibration")
+    if Path(dataset).expanduser().is_file() and not is_text_of(dataset, part(data, "data")):
+        changed.append(f"the text of {dataset}")
+    if wants_recovery(cell.resolved) and not reads_the_same(cell.resolved, source, record):
+        changed.append("the text of the recovery")
+    return changed

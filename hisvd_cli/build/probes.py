@@ -21,6 +21,7 @@ from hisvd_cli.registry import accepted
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
 from hisvd_cli.statistics import Statistics
+from hisvd_cli.sublayers import select
 from hisvd_cli.truncation import decomposing
 
 if TYPE_CHECKING:
@@ -57,9 +58,11 @@ def open_probe(
     method = DECOMPOSERS.get(decomposer)
     used = accepted(method, knobs)
     dtype = calibrated_dtype(resolved, calibration)
+    knobs_of_plan = resolved.settings.plan
+    chosen = select(anatomy.sublayers, knobs_of_plan.include, knobs_of_plan.exclude)
     return ModelProbe(
         source,
-        [s.name for s in anatomy.sublayers],
+        [s.name for s in chosen],
         windows,
         _Factors(resolved, source, anatomy, calibration, partial(method, **used)).of,
         device=pick_device(resolved.settings.model.device),

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import torch
 
-from hisvd_cli.build.samples import calibration_sample, draw_sample, request_calibration
+from hisvd_cli.build.samples import (
+    calibration_sample,
+    draw_sample,
+    other_sample,
+    request_calibration,
+)
 from hisvd_cli.calibration import Calibration, Sample
 from hisvd_cli.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed
@@ -103,8 +108,8 @@ def quantize_checkpoint(
         resolved: the settings.
         checkpoint: in full precision.
         output: the folder.
-        sample: text for gptq; by default what the settings name, else what the checkpoint was
-            calibrated on.
+        sample: text for gptq; by default what the settings name, and where they say nothing what
+            the checkpoint was calibrated on.
         reporter: told of progress.
         bits: name of a sublayer → 16, 8 or 4; by default all have those of the settings.
 
@@ -157,10 +162,11 @@ def _sample(
 ) -> Sample:
     """Return the text that the settings name, else that which a checkpoint was calibrated on."""
     manifest = checkpoint.provenance.get("calibration")
-    asked = any(section == "calibration" for section, _ in resolved.origins)
-    if asked or not manifest:
+    if not manifest:
         return draw_sample(request_calibration(resolved, source), source, reporter)
     made_from = Calibration(checkpoint.folder, manifest)
+    if resolved.asked("calibration"):
+        return other_sample(resolved, source, made_from, reporter)
     return calibration_sample(resolved, source, made_from, reporter)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 
 from hisvd_cli.adaptation import Adapter, adapt, check_peft
 from hisvd_cli.audit import part
-from hisvd_cli.build.samples import SELF, default_dataset, stored_dtype
+from hisvd_cli.build.samples import SELF, default_dataset, located, stored_dtype
 from hisvd_cli.build.whole_models import check_training, check_writing
-from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
+from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint
+from hisvd_cli.checksums import seal, sealed
 from hisvd_cli.compress import Compressed
 from hisvd_cli.data import check_seqlen
 from hisvd_cli.device import dtype_name, pick_device, pick_dtype
@@ -39,6 +40,7 @@ from hisvd_cli.selftext import sample_self
 from hisvd_cli.settings import RecoverSettings
 from hisvd_cli.source import Source, open_source
 from hisvd_cli.training import Course, Progress
+from hisvd_cli.versions import versions
 
 _MINUTES = 20.0
 _RATES = {"distill": 3e-4, "lora": 1e-4}
@@ -96,6 +98,16 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
         check_writing(resolved, dense, resolved.settings.recover.seqlen, f"--dataset {SELF}")
 
 
+def check_trains(ranks: Mapping[str, int], resolved: Resolved) -> None:
+    """Raise UsageError where no layer is low-rank, so that there is nothing to train."""
+    if not ranks:
+        raise UsageError(
+            f"--recover {resolved.settings.recover.method} trains low-rank layers, and at this "
+            "ratio every layer stays as it is.",
+            "Lower --ratio, or leave out --recover.",
+        )
+
+
 def _check_knobs(resolved: Resolved) -> None:
     if world().size > 1:
         raise UsageError(
@@ -128,6 +140,7 @@ def prepare_recovery(
         raise UsageError("Nothing is to be done to the checkpoint.", "Give --recover distill.")
     _check_knobs(resolved)
     checkpoint = open_checkpoint(folder)
+    check_trains(checkpoint.ranks, resolved)
     check_trainable(checkpoint)
     student = Source(str(folder), folder)
     teacher = dense or _teacher(resolved, checkpoint)
@@ -191,6 +204,23 @@ def _dataset(resolved: Resolved, checkpoint: Checkpoint) -> str:
     return str(data.get("dataset") or default_dataset(Source(made, checkpoint.folder)))
 
 
+def reads_the_same(resolved: Resolved, dense: Source, record: Mapping[str, Any]) -> bool:
+    """Tell whether the text that the settings name is that of the recovery in a checkpoint's
+    ``record``: what a file holds may have changed. Only files are read.
+
+    Raises:
+        DataError: see :func:`hisvd_cli.lessons.load_lessons`.
+    """
+    named = (resolved.settings.recover.dataset, resolved.settings.calibration.dataset)
+    dataset = next((name for name in named if name != "auto"), SELF)
+    if dataset == SELF or not Path(dataset).expanduser().is_file():
+        return True
+    data = part(part(record, "calibration"), "data")
+    calibrated = resolved.settings.calibration.drop or str(data.get("drop", ""))
+    trained = part(part(record, "recovery"), "data")
+    return bool(_load(dataset, dense, resolved, calibrated).key == trained.get("sha256"))
+
+
 def _lessons(
     resolved: Resolved,
     checkpoint: Checkpoint,
@@ -214,7 +244,8 @@ def _lessons(
         return windows_of(drawn.flatten(), knobs.seqlen, SELF, digest(drawn.numpy().tobytes()))
     data = part(part(checkpoint.provenance, "calibration"), "data")
     calibrated = resolved.settings.calibration.drop or str(data.get("drop", ""))
-    return _limited(_load(dataset, student, resolved, calibrated), resolved)
+    name = located(data) if dataset == data.get("dataset") else dataset
+    return _limited(replace(_load(name, student, resolved, calibrated), dataset=dataset), resolved)
 
 
 def _load(dataset: str, source: Source, resolved: Resolved, calibrated: str) -> Lessons:
@@ -318,12 +349,22 @@ class Unmended:
 
     folder: Path
 
-    def kept(self, plan: Plan, recorded: Mapping[str, Any]) -> Compressed | None:
-        """Return what an interrupted run left, where it was made by the same plan and settings."""
-        if not is_checkpoint(self.folder):
+    def keep(self) -> None:
+        """Have a run that goes on here notice where the finished checkpoint was damaged."""
+        if world().first:
+            seal(self.folder)
+        world().wait()
+
+    def kept(self, plan: Plan, recorded: Mapping[str, Any], calibration: str) -> Compressed | None:
+        """Return what an interrupted run left, where it was made by the same plan and settings from
+        the calibration of that key and with the same libraries, and was not damaged since."""
+        if not sealed(self.folder):
             return None
         record = open_checkpoint(self.folder).provenance
-        if record.get("settings") != recorded or load_plan(self.folder / PLAN_FILE) != plan:
+        made_with = (record.get("settings"), part(record, "calibration").get("key"))
+        if (*made_with, record.get("versions")) != (recorded, calibration, versions()):
+            return None
+        if load_plan(self.folder / PLAN_FILE) != plan:
             return None
         size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
         return Compressed(self.folder, size, 0.0, 0.0, record)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hisvd_cli.calibration import FORMAT_VERSION, Calibration, Sample
 from hisvd_cli.data import (
+    FILE,
+    Text,
     check_seqlen,
     load_text,
     model_positions,
@@ -17,12 +22,13 @@ from hisvd_cli.data import (
     without,
 )
 from hisvd_cli.device import dtype_name, pick_device, pick_dtype
-from hisvd_cli.errors import StaleArtifactError, UsageError
-from hisvd_cli.paths import digest, file_digest
+from hisvd_cli.errors import OutputError, StaleArtifactError, UsageError
+from hisvd_cli.paths import cache_root, digest, file_digest
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.selftext import sample_self
 from hisvd_cli.source import DEMO, Source
+from hisvd_cli.tensorfile import write_text
 
 DEFAULT_SEQLEN = 2048
 DEFAULT_SAMPLES = 256
@@ -143,6 +149,8 @@ def draw_sample(request: CalibrationRequest, source: Source, reporter: Reporter)
     if request.dataset == SELF:
         return _self_sample(request, source, reporter)
     text = load_text(request.dataset, "calibration")
+    if text.split == FILE:
+        _remember(text, Path(request.dataset))
     windows = sample_windows(
         tokenize(without(text, request.drop), source),
         request.samples,
@@ -181,8 +189,20 @@ def calibration_sample(
         StaleArtifactError: its text reads otherwise now.
         DataError: its text cannot be read.
     """
+    data = found.manifest["data"]
+    sample = _drawn_again(request_of(resolved, found), data, source, reporter)
+    if sample.key != data["tokens_sha256"]:
+        raise StaleArtifactError(
+            f"The text '{data['dataset']}' is not what {found.folder} was calibrated on.",
+            "Bring the text back, or calibrate anew into another folder.",
+        )
+    return sample
+
+
+def request_of(resolved: Resolved, found: Calibration) -> CalibrationRequest:
+    """Return what a calibration was made from."""
     data, made = found.manifest["data"], found.manifest["settings"].get("calibration", {})
-    request = CalibrationRequest(
+    return CalibrationRequest(
         dataset=data["dataset"],
         drop=data.get("drop", ""),
         samples=made.get("samples", data["samples"]) or default_samples(data["dataset"]),
@@ -192,10 +212,72 @@ def calibration_sample(
         dtype=found.manifest["dtype"],
         key=found.key,
     )
-    sample = draw_sample(request, source, reporter)
-    if sample.key != data["tokens_sha256"]:
-        raise StaleArtifactError(
-            f"The text '{data['dataset']}' is not what {found.folder} was calibrated on.",
-            "Bring the text back, or calibrate anew into another folder.",
-        )
-    return sample
+
+
+def other_sample(
+    resolved: Resolved, source: Source, found: Calibration, reporter: Reporter
+) -> Sample:
+    """Draw tokens as the settings say, and where they say nothing as a calibration was made.
+
+    Raises:
+        DataError: the text cannot be read, or the windows are too long.
+    """
+    asked = resolved.asked("calibration")
+    if "dataset" in asked:
+        return draw_sample(request_calibration(resolved, source), source, reporter)
+    given: dict[str, Any] = {key: resolved.value("calibration", key) for key in asked}
+    if "seqlen" in given:
+        check_seqlen(given["seqlen"], source)
+    request = replace(request_of(resolved, found), **given)
+    return _drawn_again(request, found.manifest["data"], source, reporter)
+
+
+def _drawn_again(
+    request: CalibrationRequest, data: Mapping[str, Any], source: Source, reporter: Reporter
+) -> Sample:
+    """Draw a sample of the text of a manifest, which keeps its name."""
+    named = replace(request, dataset=located(data))
+    return replace(draw_sample(named, source, reporter), dataset=request.dataset)
+
+
+def located(data: Mapping[str, Any]) -> str:
+    """Return by which name the text of a calibration's manifest is found.
+
+    A file that was named from another folder is known by its content, wherever it was read last; a
+    path that is recorded would go to the hub with a checkpoint.
+    """
+    name, wanted = str(data["dataset"]), str(data.get("text_sha256"))
+    if data.get("split") != FILE or _holds(Path(name).expanduser(), wanted):
+        return name
+    try:
+        known = _place_of(wanted).read_text(encoding="utf-8")
+    except OSError:
+        return name
+    return known if _holds(Path(known), wanted) else name
+
+
+def is_text_of(name: str, data: Mapping[str, Any]) -> bool:
+    """Tell whether a name stands for the text of a calibration's manifest: a file by its content,
+    where it is there.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and "text_sha256" in data:
+        return _holds(path, str(data["text_sha256"]))
+    return path.name == Path(str(data["dataset"])).name
+
+
+def _holds(path: Path, wanted: str) -> bool:
+    return path.is_file() and load_text(str(path), "calibration").digest == wanted
+
+
+def _place_of(text: str) -> Path:
+    return cache_root() / "texts" / text
+
+
+def _remember(text: Text, path: Path) -> None:
+    """Note where a text was read, for later runs in other folders."""
+    with suppress(OutputError):  # a cache that cannot be written only costs that
+        write_text(_place_of(text.digest), str(path.expanduser().resolve()))

@@ -28,7 +28,8 @@ from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_nee
 from hisvd_cli.build.plans import make_plans
 from hisvd_cli.build.samples import calibrated_dtype, calibration_sample
 from hisvd_cli.calibration import Calibration, Sample
-from hisvd_cli.checkpoint import is_checkpoint, open_checkpoint
+from hisvd_cli.checkpoint import open_checkpoint
+from hisvd_cli.checksums import seal, sealed
 from hisvd_cli.compress import Compressed, compress
 from hisvd_cli.corrected import corrected
 from hisvd_cli.corrections import BY_GRADIENT, correction
@@ -49,6 +50,7 @@ from hisvd_cli.updating import Update
 Seconds = dict[str, float]
 RECORDED = ("model", "calibration", "plan", "compress", "quantize")
 """Sections of the settings that decide what a checkpoint is, but for its training."""
+_PLAN = "plan.json"
 _GRADIENTS: frozenset[Need] = frozenset({"moments", "gradients", "weight-gradients"})
 
 
@@ -67,6 +69,11 @@ class Stage:
     calibration: Calibration
     plan: Plan
     history: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def original_key(self) -> str:
+        """Key of the calibration that the provenance names: the original's."""
+        return str(self.history.get("calibration", self.calibration.manifest)["key"])
 
 
 def check_stages(resolved: Resolved, source: Source) -> None:
@@ -138,7 +145,8 @@ def last_stage(
         yield first, seconds
         return
     described = json.dumps([resolved.recorded(), first.plan.document()], sort_keys=True)
-    key = digest(described, first.source.fingerprint, first.calibration.key)
+    made_from = first.calibration
+    key = digest(described, first.source.fingerprint, made_from.key, made_from.gradients_key)
     folder = output.with_name(f".{output.name}.stages")
     with building_together(folder, key) as home:
         yield _Stages(resolved, first, fixed, home, reporter, seconds).run(), seconds
@@ -189,17 +197,23 @@ class _Stages:
         return self._folder(number) / "corrected"
 
     def _done(self, count: int) -> int:
-        """Return the last stage whose corrected weights are complete, 0 for none."""
-        return max((i for i in range(1, count) if self._corrected(i).is_dir()), default=0)
+        """Return the last stage whose corrected weights are complete and were not damaged, 0 for
+        none."""
+        return max((i for i in range(1, count) if self._is_whole(i)), default=0)
+
+    def _is_whole(self, number: int) -> bool:
+        plans = (self._folder(i) / _PLAN for i in range(1, number + 1))
+        return sealed(self._corrected(number)) and all(map(sealed, plans))
 
     def _keep_plan(self, number: int, plan: Plan) -> None:
         if world().first:
             self._folder(number).mkdir(exist_ok=True)
-            plan.save(self._folder(number) / "plan.json")
+            plan.save(self._folder(number) / _PLAN)
+            seal(self._folder(number) / _PLAN)
         world().wait()  # all read it in the end
 
     def _plan(self, number: int) -> Plan:
-        return load_plan(self._folder(number) / "plan.json")
+        return load_plan(self._folder(number) / _PLAN)
 
     def _next(self, number: int, sample: Sample) -> Stage:
         """Return a stage of what the one before it left: measured, and planned."""
@@ -227,7 +241,7 @@ class _Stages:
     def _planned(self, number: int, source: Source, calibration: Calibration) -> Plan:
         if self.fixed:
             plan = self.first.plan
-        elif world().agreed((self._folder(number) / "plan.json").is_file):
+        elif world().agreed(lambda: sealed(self._folder(number) / _PLAN)):
             return self._plan(number)
         else:
             ratio = [self.first.plan.ratio]
@@ -237,9 +251,10 @@ class _Stages:
 
     def _truncate(self, number: int, stage: Stage) -> None:
         folder = self._folder(number) / "checkpoint"
-        if world().agreed(lambda: is_checkpoint(folder)):
+        if world().agreed(lambda: sealed(folder)):
             return
         made = factored(self.resolved, stage, folder, self.reporter)
+        _seal(folder)
         self.seconds["decompose"] += made.decompose_seconds
         self.seconds["write"] += made.write_seconds
 
@@ -259,10 +274,12 @@ class _Stages:
             write_weights(truncated, folder, method, self.reporter)
         else:
             plain = truncated_folder(folder)
-            if not world().agreed(plain.is_dir):
+            if not world().agreed(lambda: sealed(plain)):
                 write_weights(truncated, plain, None, self.reporter)
+                _seal(plain)
             running = self._running(number, sample)
             write_by_gradients(truncated, folder, method, running, self.reporter)
+        _seal(folder)
         self.seconds["calibrate"] += time.monotonic() - started
 
     def _running(self, number: int, sample: Sample) -> Running:
@@ -316,3 +333,10 @@ class _Stages:
                 for number, plan in enumerate(plans, 1)
             ],
         }
+
+
+def _seal(folder: Path) -> None:
+    """Have a run that goes on here notice where a finished folder was damaged."""
+    if world().first:
+        seal(folder)
+    world().wait()

@@ -33,6 +33,7 @@ __all__ = [
     "Settings",
     "choices_of",
     "consent_of",
+    "decides",
     "flag_of",
     "item_of",
     "kind_of",
@@ -76,6 +77,11 @@ def panel_of(section: str, key: str) -> str:
 def consent_of(section: str, key: str) -> str:
     """Return what a setting does that somebody must ask for, empty where it does no such thing."""
     return str(_extra(section, key)["consent"])
+
+
+def decides(section: str, key: str) -> bool:
+    """Tell whether a setting decides what comes out, and not only how it is made."""
+    return bool(_extra(section, key)["decides"])
 
 
 def choices_of(section: str, key: str) -> list[str]:

@@ -38,7 +38,9 @@ class CompressSettings(Section):
     )
     max_shard_size: float = setting(5.0, "Largest weight file in GB.", gt=0, le=1e6)
     evaluate: bool | None = setting(
-        None, "Measure perplexity before and after; by default only for the demo model."
+        None,
+        "Measure perplexity before and after; by default only for the demo model.",
+        decides=False,
     )
     stages: int = setting(
         1,

@@ -37,6 +37,7 @@ def setting(
     panel: str = "",
     choices: Sequence[str] = (),
     consent: str = "",
+    decides: bool = True,
     **bounds: Any,
 ) -> Any:
     """Return a field.
@@ -50,6 +51,8 @@ def setting(
         consent: what it does that somebody must ask for, such as running code or sending data: it
             then counts from a flag, the environment and a profile that was named, and is an error
             in one that was only found.
+        decides: whether it decides what comes out, and not only how it is made: artifacts record
+            such settings, and those of ``[calibration]`` choose which calibration is meant.
         bounds: what pydantic checks.
     """
     extra: dict[str, Any] = {
@@ -57,6 +60,7 @@ def setting(
         "panel": panel,
         "choices": list(choices),
         "consent": consent,
+        "decides": decides,
     }
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 

@@ -29,9 +29,12 @@ class ModelSettings(Section):
         None,
         "Memory to keep to: 3GB (of the machine), or cpu=8GB,cuda=20GB. Hidden states then go to "
         "host memory or a file, and fewer windows through a block at a time, where they must.",
+        decides=False,
     )
     scratch: str | None = setting(
-        None, "Folder for temporary files, with room for a model; by default one in the cache."
+        None,
+        "Folder for temporary files, with room for a model; by default one in the cache.",
+        decides=False,
     )
 
 
@@ -58,12 +61,18 @@ class CalibrationSettings(Section):
         le=MANY,
     )
     seed: int = setting(0, "Which windows are drawn.", ge=0, le=LARGEST_SEED)
-    batch: int = setting(4, "Windows per forward pass.", ge=1, le=MANY)
-    gradients: bool = setting(False, "Also take gradients of the loss, for fisher and the like.")
+    batch: int = setting(4, "Windows per forward pass.", decides=False, ge=1, le=MANY)
+    gradients: bool = setting(
+        False, "Also take gradients of the loss, for fisher and the like.", decides=False
+    )
     weight_gradients: bool = setting(
         False,
         "Also those of the weights, for zero-sum, fwsvd and gfwsvd; implies --gradients.",
+        decides=False,
     )
     path: str | None = setting(
-        None, "Folder of the calibration; by default one in the cache.", "--calibration"
+        None,
+        "Folder of the calibration; by default one in the cache.",
+        "--calibration",
+        decides=False,
     )
