@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hisvd_cli.chats import is_chat, messages_of, rendered
 from hisvd_cli.errors import DataError, suggest
 from hisvd_cli.json_files import parse_json
 from hisvd_cli.library_errors import library_errors
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Purpose = Literal["calibration", "evaluation"]
 _JOIN = "\n\n"
 _FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")
+_PACKED = ".gz"
 FILE = "file"
 """The split of a text that is a file."""
 INSTRUCTION = "instruction"
@@ -37,7 +39,7 @@ INSTRUCTION = "instruction"
 _TEXT_COLUMNS = ("text", "sentence", "content", "document")
 _PARQUET_ROWS = 64
 """Rows that are unpacked at a time."""
-_PARQUET_BASE, _PARQUET_RATIO = 1 << 26, 100
+_UNPACKED_BASE, _UNPACKED_RATIO = 1 << 26, 100
 """Bytes that a parquet file may unpack to: so many, and so many times its size."""
 
 
@@ -90,11 +92,19 @@ NAMED = {
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it came from; ``digest`` is the sha256 of its content."""
+    """A text and where it came from; ``digest`` is the sha256 of its content.
+
+    Attributes:
+        name: as the user gave it.
+        split: of the set.
+        content: the text; of conversations, their rows as JSON.
+        chats: the conversations, of which a model's chat template makes the text.
+    """
 
     name: str
     split: str
     content: str
+    chats: tuple[list[dict[str, Any]], ...] = ()
 
     @property
     def digest(self) -> str:
@@ -106,15 +116,34 @@ def without(text: Text, dropped: str) -> Text:
     """Return a text that lacks some characters wherever they stand, with a space before them."""
     if not dropped:
         return text
-    return replace(text, content=text.content.replace(f" {dropped}", "").replace(dropped, ""))
+    if text.chats:
+        shorter = [[_without(message, dropped) for message in chat] for chat in text.chats]
+        return _of_chats(text.name, text.split, shorter)
+    return replace(text, content=_cut(text.content, dropped))
+
+
+def _cut(content: str, dropped: str) -> str:
+    return content.replace(f" {dropped}", "").replace(dropped, "")
+
+
+def _without(message: dict[str, Any], dropped: str) -> dict[str, Any]:
+    content = message["content"]
+    return {**message, "content": _cut(content, dropped)} if isinstance(content, str) else message
+
+
+def _of_chats(name: str, split: str, chats: Iterable[list[dict[str, Any]]]) -> Text:
+    rows = tuple(chats)
+    content = "\n".join(json.dumps(chat, ensure_ascii=False, sort_keys=True) for chat in rows)
+    return Text(name, split, content, rows)
 
 
 def load_text(name: str, purpose: Purpose) -> Text:
     """Load a text: an existing file wins, then the named sets, then a hub id.
 
     Args:
-        name: path of a .txt, .jsonl, .json or .parquet file; wikitext2, c4, ptb or demo; or a hub
-            id, with ``:configuration`` behind it where the set has several.
+        name: path of a .txt, .jsonl, .json or .parquet file, text perhaps packed as .gz; wikitext2,
+            c4, ptb or demo; or a hub id, with ``:configuration`` behind it where the set has
+            several. Rows hold a text, or a conversation for the model's chat template.
         purpose: decides the split: train for calibration, test for evaluation.
 
     Raises:
@@ -122,14 +151,14 @@ def load_text(name: str, purpose: Purpose) -> Text:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        text = Text(name, FILE, _read_file(path))
+        text = _read_file(name, path)
     elif name == DEMO:
         content = (DEMO_FOLDER / f"{purpose}.txt").read_text(encoding="utf-8")
         text = Text(name, purpose, content)
-    elif path.suffix in _FILE_KINDS or _is_folder(name) or name.startswith((".", "/", "~")):
+    elif _kind(path) in _FILE_KINDS or _is_folder(name) or name.startswith((".", "/", "~")):
         raise DataError(
             f"There is no file '{name}'{', only a folder' if _is_folder(name) else ''}.",
-            f"Give the path of a {', '.join(_FILE_KINDS)} file.",
+            f"Give the path of a {', '.join(_FILE_KINDS)} file, text also as {_PACKED}.",
         )
     elif name in NAMED or "/" in name:
         text = _load_hub(name, NAMED.get(name) or _custom(name), purpose)
@@ -159,11 +188,11 @@ def load_instructions(name: str) -> list[dict[str, Any]] | None:
     if path.is_file():
         if path.suffix == ".parquet":
             rows = _parquet_rows(path)
-        elif path.suffix in {".json", ".jsonl"}:
+        elif _kind(path) in {".json", ".jsonl"}:
             rows = _json_rows(path, _read_plain(path))
         else:
             return None
-    elif name in NAMED or "/" not in name or path.suffix in _FILE_KINDS or _is_folder(name):
+    elif name in NAMED or "/" not in name or _kind(path) in _FILE_KINDS or _is_folder(name):
         return None  # a text, or nothing: load_text tells
     else:
         rows = _hub_rows(name, _custom(name), "calibration")
@@ -183,30 +212,56 @@ def _custom(name: str) -> HubSet:
     return HubSet(repo, _TRAIN_AND_TEST, config=config or None)
 
 
-def _read_file(path: Path) -> str:
+def _kind(path: Path) -> str:
+    """Return the ending of a file's name, of a packed one that of its content."""
+    return (path.with_suffix("") if path.suffix == _PACKED else path).suffix
+
+
+def _read_file(name: str, path: Path) -> Text:
     """Read a file of text, or of rows. Read here, not by ``datasets``, whose cache keeps copies."""
     try:
         if path.suffix == ".parquet":
-            return _join_rows(_parquet_rows(path), str(path))
+            return _of_rows(name, FILE, _parquet_rows(path))
         content = _read_plain(path)
     except OSError as error:
         raise DataError(
             f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
         ) from error
-    if path.suffix in {".json", ".jsonl"}:
-        return _join_rows(_json_rows(path, content), str(path))
-    return content
+    if _kind(path) in {".json", ".jsonl"}:
+        return _of_rows(name, FILE, _json_rows(path, content))
+    return Text(name, FILE, content)
 
 
 def _read_plain(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = _unpacked(path) if path.suffix == _PACKED else path.read_bytes()
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text.", "Convert the file to UTF-8.") from error
     except OSError as error:
         raise DataError(
             f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
         ) from error
+
+
+def _unpacked(path: Path) -> bytes:
+    """Return the content of a gzip file. Raises DataError, OSError."""
+    import gzip
+    import zlib
+
+    limit = _UNPACKED_BASE + _UNPACKED_RATIO * path.stat().st_size
+    try:
+        with gzip.open(path) as file:
+            data = file.read(limit + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} is no readable gzip file: {reason(error)}", "Write or fetch it again."
+        ) from error
+    if len(data) > limit:
+        raise DataError(
+            f"{path} unpacks to more than {limit:,} bytes.", "Unpack it, and give the result."
+        )
+    return data
 
 
 def _parquet_rows(path: Path) -> Iterator[object]:
@@ -216,7 +271,7 @@ def _parquet_rows(path: Path) -> Iterator[object]:
     def unreadable(why: str) -> DataError:
         return DataError(f"{path} is no readable parquet file: {why}", "Write or fetch it again.")
 
-    limit = _PARQUET_BASE + _PARQUET_RATIO * path.stat().st_size
+    limit = _UNPACKED_BASE + _UNPACKED_RATIO * path.stat().st_size
     with library_errors(unreadable), parquet.ParquetFile(path) as file:
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         if sum(group.total_byte_size for group in groups) > limit:
@@ -237,9 +292,15 @@ def _is_coded(column: Any) -> bool:
 
 
 def _json_rows(path: Path, content: str) -> Iterator[object]:
-    """Yield the objects of JSON lines, or of one list."""
-    if path.suffix == ".json" and content.lstrip().startswith("["):
+    """Yield the objects of JSON lines, or of one list, whatever the file's name says."""
+    if content.lstrip().startswith("["):
         yield from _parse(path, content, 1)
+        return
+    first = content.lstrip().partition("\n")[0].strip()
+    if first == "{":  # one object over several lines: its rows are its only list, or itself
+        whole = _parse(path, content, 1)
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        yield from lists[0] if len(lists) == 1 and lists[0] else [whole]
         return
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
@@ -255,12 +316,12 @@ def _parse(path: Path, text: str, line: int) -> Any:
             line, why = line + error.lineno - 1, error.msg
         raise DataError(
             f"{path} is no JSON in line {line}: {why}.",
-            "A .jsonl file holds an object per line, a .json file also a list of objects.",
+            "It must hold an object per line, or one list of objects.",
         ) from error
 
 
 def _load_hub(name: str, hub: HubSet, purpose: Purpose) -> Text:
-    return Text(name, hub.splits[purpose], _join_rows(_hub_rows(name, hub, purpose), name))
+    return _of_rows(name, hub.splits[purpose], _hub_rows(name, hub, purpose))
 
 
 def _hub_rows(name: str, hub: HubSet, purpose: Purpose) -> Iterator[object]:
@@ -291,6 +352,17 @@ def _hub_rows(name: str, hub: HubSet, purpose: Purpose) -> Iterator[object]:
         ) from error
 
 
+def _of_rows(name: str, split: str, rows: Iterator[object]) -> Text:
+    """Return the text of rows, or their conversations; the first row says which."""
+    first = next(rows, None)
+    known = first if isinstance(first, dict) else {}
+    given = rows if first is None else chain([first], rows)
+    if is_chat(known) and not any(column in known for column in _TEXT_COLUMNS):
+        numbered = enumerate((row if isinstance(row, dict) else {} for row in given), 1)
+        return _of_chats(name, split, (messages_of(row, name, i) for i, row in numbered))
+    return Text(name, split, _join_rows(given, name))
+
+
 def _join_rows(rows: Iterable[object], name: str) -> str:
     """Join the texts of rows; the first row says which column holds them, and empty ones count."""
     texts: list[str] = []
@@ -301,7 +373,8 @@ def _join_rows(rows: Iterable[object], name: str) -> str:
         if column is None:
             raise DataError(
                 f"'{name}' has no text column; it has {', '.join(map(str, known)) or 'none'}.",
-                f"Name the column one of: {', '.join(_TEXT_COLUMNS)}.",
+                f"Name the column one of: {', '.join(_TEXT_COLUMNS)}; or give conversations as "
+                "messages.",
             )
         if (text := known.get(column)) is not None:
             texts.append(str(text))
@@ -317,8 +390,17 @@ def tokenize(text: Text, source: Source) -> Tensor:
     import torch
 
     # The whole text is one sequence, longer than the model's window: that is meant, not a mistake.
-    ids = source.tokenizer(text.content, verbose=False)["input_ids"]
+    content, more = _tokenized_as(text, source)
+    ids = source.tokenizer(content, verbose=False, **more)["input_ids"]
     return known_ids(torch.tensor(ids, dtype=torch.long), source)
+
+
+def _tokenized_as(text: Text, source: Source) -> tuple[str, dict[str, Any]]:
+    """Return what a model's tokenizer is given, and how. A chat template writes special tokens
+    itself. Raises DataError."""
+    if not text.chats:
+        return text.content, {}
+    return rendered(text.chats, text.name, source), {"add_special_tokens": False}
 
 
 def token_ends(text: Text, source: Source) -> tuple[Tensor, Tensor | None]:
@@ -338,8 +420,9 @@ def token_ends(text: Text, source: Source) -> tuple[Tensor, Tensor | None]:
 
     if not source.tokenizer.is_fast:
         return tokenize(text, source), None
-    encoded = source.tokenizer(text.content, verbose=False, return_offsets_mapping=True)
-    data = torch.frombuffer(bytearray(text.content.encode()), dtype=torch.uint8)
+    content, more = _tokenized_as(text, source)
+    encoded = source.tokenizer(content, verbose=False, return_offsets_mapping=True, **more)
+    data = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
     # Bytes of the form 10xxxxxx go on with a character that began before them.
     starts = ((data & 0xC0) != 0x80).nonzero().flatten()
     places = torch.cat([starts, torch.tensor([len(data)])])  # of each character, and of the end
