@@ -37,6 +37,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, Storage, is_order
+from .peft_support import support_adapters
 from .quantized import BITS, MATRICES, QUANTIZED, SCALE, QuantizedLinear, storage_with
 
 if TYPE_CHECKING:  # at run time transformers may be in the middle of importing these
@@ -56,6 +57,8 @@ AUTO_MAP = {
 _LARGEST = (1 << 31) - 1  # no matrix has more rows or columns
 _ADDED = {leaf for leaves in FACTORS.values() for leaf in leaves} - {"weight"}
 _ADDED |= {leaf + SCALE for leaf in MATRICES}
+
+_CASTS = ("half", "float")
 
 # Where transformers, having loaded, sorts out which keys were missing and which were unexpected.
 _REPORT_METHOD = "_adjust_missing_and_unexpected_keys"
@@ -194,6 +197,7 @@ class HiSVDQuantizer(HfQuantizer):
         )
         _refuse_disordered(model)
         _refuse_nonfinite(model)
+        _allow_casts(model)
         _carry_code(model)
         return model
 
@@ -300,7 +304,8 @@ class HiSVDAutoConfig:
 def remote_code_files() -> dict[str, Path]:
     """Return the code that a checkpoint carries: file name in the folder, path of the source."""
     here = Path(__file__)
-    inner = {name: here.with_name(name) for name in ("lowrank.py", "quantized.py")}
+    names = ("lowrank.py", "quantized.py", "peft_support.py", "import_hooks.py")
+    inner = {name: here.with_name(name) for name in names}
     return {MODELING_FILE: here, **inner}
 
 
@@ -356,6 +361,7 @@ def register() -> None:
     A second copy of this file in the process (the installed one, or one from each checkpoint
     loaded with ``trust_remote_code=True``) is no error.
     """
+    support_adapters()
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(HiSVDConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -562,15 +568,40 @@ def _names_our_code(config: PretrainedConfig) -> bool:
     return str(auto_map.get(AUTO_CLASS, "")).split("--")[-1] == AUTO_MAP[AUTO_CLASS]
 
 
+def _allow_casts(model: PreTrainedModel) -> None:
+    """Let ``model.half()`` and ``model.float()`` cast as they do for dense models.
+
+    Transformers refuses them for every quantization method. Here all numbers are plain, and what
+    is not (codes, the bits of scales, orders) has integer types that a cast leaves alone.
+    """
+    for name in _CASTS:
+        model.__dict__[name] = partial(getattr(nn.Module, name), model)
+
+
 def _carry_code(model: PreTrainedModel) -> None:
-    """Have ``model.save_pretrained`` write the code that ``auto_map`` names.
+    """Have ``model.save_pretrained`` write the ranks that the layers now have, and the code that
+    ``auto_map`` names.
 
     Transformers keeps ``auto_map`` when it saves, and copies code only for classes that are
     remote code themselves, which the real model classes here are not.
     """
-    if _names_our_code(model.config):
-        # A partial, unlike a closure, is copied and pickled together with the model.
-        model.__dict__["save_pretrained"] = partial(_save_with_code, model)
+    # A partial, unlike a closure, is copied and pickled together with the model.
+    model.__dict__["save_pretrained"] = partial(_save_with_code, model)
+
+
+def _note_ranks(model: PreTrainedModel) -> None:
+    """Put the ranks of the layers into the config: merged adapters raise them, or make a layer
+    dense."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, HiSVDConfig):
+        return
+    layers, prefix = low_rank_layers(model), f"{model.base_model_prefix}."
+    for name in list(config.ranks):
+        layer = layers.get(name) or layers.get(name.removeprefix(prefix))
+        if layer is None:
+            del config.ranks[name]
+        else:
+            config.ranks[name] = layer.rank
 
 
 def _save_with_code(
@@ -581,6 +612,7 @@ def _save_with_code(
     **kwargs: Any,
 ) -> None:
     """Save as the model's class does, then add the code that loads the result."""
+    _note_ranks(model)
     with_code = _names_our_code(model.config)
     if with_code:  # from now on the code is in the folder, and not in some hub repository
         model.config.auto_map = {**model.config.auto_map, **AUTO_MAP}
@@ -594,7 +626,8 @@ def _save_with_code(
 
 def _drop_code(model: PreTrainedModel) -> None:
     """Undo ``_carry_code``, for a model that is dense again."""
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", *_CASTS):
+        model.__dict__.pop(name, None)
     if _names_our_code(model.config):
         for auto_class in AUTO_MAP:
             model.config.auto_map.pop(auto_class, None)

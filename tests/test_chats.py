@@ -69,7 +69,8 @@ def test_conversations_read_as_the_chat_template_writes_them(
     assert tokenize(text, source).tolist() == expected
     ids, ends = token_ends(text, source)
     assert ids.tolist() == expected
-    whole = "".join(tokenizer.apply_chat_template(c, tokenize=False) for c in (_CHAT, _CHAT[:1]))
+    chats = (_CHAT, _CHAT[:1])
+    whole = "".join(str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats)
     assert ends is not None
     assert int(ends[-1]) == len(whole.encode())
 

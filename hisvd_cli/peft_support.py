@@ -1,0 +1,147 @@
+"""LoRA of the peft library on low-rank layers: ``get_peft_model`` takes them like dense ones.
+
+An adapter of a whole layer adds ``s B A x`` to ``y = U(Vx) + b``. Merged, a pair becomes a pair of
+the summed ranks, ``[U, sB] [V; A]``, which is exact; where that rank would exceed the matrix's own,
+and for pivoted storage, the layer becomes a dense one. Integers take adapters, but cannot be merged
+with them.
+
+This file travels with every checkpoint (see ``transformers_plugin.remote_code_files``), so it
+imports torch, what travels along, and peft where that is in use.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .import_hooks import when_imported
+from .lowrank import LowRankLinear
+from .quantized import QuantizedLinear, QuantizedLowRankLinear
+
+_DISPATCHERS = "peft.tuners.lora.model"  # the module that chooses a layer's adapter
+_PLAIN_STARTS = ("gaussian", "orthogonal")
+"""Ways to initialize an adapter that do not look at the weight of its layer."""
+
+
+def support_adapters() -> None:
+    """Let peft put adapters on low-rank and quantized layers, once peft is imported."""
+    when_imported(_DISPATCHERS, _extend)
+
+
+def _extend(module: Any) -> None:
+    """Put a choice for these layers in front of peft's own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    original = module.dispatch_default
+    adapted = _adapted_class()
+
+    def dispatch(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        whole = kwargs.get("parameter_name") is None
+        if not whole or not isinstance(base, LowRankLinear | QuantizedLinear):
+            made: nn.Module | None = original(target, adapter_name, **kwargs)
+            return made
+        _check(kwargs.get("config") or kwargs.get("lora_config"))
+        kwargs.pop("lora_config", None)  # peft before 0.18 takes it apart itself
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            layer: nn.Module = adapted(target, adapter_name, **kwargs)
+        return layer
+
+    module.dispatch_default = dispatch
+
+
+def _check(config: Any) -> None:
+    """Raise ``ValueError`` for adapters that need the dense weight of their layer."""
+    if getattr(config, "use_dora", False):
+        raise ValueError("DoRA needs the dense weight of a layer, which a low-rank layer has not.")
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        raise ValueError(
+            f"init_lora_weights={start!r} needs the dense weight of a layer, which a low-rank "
+            "layer has not. Use True or 'gaussian'."
+        )
+
+
+def _adapted_class() -> type[nn.Module]:
+    """Return peft's layer of adapters, with a merge for factors."""
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    class LowRankLora(Linear):
+        """Adapters of a layer whose weight is a product, or made of integers."""
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            """Replace the layer by one that equals it with its adapters.
+
+            Raises:
+                ValueError: a layer of integers, numbers that are not finite, or a bias of an
+                    adapter where the layer has none.
+            """
+            for name in check_adapters_to_merge(self, adapter_names) or ():
+                if name not in self.lora_A:
+                    continue
+                base = self.get_base_layer()
+                merged = _merged(base, *self._matrices(name))
+                if safe_merge and not all(bool(p.isfinite().all()) for p in merged.parameters()):
+                    raise ValueError(f"The adapter {name} is not finite.")
+                # Past nn.Module, which would count it as a part of the model.
+                self.__dict__.setdefault("_plain", base)
+                self.base_layer = merged
+                self.merged_adapters.append(name)
+
+        def _matrices(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+            """Return A ``[k, n]``, s B ``[m, k]`` and what the adapter adds to the bias."""
+            a: Any = self.lora_A[name]
+            b: Any = self.lora_B[name]
+            added = None if b.bias is None else b.bias.data * self.scaling[name]
+            return a.weight.data, b.weight.data * self.scaling[name], added
+
+        def unmerge(self) -> None:
+            """Put the layer back that was there before any merge."""
+            self.base_layer = self.__dict__.pop("_plain", self.base_layer)
+            self.merged_adapters.clear()
+
+    return LowRankLora
+
+
+@torch.no_grad()
+def _merged(base: nn.Module, a: Tensor, b: Tensor, added: Tensor | None) -> nn.Module:
+    """Return the layer that equals ``base`` with an adapter. Raises ``ValueError``."""
+    if isinstance(base, QuantizedLinear | QuantizedLowRankLinear):
+        raise ValueError(
+            "Adapters cannot be merged into integers. Merge them into the checkpoint that was "
+            "quantized, or call model.dequantize() before get_peft_model."
+        )
+    bias = getattr(base, "bias", None)
+    if added is not None and bias is None:
+        raise ValueError("The bias of an adapter cannot be merged into a layer without one.")
+    wide = b.float() @ a.float()
+    if isinstance(base, nn.Linear):  # an adapter before made it dense
+        return _dense(base.weight.float() + wide, bias, added, base.weight.dtype)
+    assert isinstance(base, LowRankLinear)
+    rank = base.rank + len(a)
+    if type(base) is not LowRankLinear or rank > min(base.in_features, base.out_features):
+        return _dense(base.dense_weight(torch.float32) + wide, bias, added, base.weight.dtype)
+    like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
+    pair = LowRankLinear(base.in_features, base.out_features, rank, bias is not None, **like)
+    pair.weight.copy_(torch.cat([base.weight, a.to(base.weight.dtype)]))
+    pair.weight_u.copy_(torch.cat([base.weight_u, b.to(base.weight_u.dtype)], 1))
+    return _with_bias(pair, bias, added)
+
+
+def _dense(weight: Tensor, bias: Any, added: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias is not None, device=weight.device, dtype=dtype)
+    layer.weight.copy_(weight.to(dtype))
+    return _with_bias(layer, bias, added)
+
+
+def _with_bias(layer: Any, bias: Tensor | None, added: Tensor | None) -> nn.Module:
+    if bias is not None:
+        layer.bias.copy_(bias if added is None else bias + added.to(bias.dtype))
+    module: nn.Module = layer.requires_grad_(False)
+    return module
