@@ -190,9 +190,7 @@ class Bench:
             shutil.rmtree(home / "states", ignore_errors=True)
         finally:
             with suppress(OSError):
-                Path(
-                    lock.lock_file
-                ).unlink()  # while it is held: whoever gets it next makes a new one
+                Path(lock.lock_file).unlink()  # while it is held, as in building()
             lock.release()
 
     def _keep_states(self) -> None:
