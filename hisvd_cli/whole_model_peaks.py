@@ -15,6 +15,7 @@ from hisvd_cli.sublayers import Sublayer
 from hisvd_cli.workload import Peak, factoring_peak, on_device, parameters
 
 _SINGLE, _DOUBLE = 4, 8
+_LOADING_BYTES = 20_000_000  # what loads models, and what an allocator keeps of that
 _PROBED_ROWS = 512  # positions whose distributions a probe compares at a time
 _TRAINED_ROWS = 256  # the same of a recovery
 _SAMPLED_ROWS = 16  # rows of text that a model writes together
@@ -49,9 +50,9 @@ class WholeModel:
 
     @property
     def loaded(self) -> int:
-        """Weights in memory, and the pages of their files on a CPU."""
+        """Weights in memory, the pages of their files on a CPU, and what loads them."""
         pages = self.stored_bytes if self.device.type == "cpu" else 0
-        return self.parameters * self.dtype.itemsize + pages
+        return self.parameters * self.dtype.itemsize + pages + _LOADING_BYTES
 
     @property
     def head(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,6 +193,8 @@ class Bench:
             yield home / "states"
             shutil.rmtree(home / "states", ignore_errors=True)
         finally:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()  # while it is held, as in building()
             lock.release()
 
     def _keep_states(self) -> None:

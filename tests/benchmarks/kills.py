@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,8 +57,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "compress, 2 stages": (*MAKING, "--stages", "2", "--overwrite", "--output", "made"),
 }
 MORE: dict[str, tuple[str, ...]] = {
-    "eval": ("--windows", "24", "--seqlen", "64"),
-    "convert --quantize": ("--quantize-method", "gptq", *TEXT, "--overwrite"),
+    "eval": ("--windows", "8", "--seqlen", "64"),
+    "convert --quantize": ("--quantize-method", "gptq", "--overwrite"),
     "distill": ("--recover-tokens", "4000"),
 }
 GIVEN = ("low", "low.pt")  # in the folder of every run
@@ -110,6 +111,8 @@ def start(words: Iterable[str], home: Path) -> int:
         app.main()
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(code)
 
