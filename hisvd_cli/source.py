@@ -54,7 +54,7 @@ class Source:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
-        check_sizes(config, self.name)
+        check_config(config, self.name)
         return config
 
     def _unknown_config(self, why: str) -> UnsupportedModelError:
@@ -118,20 +118,29 @@ _LARGEST = {
     "head_dim": 1 << 16,
     "hidden_size": 1 << 20,
     "num_attention_heads": 1 << 16,
+    "intermediate_size": 1 << 30,
+    "vocab_size": 1 << 30,
 }
 """Sizes in a config that take time or memory before any weight is looked at."""
 
 
-def check_sizes(config: PretrainedConfig, name: str) -> None:
-    """Raise UnsupportedModelError where a size of a config is beyond what any model has."""
+def check_config(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedModelError where a size of a config is one that no model has, or where its
+    architectures are no names."""
     text = config.get_text_config()
     for key, largest in _LARGEST.items():
         size = getattr(text, key, None)
-        if isinstance(size, int) and not 0 <= size <= largest:
+        if isinstance(size, int) and not 1 <= size <= largest:
             raise UnsupportedModelError(
-                f"The config of {name} names {key} {size}, which must be from 0 to {largest}.",
+                f"The config of {name} names {key} {size}, which must be from 1 to {largest}.",
                 "Download the model again.",
             )
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise UnsupportedModelError(
+            f"The config of {name} names the architectures {clean(repr(named))}, not a list.",
+            "Download the model again.",
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

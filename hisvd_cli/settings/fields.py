@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from hisvd_cli.memory_bounds import checked
 
 
 def _as_list(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _as_items(value: object) -> Sequence[object]:
     return value if isinstance(value, list | tuple) else [value]
 
 
@@ -100,3 +112,11 @@ class Section(BaseModel):
     """A table of the profile; a key that it does not name is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_nul(cls, value: object) -> object:
+        """Refuse what no file name can hold."""
+        if any("\0" in item for item in _as_items(value) if isinstance(item, str)):
+            raise PydanticCustomError("nul", "a text without NUL characters")
+        return value
