@@ -17,9 +17,18 @@ _DIGEST = re.compile(rb"[0-9a-f]{64}")
 def cache_root() -> Path:
     """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if named := os.environ.get("HISVD_CACHE"):
-        return Path(named).expanduser()
+        return expanded(named)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "hisvd"
+
+
+def expanded(name: str) -> Path:
+    """Return a path with ``~`` and ``~user`` replaced; as shells do, a user that there is not stays
+    a plain name."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def slug(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.library_errors import library_errors
-from hisvd_cli.paths import digest, file_digest
+from hisvd_cli.paths import digest, expanded, file_digest
 from hisvd_cli.tensorfile import reason
 from hisvd_cli.unpickle import clean
 from hisvd_cli.weights import LAYOUTS, Weights, open_weights, shard_files
@@ -179,7 +179,7 @@ def open_source(
         SourceError: nothing by that name, or it cannot be fetched.
         UnsupportedModelError: a hub model that cannot be worked on.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         read_config(path)
         return Source(name, path, trust_remote_code=trust_remote_code)

@@ -15,7 +15,7 @@ from hisvd_cli.calibration import MANIFEST, Calibration, Sample, calibration_key
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError, UsageError
 from hisvd_cli.gradients import measure_gradients
-from hisvd_cli.paths import cache_root, slug
+from hisvd_cli.paths import cache_root, expanded, slug
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.settings import flag_of
@@ -60,7 +60,7 @@ def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> 
             the settings name.
     """
     if named := resolved.settings.calibration.path:
-        folder = Path(named).expanduser()
+        folder = expanded(named)
         if not (folder / MANIFEST).is_file():
             return None
         found = open_calibration(folder, source)
@@ -160,7 +160,7 @@ def _calibrate(
 ) -> Calibration:
     request = request_calibration(resolved, source)
     named = resolved.settings.calibration.path
-    folder = Path(named).expanduser() if named else calibration_home(source) / request.key[:16]
+    folder = expanded(named) if named else calibration_home(source) / request.key[:16]
     dtype: torch.dtype = getattr(torch, request.dtype)
 
     def look() -> Calibration | tuple[Sample, Workload]:

@@ -22,6 +22,7 @@ from hisvd_cli.data import Text, load_text
 from hisvd_cli.errors import DataError, HisvdError, UsageError
 from hisvd_cli.evaluate import Comparison, PerplexityResult, compare, result_of
 from hisvd_cli.grid import Evaluation, Failure, Grid
+from hisvd_cli.paths import expanded
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import DEMO, Source, open_source
@@ -146,7 +147,7 @@ def tolerated(
 @contextmanager
 def open_target(resolved: Resolved, target: str) -> Iterator[Source]:
     """Open a model, a checkpoint folder, or a ``.pt`` file (unpacked while the body runs)."""
-    path = Path(target).expanduser()
+    path = expanded(target)
     if path.is_file() and path.suffix == ".pt":
         with tempfile.TemporaryDirectory(prefix="hisvd-") as scratch:
             yield Source(target, unpacked(path, Path(scratch) / "unpacked"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from hisvd_cli.data import (
 )
 from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.errors import StaleArtifactError, UsageError
-from hisvd_cli.paths import digest, file_digest
+from hisvd_cli.paths import digest, expanded, file_digest
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.selftext import sample_self
@@ -79,7 +78,7 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
     seqlen = window_length(wanted.seqlen, source)
     device = pick_device(model.device)
     dtype = str(pick_dtype(model.dtype, stored_dtype(source), device)).removeprefix("torch.")
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     content = file_digest(path) if path.is_file() else dataset
     key = digest(
         str(FORMAT_VERSION),
