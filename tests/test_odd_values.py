@@ -380,3 +380,5 @@ def test_a_home_of_nobody_is_a_plain_name(model: Path) -> None:
     (Path.cwd() / "profile.toml").write_text('[calibration]\npath = "a\\u0000b"\n')
     message, _ = fail("plan", "--model", model, "--profile", "profile.toml", code=2)
     assert "without NUL" in message
+    message, _ = fail("plan", "--model", model, "--drop", "a\udcff", code=2)
+    assert "a text of UTF-8" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hisvd_cli.memory_bounds import checked
+
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def _as_list(value: object) -> object:
@@ -115,8 +118,8 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _without_nul(cls, value: object) -> object:
-        """Refuse what no file name can hold."""
-        if any("\0" in item for item in _as_items(value) if isinstance(item, str)):
-            raise PydanticCustomError("nul", "a text without NUL characters")
+    def _plain_text(cls, value: object) -> object:
+        """Refuse what no file name or no file can hold: NUL, and bytes that are no UTF-8."""
+        if any(_UNWRITABLE.search(item) for item in _as_items(value) if isinstance(item, str)):
+            raise PydanticCustomError("unwritable", "a text of UTF-8, without NUL")
         return value
