@@ -8,10 +8,19 @@ from pathlib import Path
 _SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
 
 
+def expanded(name: str) -> Path:
+    """Return a path with ``~`` and ``~user`` replaced; as shells do, a user that there is not stays
+    a plain name."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def cache_root() -> Path:
     """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if named := os.environ.get("HISVD_CACHE"):
-        return Path(named).expanduser()
+        return expanded(named)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "hisvd"
 

@@ -18,7 +18,7 @@ from hisvd_cli.chats import is_chat, messages_of, rendered
 from hisvd_cli.errors import DataError, suggest
 from hisvd_cli.json_files import parse_json
 from hisvd_cli.library_errors import library_errors
-from hisvd_cli.paths import digest
+from hisvd_cli.paths import digest, expanded
 from hisvd_cli.source import DEMO, DEMO_FOLDER
 from hisvd_cli.tensorfile import reason
 from hisvd_cli.token_ids import known_ids
@@ -149,7 +149,7 @@ def load_text(name: str, purpose: Purpose) -> Text:
     Raises:
         DataError: nothing by that name, it cannot be fetched, or it holds no text.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         text = _read_file(name, path)
     elif name == DEMO:
@@ -183,7 +183,7 @@ def load_instructions(name: str) -> list[dict[str, Any]] | None:
     Raises:
         DataError: a file or set cannot be read.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     rows: Iterator[object]
     if path.is_file():
         if path.suffix == ".parquet":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +22,7 @@ from hisvd_cli.audit import (
 from hisvd_cli.calibration import MANIFEST, Calibration, open_calibration
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.errors import HisvdError, NumericalError, SourceError
+from hisvd_cli.paths import expanded
 from hisvd_cli.pickle_audit import PICKLES, audit_pickle
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.reporter import Reporter
@@ -54,7 +54,7 @@ def audit(
     Raises:
         SourceError: nothing there, or not readable at all.
     """
-    path = Path(target).expanduser()
+    path = expanded(target)
     if path.is_file() and path.suffix == ".json":
         return _audit_plan(target, load_plan(path), path.stat().st_size)
     if path.is_file() and path.suffix in PICKLES:

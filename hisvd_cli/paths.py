@@ -7,11 +7,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from hisvd_cli.cache import cache_root
+from hisvd_cli.cache import cache_root, expanded
 from hisvd_cli.errors import OutputError, SourceError
 from hisvd_cli.tensorfile import reason, write_text
 
-__all__ = ["cache_root", "digest", "file_digest", "slug"]
+__all__ = ["cache_root", "digest", "expanded", "file_digest", "slug"]
 
 _CHUNK = 1 << 20
 _DIGEST = re.compile(rb"[0-9a-f]{64}")

@@ -16,11 +16,12 @@ from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.library_errors import library_errors
 from hisvd_cli.model_config import check_dtype, plain_config
-from hisvd_cli.paths import digest, file_digest
+from hisvd_cli.paths import digest, expanded, file_digest
 from hisvd_cli.plain_weights import dequantized
 from hisvd_cli.quantized_input import FILES as QUANTIZATION_FILES
 from hisvd_cli.quantized_input import OWN, config_says, files_say, refusal
 from hisvd_cli.tensorfile import reason
+from hisvd_cli.unpickle import clean
 from hisvd_cli.weights import LAYOUTS, Weights, has_weights, open_weights, shard_files
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Source:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.runs_code
             )
-        check_sizes(config, self.name)
+        check_config(config, self.name)
         if self.quantization.get("quant_method") != OWN:
             for part in (config, config.get_text_config()):
                 part.__dict__.pop("quantization_config", None)  # its weights are read as plain ones
@@ -204,20 +205,29 @@ _LARGEST = {
     "head_dim": 1 << 16,
     "hidden_size": 1 << 20,
     "num_attention_heads": 1 << 16,
+    "intermediate_size": 1 << 30,
+    "vocab_size": 1 << 30,
 }
 """Sizes in a config that take time or memory before any weight is looked at."""
 
 
-def check_sizes(config: PretrainedConfig, name: str) -> None:
-    """Raise UnsupportedModelError where a size of a config is beyond what any model has."""
+def check_config(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedModelError where a size of a config is one that no model has, or where its
+    architectures are no names."""
     text = config.get_text_config()
     for key, largest in _LARGEST.items():
         size = getattr(text, key, None)
-        if isinstance(size, int) and not 0 <= size <= largest:
+        if isinstance(size, int) and not 1 <= size <= largest:
             raise UnsupportedModelError(
-                f"The config of {name} names {key} {size}, which must be from 0 to {largest}.",
+                f"The config of {name} names {key} {size}, which must be from 1 to {largest}.",
                 "Download the model again.",
             )
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise UnsupportedModelError(
+            f"The config of {name} names the architectures {clean(repr(named))}, not a list.",
+            "Download the model again.",
+        )
 
 
 def code_modules(config: Mapping[str, Any]) -> set[str]:
@@ -297,7 +307,7 @@ def open_source(
         SourceError: nothing by that name, or it cannot be fetched.
         UnsupportedModelError: a hub model that cannot be worked on.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         adapter = open_adapter(path)
         if adapter and not has_weights(path):

@@ -368,3 +368,17 @@ def test_a_layer_of_the_plugin_refuses_a_rank_beyond_its_matrix(tiny_model: Make
     assert isinstance(model.get_submodule(UP), nn.Linear)
     with pytest.raises(ValueError, match="rank 33"), torch.device("meta"):
         replace_linears(model, HiSVDConfig({UP: 33}))
+
+
+def test_a_home_of_nobody_is_a_plain_name(model: Path) -> None:
+    for words in (
+        ("inspect", "~nosuchuser"),
+        ("plan", "--model", "~nosuchuser"),
+        ("calibrate", "--model", model, "--dataset", "~nosuchuser"),
+    ):
+        assert "~nosuchuser" in fail(*words)[0]
+    (Path.cwd() / "profile.toml").write_text('[calibration]\npath = "a\\u0000b"\n')
+    message, _ = fail("plan", "--model", model, "--profile", "profile.toml", code=2)
+    assert "without NUL" in message
+    message, _ = fail("plan", "--model", model, "--drop", "a\udcff", code=2)
+    assert "a text of UTF-8" in message

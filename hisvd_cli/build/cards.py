@@ -8,6 +8,7 @@ from pathlib import Path
 from hisvd_cli.checkpoint import is_checkpoint
 from hisvd_cli.grid import Evaluation, Grid
 from hisvd_cli.model_card import CardResult, perplexity_results, update_card
+from hisvd_cli.paths import expanded
 from hisvd_cli.zero_shot import Score
 
 
@@ -20,7 +21,7 @@ def update_cards(grid: Grid) -> list[Path]:
     """
     updated = []
     for each in grid.evaluations:
-        folder = Path(each.model).expanduser()
+        folder = expanded(each.model)
         if folder.is_dir() and is_checkpoint(folder):
             update_card(folder, _results(each, grid.baseline))
             updated.append(folder)

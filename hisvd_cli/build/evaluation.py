@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from hisvd_cli.data import Text, load_text
 from hisvd_cli.errors import DataError, HisvdError, UsageError
 from hisvd_cli.evaluate import Comparison, PerplexityResult, compare, result_of
 from hisvd_cli.grid import Evaluation, Failure, Grid
+from hisvd_cli.paths import expanded
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.scratch import scratch_folder
@@ -150,7 +150,7 @@ def tolerated(
 @contextmanager
 def open_target(resolved: Resolved, target: str) -> Iterator[Source]:
     """Open a model, a checkpoint folder, or a ``.pt`` file (unpacked while the body runs)."""
-    path = Path(target).expanduser()
+    path = expanded(target)
     if path.is_file() and path.suffix == ".pt":
         with scratch_folder(resolved.settings.model.scratch) as scratch:
             yield Source(target, unpacked(path, scratch / "unpacked"))

@@ -23,7 +23,7 @@ from hisvd_cli.data import (
 )
 from hisvd_cli.device import dtype_name, pick_device, pick_dtype
 from hisvd_cli.errors import OutputError, StaleArtifactError, UsageError
-from hisvd_cli.paths import cache_root, digest, file_digest
+from hisvd_cli.paths import cache_root, digest, expanded, file_digest
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.selftext import sample_self
@@ -103,7 +103,7 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
     seqlen = window_length(wanted.seqlen, source)
     device = pick_device(model.device)
     dtype = dtype_name(pick_dtype(model.dtype, stored_dtype(source), device))
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     content = file_digest(path) if path.is_file() else dataset
     key = digest(
         str(FORMAT_VERSION),

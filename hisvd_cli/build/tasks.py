@@ -8,7 +8,7 @@ from pathlib import Path
 from hisvd_cli.build.samples import stored_dtype, tokenizer_digest
 from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.evaluation_store import Store, open_store
-from hisvd_cli.paths import digest
+from hisvd_cli.paths import digest, expanded
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
@@ -32,7 +32,7 @@ class Examination:
 
     def __init__(self, resolved: Resolved, reporter: Reporter, fresh: bool = False) -> None:
         wanted = resolved.settings.eval
-        folder = Path(wanted.task_path).expanduser() if wanted.task_path else None
+        folder = expanded(wanted.task_path) if wanted.task_path else None
         names = list(dict.fromkeys(wanted.tasks))
         self._tasks: Sequence[NamedTask] = (
             open_tasks(names, folder, wanted.num_fewshot, wanted.limit) if names else []

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from hisvd_cli.memory_bounds import checked
 
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
 
 def _as_list(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _as_items(value: object) -> Sequence[object]:
     return value if isinstance(value, list | tuple) else [value]
 
 
@@ -113,3 +128,11 @@ class Section(BaseModel):
     """A table of the profile; a key that it does not name is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_text(cls, value: object) -> object:
+        """Refuse what no file name or no file can hold: NUL, and bytes that are no UTF-8."""
+        if any(_UNWRITABLE.search(item) for item in _as_items(value) if isinstance(item, str)):
+            raise PydanticCustomError("unwritable", "a text of UTF-8, without NUL")
+        return value
