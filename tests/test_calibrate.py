@@ -366,18 +366,18 @@ def test_a_stop_behind_the_last_block_repeats_none(
     assert hashes(tmp_path / "stopped") == hashes(whole)
 
 
-def test_a_stored_state_that_is_damaged_is_named(
+def test_a_stored_state_that_is_damaged_is_made_again(
     tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = run(tiny_model("llama"), tmp_path / "whole").folder
     with monkeypatch.context() as patch:
         stop_before(2, patch)
         with pytest.raises(StopError):
             run(tiny_model("llama"), tmp_path / "x", state_seconds=0)
     (state,) = partial_path(tmp_path / "x").glob("hidden-*")
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(SourceError, match=r"hidden-00002\.000000-000005\.safetensors") as caught:
-        run(tiny_model("llama"), tmp_path / "x")
-    assert "Remove" in caught.value.hint
+    run(tiny_model("llama"), tmp_path / "x")
+    assert hashes(tmp_path / "x") == hashes(whole)
 
 
 KILLED = """

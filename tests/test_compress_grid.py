@@ -116,8 +116,9 @@ def test_all_cells_are_of_one_calibration(
 ) -> None:
     """The same settings, but another text stands in the file."""
     succeed(*command, *GRID[:2], "--ratio", 0.8, "--output", CELLS[0])
-    text_file(tmp_path, seed=1).rename(text_file(tmp_path))
-    assert "from other settings: calibration." in fail(*command, *GRID)[0]
+    text = text_file(tmp_path)
+    text_file(tmp_path, seed=1).rename(text)
+    assert f"from other settings: the text of {text}." in fail(*command, *GRID)[0]
     assert names(here) == [CELLS[0]]
 
 

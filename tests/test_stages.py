@@ -271,7 +271,11 @@ def test_killed_in_the_second_stage(here: Path) -> None:
     with running(*words, "--output", "made", cwd=here) as process:
         stop_at(process, "*.part", making, 10, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert names(here / "..made.stages.partial" / "stage-1") == ["corrected", "plan.json"]
+    assert names(here / "..made.stages.partial" / "stage-1") == [
+        ".plan.json.seal",
+        "corrected",
+        "plan.json",
+    ]
     assert script(*words, "--output", "made", cwd=here, env=cache).returncode == 0
     assert digests(here / "made") == digests(here / "whole")
     assert names(here) == ["made", "whole"]
