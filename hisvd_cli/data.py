@@ -204,7 +204,7 @@ def load_instructions(name: str) -> list[dict[str, Any]] | None:
 
 def _is_folder(name: str) -> bool:
     """Tell whether ``datasets`` would read a folder that lies here in the place of a hub id."""
-    return Path(name).expanduser().is_dir() or Path(_custom(name).repo).is_dir()
+    return expanded(name).is_dir() or Path(_custom(name).repo).is_dir()
 
 
 def _custom(name: str) -> HubSet:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hisvd_cli.cache import cache_root
+from hisvd_cli.cache import cache_root, expanded
 from hisvd_cli.errors import OutputError
 from hisvd_cli.owners import TAG, is_abandoned, own_tag, untouched
 from hisvd_cli.tensorfile import reason
@@ -33,7 +33,7 @@ _HINT = "Name another folder with --scratch, or another cache in HISVD_CACHE."
 
 def scratch_root(named: str | None) -> Path:
     """Return the folder of temporary files: as the settings name it, else one in the cache."""
-    return Path(named).expanduser() if named else cache_root() / "scratch"
+    return expanded(named) if named else cache_root() / "scratch"
 
 
 @contextmanager

@@ -358,7 +358,7 @@ def _with_base(name: str, adapter: Adapter, trust_remote_code: bool, compressibl
 
 
 def _same_folder(name: str, folder: Path) -> bool:
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path.is_dir() and path.resolve() == folder.resolve()
 
 

@@ -22,7 +22,7 @@ from hisvd_cli.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, UsageError
 from hisvd_cli.grid import Failure
-from hisvd_cli.paths import slug
+from hisvd_cli.paths import expanded, slug
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
@@ -247,7 +247,7 @@ def _changed_texts(cell: Cell, source: Source, record: Mapping[str, Any]) -> lis
     """
     changed = []
     dataset, data = cell.resolved.settings.calibration.dataset, part(record, "calibration")
-    if Path(dataset).expanduser().is_file() and not is_text_of(dataset, part(data, "data")):
+    if expanded(dataset).is_file() and not is_text_of(dataset, part(data, "data")):
         changed.append(f"the text of {dataset}")
     if wants_recovery(cell.resolved) and not reads_the_same(cell.resolved, source, record):
         changed.append("the text of the recovery")

@@ -23,7 +23,7 @@ from hisvd_cli.distributed import world
 from hisvd_cli.errors import SourceError, UsageError
 from hisvd_cli.lessons import Lessons, load_lessons, windows_of
 from hisvd_cli.lowrank import FACTORS
-from hisvd_cli.paths import digest
+from hisvd_cli.paths import digest, expanded
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.recover import (
@@ -213,7 +213,7 @@ def reads_the_same(resolved: Resolved, dense: Source, record: Mapping[str, Any])
     """
     named = (resolved.settings.recover.dataset, resolved.settings.calibration.dataset)
     dataset = next((name for name in named if name != "auto"), SELF)
-    if dataset == SELF or not Path(dataset).expanduser().is_file():
+    if dataset == SELF or not expanded(dataset).is_file():
         return True
     data = part(part(record, "calibration"), "data")
     calibrated = resolved.settings.calibration.drop or str(data.get("drop", ""))

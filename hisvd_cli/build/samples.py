@@ -247,7 +247,7 @@ def located(data: Mapping[str, Any]) -> str:
     path that is recorded would go to the hub with a checkpoint.
     """
     name, wanted = str(data["dataset"]), str(data.get("text_sha256"))
-    if data.get("split") != FILE or _holds(Path(name).expanduser(), wanted):
+    if data.get("split") != FILE or _holds(expanded(name), wanted):
         return name
     try:
         known = _place_of(wanted).read_text(encoding="utf-8")
@@ -263,7 +263,7 @@ def is_text_of(name: str, data: Mapping[str, Any]) -> bool:
     Raises:
         DataError: the file cannot be read.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file() and "text_sha256" in data:
         return _holds(path, str(data["text_sha256"]))
     return path.name == Path(str(data["dataset"])).name
