@@ -181,7 +181,11 @@ def test_a_packed_text(tmp_path: Path) -> None:
     assert load_text(str(tmp_path / "t.txt.gz"), "calibration").content == "a\nb"
 
 
-@pytest.mark.parametrize("data", [b"no gzip", _gzipped("x" * 99)[:-6], _gzipped("{")])
+@pytest.mark.parametrize(
+    "data",
+    [b"no gzip", _gzipped("x" * 99)[:-6], _gzipped("{")],
+    ids=["not packed", "cut short", "no JSON"],
+)
 def test_a_damaged_packed_file(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "t.json.gz").write_bytes(data)
     with pytest.raises(DataError, match=r"t\.json\.gz"):
