@@ -77,6 +77,7 @@ def sweep(named: str | None) -> None:
             if owned and is_abandoned(owned[1], folder):
                 shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
+        held(cache_root() / "evaluations" / ".states.lock")
         for pattern in _RESUMABLE:
             for folder in cache_root().glob(pattern):
                 expire(folder)
@@ -107,9 +108,13 @@ def _is_ours(folder: Path) -> bool:
 
 
 def held(lock: Path) -> bool:
-    """Tell whether a process holds the lock of a file."""
+    """Tell whether a process holds a lock. The file of one that nobody holds is removed."""
+    if not lock.is_file():
+        return False
     try:
         with FileLock(lock, timeout=0):
+            with suppress(OSError):
+                lock.unlink()  # while it is held, as in building()
             return False
     except (Timeout, OSError):
         return True

@@ -121,6 +121,17 @@ def test_what_nobody_resumes_for_a_week_is_removed(name: str, cache: Path) -> No
     assert not folder.exists()
 
 
+def test_a_lock_that_a_killed_evaluation_left_is_removed(cache: Path) -> None:
+    lock = cache / "evaluations" / ".states.lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        sweep(None)
+        assert lock.is_file()
+    lock.touch()
+    sweep(None)
+    assert not lock.exists()
+
+
 def test_a_folder_that_cannot_be_used_names_the_lever(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="for temporary files") as caught:  # noqa: SIM117

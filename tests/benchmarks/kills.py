@@ -43,7 +43,7 @@ from tests.cli_helpers import digests
 
 TEXT = ("--samples", "4", "--seqlen", "32")
 MAKING = ("compress", "--model", "demo", *TEXT, "--ratio", "0.6", "--no-evaluate")
-RECOVERY = ("--recover", "distill", "--recover-seqlen", "64", "--recover-samples", "32")
+RECOVERY = ("--recover", "distill", "--recover-seqlen", "64", "--recover-samples", "16")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibrate", "--model", "demo", *TEXT, "--gradients", "--calibration", "made"),
     "compress": (*MAKING, "--overwrite", "--max-shard-size", "0.001", "--output", "made"),
@@ -58,8 +58,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 MORE: dict[str, tuple[str, ...]] = {
     "eval": ("--windows", "8", "--seqlen", "64"),
-    "convert --quantize": ("--quantize-method", "gptq", "--overwrite"),
-    "distill": ("--recover-tokens", "4000"),
+    "convert --quantize": ("--overwrite",),
+    "distill": ("--recover-tokens", "1500"),
 }
 GIVEN = ("low", "low.pt")  # in the folder of every run
 TEMPORARY = (f"**/*{TAG}*", "**/.*.tmp", "**/.*.lock", "**/.*.partial", "**/.*.key")
