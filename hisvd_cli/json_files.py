@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ def read_bounded(path: Path, limit: int = MAX_BYTES) -> bytes:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is not a regular file")
     with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"it holds more than {limit:,} bytes")
-    return data
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"it holds more than {limit:,} bytes")
+        return file.read(size)  # as much memory as is asked for is taken, whatever there is
 
 
 def read_json(path: Path, strict: bool = True) -> Any:
