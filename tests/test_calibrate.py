@@ -65,7 +65,7 @@ def run(
         device=CPU,
         dtype=dtype,
         batch=2,
-        settings={"any": "thing"},
+        settings={"any": {"thing": 1}},
         reporter=Silent(),
         state_seconds=state_seconds,
     )
@@ -263,7 +263,7 @@ def test_the_manifest_records_what_the_moments_depend_on(
     assert manifest["model"]["fingerprint"] == source.fingerprint
     assert manifest["data"]["tokens"] == TOKENS.numel()
     assert manifest["data"]["tokens_sha256"] == SAMPLE.key
-    assert manifest["settings"] == {"any": "thing"}
+    assert manifest["settings"] == {"any": {"thing": 1}}
     assert set(manifest["versions"]) == {"hisvd", "torch", "transformers"}
     expected = {MANIFEST, *(block_file(i) for i in range(3))}
     assert set(hashes(tmp_path / "calibration")) == expected
