@@ -207,7 +207,13 @@ def test_code_of_a_model_travels_only_where_it_is_asked_for(
     auto_map = {"AutoConfig": "lure.Config", "AutoModelForCausalLM": "lure.Model"}
     edit_json(folder / "config.json", auto_map=auto_map)  # of a type that transformers knows
     made = ("compress", "--model", folder, "--ratio", 0.6, *SHORT, "--no-evaluate")
-    loader = {"modeling_hisvd.py", "lowrank.py", "quantized.py"}
+    loader = {
+        "modeling_hisvd.py",
+        "lowrank.py",
+        "quantized.py",
+        "peft_support.py",
+        "import_hooks.py",
+    }
     succeed(*made, "--output", "plain")
     assert {path.name for path in Path("plain").glob("*.py")} == loader
     assert not proof.exists()
