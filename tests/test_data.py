@@ -139,10 +139,10 @@ def test_a_folder_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.txt").write_text("a")
 
-    def refuse(*_: object, **__: object) -> str:
+    def refuse(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(DataError, match=r"Cannot read .*x\.txt: Permission denied"):
         load_text(str(tmp_path / "x.txt"), "calibration")
 
