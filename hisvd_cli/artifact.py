@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,10 +17,20 @@ from hisvd_cli.paths import digest
 from hisvd_cli.tensorfile import TEMPORARY, reason, write_text
 from hisvd_cli.versions import versions
 
+# With the name of the tool in them: a user may keep '.api.key' or '.config.old' beside an output.
+_KEY, _LOCK, _OLD = "hisvd.key", "hisvd.lock", "hisvd.old"
+
 
 def partial_path(folder: Path) -> Path:
     """Return where ``folder`` is built before it takes its name."""
     return _beside(folder, "partial")
+
+
+def standing_at(folder: Path) -> Path:
+    """Return where the folder is that stands at ``folder``: beside it, if a run was killed while
+    the new one took its name."""
+    old = _beside(folder.resolve(), _OLD)
+    return old if old.is_dir() and not os.path.lexists(folder) else folder
 
 
 @contextmanager
@@ -37,17 +49,17 @@ def building(folder: Path, key: str) -> Iterator[Path]:
         OutputError: another run is building the same folder, or it cannot be written.
     """
     folder = folder.resolve()  # a link stays a link to what is built, and '.' has a name
-    partial, lock = partial_path(folder), _beside(folder, "lock")
+    partial, lock, record = partial_path(folder), _beside(folder, _LOCK), _beside(folder, _KEY)
     key = digest(key, *versions().values())
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
             try:
                 standing = _standing(folder)
-                _prepare(partial, _beside(folder, "key"), key)
+                _prepare(partial, record, key)
                 yield partial
                 _swap(partial, folder, standing)
-                _beside(folder, "key").unlink()
+                record.unlink()
             finally:
                 # Removed while it is held: whoever gets it next has made a new one.
                 with suppress(OSError):
@@ -79,24 +91,33 @@ def _prepare(partial: Path, record: Path, key: str) -> None:
 def _standing(folder: Path) -> set[str]:
     """Return the names of what stands in the folder that is to be replaced, put back first where a
     run was killed while its new one took the name. Raises OSError."""
-    old = _beside(folder, "old")
-    if old.is_dir() and not folder.exists():
+    if (old := standing_at(folder)) != folder:
         old.rename(folder)
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def _swap(partial: Path, folder: Path, standing: Collection[str]) -> None:
-    """Give a folder its name. What was put into the one before it meanwhile, and is not in
-    ``standing``, moves over; what cannot stays beside it."""
-    old = _beside(folder, "old")
+    """Give a folder its name, with what was put into the one before it meanwhile, and is not in
+    ``standing``. A kill at any moment leaves all of that in one of the two. Raises OSError."""
+    old = _beside(folder, _OLD)
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        for path in folder.iterdir():
+            if path.name not in standing and not path.match(TEMPORARY):
+                _copy(path, _free(partial, path.name))
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it removed it
         folder.rename(old)
     partial.rename(folder)
-    if not old.is_dir():
-        return
-    for path in [path for path in old.iterdir() if path.name not in standing]:
-        if not (folder / path.name).exists():
-            path.rename(folder / path.name)
-    if all(path.name in standing for path in old.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _free(folder: Path, name: str) -> Path:
+    """Return a path in a folder at which nothing is: ``name``, else with a number behind it."""
+    names = (folder / (f"{name}.{i}" if i else name) for i in count())
+    return next(path for path in names if not os.path.lexists(path))
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, target, symlinks=True)
+    else:
+        shutil.copy2(path, target, follow_symlinks=False)

@@ -50,6 +50,7 @@ def to_pt(checkpoint: Checkpoint, path: Path) -> None:
     Tensors are mapped from the shards, not copied into memory first. Raises OutputError.
     """
     checkpoint.refuse_own_code()
+    path = path.resolve()  # a link stays a link
     document = {
         "format": PT_FORMAT,
         "format_version": PT_VERSION,

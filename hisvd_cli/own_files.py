@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE
 from hisvd_cli.companions import is_companion
+from hisvd_cli.errors import SourceError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.model_card import CARD
 from hisvd_cli.source import code_modules, names_own_loader
-from hisvd_cli.weights import INDEX
+from hisvd_cli.weights import INDEX, SINGLE, shard_files
 
 KINDS = ("checkpoint", "dense")
 """What ``hisvd.json`` says of a folder that hisvd wrote."""
 _WRITTEN = ("config.json", INDEX, PROVENANCE, PLAN_FILE, CARD)
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def is_own_folder(folder: Path) -> bool:
@@ -36,13 +35,21 @@ def written_files() -> list[str]:
 
 
 def foreign_files(folder: Path) -> Iterator[Path]:
-    """Yield what hisvd did not write among the entries of a checkpoint's folder."""
-    written = {*written_files(), *_carried_code(folder)}
+    """Yield what hisvd did not write among the entries of a checkpoint's folder; of weights, all
+    but those that its index lists."""
+    written = {*written_files(), *_carried_code(folder), *_weight_files(folder)}
     for path in sorted(folder.iterdir()):
-        name = path.name
-        known = name in written or _WEIGHTS.fullmatch(name) or is_companion(name)
+        known = path.name in written or is_companion(path.name)
         if not known or path.is_symlink() or not path.is_file():
             yield path
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    try:
+        return shard_files(index) if index.exists() else [SINGLE]
+    except SourceError:  # a damaged index lists nothing
+        return []
 
 
 def _record(path: Path) -> dict[str, Any]:

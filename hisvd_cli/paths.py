@@ -11,16 +11,24 @@ from hisvd_cli.cache import cache_root, expanded
 from hisvd_cli.errors import OutputError, SourceError
 from hisvd_cli.tensorfile import reason, write_text
 
-__all__ = ["cache_root", "digest", "expanded", "file_digest", "slug"]
+__all__ = ["cache_root", "digest", "expanded", "file_digest", "ratio_name", "slug"]
 
 _CHUNK = 1 << 20
+_SLUG = 100  # characters, so that what stands before and behind it fits into a name too
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 def slug(text: str) -> str:
     """Return ``text`` as a short file name: letters, digits, dots and dashes."""
     stem = Path(text.rstrip("/")).name or text
-    return re.sub(r"[^A-Za-z0-9.]+", "-", stem.removesuffix(".gguf")).strip("-.") or "model"
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", stem.removesuffix(".gguf")).strip("-.")
+    return plain[:_SLUG].rstrip("-.") or "model"
+
+
+def ratio_name(ratio: float) -> str:
+    """Return a ratio as names hold it: short, and another text for every other ratio."""
+    short = f"{ratio:g}"
+    return short if float(short) == ratio else repr(ratio)
 
 
 def digest(*parts: str | bytes) -> str:

@@ -19,7 +19,8 @@ from hisvd_cli.errors import SourceError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.lowrank import LAYERS, Storage
 from hisvd_cli.spectrum import Spectrum, tail_share
-from hisvd_cli.tensorfile import json_text, write_through
+from hisvd_cli.tensorfile import json_text
+from hisvd_cli.text_output import write_through
 
 FORMAT_VERSION = 1
 _LATER = {"bytes"}  # what plans of earlier versions do not name

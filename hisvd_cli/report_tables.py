@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from hisvd_cli.errors import OutputError
 from hisvd_cli.escaping import markdown_code, markdown_text, spreadsheet_cell
 from hisvd_cli.evaluate import PerplexityResult
 from hisvd_cli.grid import Grid
-from hisvd_cli.tensorfile import write_through
+from hisvd_cli.text_output import check_text_place, takes_text, write_through
 from hisvd_cli.zero_shot import Score
 
 FIGURES = {
@@ -22,44 +22,36 @@ FIGURES = {
     "agreement": ("agreement", "{:.3f}"),
 }
 """Figure → its title and its form in a table."""
-STARTS = {
-    "--markdown": "| model | dataset |",
-    "--csv": "model,dataset,",
-    "--report": '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+_REPORTS = {
+    "--markdown": rb"\| model \| dataset \| perplexity \| bits/byte \| KL \| agreement \|",
+    "--csv": rb"model,dataset,perplexity,perplexity_low,perplexity_high,bits_per_byte,",
+    "--report": rb"<!DOCTYPE html>\n(?s:.*)\n<title>hisvd: ",
 }
-"""Flag of a report → how such a report begins."""
+"""Flag of a report → how such reports begin, those of earlier versions too."""
+_BEGINNING = 1000
 _TASK_FACTS = ("metric", "filter", "value", "stderr", "num_fewshot", "questions")
 _FACTS = ("split", "tokens", "bytes", "windows", "seqlen", "dataset_hash")
 
 
-def check_report_path(path: Path | None, flag: str, start: str) -> None:
-    """Find out before any work whether a report can be written.
+def check_report_path(path: Path, flag: str) -> None:
+    """Find out before any work whether a report can be written; nothing but one is replaced.
 
     Args:
-        path: the file; what is no regular file is written to as it is.
+        path: the file.
         flag: what named it.
-        start: how reports of this kind begin: no other file is replaced.
 
     Raises:
-        OutputError: a folder or another file stands there, or nothing can be written there.
+        OutputError: see :func:`hisvd_cli.text_output.check_text_place`; or another file is there.
     """
-    if path is None:
-        return
-    if path.is_file() and path.stat().st_size and not _begins(path, start):
-        raise OutputError(
-            f"{flag} {path} holds something that is not such a report.",
-            "Name another file, or remove it yourself.",
-        )
-    if path.is_dir():
-        raise OutputError(f"{flag} {path} is a folder.", "Name a file.")
-    home = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (home.is_dir() and os.access(home, os.W_OK)):
-        raise OutputError(f"Cannot write {flag} {path}: {home} takes no files.", "Name another.")
-
-
-def _begins(path: Path, start: str) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(start.encode())) == start.encode()
+    check_text_place(path, flag)
+    if path.is_file() and not takes_text(path):
+        with path.open("rb") as file:
+            beginning = file.read(_BEGINNING)
+        if beginning and not re.match(_REPORTS[flag], beginning):
+            raise OutputError(
+                f"{flag} {path} holds something that is not such a report.",
+                "Name another file, or remove it yourself.",
+            )
 
 
 def write_reports(grid: Grid, markdown: Path | None, table: Path | None) -> None:

@@ -20,6 +20,9 @@ from hisvd_cli.owners import TAG, is_abandoned, own_tag, untouched
 from hisvd_cli.tensorfile import reason
 
 _OWNED = re.compile(rf"hisvd-({TAG})-\w+")
+WORK = "folder|whole|unmended|stages"
+BUILDING = r"partial|hisvd\.(key|lock|old)"
+"""Endings of what stands beside an output while it is made, and of what stands beside those."""
 _RESUMABLE = (
     "evaluations/states",
     "calibration/*/.*.partial",
@@ -91,8 +94,7 @@ def expire(folder: Path) -> None:
 
 def clear_beside(output: Path) -> None:
     """Remove what runs with other settings left beside a finished output to go on with."""
-    kinds = "folder|whole|unmended|stages"
-    work = re.compile(rf"\.+{re.escape(output.name)}(\.({kinds}))+(\.(partial|key|lock|old))?")
+    work = re.compile(rf"\.+{re.escape(output.name)}(\.({WORK}))+(\.({BUILDING}))?")
     found = [path for path in output.absolute().parent.iterdir() if work.fullmatch(path.name)]
     if any(path.suffix == ".lock" and held(path) for path in found):
         return

@@ -220,18 +220,6 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_through(path: Path, text: str) -> None:
-    """Write a text file: whole or not at all where it is a regular one, of which a link keeps its
-    target's place; a device or a pipe is written to. Raises OutputError."""
-    if path.is_file() or not path.exists():
-        write_text(path.resolve(), text)
-        return
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
-
-
 def write_json(path: Path, document: object) -> None:
     """Write an indented JSON document whole or not at all. Raises OutputError."""
     write_text(path, json_text(document))

@@ -47,7 +47,7 @@ def test_an_interrupted_run_leaves_no_folder_and_is_continued(tmp_path: Path) ->
     target = tmp_path / "x"
     interrupted(target, "key")
     assert not target.exists()
-    assert not (tmp_path / ".x.lock").exists()
+    assert not (tmp_path / ".x.hisvd.lock").exists()
     with building(target, "key") as partial:
         assert names(partial) == ["done"]  # and nothing of a file that was being written
     assert names(target) == ["done"]
@@ -114,7 +114,7 @@ def test_a_kill_while_the_folder_takes_its_name_loses_nothing(
 
     def count(path: Path) -> None:
         nonlocal calls
-        if path.name in {"x", ".x.partial", ".x.key"}:
+        if path.name in {"x", ".x.partial", ".x.hisvd.key"}:
             calls += 1
             if calls >= moment:
                 raise KeyboardInterrupt

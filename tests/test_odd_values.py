@@ -258,7 +258,7 @@ def test_a_key_that_is_no_text_starts_anew(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     partial_path(folder).mkdir()
     (partial_path(folder) / "old").write_text("old")
-    (tmp_path / ".made.key").write_bytes(b"\xff\xfe")
+    (tmp_path / ".made.hisvd.key").write_bytes(b"\xff\xfe")
     with building(folder, "key") as partial:
         assert not list(partial.iterdir())
 

@@ -129,12 +129,12 @@ def test_what_was_put_into_a_folder_during_the_run_is_kept(tmp_path: Path) -> No
         (partial / "both").write_text("3")
         (folder / "notes").write_text("mine")
         (folder / "both").write_text("mine too")
-    assert sorted(path.name for path in folder.iterdir()) == ["both", "new", "notes"]
-    assert (tmp_path / ".x.old" / "both").read_text() == "mine too"
+    assert sorted(path.name for path in folder.iterdir()) == ["both", "both.1", "new", "notes"]
+    assert (folder / "both.1").read_text() == "mine too"
 
 
 def test_a_run_killed_while_its_folder_takes_the_name_loses_nothing(tmp_path: Path) -> None:
-    old = tmp_path / ".x.old"
+    old = tmp_path / ".x.hisvd.old"
     old.mkdir()
     (old / "mine").write_text("1")
     with pytest.raises(RuntimeError), building(tmp_path / "x", "key"):
@@ -153,7 +153,7 @@ def test_folders_refuse_what_is_no_folder(kind: str, command: str, own: Path) ->
     }
     fail(*words[command])
     assert not stat.S_ISREG((own / "x").stat().st_mode)
-    assert not (own / ".x.old").exists()
+    assert not (own / ".x.hisvd.old").exists()
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--markdown", "--report"])

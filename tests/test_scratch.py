@@ -180,8 +180,8 @@ def test_a_finished_output_clears_what_other_settings_left_beside_it(tmp_path: P
     (tmp_path / ".out.unmended" / "hisvd.json").write_text("{}")
     (tmp_path / ".out.whole" / "hisvd.json").write_text("{}")
     (tmp_path / ".out.stages" / "stage-1" / "plan.json").write_text("{}")
-    (tmp_path / "..out.whole.key").write_text("x")
-    with FileLock(tmp_path / "..out.whole.lock"):
+    (tmp_path / "..out.whole.hisvd.key").write_text("x")
+    with FileLock(tmp_path / "..out.whole.hisvd.lock"):
         clear_beside(tmp_path / "out")
         assert (tmp_path / ".out.whole").is_dir(), "somebody is at it"
     clear_beside(tmp_path / "out")

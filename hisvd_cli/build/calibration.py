@@ -11,7 +11,7 @@ import torch
 
 from hisvd_cli.block_inputs import INPUTS
 from hisvd_cli.build.memory import place_states
-from hisvd_cli.build.output_names import output_name
+from hisvd_cli.build.output_names import check_place, output_name
 from hisvd_cli.build.samples import (
     SELF,
     calibrated_dtype,
@@ -192,6 +192,8 @@ def _calibrate(
         if not named and (folder / MANIFEST).is_file():
             return open_calibration(folder, source)
         present = _present(folder, source)
+        if present is None:
+            check_place(folder, "--calibration")
         if request.dataset == SELF:
             check_writing(resolved, source, request.seqlen, f"--dataset {SELF}")
         work = place_states(resolved, source, wanted, reporter)
@@ -321,7 +323,7 @@ def _present(folder: Path, source: Source) -> Calibration | None:
     """Return the calibration that stands in a folder; refuse anything else there."""
     if (folder / MANIFEST).is_file():
         return open_calibration(folder, source)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
             f"{folder} holds something that is no calibration.",
             "Name another folder with --calibration.",

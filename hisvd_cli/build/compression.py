@@ -14,8 +14,13 @@ from hisvd_cli.build.calibration import ensure_calibration, named_source
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_rounding, check_update
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
-from hisvd_cli.build.output_names import inputs_of
-from hisvd_cli.build.outputs import check_output, check_plan_output, peak_memory, refuse_flags
+from hisvd_cli.build.outputs import (
+    check_place_of,
+    output_path,
+    peak_memory,
+    plan_beside,
+    refuse_flags,
+)
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, make_plans, open_plan
 from hisvd_cli.build.quantization import check_quantization, quantize_compressed, quantizes
 from hisvd_cli.build.recovery import (
@@ -39,7 +44,6 @@ from hisvd_cli.distributed import world
 from hisvd_cli.errors import UsageError
 from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
 from hisvd_cli.model_card import perplexity_results, update_card
-from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
@@ -101,24 +105,6 @@ class Outcome:
         }
 
 
-def output_path(resolved: Resolved, output: Path | None, plan_file: Path | None) -> Path:
-    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder, of a
-    bytes ratio ``MODEL-bytes-RATIO``; the ratio is that of the plan where one is given.
-
-    Raises:
-        SourceError: there is no plan in ``plan_file``.
-    """
-    if output is not None:
-        return output
-    by_bytes = bytes_ratio(resolved) if plan_file is None else None
-    kept = resolved.settings.plan.ratio[0]
-    if plan_file is not None:
-        plan = load_plan(plan_file)
-        by_bytes, kept = plan.bytes.ratio if plan.bytes else None, plan.ratio
-    ratio = f"{kept:g}" if by_bytes is None else f"bytes-{by_bytes:g}"
-    return Path(f"{slug(resolved.settings.model.name)}-{ratio}")
-
-
 def check_request(
     resolved: Resolved,
     source: Source,
@@ -168,15 +154,7 @@ def check_request(
             check_trains({}, resolved)
         check_recovery(resolved, source)
     path = output_path(resolved, output, plan_file)
-    check_output(path, overwrite, inputs_of(resolved, source.folder, plan_file))
-    sidecar = _plan_beside(path)
-    if path.suffix == ".pt" and sidecar != plan_file:
-        check_plan_output(sidecar, overwrite)
-
-
-def _plan_beside(path: Path) -> Path:
-    """Return where the plan of a single-file checkpoint goes."""
-    return path.with_suffix(".plan.json")
+    check_place_of(resolved, source, path, plan_file, overwrite)
 
 
 def compress_model(
@@ -210,6 +188,8 @@ def compress_model(
     planning = time.monotonic() - started
     if wants_recovery(resolved):
         check_trains(plan.ranks, resolved)
+    # Again: all that may have come to stand there while the model was calibrated and planned.
+    world().agreed(lambda: check_place_of(resolved, source, path, plan_file, overwrite))
     first = Stage(source, calibration, plan)
     with last_stage(resolved, first, fixed, path, reporter) as (last, before):
         made, plan_path, recovering = _write(resolved, last, path, update, reporter)
@@ -260,12 +240,14 @@ def _write(
         return made, path / PLAN_FILE, recovering
     started = time.monotonic()
     to_pt(open_checkpoint(folder), path)
-    last.plan.save(_plan_beside(path))
+    sidecar = plan_beside(path)
+    if not sidecar.exists() or load_plan(sidecar) != last.plan:  # it may be the one that was given
+        last.plan.save(sidecar)
     shutil.rmtree(folder)
     writing = made.write_seconds + time.monotonic() - started
     size = path.stat().st_size
     single_file = replace(made, output=path, bytes=size, write_seconds=writing)
-    return single_file, _plan_beside(path), recovering
+    return single_file, plan_beside(path), recovering
 
 
 def _unrounded(resolved: Resolved, last: Stage, folder: Path) -> tuple[Compressed, float] | None:

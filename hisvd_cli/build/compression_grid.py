@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from hisvd_cli.build.compression import Outcome, check_request, compress_model
 from hisvd_cli.build.evaluation import tolerated
 from hisvd_cli.build.forecast import forecast_compression
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
+from hisvd_cli.build.output_names import check_form
 from hisvd_cli.build.recovery import reads_the_same, wants_recovery
 from hisvd_cli.build.samples import is_text_of
 from hisvd_cli.calibration import Calibration
@@ -22,7 +22,7 @@ from hisvd_cli.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError, UsageError
 from hisvd_cli.grid import Failure
-from hisvd_cli.paths import expanded, slug
+from hisvd_cli.paths import expanded, ratio_name, slug
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
@@ -112,16 +112,14 @@ def grid_cells(resolved: Resolved, output: Path | None) -> list[Cell]:
             f"--output {output} takes one checkpoint, but several were asked for.",
             "Name a folder for all of them.",
         )
-    if output is not None and output.is_file():
-        raise OutputError(f"{output} is a file.", "Name a folder for all checkpoints.")
+    if output is not None:
+        if output.exists() and not output.is_dir():
+            raise OutputError(f"{output} is a file.", "Name a folder for all checkpoints.")
+        check_form(output)
     model = slug(resolved.settings.model.name)
     cells = []
-    short = Counter(f"{ratio:g}" for ratio in dict.fromkeys(resolved.settings.plan.ratio))
     for one in resolved.cells():
-        kept = one.settings.plan.ratio[0]
-        # Two that are the same to six digits get all of them.
-        ratio = f"{kept:g}" if short[f"{kept:g}"] < 2 else repr(kept)
-        words = [model, *one.settings.plan.preset, ratio]
+        words = [model, *one.settings.plan.preset, ratio_name(one.settings.plan.ratio[0])]
         cells.append(Cell(one, (output or Path()) / "-".join(words)))
     return cells
 

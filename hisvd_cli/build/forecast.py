@@ -13,9 +13,10 @@ from hisvd_cli.build.anatomy import Anatomy, dissect
 from hisvd_cli.build.byte_budgets import bytes_ratio
 from hisvd_cli.build.byte_budgets import scope as byte_scope
 from hisvd_cli.build.calibration import find_calibration, named_source, wanted_statistics
-from hisvd_cli.build.compression import check_request, output_path
+from hisvd_cli.build.compression import check_request
 from hisvd_cli.build.memory import factoring_of, fitted, fitted_update, workload
 from hisvd_cli.build.methods import decomposer_needs, plan_needs, probe_passes
+from hisvd_cli.build.outputs import output_path
 from hisvd_cli.build.plans import check_knobs, check_planning_memory, open_plan
 from hisvd_cli.build.quantization import bytes_saved
 from hisvd_cli.build.samples import request_calibration

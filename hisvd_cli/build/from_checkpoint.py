@@ -27,6 +27,7 @@ def recover_checkpoint(
     path = _checked_output(resolved, folder, output, overwrite)
     started = time.monotonic()
     recovery = prepare_recovery(resolved, folder, reporter)
+    check_output(path, overwrite, _inputs(resolved, folder))  # again: text may have been sampled
     made = run_recovery(recovery, path, reporter)
     return {
         "output": str(path),
@@ -65,14 +66,21 @@ def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overw
     refuse_flags(resolved, "plan", given, "compress the model anew")
     refuse_flags(resolved, "compress", given, "compress the model anew", but=("max_shard_size",))
     refuse_flags(resolved, "quantize", given, "round what comes out with: hisvd convert")
-    path = output or folder.with_name(f"{folder.name}-{resolved.settings.recover.method}")
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    path = output or named.with_name(f"{named.name}-{resolved.settings.recover.method}")
     if path.suffix == ".pt":
         raise UsageError(
             f"--from writes a folder, not the file {path}.",
             "Name a folder, and make one file of it with: hisvd convert.",
         )
-    check_output(path, overwrite, inputs_of(resolved, folder))
+    check_output(path, overwrite, _inputs(resolved, folder))
     return path
+
+
+def _inputs(resolved: Resolved, folder: Path) -> list[Path]:
+    """Return what a recovery reads: with the dense model, whoever names it. Raises SourceError."""
+    made = part(open_checkpoint(folder).provenance, "model")
+    return inputs_of(resolved, folder, str(made.get("name") or ""))
 
 
 def recovery_document(folder: Path) -> dict[str, Any]:

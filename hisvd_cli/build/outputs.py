@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Collection, Iterable
@@ -11,14 +10,36 @@ from pathlib import Path
 import psutil
 import torch
 
-from hisvd_cli.build.output_names import check_form, refuse_inputs
+from hisvd_cli.artifact import standing_at
+from hisvd_cli.build.byte_budgets import bytes_ratio
+from hisvd_cli.build.output_names import check_place, inputs_of, refuse_inputs
 from hisvd_cli.checkpoint import PLAN_FILE
 from hisvd_cli.convert import load_pt
 from hisvd_cli.errors import OutputError, SourceError, UsageError
 from hisvd_cli.own_files import foreign_files, is_own_folder
+from hisvd_cli.paths import ratio_name, slug
 from hisvd_cli.plan import load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.settings import SECTIONS, flag_of
+from hisvd_cli.source import Source
+
+
+def output_path(resolved: Resolved, output: Path | None, plan_file: Path | None) -> Path:
+    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder, of a
+    bytes ratio ``MODEL-bytes-RATIO``; the ratio is that of the plan where one is given.
+
+    Raises:
+        SourceError: there is no plan in ``plan_file``.
+    """
+    if output is not None:
+        return output
+    by_bytes = bytes_ratio(resolved) if plan_file is None else None
+    kept = resolved.settings.plan.ratio[0]
+    if plan_file is not None:
+        plan = load_plan(plan_file)
+        by_bytes, kept = plan.bytes.ratio if plan.bytes else None, plan.ratio
+    ratio = ratio_name(kept) if by_bytes is None else f"bytes-{ratio_name(by_bytes)}"
+    return Path(f"{slug(resolved.settings.model.name)}-{ratio}")
 
 
 def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
@@ -35,11 +56,8 @@ def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> No
         UsageError: the name of another kind of file.
         OutputError: something stands there, it is an input, or nothing can be written there.
     """
-    check_form(path)
     refuse_inputs(path, inputs)
-    home = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (home.is_dir() and os.access(home, os.W_OK)):
-        raise OutputError(f"Cannot write into {home}.", "Name another --output.")
+    check_place(path)
     if path.suffix == ".pt":
         _check_file(path, overwrite)
     else:
@@ -66,18 +84,19 @@ def _check_folder(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         kind = "a file" if path.is_file() else "not a folder"
         raise OutputError(f"{path} is {kind}.", "Name a folder, or a file that ends in .pt.")
-    if not path.is_dir() or not any(path.iterdir()):
+    stands = standing_at(path)
+    if not stands.is_dir() or not any(stands.iterdir()):
         return
     if not overwrite:
         raise OutputError(
             f"The folder {path} is not empty.", "Pass --overwrite, or name another --output."
         )
-    if not is_own_folder(path):
+    if not is_own_folder(stands):
         raise OutputError(
             f"The folder {path} holds something that hisvd did not write.",
             "Name another --output, or remove the folder yourself.",
         )
-    if other := next(foreign_files(path), None):
+    if other := next(foreign_files(stands), None):
         raise OutputError(
             f"The folder {path} also holds {other.name}, which hisvd did not write.",
             "Move it elsewhere, or name another --output.",
@@ -100,10 +119,31 @@ def check_plan_output(path: Path, overwrite: bool) -> None:
         raise OutputError(
             f"{path} exists, and is no plan.", "Name another --output, or remove it yourself."
         ) from error
-    if path.name == PLAN_FILE and is_own_folder(path.parent):
+    file = path.resolve()
+    if file.name == PLAN_FILE and is_own_folder(file.parent):
         raise OutputError(
-            f"{path} is the plan of the checkpoint {path.parent}.", "Name another --output."
+            f"{path} is the plan of the checkpoint {file.parent}.", "Name another --output."
         )
+
+
+def check_place_of(
+    resolved: Resolved, source: Source, path: Path, plan_file: Path | None, overwrite: bool
+) -> None:
+    """Refuse to write a checkpoint to ``path`` where that would lose anything.
+
+    Raises:
+        UsageError, OutputError: see :func:`check_output`.
+    """
+    check_output(path, overwrite, inputs_of(resolved, source.folder, plan_file))
+    sidecar = plan_beside(path)
+    given = plan_file is not None and sidecar.exists() and sidecar.samefile(plan_file)
+    if path.suffix == ".pt" and not given:
+        check_plan_output(sidecar, overwrite)
+
+
+def plan_beside(path: Path) -> Path:
+    """Return where the plan of a single-file checkpoint goes."""
+    return path.with_suffix(".plan.json")
 
 
 def refuse_flags(

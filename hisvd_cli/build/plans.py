@@ -38,6 +38,7 @@ from hisvd_cli.source import Source
 from hisvd_cli.spectrum import Spectrum
 from hisvd_cli.statistics import Need, missing
 from hisvd_cli.sublayers import Sublayer, select
+from hisvd_cli.text_output import check_text_place, takes_text
 from hisvd_cli.versions import versions
 
 
@@ -103,8 +104,9 @@ def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[st
                 f"--output takes one plan, but {len(given)} {flag}s were given.",
                 f"Give one --{flag}, or use --json.",
             )
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return  # a device or a pipe: it is written to, not replaced
+    check_text_place(path, "--output")
+    if takes_text(path):
+        return
     if path.suffix != ".json":
         raise UsageError(f"--output {path} does not end in .json.", "Name it plan.json, say.")
     check_plan_output(path, overwrite=True)

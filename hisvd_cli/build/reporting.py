@@ -15,7 +15,8 @@ from hisvd_cli.profile import Resolved
 from hisvd_cli.report.content import ModelFacts, Report, Spectra
 from hisvd_cli.report.page import render
 from hisvd_cli.stage_times import times_of
-from hisvd_cli.tensorfile import read_tensors, write_through
+from hisvd_cli.tensorfile import read_tensors
+from hisvd_cli.text_output import write_through
 from hisvd_cli.versions import versions
 
 

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
+from hisvd_cli.cache import expanded
 from hisvd_cli.errors import HisvdError, UsageError
 from hisvd_cli.options import DryRun, Run, keys_of, option, with_settings
 
@@ -61,6 +62,8 @@ def compress(
     from hisvd_cli.build.output_names import output_name
 
     output = output and output_name(output)
+    plan = plan and expanded(str(plan))
+    checkpoint = checkpoint and expanded(str(checkpoint))
     if checkpoint is not None:
         if plan is not None:
             raise UsageError("--from names a checkpoint that has its plan.", "Leave out --plan.")

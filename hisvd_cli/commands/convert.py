@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from hisvd_cli.cache import expanded
 from hisvd_cli.errors import UsageError
 from hisvd_cli.options import Run, keys_of, option, with_settings
 
@@ -69,6 +70,7 @@ def convert(
     from hisvd_cli.views import size_text
 
     output = output and output_name(output)
+    checkpoint = expanded(str(checkpoint))
     hub = Hub(push_to_hub, private, revision) if push_to_hub else None
     if hub is None and (private or revision):
         raise UsageError("--private and --revision say how to upload.", "Add --push-to-hub REPO.")

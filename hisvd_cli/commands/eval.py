@@ -80,12 +80,14 @@ def _reports(named: dict[str, Path | None]) -> list[Path | None]:
         OutputError: see :func:`hisvd_cli.report_tables.check_report_path`.
     """
     from hisvd_cli.build.output_names import output_name
-    from hisvd_cli.report_tables import STARTS, check_report_path
+    from hisvd_cli.report_tables import check_report_path
+    from hisvd_cli.text_output import takes_text
 
     paths = {flag: path and output_name(path, flag) for flag, path in named.items()}
     for flag, path in paths.items():
-        check_report_path(path, flag, STARTS[flag])
-    files = [path.resolve() for path in paths.values() if path and not path.is_char_device()]
+        if path is not None:
+            check_report_path(path, flag)
+    files = [path.resolve() for path in paths.values() if path and not takes_text(path)]
     if len(set(files)) < len(files):
         raise UsageError("Two reports have the same name.", "Give each a file of its own.")
     return list(paths.values())

@@ -118,8 +118,10 @@ def _show_spectra(run: Run, plans: Sequence[Plan], patterns: list[str]) -> list[
 
 def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
     """Return the command that compresses by a plan: by its file, or by what it was made from."""
+    from hisvd_cli.paths import ratio_name
+
     flags = run.resolved.flags("model", "calibration")
-    if output is not None:
+    if output is not None and output.is_file():
         # The file holds what a preset says of planning, and compress takes no such flag beside it.
         factoring = run.resolved.flags("compress", expanded=True)
         return f"hisvd compress {flags} --plan {shlex.quote(str(output))} {factoring}"
@@ -130,4 +132,4 @@ def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
     if plan.bytes is not None:
         return f"hisvd compress {flags} {knobs}"
     allocator = f"--allocator {shlex.quote(plan.allocator)} " if several else ""
-    return f"hisvd compress {flags} --ratio {plan.ratio:g} {allocator}{knobs}"
+    return f"hisvd compress {flags} --ratio {ratio_name(plan.ratio)} {allocator}{knobs}"
