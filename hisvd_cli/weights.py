@@ -153,7 +153,9 @@ def _opened(files: Sequence[Path]) -> Weights:
         infos.update(found)
         where.update(dict.fromkeys(found, path))
     if not infos:
-        raise SourceError(f"{files[0]} holds no tensors.", "Fetch the model again.")
+        raise SourceError(
+            f"The weights of {files[0].parent} hold no tensors.", "Fetch the model again."
+        )
     return Weights(infos, where, legacy)
 
 

@@ -295,12 +295,14 @@ def test_a_stored_evaluation_with_odd_values_is_measured_again(
 )
 def test_an_index_that_leads_out_of_its_folder(name: str, model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (model / "model.safetensors").rename(model / "shard.safetensors")  # it would win
     assert "not a file of its folder" in fail("inspect", model)[0]
 
 
 @pytest.mark.parametrize("weight_map", [[], 3, {"a": 3}, {"a": None}, {"a": ["x"]}])
 def test_an_index_of_wrong_types(weight_map: object, model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (model / "model.safetensors").rename(model / "shard.safetensors")  # it would win
     assert "no valid index of shards" in fail("inspect", model)[0]
 
 
