@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.errors import OutputError, SourceError
+from hisvd_cli.errors import SourceError
 from hisvd_cli.paths import cache_root, digest, file_digest, slug
 
 
@@ -66,5 +66,5 @@ def test_files_that_cannot_be_read_or_remembered(
         file_digest(tmp_path / "x")
     (tmp_path / "x").touch()
     monkeypatch.setenv("HISVD_CACHE", str(tmp_path / "x"))
-    with pytest.raises(OutputError, match=r"Not a directory|File exists"):
-        file_digest(tmp_path / "x")
+    # A cache that cannot be written only costs the hash again.
+    assert file_digest(tmp_path / "x") == hashlib.sha256(b"").hexdigest()
