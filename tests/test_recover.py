@@ -438,8 +438,8 @@ def test_flags_of_a_compression_beside_a_checkpoint(
 
 def test_the_checkpoint_itself_as_output(made: dict[str, Path]) -> None:
     flags = ("--recover", "distill", "--output", made["pair"], "--overwrite")
-    message, _ = fail("compress", "--from", made["pair"], *flags, code=2)
-    assert "itself" in message
+    message, _ = fail("compress", "--from", made["pair"], *flags)
+    assert "is the input" in message
 
 
 def test_a_file_as_output(made: dict[str, Path], here: Path) -> None:
