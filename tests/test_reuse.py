@@ -315,7 +315,7 @@ def test_3_text_that_the_model_writes_is_found_on_another_device(
 ) -> None:
     folder = tiny_model("llama")
     first = drawn(folder)
-    monkeypatch.setattr("hisvd_cli.selftext.load_model", None)
+    monkeypatch.setattr("hisvd_cli.selftext.load_source", None)
     assert torch.equal(drawn(folder, "meta"), first)
     with pytest.raises(TypeError):  # it is drawn anew, as it would be another text
         drawn(folder, dtype=torch.float64)

@@ -192,7 +192,7 @@ def _calibrate(
         if not named and (folder / MANIFEST).is_file():
             return open_calibration(folder, source)
         present = _present(folder, source)
-        if present is None:
+        if present is None and named:  # the cache says by itself what to do
             check_place(folder, "--calibration")
         if request.dataset == SELF:
             check_writing(resolved, source, request.seqlen, f"--dataset {SELF}")
