@@ -75,7 +75,7 @@ class CompressSettings(Section):
         0.5, "alpha-blend: share of the way back to the original.", panel=_CORRECTIONS, gt=0, le=1
     )
     correction_step: float = setting(
-        1e-4, "gradient-step: step against the gradient.", panel=_CORRECTIONS, gt=0, le=1e6
+        1e-4, "gradient-step: step against the gradient.", panel=_CORRECTIONS, gt=0, le=1e40
     )
     asvd_alpha: float = setting(
         0.5, "asvd: exponent of the mean absolute input.", panel=_DECOMPOSERS, ge=0, le=8
