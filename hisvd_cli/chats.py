@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from hisvd_cli.errors import DataError
-from hisvd_cli.tensorfile import reason
+from hisvd_cli.library_errors import library_errors
 
 if TYPE_CHECKING:
     from hisvd_cli.source import Source
@@ -74,8 +74,6 @@ def rendered(chats: Sequence[Sequence[Message]], name: str, source: Source) -> s
     Raises:
         DataError: the tokenizer has no chat template, or it does not take a conversation.
     """
-    from jinja2 import TemplateError
-
     tokenizer = source.tokenizer
     if not tokenizer.chat_template:
         raise DataError(
@@ -85,12 +83,13 @@ def rendered(chats: Sequence[Sequence[Message]], name: str, source: Source) -> s
         )
     texts = []
     for number, chat in enumerate(chats, 1):
-        try:
-            texts.append(str(tokenizer.apply_chat_template(cast(Any, list(chat)), tokenize=False)))
-        except (TemplateError, TypeError, ValueError, KeyError) as error:  # noqa: PERF203
-            raise DataError(
-                f"The chat template of {source.name} does not take row {number} of '{name}': "
-                f"{reason(error)}",
+
+        def refused(why: str, number: int = number) -> DataError:
+            return DataError(
+                f"The chat template of {source.name} does not take row {number} of '{name}': {why}",
                 "Correct or remove that row.",
-            ) from error
+            )
+
+        with library_errors(refused):
+            texts.append(str(tokenizer.apply_chat_template(cast(Any, list(chat)), tokenize=False)))
     return "".join(texts)

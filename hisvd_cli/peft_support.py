@@ -33,14 +33,21 @@ def support_adapters() -> None:
 
 def _extend(module: Any) -> None:
     """Put a choice for these layers in front of peft's own."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    try:  # transformers takes an import outside of this for something that a checkpoint requires
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        raise
     original = module.dispatch_default
     adapted = _adapted_class()
 
     def dispatch(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         whole = kwargs.get("parameter_name") is None
+        if not whole and isinstance(base, QuantizedLinear | QuantizedLowRankLinear):
+            raise ValueError(
+                "Adapters of one factor cannot be added to integers: name the whole layer in "
+                "target_modules."
+            )
         if not whole or not isinstance(base, LowRankLinear | QuantizedLinear):
             made: nn.Module | None = original(target, adapter_name, **kwargs)
             return made
@@ -68,8 +75,11 @@ def _check(config: Any) -> None:
 
 def _adapted_class() -> type[nn.Module]:
     """Return peft's layer of adapters, with a merge for factors."""
-    from peft.tuners.lora.layer import Linear
-    from peft.tuners.tuners_utils import check_adapters_to_merge
+    try:
+        from peft.tuners.lora.layer import Linear
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+    except ImportError:
+        raise
 
     class LowRankLora(Linear):
         """Adapters of a layer whose weight is a product, or made of integers."""

@@ -36,6 +36,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .import_hooks import when_imported  # noqa: F401 (4.57 copies only what this file names)
 from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, Storage, is_order
 from .peft_support import support_adapters
 from .quantized import BITS, MATRICES, QUANTIZED, SCALE, QuantizedLinear, storage_with

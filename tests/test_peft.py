@@ -204,3 +204,19 @@ def test_models_are_cast(kind: str, folder: Callable[[str], Path], tmp_path: Pat
     torch.testing.assert_close(
         logits(load(tmp_path / "saved")), logits(model), atol=5e-3, rtol=5e-3
     )
+
+
+def test_the_code_of_a_checkpoint_does_not_require_peft() -> None:
+    """Transformers asks for whatever the code of a repository imports outside of ``try``."""
+    from transformers.dynamic_module_utils import get_imports
+
+    from hisvd_cli.transformers_plugin import remote_code_files
+
+    for path in remote_code_files().values():
+        assert {"peft", "hisvd_cli"}.isdisjoint(get_imports(path)), path
+
+
+def test_one_factor_of_integers_is_refused(folder: Callable[[str], Path]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"])
+    with pytest.raises(ValueError, match="whole layer"):
+        peft.get_peft_model(load(folder("int8")), config)
