@@ -8,7 +8,6 @@ refused, because leaving it out would give another model.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.json_files import read_json
 from hisvd_cli.weights import Weights, open_file
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def open_adapter(folder: Path) -> Adapter | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(path, strict=False)
+    except (OSError, ValueError) as error:
         raise SourceError(
             f"{path} is not a valid JSON file.", "Fetch the adapter again."
         ) from error

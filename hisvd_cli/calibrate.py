@@ -24,12 +24,12 @@ from hisvd_cli.calibration import (
 )
 from hisvd_cli.checksums import intact
 from hisvd_cli.collector import Collector, TurnSum
-from hisvd_cli.device import dtype_name
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.rows import Checkpoints
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import Sublayer, find_sublayers
 from hisvd_cli.tensorfile import write_json, write_tensors

@@ -14,6 +14,7 @@ from pathlib import Path
 from xxhash import xxh3_64
 
 from hisvd_cli.errors import OutputError
+from hisvd_cli.json_files import read_json
 
 KEY = "checksum"
 """Name of the checksum in the metadata of a safetensors file."""
@@ -79,7 +80,7 @@ def sealed(path: Path) -> bool:
     """Tell whether a folder or file was sealed, and holds what it held then; files that came into
     the folder later do not count."""
     try:
-        kept = json.loads(_mark(path).read_text(encoding="utf-8"))
+        kept = read_json(_mark(path))
         found = _checksums(path)
         return bool(kept) and kept.items() <= found.items()
     except (OSError, ValueError, AttributeError):

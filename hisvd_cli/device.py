@@ -58,11 +58,6 @@ def pick_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name as settings and records write it: ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that a device has left, or None where the system does not say."""
     if device.type == "cuda":

@@ -6,7 +6,6 @@ small product of each dtype tells; the answer is kept in the cache, for a machin
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from contextlib import suppress
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import OutputError
+from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import cache_root, digest
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.tensorfile import write_json
 
 _RUNS = 3
@@ -50,10 +51,10 @@ def share_measurements(device: torch.device) -> None:
 def _recorded(dtype: torch.dtype, device: torch.device) -> bool:
     """Return the answer in the cache, measured and stored now where there is none."""
     machine = _machine(device)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     path = cache_root() / "machine" / f"{digest(name, *machine.values())[:16]}.json"
     with suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         if isinstance(known, dict) and isinstance(known.get("as_fast"), bool):
             return bool(known["as_fast"])
     half, single = _times(dtype, device)

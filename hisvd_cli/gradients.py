@@ -23,7 +23,6 @@ from hisvd_cli.calibration import (
     weights_file,
 )
 from hisvd_cli.checksums import intact
-from hisvd_cli.device import dtype_name
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.gradient_collector import GradientCollector
@@ -31,6 +30,7 @@ from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.paths import digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.reverse_walk import ReverseWalk
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.source import Source
 from hisvd_cli.tensorfile import write_json, write_tensors
 from hisvd_cli.versions import versions

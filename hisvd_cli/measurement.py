@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.device import dtype_name
 from hisvd_cli.divergence import token_divergences, token_losses
 from hisvd_cli.evaluate import Sums, Windows
 from hisvd_cli.evaluation_store import FORMAT_VERSION, Store
 from hisvd_cli.intervals import BLOCK, block_sums
 from hisvd_cli.passes import FinalStates, Head, Output, Pass, Placement
 from hisvd_cli.paths import digest
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.source import Source
 from hisvd_cli.versions import versions
 

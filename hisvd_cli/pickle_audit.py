@@ -27,6 +27,7 @@ from hisvd_cli.foreign import ForeignCheckpoint, ForeignTensor, find_pairs, read
 from hisvd_cli.json_files import parse_json
 from hisvd_cli.plan import plan_from
 from hisvd_cli.pt_parts import check_parts
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.sublayers import Sublayer
 
 PICKLES = {".pt", ".pth", ".bin", ".pkl"}
@@ -59,7 +60,7 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
     try:
         tensors = document["tensors"]
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
+        dtypes = {name: dtype_name(t.dtype) for name, t in tensors.items()}
         known = quantization_of(document["config"], path)
         layout = Layout(known.ranks, known.storage, known.bits, known.group_size)
         plan = plan_from(parse_json(document["files"][PLAN_FILE].numpy().tobytes()))

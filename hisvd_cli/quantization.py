@@ -36,7 +36,6 @@ from hisvd_cli.checkpoint import (
 )
 from hisvd_cli.collector import Collector
 from hisvd_cli.companions import copy_companions, is_own_file, warn_of_links
-from hisvd_cli.device import dtype_name
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.factory import block_number
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
@@ -47,6 +46,7 @@ from hisvd_cli.plan import load_plan
 from hisvd_cli.quantized import MATRICES, SCALE, quantized_shapes, storage_with
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.rounding import Metric, metric_of, quantize_compensated, quantize_nearest
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.skeleton import build_meta_model, build_stored_model, decoder_blocks, tensor_names
 from hisvd_cli.source import Source
 from hisvd_cli.sublayers import find_sublayers

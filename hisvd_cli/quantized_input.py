@@ -6,12 +6,12 @@ show is checked where they are opened, because a config may say nothing, or a fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.json_files import read_json
 
 OWN = "hisvd"
 FILES = (
@@ -197,8 +197,8 @@ def files_say(folder: Path) -> str:
 
 def _named_in(path: Path) -> str:
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        said = read_json(path, strict=False)
+    except (OSError, ValueError):
         return "an unnamed method"
     if not isinstance(said, dict):
         return "an unnamed method"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.json_files import parse_json
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPE_NAMES = {
     "F64": "float64",
@@ -36,6 +39,11 @@ _WIDTHS = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
 """safetensors' name of a dtype → bytes of an element."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype, as settings and records write it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

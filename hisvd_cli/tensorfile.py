@@ -25,7 +25,7 @@ from hisvd_cli.checksums import BLANK, KEY, PLACE, remember
 from hisvd_cli.errors import OutputError, SourceError
 from hisvd_cli.json_files import MAX_BYTES
 from hisvd_cli.owners import TAG, is_abandoned, own_tag
-from hisvd_cli.safetensors_header import DTYPE_NAMES, Header, TensorInfo, parse_header
+from hisvd_cli.safetensors_header import DTYPE_NAMES, Header, TensorInfo, dtype_name, parse_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,14 +116,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
     named = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     infos = [
-        (name, TensorInfo(_dtype(t), tuple(t.shape), 0, t.numel() * t.element_size()))
+        (name, TensorInfo(dtype_name(t.dtype), tuple(t.shape), 0, t.numel() * t.element_size()))
         for name, t in named
     ]
     _write(path, infos, (_bytes(tensor) for _, tensor in named), metadata)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -273,7 +269,7 @@ def write_parts(
             yield _bytes(part)
             written()
 
-    _write(path, [(name, TensorInfo(_dtype(parts[0]), shape, 0, size))], data(), metadata)
+    _write(path, [(name, TensorInfo(dtype_name(parts[0].dtype), shape, 0, size))], data(), metadata)
 
 
 def _header(tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hisvd_cli.blocks import BlockWalk
 from hisvd_cli.calibration import Sample
-from hisvd_cli.device import dtype_name
 from hisvd_cli.distributed import world
 from hisvd_cli.factory import Factory, Material, block_number
 from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.lowrank import dense_product
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.statistics import Statistics
 from hisvd_cli.tensorfile import AGAIN, read_tensors, write_tensors
 from hisvd_cli.two_streams import TwoStreams

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.json_files import read_json
-from hisvd_cli.safetensors_header import TensorInfo
+from hisvd_cli.safetensors_header import TensorInfo, dtype_name
 from hisvd_cli.tensorfile import read_header, reason
 
 if TYPE_CHECKING:
@@ -242,5 +242,5 @@ def check_plain(path: Path, tensors: Mapping[str, Tensor], hint: str) -> None:
 
 
 def _info(tensor: Tensor) -> TensorInfo:
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     return TensorInfo(dtype, tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())

@@ -102,6 +102,21 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def untouched(folder: Path, *words: object, code: int = 1) -> tuple[str, str]:
+    """Run what must fail, and return its two lines; nothing below ``folder`` may change."""
+    before = digests(folder)
+    told = fail(*words, code=code)
+    assert digests(folder) == before
+    return told
+
+
+def perplexity(target: Path, text: Path, stream: str) -> float:
+    """Return the perplexity of a model on windows of 32 tokens."""
+    options = ("--dataset", text, "--seqlen", 32, "--stream", stream)
+    found: float = as_json("eval", target, *options)["results"][0]["perplexity"]
+    return found
+
+
 def text_file(folder: Path, words: int = 2000, seed: int = 0) -> Path:
     """Write a text that the tiny models' tokenizer knows."""
     path = folder / f"text-{seed}.txt"

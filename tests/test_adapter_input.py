@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hisvd_cli.errors import UnsupportedModelError
 from hisvd_cli.source import open_source
-from tests.cli_helpers import as_json, fail, succeed, text_file
+from tests.cli_helpers import fail, perplexity, succeed, text_file
 from tests.conftest import MakeModel
 from tests.models import edit_json, load_dense
 from tests.packing import block_float8, pack
@@ -51,12 +51,6 @@ def both(model: Path, parent: Path, **knobs: Any) -> tuple[Path, dict[str, torch
     add_adapter(model, folder, **knobs)
     wrapped: Any = PeftModel.from_pretrained(load_dense(model), str(folder))
     return folder, dict(wrapped.merge_and_unload().state_dict())
-
-
-def perplexity(target: Path, text: Path, stream: str) -> float:
-    options = ("--dataset", text, "--seqlen", 32, "--stream", stream)
-    found: float = as_json("eval", target, *options)["results"][0]["perplexity"]
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from hisvd_cli.artifact import building
 from hisvd_cli.build.output_names import check_place
 from hisvd_cli.errors import OutputError
 from hisvd_cli.paths import ratio_name, slug
-from tests.cli_helpers import QUICK, as_json, digests, fail, hisvd, script, succeed
+from tests.cli_helpers import QUICK, as_json, digests, fail, hisvd, script, succeed, untouched
 from tests.models import names
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -44,14 +44,6 @@ def own(made: Path, here: Path) -> Path:
     """The current folder, with a copy of the checkpoint ``ck``."""
     shutil.copytree(made, here / "ck")
     return here
-
-
-def untouched(folder: Path, *words: object, code: int = 1) -> tuple[str, str]:
-    """Run what must fail, and return its two lines; nothing below ``folder`` may change."""
-    before = digests(folder)
-    told = fail(*words, code=code)
-    assert digests(folder) == before
-    return told
 
 
 # What the run itself makes or reads

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hisvd_cli.artifact import building
-from tests.cli_helpers import QUICK, as_json, digests, fail, hisvd, script, succeed
+from tests.cli_helpers import QUICK, as_json, digests, fail, hisvd, script, succeed, untouched
 from tests.conftest import MakeModel
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -42,15 +42,6 @@ def own(made: Path, here: Path) -> Path:
     for name in ("ck.pt", "plan.json"):
         (here / name).write_bytes((made / name).read_bytes())
     return here
-
-
-def untouched(folder: Path, *words: object, code: int = 1) -> tuple[str, str]:
-    """Run what must fail, and return its two lines; nothing below ``folder`` may change."""
-    before = digests(folder)
-    told = fail(*words, code=code)
-    after = {name: value for name, value in digests(folder).items() if "hisvd-cache" not in name}
-    assert after == before
-    return told
 
 
 @pytest.mark.parametrize("output", ["dense", "dense/", "dense/out", ".", "link", "link/x"])

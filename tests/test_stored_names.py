@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.cli_helpers import as_json, digests, fail, succeed, text_file
+from tests.cli_helpers import digests, fail, perplexity, succeed, text_file
 from tests.conftest import MakeModel
 from tests.models import edit_json, load_dense
 
@@ -40,12 +40,6 @@ def renamed(model: Path, folder: Path, rename: Rename, **more: Tensor) -> Path:
     changed = {rename(name): tensor for name, tensor in tensors.items()}
     save_file({**changed, **more}, folder / "model.safetensors", {"format": "pt"})
     return folder
-
-
-def perplexity(target: Path, text: Path, stream: str) -> float:
-    options = ("--dataset", text, "--seqlen", 32, "--stream", stream)
-    found: float = as_json("eval", target, *options)["results"][0]["perplexity"]
-    return found
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

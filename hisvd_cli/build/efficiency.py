@@ -10,11 +10,12 @@ import torch
 
 from hisvd_cli.build.samples import stored_dtype
 from hisvd_cli.data import model_positions
-from hisvd_cli.device import dtype_name, pick_device, pick_dtype
+from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.efficiency import Runner, TimedWork, time_in_turns
 from hisvd_cli.errors import UsageError
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.settings import Settings
 from hisvd_cli.source import Source
 from hisvd_cli.speed import Race, Speed

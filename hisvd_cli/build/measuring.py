@@ -14,13 +14,14 @@ from filelock import FileLock, Timeout
 from hisvd_cli.build.samples import stored_dtype
 from hisvd_cli.build.whole_models import streamed_states
 from hisvd_cli.data import Text
-from hisvd_cli.device import dtype_name, free_memory, pick_device, pick_dtype
+from hisvd_cli.device import free_memory, pick_device, pick_dtype
 from hisvd_cli.evaluate import Sums, Windows, evaluation_windows
 from hisvd_cli.evaluation_store import open_store
 from hisvd_cli.measurement import Measurement, Reference, measure
 from hisvd_cli.passes import FinalStates, Head, Placement, open_head, open_pass
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.scratch import scratch_folder
 from hisvd_cli.source import Source
 

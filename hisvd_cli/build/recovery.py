@@ -18,7 +18,7 @@ from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint
 from hisvd_cli.checksums import seal, sealed
 from hisvd_cli.compress import Compressed
 from hisvd_cli.data import check_seqlen
-from hisvd_cli.device import dtype_name, pick_device, pick_dtype
+from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import SourceError, UsageError
 from hisvd_cli.lessons import Lessons, load_lessons, windows_of
@@ -36,6 +36,7 @@ from hisvd_cli.recover import (
     recover,
 )
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.selftext import sample_self
 from hisvd_cli.settings import RecoverSettings
 from hisvd_cli.source import Source, open_source

@@ -21,11 +21,12 @@ from hisvd_cli.data import (
     tokenize,
     without,
 )
-from hisvd_cli.device import dtype_name, pick_device, pick_dtype
+from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.errors import OutputError, StaleArtifactError, UsageError
 from hisvd_cli.paths import cache_root, digest, expanded, file_digest
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
+from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.selftext import sample_self
 from hisvd_cli.source import DEMO, Source
 from hisvd_cli.tensorfile import write_text
