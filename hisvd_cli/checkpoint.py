@@ -13,6 +13,7 @@ from hisvd_cli import adapter_input
 from hisvd_cli.checksums import intact
 from hisvd_cli.companions import is_own_file
 from hisvd_cli.errors import SourceError, UnsupportedModelError
+from hisvd_cli.folder_record import PROVENANCE
 from hisvd_cli.json_files import read_json
 from hisvd_cli.library_errors import library_errors
 from hisvd_cli.lowrank import Storage
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from hisvd_cli.transformers_plugin import HiSVDConfig
 
-PROVENANCE = "hisvd.json"
 PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
 QUANT_METHOD = "hisvd"

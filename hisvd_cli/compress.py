@@ -19,7 +19,6 @@ from hisvd_cli.calibration import Calibration
 from hisvd_cli.checkpoint import (
     FORMAT_VERSION,
     PLAN_FILE,
-    PROVENANCE,
     compressed_config,
     join_parts,
     parts_left,
@@ -34,6 +33,7 @@ from hisvd_cli.distributed import World, building_together, share_by_cost, world
 from hisvd_cli.errors import StaleArtifactError
 from hisvd_cli.estimate import decomposition_cost
 from hisvd_cli.factory import Factory, block_of
+from hisvd_cli.folder_record import write_record
 from hisvd_cli.lowrank import Storage, factor_shapes
 from hisvd_cli.model_card import write_card
 from hisvd_cli.paths import digest
@@ -233,7 +233,6 @@ def _complete(
     if source.carries_code:  # asked for, and needed to load the result
         config["auto_map"] = plain["auto_map"]
     write_json(home / "config.json", config)
-    write_json(home / PROVENANCE, record)
     plan.save(home / PLAN_FILE)
     copy_companions(source.folder, home)
     if source.carries_code:
@@ -241,6 +240,7 @@ def _complete(
     else:
         write_loader(home)
     write_card(home, source, plan, record)
+    write_record(home, record)
 
 
 def check_plan(plan: Plan, source: Source) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from hisvd_cli.artifact import building
 from hisvd_cli.checkpoint import (
     PLAN_FILE,
-    PROVENANCE,
     SHARD_BYTES,
     Checkpoint,
     architecture_of,
@@ -26,6 +25,7 @@ from hisvd_cli.checkpoint import (
 )
 from hisvd_cli.companions import companions, copy_companions, is_companion, is_own_file
 from hisvd_cli.errors import SourceError
+from hisvd_cli.folder_record import write_record
 from hisvd_cli.foreign import read_foreign
 from hisvd_cli.library_errors import library_errors
 from hisvd_cli.lowrank import FACTORS, dense_product, is_order
@@ -125,11 +125,11 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
                 group_size=known.group_size,
             ),
         )
-        write_json(partial / PROVENANCE, document["provenance"])
         for name, data in document["files"].items():
             if travels(name):
                 (partial / name).write_bytes(data.numpy().tobytes())
         write_loader(partial)
+        write_record(partial, document["provenance"])
 
 
 def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -169,9 +169,9 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
     with building(folder, _key("dense", checkpoint, shard_bytes)) as partial:
         write_shards(partial, sizes, make, shard_bytes)
         write_json(partial / "config.json", dense_config(checkpoint.config))
-        write_json(partial / PROVENANCE, {**checkpoint.provenance, "kind": "dense"})
         copy_companions(checkpoint.folder, partial)
         write_dense_card(checkpoint.folder, partial)
+        write_record(partial, {**checkpoint.provenance, "kind": "dense"})
 
 
 def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
@@ -202,10 +202,10 @@ def repack(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
         sizes = {name: info.nbytes for name, info in weights.infos.items()}
         write_shards(partial, sizes, weights.read, shard_bytes)
         write_json(partial / "config.json", checkpoint.config)
-        write_json(partial / PROVENANCE, checkpoint.provenance)
         for path in _texts(checkpoint.folder):
             shutil.copyfile(path, partial / path.name)
         write_loader(partial)
+        write_record(partial, checkpoint.provenance)
 
 
 def _key(form: str, checkpoint: Checkpoint, shard_bytes: int) -> str:

@@ -20,8 +20,9 @@ from hisvd_cli.audit import (
     value_problems,
 )
 from hisvd_cli.calibration import MANIFEST, Calibration, open_calibration
-from hisvd_cli.checkpoint import PLAN_FILE, PROVENANCE, Checkpoint, is_checkpoint, open_checkpoint
+from hisvd_cli.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
 from hisvd_cli.errors import HisvdError, NumericalError, SourceError
+from hisvd_cli.folder_record import PROVENANCE
 from hisvd_cli.paths import expanded
 from hisvd_cli.pickle_audit import PICKLES, audit_pickle
 from hisvd_cli.plan import Plan, load_plan

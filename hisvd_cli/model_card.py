@@ -14,6 +14,7 @@ from hisvd_cli.companions import is_own_file, licences
 from hisvd_cli.data import NAMED
 from hisvd_cli.errors import SourceError
 from hisvd_cli.escaping import markdown_code, markdown_text
+from hisvd_cli.folder_record import PROVENANCE, content_hash, renew_record
 from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import slug
 from hisvd_cli.plan import Plan, load_plan
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from hisvd_cli.evaluate import PerplexityResult
 
-_PROVENANCE = "hisvd.json"
 CARD = "README.md"
 _PLAN = "plan.json"
 _TASK = "text-generation"
@@ -245,6 +245,7 @@ def update_card(folder: Path, results: Sequence[CardResult]) -> None:
         SourceError: the folder has no card, or its metadata is damaged.
         OutputError: it cannot be written.
     """
+    before = content_hash(folder / CARD)
     card = _load_card(folder / CARD)
     data = cast("ModelCardData", card.data)
     kept = {_key(result): result for result in data.eval_results or []}
@@ -255,6 +256,7 @@ def update_card(folder: Path, results: Sequence[CardResult]) -> None:
     data.eval_results = list(kept.values())
     card.text = _with_table(card.text, _table(data.eval_results))
     write_text(folder / CARD, str(card))
+    renew_record(folder, CARD, before)
 
 
 def _load_card(path: Path) -> ModelCard:
@@ -278,7 +280,7 @@ def _model_name(folder: Path) -> str:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    path = folder / _PROVENANCE
+    path = folder / PROVENANCE
     try:
         record = read_json(path)
         known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}

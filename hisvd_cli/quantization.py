@@ -25,7 +25,6 @@ from hisvd_cli.calibrate import linears_of
 from hisvd_cli.calibration import Sample
 from hisvd_cli.checkpoint import (
     PLAN_FILE,
-    PROVENANCE,
     Checkpoint,
     compressed_config,
     join_parts,
@@ -38,6 +37,7 @@ from hisvd_cli.collector import Collector
 from hisvd_cli.companions import copy_companions, is_own_file, warn_of_links
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.factory import block_number
+from hisvd_cli.folder_record import write_record
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
 from hisvd_cli.model_card import rewrite_card
 from hisvd_cli.moments import exact_device
@@ -160,12 +160,12 @@ def _complete(
             group_size=recipe.group_size,
         ),
     )
-    write_json(home / PROVENANCE, record)
     if is_own_file(checkpoint.folder / PLAN_FILE):
         load_plan(checkpoint.folder / PLAN_FILE).save(home / PLAN_FILE)
     copy_companions(checkpoint.folder, home)
     write_loader(home)
     rewrite_card(checkpoint.folder, home, record)
+    write_record(home, record)
 
 
 def _provenance(

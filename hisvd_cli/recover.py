@@ -19,7 +19,6 @@ from torch import Tensor
 from hisvd_cli.artifact import building
 from hisvd_cli.checkpoint import (
     PLAN_FILE,
-    PROVENANCE,
     Checkpoint,
     load_model,
     write_loader,
@@ -31,6 +30,7 @@ from hisvd_cli.decoding import TwoParts
 from hisvd_cli.distillation import divergence_from, summed_loss
 from hisvd_cli.divergence import token_divergences, token_losses
 from hisvd_cli.errors import NumericalError, SourceError
+from hisvd_cli.folder_record import PROVENANCE, write_record
 from hisvd_cli.lessons import Lessons
 from hisvd_cli.lowrank import FACTORS
 from hisvd_cli.model_card import rewrite_card
@@ -148,7 +148,7 @@ def _describe(checkpoint: Checkpoint, record: Mapping[str, Any], home: Path) -> 
     write_loader(home)
     made = {**checkpoint.provenance, "recovery": record, "versions": versions()}
     rewrite_card(checkpoint.folder, home, made)
-    write_json(home / PROVENANCE, made)
+    write_record(home, made)
 
 
 def check_trainable(checkpoint: Checkpoint) -> None:

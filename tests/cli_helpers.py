@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from hisvd_cli.app import app
 from tests.models import random_text
+from tests.processes import Command
 
 SCRIPT = str(Path(sys.executable).with_name("hisvd"))
 QUICK = ("--model", "demo", "--samples", "8", "--seqlen", "64")
@@ -73,7 +73,15 @@ def script(
     env: Mapping[str, str] | None = None,
     before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the installed script; ``before`` runs in the new process, ahead of it."""
+    """Run a command in a process of its own, a fresh one where ``before`` has to run in it first."""
+    if before is None:
+        command = Command(words, cwd, environment(env))
+        try:
+            stdout, stderr = command.communicate()
+        finally:
+            command.kill()
+        assert command.returncode is not None
+        return subprocess.CompletedProcess([SCRIPT], command.returncode, stdout, stderr)
     return subprocess.run(
         [SCRIPT, *(str(word) for word in words)],
         cwd=cwd,
@@ -125,20 +133,9 @@ def text_file(folder: Path, words: int = 2000, seed: int = 0) -> Path:
 
 
 @contextmanager
-def running(
-    *words: object, cwd: Path, env: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """Start the installed script, able to be interrupted, and kill it if it still runs at last."""
-    process = subprocess.Popen(
-        [SCRIPT, *(str(word) for word in words)],
-        cwd=cwd,
-        env=environment(env),
-        # A test run in the background ignores the signal, and its children would as well.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def running(*words: object, cwd: Path, env: Mapping[str, str] | None = None) -> Iterator[Command]:
+    """Start a command in a process of its own, and kill it if it still runs at last."""
+    process = Command(words, cwd, environment(env))
     try:
         yield process
     finally:
@@ -146,9 +143,7 @@ def running(
         process.communicate()
 
 
-def stop_at(
-    process: subprocess.Popen[str], pattern: str, folder: Path, count: int, sig: int
-) -> str:
+def stop_at(process: Command, pattern: str, folder: Path, count: int, sig: int) -> str:
     """Send a signal as soon as ``count`` files match below ``folder``; return what stderr says.
 
     Fails the test where the run ends before it gets there.

@@ -372,4 +372,8 @@ PROVENANCE = strict(
     kept_parameters=COUNT,
     settings=RECORDED,
     versions=VERSIONS,
+    files={
+        "type": "object",
+        "additionalProperties": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    },
 )

@@ -18,7 +18,17 @@ from hisvd_cli.artifact import building
 from hisvd_cli.build.output_names import check_place
 from hisvd_cli.errors import OutputError
 from hisvd_cli.paths import ratio_name, slug
-from tests.cli_helpers import QUICK, as_json, digests, fail, hisvd, script, succeed, untouched
+from tests.cli_helpers import (
+    QUICK,
+    SCRIPT,
+    as_json,
+    digests,
+    fail,
+    hisvd,
+    script,
+    succeed,
+    untouched,
+)
 from tests.models import names
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -345,8 +355,7 @@ def test_a_report_to_stdout_keeps_what_stdout_holds(here: Path) -> None:
     log = here / "log.txt"
     log.write_text("before\n")
     command = 'exec "$0" eval demo --windows 1 --seqlen 16 --quiet --csv /dev/stdout >> log.txt'
-    hisvd_script = Path(shutil.which("hisvd") or "hisvd")
-    done = subprocess.run(["sh", "-c", command, hisvd_script], check=False, capture_output=True)
+    done = subprocess.run(["sh", "-c", command, SCRIPT], check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
     lines = log.read_text().splitlines()
     assert lines[0] == "before"
@@ -356,9 +365,7 @@ def test_a_report_to_stdout_keeps_what_stdout_holds(here: Path) -> None:
 
 def test_a_plan_to_stdout_is_a_plan(here: Path) -> None:
     command = 'exec "$0" plan --model demo --quiet --output /dev/stdout > out.txt'
-    done = subprocess.run(
-        ["sh", "-c", command, shutil.which("hisvd") or "hisvd"], check=False, capture_output=True
-    )
+    done = subprocess.run(["sh", "-c", command, SCRIPT], check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert (here / "out.txt").read_text().startswith('{\n  "kind": "plan"')
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from hisvd_cli.artifact import building
-from tests.cli_helpers import QUICK, as_json, digests, fail, hisvd, script, succeed, untouched
+from tests.cli_helpers import (
+    QUICK,
+    as_json,
+    digests,
+    fail,
+    hisvd,
+    script,
+    succeed,
+    text_file,
+    untouched,
+)
 from tests.conftest import MakeModel
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -95,6 +106,43 @@ def test_what_lies_beside_a_checkpoint_is_kept(name: str, own: Path) -> None:
     message, hint = untouched(own, *COMPRESS, "--output", "ck", "--overwrite")
     assert name.split("/", maxsplit=1)[0] in message
     assert "Move it" in hint
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "vocab.txt", "own.py", "README.md", "lowrank.py"])
+def test_a_file_by_the_name_of_one_of_ours_is_kept(name: str, own: Path) -> None:
+    path = own / "ck" / name
+    known = path.exists()
+    path.write_text("mine")
+    message, _ = untouched(own, *COMPRESS, "--output", "ck", "--overwrite")
+    how = "was changed since hisvd wrote it" if known else "hisvd did not write"
+    assert message == f"The folder ck also holds {name}, which {how}."
+
+
+def test_a_folder_with_the_record_of_a_checkpoint_is_not_ours(own: Path) -> None:
+    (own / "mine").mkdir()
+    shutil.copyfile(own / "ck" / "hisvd.json", own / "mine" / "hisvd.json")
+    for name in ("README.md", "config.json", "model.safetensors.index.json"):
+        (own / "mine" / name).write_text("{}")
+        untouched(own, *COMPRESS, "--output", "mine", "--overwrite")
+        (own / "mine" / name).unlink()
+
+
+def test_a_card_with_new_results_is_still_ours(own: Path) -> None:
+    text_file(own, words=400).rename("t.txt")
+    succeed("eval", "ck", "--dataset", "t.txt", "--seqlen", 32, "--update-card")
+    succeed(*COMPRESS, "--output", "ck", "--overwrite")
+    card = own / "ck" / "README.md"
+    card.write_text(card.read_text() + "mine")
+    succeed("eval", "ck", "--dataset", "t.txt", "--seqlen", 32, "--update-card")
+    untouched(own, *COMPRESS, "--output", "ck", "--overwrite")
+
+
+def test_a_checkpoint_of_an_older_hisvd_is_still_replaced(own: Path) -> None:
+    record = json.loads((own / "ck" / "hisvd.json").read_text())
+    del record["files"]
+    (own / "ck" / "hisvd.json").write_text(json.dumps(record))
+    succeed(*COMPRESS, "--output", "ck", "--overwrite")
+    assert "files" in json.loads((own / "ck" / "hisvd.json").read_text())
 
 
 def test_a_checkpoint_is_still_replaced(own: Path) -> None:

@@ -353,6 +353,29 @@ def test_3_a_text_named_from_another_folder_is_found_again(
         assert str(one) not in path.read_text(), "a path of this machine would be published"
 
 
+def test_3_a_recovery_takes_no_other_text_of_the_same_name(
+    tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for seed, folder in enumerate((one, two)):
+        folder.mkdir()
+        text_file(folder, seed=seed).rename(folder / "t.txt")
+    monkeypatch.chdir(one)
+    made = ("--dataset", "t.txt", *COUNTS, "--ratio", 0.5, "--output", "ck", "--no-evaluate")
+    succeed("compress", "--model", tiny_model("llama"), *made)
+    shutil.copy(two / "t.txt", one / "t.txt")  # now it reads otherwise everywhere
+    recover = ("--recover", "distill", "--recover-tokens", 100, "--recover-seqlen", 16)
+    for folder in (one, two, tmp_path):  # with another text of that name, and with none
+        monkeypatch.chdir(folder)
+        words = ("compress", "--from", one / "ck", *recover, "--output", "out")
+        message, hint = fail(*words)
+        assert "'t.txt'" in message
+        assert "calibrated on" in message
+        assert "--recover-dataset" in hint
+        assert not (folder / "out").exists()
+    succeed(*words, "--recover-dataset", two / "t.txt")
+
+
 def test_3_manifests_of_texts_that_are_not_known_here_still_work(
     text: Words, tiny_model: MakeModel, tmp_path: Path
 ) -> None:

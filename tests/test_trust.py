@@ -36,7 +36,10 @@ doc_to_target: 0
 def lure(folder: Path, proof: Path) -> Path:
     """Write Python code that leaves a proof of having run."""
     code = f"open({str(proof)!r}, 'w')\n"
-    code += "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    code += "from transformers import LlamaConfig, LlamaForCausalLM\n"
+    # Subclasses: transformers marks what an auto_map names as code to be saved with the model.
+    code += "class Config(LlamaConfig):\n    pass\n"
+    code += "class Model(LlamaForCausalLM):\n    config_class = Config\n"
     (folder / "lure.py").write_text(code + "def text(row):\n    return ''\n")
     return folder
 

@@ -16,6 +16,7 @@ from hisvd_cli.build.output_names import check_place, inputs_of, refuse_inputs
 from hisvd_cli.checkpoint import PLAN_FILE
 from hisvd_cli.convert import load_pt
 from hisvd_cli.errors import OutputError, SourceError, UsageError
+from hisvd_cli.folder_record import read_record, recorded
 from hisvd_cli.own_files import foreign_files, is_own_folder
 from hisvd_cli.paths import ratio_name, slug
 from hisvd_cli.plan import load_plan
@@ -97,8 +98,10 @@ def _check_folder(path: Path, overwrite: bool) -> None:
             "Name another --output, or remove the folder yourself.",
         )
     if other := next(foreign_files(stands), None):
+        changed = other.name in recorded(read_record(stands))
+        how = "was changed since hisvd wrote it" if changed else "hisvd did not write"
         raise OutputError(
-            f"The folder {path} also holds {other.name}, which hisvd did not write.",
+            f"The folder {path} also holds {other.name}, which {how}.",
             "Move it elsewhere, or name another --output.",
         )
 
@@ -161,6 +164,8 @@ def refuse_flags(
     for key in SECTIONS[section].model_fields:
         if key not in but and resolved.is_flag(section, key):
             flag = flag_of(section, key)
+            if getattr(getattr(resolved.settings, section), key) is False:
+                flag = flag.replace("--", "--no-", 1)
             raise UsageError(f"{flag} cannot change {decided}.", f"Leave out {flag}, or {instead}.")
 
 

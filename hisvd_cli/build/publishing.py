@@ -9,9 +9,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hisvd_cli.checkpoint import PROVENANCE, is_checkpoint, open_checkpoint
+from hisvd_cli.checkpoint import is_checkpoint, open_checkpoint
 from hisvd_cli.companions import companions, is_own_file
 from hisvd_cli.errors import OutputError, SourceError, UsageError
+from hisvd_cli.folder_record import PROVENANCE
 from hisvd_cli.own_files import written_files
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.tensorfile import TEMPORARY, reason

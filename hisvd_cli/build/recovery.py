@@ -20,7 +20,7 @@ from hisvd_cli.compress import Compressed
 from hisvd_cli.data import check_seqlen
 from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.distributed import world
-from hisvd_cli.errors import SourceError, UsageError
+from hisvd_cli.errors import SourceError, StaleArtifactError, UsageError
 from hisvd_cli.lessons import Lessons, load_lessons, windows_of
 from hisvd_cli.lowrank import FACTORS
 from hisvd_cli.paths import digest, expanded
@@ -88,8 +88,7 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
     check_seqlen(resolved.settings.recover.seqlen, dense)
     calibrated = resolved.settings.calibration
     # Where neither names a text, it is that of a calibration which may not be there yet.
-    named = (resolved.settings.recover.dataset, calibrated.dataset)
-    dataset = next((name for name in named if name != "auto"), SELF)
+    dataset = _named(resolved) or SELF
     if dataset != SELF:
         _limited(_load(dataset, dense, resolved, calibrated.drop), resolved)
     teacher = dense if resolved.settings.recover.method == "distill" else None
@@ -195,11 +194,16 @@ def _teacher(resolved: Resolved, checkpoint: Checkpoint) -> Source | None:
     return open_source(str(name), revision, model.trust_remote_code)
 
 
+def _named(resolved: Resolved) -> str | None:
+    """Return which text the settings name, if any."""
+    named = (resolved.settings.recover.dataset, resolved.settings.calibration.dataset)
+    return next((name for name in named if name != "auto"), None)
+
+
 def _dataset(resolved: Resolved, checkpoint: Checkpoint) -> str:
     """Return which text: as named, else that of the calibration, else the model's own default."""
-    for named in (resolved.settings.recover.dataset, resolved.settings.calibration.dataset):
-        if named != "auto":
-            return named
+    if named := _named(resolved):
+        return named
     data = part(part(checkpoint.provenance, "calibration"), "data")
     made = str(part(checkpoint.provenance, "model").get("name"))
     return str(data.get("dataset") or default_dataset(Source(made, checkpoint.folder)))
@@ -212,8 +216,7 @@ def reads_the_same(resolved: Resolved, dense: Source, record: Mapping[str, Any])
     Raises:
         DataError: see :func:`hisvd_cli.lessons.load_lessons`.
     """
-    named = (resolved.settings.recover.dataset, resolved.settings.calibration.dataset)
-    dataset = next((name for name in named if name != "auto"), SELF)
+    dataset = _named(resolved) or SELF
     if dataset == SELF or not expanded(dataset).is_file():
         return True
     data = part(part(record, "calibration"), "data")
@@ -245,7 +248,15 @@ def _lessons(
         return windows_of(drawn.flatten(), knobs.seqlen, SELF, digest(drawn.numpy().tobytes()))
     data = part(part(checkpoint.provenance, "calibration"), "data")
     calibrated = resolved.settings.calibration.drop or str(data.get("drop", ""))
-    name = located(data) if dataset == data.get("dataset") else dataset
+    name: str | None = dataset
+    if not _named(resolved) and dataset == data.get("dataset"):
+        name = located(data)
+    if name is None:
+        raise StaleArtifactError(
+            f"The text '{dataset}' that {checkpoint.folder} was calibrated on is not there, or "
+            "reads otherwise now.",
+            "Bring it back, or name a text with --recover-dataset.",
+        )
     return _limited(replace(_load(name, student, resolved, calibrated), dataset=dataset), resolved)
 
 

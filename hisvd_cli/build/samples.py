@@ -237,24 +237,24 @@ def _drawn_again(
     request: CalibrationRequest, data: Mapping[str, Any], source: Source, reporter: Reporter
 ) -> Sample:
     """Draw a sample of the text of a manifest, which keeps its name."""
-    named = replace(request, dataset=located(data))
+    named = replace(request, dataset=located(data) or request.dataset)
     return replace(draw_sample(named, source, reporter), dataset=request.dataset)
 
 
-def located(data: Mapping[str, Any]) -> str:
-    """Return by which name the text of a calibration's manifest is found.
+def located(data: Mapping[str, Any]) -> str | None:
+    """Return by which name the text of a calibration's manifest is found, None where it is not.
 
     A file that was named from another folder is known by its content, wherever it was read last; a
     path that is recorded would go to the hub with a checkpoint.
     """
     name, wanted = str(data["dataset"]), str(data.get("text_sha256"))
-    if data.get("split") != FILE or _holds(expanded(name), wanted):
+    if data.get("split") != FILE or "text_sha256" not in data or _holds(expanded(name), wanted):
         return name
     try:
         known = _place_of(wanted).read_text(encoding="utf-8")
     except OSError:
-        return name
-    return known if _holds(Path(known), wanted) else name
+        return None
+    return known if _holds(Path(known), wanted) else None
 
 
 def is_text_of(name: str, data: Mapping[str, Any]) -> bool:
