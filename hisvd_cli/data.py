@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hisvd_cli.chats import is_chat, messages_of, rendered
+from hisvd_cli.companions import companions
 from hisvd_cli.errors import DataError, suggest
 from hisvd_cli.json_files import parse_json
 from hisvd_cli.library_errors import library_errors
-from hisvd_cli.paths import digest, expanded
+from hisvd_cli.paths import digest, expanded, file_digest
 from hisvd_cli.source import DEMO, DEMO_FOLDER
 from hisvd_cli.tensorfile import reason
 from hisvd_cli.token_ids import known_ids
@@ -382,17 +383,47 @@ def _join_rows(rows: Iterable[object], name: str) -> str:
 
 
 def tokenize(text: Text, source: Source) -> Tensor:
-    """Return the token ids ``[T]`` of a whole text, tokenized once.
+    """Return the token ids ``[T]`` of a whole text, tokenized as one sequence; do not edit them.
 
     Raises:
         DataError: the model has no embedding for one.
     """
+    return known_ids(_encoded(text, source, False)[0], source)
+
+
+_Encoded: TypeAlias = "tuple[Tensor, Tensor | None]"
+_RECENT: dict[tuple[object, ...], _Encoded] = {}
+_MOST_RECENT = 4
+
+
+def _encoded(text: Text, source: Source, places: bool) -> _Encoded:
+    """Tokenize a text, unless a model with the same tokenizer did so just now, as one does before
+    and after a compression; also return where each token ends, if asked."""
+    files = [(path.name, file_digest(path)) for path in companions(source.folder)]
+    home = "" if files and not source.runs_code else str(source.folder)
+    key = (text.digest, bool(text.chats), places, home, *files)
+    if key not in _RECENT:
+        made = _encode(text, source, places)
+        while len(_RECENT) >= _MOST_RECENT:
+            del _RECENT[next(iter(_RECENT))]
+        _RECENT[key] = made
+    return _RECENT[key]
+
+
+def _encode(text: Text, source: Source, places: bool) -> _Encoded:
     import torch
 
-    # The whole text is one sequence, longer than the model's window: that is meant, not a mistake.
     content, more = _tokenized_as(text, source)
-    ids = source.tokenizer(content, verbose=False, **more)["input_ids"]
-    return known_ids(torch.tensor(ids, dtype=torch.long), source)
+    if not places:  # longer than the model's window: that is meant, not a mistake
+        ids = source.tokenizer(content, verbose=False, **more)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long), None
+    encoded = source.tokenizer(content, verbose=False, return_offsets_mapping=True, **more)
+    data = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
+    # Bytes of the form 10xxxxxx go on with a character that began before them.
+    starts = ((data & 0xC0) != 0x80).nonzero().flatten()
+    stops = torch.cat([starts, torch.tensor([len(data)])])  # of each character, and of the end
+    ends = stops[torch.tensor([end for _, end in encoded["offset_mapping"]])]
+    return torch.tensor(encoded["input_ids"], dtype=torch.long), ends.cummax(0).values
 
 
 def _tokenized_as(text: Text, source: Source) -> tuple[str, dict[str, Any]]:
@@ -416,19 +447,8 @@ def token_ends(text: Text, source: Source) -> tuple[Tensor, Tensor | None]:
     Raises:
         DataError: the model has no embedding for a token.
     """
-    import torch
-
-    if not source.tokenizer.is_fast:
-        return tokenize(text, source), None
-    content, more = _tokenized_as(text, source)
-    encoded = source.tokenizer(content, verbose=False, return_offsets_mapping=True, **more)
-    data = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
-    # Bytes of the form 10xxxxxx go on with a character that began before them.
-    starts = ((data & 0xC0) != 0x80).nonzero().flatten()
-    places = torch.cat([starts, torch.tensor([len(data)])])  # of each character, and of the end
-    ends = places[torch.tensor([end for _, end in encoded["offset_mapping"]])]
-    ids = known_ids(torch.tensor(encoded["input_ids"], dtype=torch.long), source)
-    return ids, ends.cummax(0).values
+    ids, ends = _encoded(text, source, source.tokenizer.is_fast)
+    return known_ids(ids, source), ends
 
 
 def sample_windows(tokens: Tensor, samples: int, seqlen: int, seed: int, name: str) -> Tensor:

@@ -73,7 +73,7 @@ def script(
     env: Mapping[str, str] | None = None,
     before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own, a fresh one where ``before`` has to run in it first."""
+    """Run a command in its own process, a fresh one where ``before`` is to run in it first."""
     if before is None:
         command = Command(words, cwd, environment(env))
         try:
