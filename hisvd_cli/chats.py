@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from hisvd_cli.errors import DataError
@@ -67,6 +69,18 @@ def _message(turn: Any) -> dict[str, Any] | None:
     return {**kept, "role": _ROLES.get(role.lower(), role), "content": content or ""}
 
 
+_DAY = datetime(2024, 7, 26)  # what the templates of Llama 3 fall back to
+"""What templates are told that the day is: of the true one, each day would make another text."""
+
+
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])([^"']*)\1\s*\)""")
+
+
+def _undated(template: str) -> str:
+    """Return a chat template that writes the same text on every day."""
+    return _TODAY.sub(lambda asked: repr(_DAY.strftime(asked[2])), template)
+
+
 def rendered(chats: Sequence[Sequence[Message]], name: str, source: Source) -> str:
     """Return the text of conversations as the model's chat template writes them, one after the
     other; the template runs in the sandbox of transformers.
@@ -91,5 +105,9 @@ def rendered(chats: Sequence[Sequence[Message]], name: str, source: Source) -> s
             )
 
         with library_errors(refused):
-            texts.append(str(tokenizer.apply_chat_template(cast(Any, list(chat)), tokenize=False)))
+            template = _undated(tokenizer.get_chat_template())
+            text = tokenizer.apply_chat_template(
+                cast(Any, list(chat)), chat_template=template, tokenize=False
+            )
+            texts.append(str(text))
     return "".join(texts)

@@ -21,13 +21,15 @@ _FORKS.set_forkserver_preload(["tests.preload"])
 
 
 class Command:
-    """``hisvd`` in a process of its own; as much of ``subprocess.Popen`` as tests need."""
+    """``hisvd`` in a process of its own, or other code; of ``subprocess.Popen`` what tests need."""
 
-    def __init__(self, words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, words: Sequence[object], cwd: Path, env: Mapping[str, str], code: str = ""
+    ) -> None:
         self._streams = tempfile.TemporaryDirectory(prefix="hisvd-streams-")
         self._files = [Path(self._streams.name, name) for name in ("stdout", "stderr")]
         texts = [str(word) for word in words]
-        self._process = _FORKS.Process(target=_run, args=(texts, cwd, dict(env), self._files))
+        self._process = _FORKS.Process(target=_run, args=(texts, cwd, dict(env), self._files, code))
         self._process.start()
 
     @property
@@ -67,7 +69,7 @@ class Command:
         return stdout, stderr
 
 
-def _run(words: list[str], cwd: Path, env: dict[str, str], files: list[Path]) -> None:
+def _run(words: list[str], cwd: Path, env: dict[str, str], files: list[Path], code: str) -> None:
     """Be the process of a command."""
     from hisvd_cli.app import main
 
@@ -80,7 +82,7 @@ def _run(words: list[str], cwd: Path, env: dict[str, str], files: list[Path]) ->
     os.chdir(cwd)
     sys.argv = ["hisvd", *words]
     try:
-        main()
+        exec(code, {}) if code else main()
     finally:
         sys.stdout.flush()
         atexit._run_exitfuncs()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from hisvd_cli.chats import rendered
 from hisvd_cli.data import load_text, token_ends, tokenize, without
 from hisvd_cli.errors import DataError
 from hisvd_cli.source import Source, open_source
@@ -107,6 +108,16 @@ def test_a_chat_is_calibrated_and_evaluated_on(source: Source, tmp_path: Path) -
     tokens = len(tokenize(load_text(other, "evaluation"), source))
     assert result["windows"] == tokens // 32
     assert result["bits_per_byte"] > 0
+
+
+def test_a_template_that_asks_for_the_day_writes_the_same_text_on_every_day(
+    tmp_path: Path,
+) -> None:
+    folder = save_model("llama", tmp_path / "dated")
+    dated = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    edit_json(folder / "tokenizer_config.json", chat_template=dated)
+    text = rendered([[{"role": "user", "content": "w1"}]], "chats", Source("dated", folder))
+    assert text == "26 Jul 2024w1"
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from hisvd_cli.evaluation_store import Store
 from hisvd_cli.tensorfile import join_files, write_parts, write_tensors
 from tests.cli_helpers import digests, environment, succeed, text_file
 from tests.conftest import MakeModel
+from tests.processes import Command
 
 KILLED = """
 import os, signal, sys
@@ -54,16 +53,9 @@ def flip(path: Path, place: int = -3) -> None:
 
 
 def killed(words: Words, pattern: str, count: int, folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, pattern, str(count), *(str(word) for word in words)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = Command((pattern, count, *words), folder, environment(), KILLED)
+    _, stderr = done.communicate()
+    assert done.returncode == -signal.SIGKILL, stderr
 
 
 @pytest.fixture

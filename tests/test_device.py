@@ -105,6 +105,7 @@ def test_products_are_timed_in_both_dtypes() -> None:
         assert half > 2 * single
 
 
+@pytest.mark.slow
 def test_all_passes_of_a_run_use_the_faster_dtype(here: Path) -> None:
     """On any processor: what was measured decides for calibration, gradients and evaluation."""
     kinds = {}

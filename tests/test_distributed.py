@@ -128,6 +128,7 @@ def products(folder: Path) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_several_processes_make_what_one_makes(home: Path, runs: Runs) -> None:
     done = runs["whole"]
     assert done.returncode == 0, done.stderr
@@ -166,6 +167,7 @@ def test_a_killed_process_is_named_once_and_one_process_ends_its_work(
     assert not list(home.glob(".killed*"))
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_told_once_as_it_is(home: Path, runs: Runs) -> None:
     done = runs["failing"]
     assert done.returncode == 1
@@ -241,6 +243,7 @@ def test_rows_are_read_from_files_of_any_processes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_of_a_run_that_ended_well_is_at_work_when_python_ends() -> None:
     script = """
         import threading

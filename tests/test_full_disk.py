@@ -45,6 +45,7 @@ def on_a_small_disk(
     )
 
 
+@pytest.mark.slow
 def test_recovery_reserves_the_space_of_hidden_states(checkpoint: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     words = ["compress", "--from", checkpoint, "--recover", "distill", "--recover-seqlen", 64]

@@ -400,6 +400,7 @@ def limited(cwd: Path, *given: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux alone")
 def test_under_a_hard_limit_a_bounded_run_ends_with_the_same_bytes_and_no_other_run_does(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -256,7 +256,8 @@ def test_speeds_of_all_models_are_one_table() -> None:
 
 
 def test_the_page_shows_speeds(command: tuple[object, ...], here: Path) -> None:
-    timed = ("--efficiency", "--batch-sizes", "1,2", "--report", "page.html", "--json")
+    short = ("--prompt-tokens", 12, "--new-tokens", 3, "--turns", 2)
+    timed = ("--efficiency", "--batch-sizes", "1,2", *short, "--report", "page.html", "--json")
     document = json.loads(succeed(*command, *timed).stdout)
     text = Page((here / "page.html").read_text(encoding="utf-8")).text
     assert "Zero-shot" not in text

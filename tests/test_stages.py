@@ -262,6 +262,7 @@ def _stopped(resolved: Resolved, steps: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_stage(here: Path) -> None:
     demo = ("compress", "--model", "demo", "--samples", 8, "--seqlen", 128, "--no-evaluate")
     words = (*demo, *TWO, *UNIFORM, "--correction", "alpha-blend")

@@ -41,7 +41,13 @@ def test_a_reader_that_goes_away_early_gets_what_it_wants(tmp_path: Path) -> Non
 
 
 @POSIX
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed",
+    [
+        ">&- 2>&-",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (">&-", "2>&-", "<&- >&- 2>&-")),
+    ],
+)
 def test_a_closed_stream_loses_nothing(closed: str, tmp_path: Path) -> None:
     done = shell(f"{PLAN} --output plan.json {closed}", tmp_path)
     assert (done.returncode, done.stderr) == (0, b"" if "2>&-" in closed else done.stderr)
@@ -51,7 +57,9 @@ def test_a_closed_stream_loses_nothing(closed: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="asks Linux")
-@pytest.mark.parametrize("flag", ["", "--json", "--quiet"])
+@pytest.mark.parametrize(
+    "flag", ["", *(pytest.param(flag, marks=pytest.mark.slow) for flag in ("--json", "--quiet"))]
+)
 def test_a_full_stdout_is_told_after_the_work(flag: str, tmp_path: Path) -> None:
     done = shell(f"{PLAN} --output plan.json {flag} > /dev/full", tmp_path)
     assert done.returncode == 1
@@ -61,6 +69,7 @@ def test_a_full_stdout_is_told_after_the_work(flag: str, tmp_path: Path) -> None
     assert (tmp_path / "plan.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="asks Linux")
 def test_a_full_stderr_stops_no_work(tmp_path: Path) -> None:
     done = shell(f"{PLAN} --verbose 2> /dev/full", tmp_path)
@@ -78,7 +87,7 @@ def test_a_full_stderr_stops_no_work(tmp_path: Path) -> None:
     ],
     ids=["ascii", "windows", "C"],
 )
-@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("buffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_characters_that_a_terminal_lacks_are_replaced(
     variables: dict[str, str], buffered: str, tmp_path: Path
 ) -> None:
