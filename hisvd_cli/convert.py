@@ -144,6 +144,7 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
         OutputError: the folder cannot be written.
     """
     checkpoint.refuse_own_code()
+    record = checkpoint.provenance  # first: a link to elsewhere is refused
     infos, read = checkpoint.weights.infos, checkpoint.weights.read
     factors = _factor_names(checkpoint)
     inner = {name for names in factors.values() for name in names.values()} - set(factors)
@@ -171,7 +172,7 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
         write_json(partial / "config.json", dense_config(checkpoint.config))
         copy_companions(checkpoint.folder, partial)
         write_dense_card(checkpoint.folder, partial)
-        write_record(partial, {**checkpoint.provenance, "kind": "dense"})
+        write_record(partial, {**record, "kind": "dense"})
 
 
 def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
@@ -197,7 +198,7 @@ def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
 def repack(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     """Write a checkpoint folder again, with shards of another size. Raises OutputError."""
     checkpoint.refuse_own_code()
-    weights = checkpoint.weights
+    weights, record = checkpoint.weights, checkpoint.provenance
     with building(folder, _key("repack", checkpoint, shard_bytes)) as partial:
         sizes = {name: info.nbytes for name, info in weights.infos.items()}
         write_shards(partial, sizes, weights.read, shard_bytes)
@@ -205,7 +206,7 @@ def repack(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
         for path in _texts(checkpoint.folder):
             shutil.copyfile(path, partial / path.name)
         write_loader(partial)
-        write_record(partial, checkpoint.provenance)
+        write_record(partial, record)
 
 
 def _key(form: str, checkpoint: Checkpoint, shard_bytes: int) -> str:

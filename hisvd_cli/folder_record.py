@@ -14,7 +14,8 @@ from hisvd_cli.json_files import read_bounded, read_json
 from hisvd_cli.tensorfile import write_json
 
 PROVENANCE = "hisvd.json"
-_FILES = "files"
+FILES = "files"
+"""The part of the record that says what lies beside it, and not what it was made of."""
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -22,7 +23,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
     It comes last: it says what the folder holds. Raises OutputError.
     """
-    write_json(folder / PROVENANCE, {**record, _FILES: _hashes(folder)})
+    write_json(folder / PROVENANCE, {**record, FILES: _hashes(folder)})
 
 
 def renew_record(folder: Path, name: str, before: str) -> None:
@@ -39,7 +40,7 @@ def renew_record(folder: Path, name: str, before: str) -> None:
     record = read_record(folder)
     if recorded(record).get(name) == before:
         files = {**recorded(record), name: content_hash(folder / name)}
-        write_json(folder / PROVENANCE, {**record, _FILES: files})
+        write_json(folder / PROVENANCE, {**record, FILES: files})
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def recorded(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the hashes of a record by the files' names, empty for one of an older hisvd."""
-    files = record.get(_FILES)
+    files = record.get(FILES)
     return files if isinstance(files, dict) else {}
 
 

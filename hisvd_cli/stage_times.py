@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.errors import OutputError
+from hisvd_cli.folder_record import FILES
 from hisvd_cli.json_files import read_json
 from hisvd_cli.paths import cache_root, digest
 from hisvd_cli.tensorfile import write_text
@@ -35,4 +36,5 @@ def times_of(record: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def _path(record: Mapping[str, Any]) -> Path:
-    return cache_root() / "times" / f"{digest(json.dumps(record, sort_keys=True))}.json"
+    made = {key: value for key, value in record.items() if key != FILES}
+    return cache_root() / "times" / f"{digest(json.dumps(made, sort_keys=True))}.json"

@@ -72,9 +72,10 @@ def script(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     before: Callable[[], None] | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in its own process, a fresh one where ``before`` is to run in it first."""
-    if before is None:
+    """Run a command in its own process: forked, or a fresh one, in which ``before`` runs first."""
+    if before is None and not fresh:
         command = Command(words, cwd, environment(env))
         try:
             stdout, stderr = command.communicate()

@@ -146,6 +146,7 @@ def test_several_processes_make_what_one_makes(home: Path, runs: Runs) -> None:
     assert not list(home.glob(".whole*"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_once_and_one_process_ends_its_work(
     home: Path, runs: Runs
 ) -> None:

@@ -56,9 +56,10 @@ def test_the_installed_script_uploads_and_tells_no_token(made: Path, here: Path)
             "HF_TOKEN": TOKEN,
             "HISVD_DEBUG": "1",
         }
-        done = script("convert", made, "--push-to-hub", "me/low", "-q", cwd=here, env=env)
+        words = ("convert", made, "--push-to-hub")
+        done = script(*words, "me/low", "-q", cwd=here, env=env, fresh=True)
         assert (done.returncode, done.stdout) == (0, f"{server.url}/me/low\n"), done.stderr
-        refused = script("convert", made, "--push-to-hub", "them/low", cwd=here, env=env)
+        refused = script(*words, "them/low", cwd=here, env=env, fresh=True)
     assert refused.returncode == 1
     assert "does not let this token write to them/low" in refused.stderr
     assert TOKEN not in done.stderr + refused.stdout + refused.stderr
