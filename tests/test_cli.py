@@ -367,7 +367,7 @@ def test_an_interrupt_that_native_code_swallows(monkeypatch: pytest.MonkeyPatch)
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("mode", ["", "--json"])
+@pytest.mark.parametrize("mode", ["", pytest.param("--json", marks=pytest.mark.slow)])
 def test_nobody_reads_the_end(mode: str, quick: tuple[object, ...]) -> None:
     succeed("plan", *quick, "--output", "plan.json")
     line = f"set -o pipefail; {shlex.quote(SCRIPT)} inspect {mode} plan.json | true"

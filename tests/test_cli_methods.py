@@ -158,6 +158,7 @@ def test_presets_are_listed_in_help() -> None:
     assert all(name in shown for name in PRESETS)
 
 
+@pytest.mark.slow
 def test_a_killed_reverse_walk_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     larger = ("--model", "demo", "--samples", 16, "--seqlen", 256, "--gradients")
     done = script("calibrate", *larger, "--calibration", "whole", cwd=tmp_path)

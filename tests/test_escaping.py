@@ -102,6 +102,7 @@ def test_a_hostile_config_and_provenance_do_not_steer_the_terminal(
     assert "[red]w" in harmless(done.stderr)
 
 
+@pytest.mark.slow
 def test_a_real_terminal_gets_colours_and_no_other_sequence(hostile: Path) -> None:
     master, slave = pty.openpty()
     done = subprocess.Popen(

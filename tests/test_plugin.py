@@ -686,6 +686,7 @@ def test_without_hisvd_the_folder_brings_its_code(pristine: MakeFolder, tmp_path
         assert torch.equal(logits(load(out / name)), logits(load(folder.path)))
 
 
+@pytest.mark.slow
 def test_without_any_code_the_folder_fails_closed(pristine: MakeFolder, tmp_path: Path) -> None:
     script = """
 import sys

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import pytest
 import torch
 from pyarrow import parquet
 
@@ -103,6 +104,7 @@ def nested_modules(depth: int) -> bytes:
     return b"\x80\x02" + memo + struct.pack("<Bi", ord("j"), depth - 1) + b"."
 
 
+@pytest.mark.slow
 def test_a_pickle_that_inflates(tmp_path: Path) -> None:
     giant = b"\x80\x04\x8e" + struct.pack("<Q", 300_000_000) + bytes(300_000_000) + b"."
     paths = [
@@ -164,6 +166,7 @@ def test_a_model_that_declares_more_than_it_holds(tiny_model: MakeModel, tmp_pat
         assert told in message
 
 
+@pytest.mark.slow
 def test_a_parquet_file_that_inflates(tiny_model: MakeModel, tmp_path: Path) -> None:
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000), ["word " * 200_000])
     for name, typed in (("typed", True), ("plain", False)):

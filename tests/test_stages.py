@@ -226,6 +226,7 @@ class _Stopping(Silent):
         yield step
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tiny_model: MakeModel, text: Command, here: Path) -> None:
     """Stopped at steps all over three stages: the rerun gives the same bytes."""
     flags: dict[tuple[str, str], Any] = {

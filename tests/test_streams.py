@@ -31,6 +31,7 @@ def shell(
     )
 
 
+@pytest.mark.slow
 @POSIX
 def test_a_reader_that_goes_away_early_gets_what_it_wants(tmp_path: Path) -> None:
     done = shell(f"{PLAN} | head -1", tmp_path)
@@ -56,10 +57,9 @@ def test_a_closed_stream_loses_nothing(closed: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_bytes())["ratio"] == 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="asks Linux")
-@pytest.mark.parametrize(
-    "flag", ["", *(pytest.param(flag, marks=pytest.mark.slow) for flag in ("--json", "--quiet"))]
-)
+@pytest.mark.parametrize("flag", ["", "--json", "--quiet"])
 def test_a_full_stdout_is_told_after_the_work(flag: str, tmp_path: Path) -> None:
     done = shell(f"{PLAN} --output plan.json {flag} > /dev/full", tmp_path)
     assert done.returncode == 1
@@ -81,9 +81,11 @@ def test_a_full_stderr_stops_no_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "variables",
     [
-        {"PYTHONIOENCODING": "ascii"},
+        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
         {"PYTHONIOENCODING": "cp1252"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        pytest.param(
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["ascii", "windows", "C"],
 )

@@ -109,6 +109,7 @@ def test_code_of_task_files_does_not_run_by_a_found_profile(here: Path, proof: P
     assert proof.exists()
 
 
+@pytest.mark.slow
 def test_a_task_is_no_file_that_lies_here(here: Path, proof: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
     (lure(here, proof) / "endings.yaml").write_text(TASK)
