@@ -19,8 +19,7 @@ from torch import Tensor
 
 from hisvd_cli.errors import BudgetError
 from hisvd_cli.lowrank import Storage
-
-Shape = tuple[int, int]
+from hisvd_cli.sublayers import Shape
 
 _ALMOST = 1e-9
 """Ranks this near to the next one count as that one: they come of arithmetic that rounds."""

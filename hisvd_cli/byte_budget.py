@@ -26,11 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hisvd_cli.budget import Shape, full_rank, is_dense
+from hisvd_cli.budget import full_rank, is_dense
 from hisvd_cli.errors import BudgetError
 from hisvd_cli.hull import lower_hull
 from hisvd_cli.quantized import quantized_bytes
 from hisvd_cli.rounding_noise import Rounding
+from hisvd_cli.sublayers import Shape
 
 FULL_BITS = 16
 """Stands for numbers that stay as the model has them."""

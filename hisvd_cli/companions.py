@@ -10,9 +10,12 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hisvd_cli.reporter import Reporter
 
+CARD = "README.md"
+"""A model card."""
 _TOKENIZER = r"""
     added_tokens\.json | bpe\.codes | chat_template\.(jinja|json) | encoder\.json | merges\.txt
     | normalizer\.json | sentencepiece(\.bpe)?\.model | special_tokens_map\.json | spiece\.model
@@ -93,3 +96,15 @@ def warn_of_links(folder: Path, reporter: Reporter) -> None:
 
 def _named(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if is_companion(path.name)]
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a folder's card, empty where it has none or it cannot be read."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    path = folder / CARD
+    try:
+        return dict(metadata_load(path) or {}) if is_own_file(path) else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}

@@ -33,9 +33,8 @@ from hisvd_cli.distributed import World, building_together, share_by_cost, world
 from hisvd_cli.errors import StaleArtifactError
 from hisvd_cli.estimate import decomposition_cost
 from hisvd_cli.factory import Factory, block_of
-from hisvd_cli.folder_record import write_record
+from hisvd_cli.folder_record import Describe, write_record
 from hisvd_cli.lowrank import Storage, factor_shapes
-from hisvd_cli.model_card import write_card
 from hisvd_cli.paths import digest
 from hisvd_cli.plan import Plan
 from hisvd_cli.registry import accepted
@@ -155,6 +154,7 @@ def compress(
     device: torch.device,
     shard_bytes: int,
     settings: Mapping[str, object],
+    describe: Describe,
     reporter: Reporter,
     update: Update | None = None,
     history: Mapping[str, Any] | None = None,
@@ -176,6 +176,7 @@ def compress(
         device: where decompositions run.
         shard_bytes: largest size of a weight file.
         settings: the resolved settings, recorded as they are.
+        describe: writes the model card.
         reporter: told of each sublayer.
         update: how weights are fitted to the inputs that the compressed model gives them.
         history: what the provenance says beside, or instead of, what is known here.
@@ -218,15 +219,15 @@ def compress(
         if here.first:
             names = {part: list(tensors) for part, tensors in layout.parts.items()}
             join_parts(home, shards, names, layout.total_bytes)
-            _complete(home, source, plan, layout, record)
+            _complete(home, source, plan, layout)
+            describe(home, record)
+            write_record(home, record)
     written = time.monotonic()
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Compressed(output, size, decomposed - started, written - decomposed, record)
 
 
-def _complete(
-    home: Path, source: Source, plan: Plan, layout: Layout, record: Mapping[str, Any]
-) -> None:
+def _complete(home: Path, source: Source, plan: Plan, layout: Layout) -> None:
     """Write all that is no weight."""
     plain = untied(source.plain_config) if layout.own_head else source.plain_config
     config = compressed_config(plain, layout.architecture, plan.ranks, plan.storage)
@@ -239,8 +240,6 @@ def _complete(
         copy_code(source.folder, home, code_modules(plain))
     else:
         write_loader(home)
-    write_card(home, source, plan, record)
-    write_record(home, record)
 
 
 def check_plan(plan: Plan, source: Source) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import shutil
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hisvd_cli.artifact import building
 from hisvd_cli.checkpoint import (
-    PLAN_FILE,
     SHARD_BYTES,
     Checkpoint,
     architecture_of,
@@ -23,25 +21,17 @@ from hisvd_cli.checkpoint import (
     write_loader,
     write_shards,
 )
-from hisvd_cli.companions import companions, copy_companions, is_companion, is_own_file
+from hisvd_cli.companions import companions, copy_companions, is_own_file
 from hisvd_cli.errors import SourceError
 from hisvd_cli.folder_record import write_record
-from hisvd_cli.foreign import read_foreign
-from hisvd_cli.library_errors import library_errors
 from hisvd_cli.lowrank import FACTORS, dense_product, is_order
-from hisvd_cli.model_card import CARD, write_dense_card
+from hisvd_cli.model_card import write_dense_card
 from hisvd_cli.paths import digest, file_digest
-from hisvd_cli.pt_parts import check_parts
+from hisvd_cli.pt_parts import OWN_TEXTS, PT_FORMAT, PT_VERSION, load_pt, travels
 from hisvd_cli.quantized import MATRICES, SCALE, dequantized, storage_with
 from hisvd_cli.skeleton import build_meta_model
 from hisvd_cli.source import Source
 from hisvd_cli.tensorfile import replacing, serializing, write_json
-
-PT_FORMAT = "hisvd-pt"
-PT_VERSION = 1
-"""A ``.pt`` file is a dict of plain types and tensors: format, format_version, config, provenance,
-tensors (name → tensor) and files (name → bytes as a uint8 tensor)."""
-_OWN = (CARD, PLAN_FILE)
 
 
 def to_pt(checkpoint: Checkpoint, path: Path) -> None:
@@ -64,45 +54,11 @@ def to_pt(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _texts(folder: Path) -> list[Path]:
-    return companions(folder) + [folder / name for name in _OWN if is_own_file(folder / name)]
-
-
-def travels(name: str) -> bool:
-    """Tell whether a file of this name is unpacked from a ``.pt`` file."""
-    return name in _OWN or is_companion(name)
+    return companions(folder) + [folder / name for name in OWN_TEXTS if is_own_file(folder / name)]
 
 
 def _as_tensor(data: bytes) -> Tensor:
     return torch.tensor(list(data), dtype=torch.uint8)
-
-
-def is_own_pt(document: object) -> bool:
-    """Tell whether what ``torch.load`` gave is a file of ours."""
-    return isinstance(document, dict) and document.get("format") == PT_FORMAT
-
-
-def load_pt(path: Path) -> dict[str, Any]:
-    """Read one of our ``.pt`` files, its tensors mapped from the file, and check its parts.
-
-    Raises:
-        SourceError: another kind of file, or a damaged one.
-    """
-    document = open_pt(path)
-    check_parts(path, document)
-    return document
-
-
-def open_pt(path: Path) -> dict[str, Any]:
-    """Read one of our ``.pt`` files; its parts may be anything. Raises SourceError for others."""
-    hint = f"Look at it safely with: hisvd inspect {path}"
-    damaged = SourceError(f"{path} is no .pt file of hisvd, or it is damaged.", hint)
-    read_foreign(path)  # first: it holds what it declares, which torch would believe
-    with library_errors(lambda _: damaged):
-        document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not is_own_pt(document) or document.get("format_version") != PT_VERSION:
-        raise SourceError(f"{path} is no .pt file of this version of hisvd.", hint)
-    loaded: dict[str, Any] = document
-    return loaded
 
 
 def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

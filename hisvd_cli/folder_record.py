@@ -6,7 +6,7 @@ A checkpoint's small files have common names: a user puts a ``LICENSE`` there, o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from hisvd_cli.json_files import read_bounded, read_json
 from hisvd_cli.tensorfile import write_json
 
 PROVENANCE = "hisvd.json"
+Describe = Callable[[Path, Mapping[str, Any]], None]
+"""Writes the model card of a folder, from its record."""
 FILES = "files"
 """The part of the record that says what lies beside it, and not what it was made of."""
 

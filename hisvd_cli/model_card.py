@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hisvd_cli.audit import stages_text, told_recovery
-from hisvd_cli.companions import is_own_file, licences
+from hisvd_cli.companions import CARD, card_metadata, licences
 from hisvd_cli.data import NAMED
 from hisvd_cli.errors import SourceError
 from hisvd_cli.escaping import markdown_code, markdown_text
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from hisvd_cli.evaluate import PerplexityResult
 
-CARD = "README.md"
 _PLAN = "plan.json"
 _TASK = "text-generation"
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -354,18 +353,6 @@ def _licence(folder: Path) -> dict[str, Any]:
     if "license" not in carried and files:
         carried |= {"license": "other", "license_name": "see-file", "license_link": files[0]}
     return carried
-
-
-def card_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a folder's card, empty where it has none or it cannot be read."""
-    import yaml
-    from huggingface_hub import metadata_load
-
-    path = folder / CARD
-    try:
-        return dict(metadata_load(path) or {}) if is_own_file(path) else {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
 
 
 def _integers(made: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hisvd_cli.checkpoint import PLAN_FILE
-from hisvd_cli.companions import is_companion
+from hisvd_cli.companions import CARD, is_companion
 from hisvd_cli.errors import SourceError
 from hisvd_cli.folder_record import (
     PROVENANCE,
@@ -15,7 +15,6 @@ from hisvd_cli.folder_record import (
     read_record,
     recorded,
 )
-from hisvd_cli.model_card import CARD
 from hisvd_cli.source import code_modules, names_own_loader
 from hisvd_cli.weights import INDEX, SINGLE, shard_files
 

@@ -21,12 +21,11 @@ from hisvd_cli.audit import (
     value_problems,
 )
 from hisvd_cli.checkpoint import PLAN_FILE, quantization_of
-from hisvd_cli.convert import open_pt, travels
 from hisvd_cli.errors import SourceError
 from hisvd_cli.foreign import ForeignCheckpoint, ForeignTensor, find_pairs, read_foreign
 from hisvd_cli.json_files import parse_json
 from hisvd_cli.plan import plan_from
-from hisvd_cli.pt_parts import check_parts
+from hisvd_cli.pt_parts import check_parts, open_pt, travels
 from hisvd_cli.safetensors_header import dtype_name
 from hisvd_cli.sublayers import Sublayer
 

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from hisvd_cli.allocate import Allocation
-from hisvd_cli.budget import Shape, cost, full_rank, is_dense
+from hisvd_cli.budget import cost, full_rank, is_dense
 from hisvd_cli.byte_budget import BITS, FULL_BITS, Choice
 from hisvd_cli.byte_frontier import Point
 from hisvd_cli.errors import SourceError
 from hisvd_cli.json_files import read_json
 from hisvd_cli.lowrank import LAYERS, Storage
 from hisvd_cli.spectrum import Spectrum, tail_share
+from hisvd_cli.sublayers import Shape
 from hisvd_cli.tensorfile import json_text
 from hisvd_cli.text_output import write_through
 

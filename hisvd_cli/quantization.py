@@ -37,9 +37,8 @@ from hisvd_cli.collector import Collector
 from hisvd_cli.companions import copy_companions, is_own_file, warn_of_links
 from hisvd_cli.errors import NumericalError, SourceError
 from hisvd_cli.factory import block_number
-from hisvd_cli.folder_record import write_record
+from hisvd_cli.folder_record import Describe, write_record
 from hisvd_cli.lowrank import FACTORS, Storage, factor_shapes
-from hisvd_cli.model_card import rewrite_card
 from hisvd_cli.moments import exact_device
 from hisvd_cli.paths import digest
 from hisvd_cli.plan import load_plan
@@ -102,6 +101,7 @@ def quantize(
     *,
     shard_bytes: int,
     settings: Mapping[str, object],
+    describe: Describe,
     reporter: Reporter,
 ) -> int:
     """Write a checkpoint whose matrices are integers to the folder ``output``; return the bytes of
@@ -117,6 +117,7 @@ def quantize(
         text: for the method gptq.
         shard_bytes: largest size of a weight file.
         settings: the resolved settings, recorded as they are.
+        describe: writes the model card.
         reporter: told of each block.
 
     Raises:
@@ -141,6 +142,8 @@ def quantize(
         names = {part: list(tensors) for part, tensors in work.stored.items()}
         join_parts(home, shards, names, sum(sizes.values()))
         _complete(home, checkpoint, recipe, record)
+        describe(home, record)
+        write_record(home, record)
     return sum(path.stat().st_size for path in output.glob("*.safetensors"))
 
 
@@ -164,8 +167,6 @@ def _complete(
         load_plan(checkpoint.folder / PLAN_FILE).save(home / PLAN_FILE)
     copy_companions(checkpoint.folder, home)
     write_loader(home)
-    rewrite_card(checkpoint.folder, home, record)
-    write_record(home, record)
 
 
 def _provenance(

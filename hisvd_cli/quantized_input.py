@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hisvd_cli.companions import card_metadata
 from hisvd_cli.errors import SourceError, UnsupportedModelError
 from hisvd_cli.json_files import read_json
 
@@ -225,8 +226,6 @@ def refusal(name: str, folder: Path, method: str, detail: str = "") -> Unsupport
 
 def original_of(folder: Path) -> str:
     """Return the model that a model card says this one was made from; empty for none."""
-    from hisvd_cli.model_card import card_metadata
-
     named = card_metadata(folder).get("base_model")
     first = named[0] if isinstance(named, list) and named else named
     return first if isinstance(first, str) else ""

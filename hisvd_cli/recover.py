@@ -30,10 +30,9 @@ from hisvd_cli.decoding import TwoParts
 from hisvd_cli.distillation import divergence_from, summed_loss
 from hisvd_cli.divergence import token_divergences, token_losses
 from hisvd_cli.errors import NumericalError, SourceError
-from hisvd_cli.folder_record import PROVENANCE, write_record
+from hisvd_cli.folder_record import PROVENANCE, Describe, write_record
 from hisvd_cli.lessons import Lessons
 from hisvd_cli.lowrank import FACTORS
-from hisvd_cli.model_card import rewrite_card
 from hisvd_cli.paths import digest
 from hisvd_cli.reporter import Reporter
 from hisvd_cli.source import Source
@@ -71,6 +70,7 @@ def recover(
     *,
     record: Mapping[str, Any],
     shard_bytes: int,
+    describe: Describe,
 ) -> Recovered:
     """Train the factors of a checkpoint, and write it anew.
 
@@ -83,6 +83,7 @@ def recover(
         record: everything that decides the result, the checkpoint's fingerprint included;
             recorded as it is.
         shard_bytes: largest size of a weight file.
+        describe: writes the model card.
 
     Raises:
         NumericalError: a trained factor overflows in the dtype on disk.
@@ -99,7 +100,14 @@ def recover(
             (home / WORK).mkdir(exist_ok=True)
             factors, progress = train(home / WORK)
             _write(checkpoint, factors, home, shard_bytes)
-            _describe(checkpoint, {**record, **_outcome(progress)}, home)
+            made = {
+                **checkpoint.provenance,
+                "recovery": {**record, **_outcome(progress)},
+                "versions": versions(),
+            }
+            _complete(checkpoint, home)
+            describe(home, made)
+            write_record(home, made)  # last: it says that the folder is complete
         shutil.rmtree(home / WORK, ignore_errors=True)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Recovered(output, size, progress, time.monotonic() - started)
@@ -139,16 +147,13 @@ def _write(checkpoint: Checkpoint, factors: Factors, home: Path, shard_bytes: in
     write_shards(home, sizes, make, shard_bytes)
 
 
-def _describe(checkpoint: Checkpoint, record: Mapping[str, Any], home: Path) -> None:
-    """Write all that is no weight; the provenance last, which says that the folder is complete."""
+def _complete(checkpoint: Checkpoint, home: Path) -> None:
+    """Write all that is no weight."""
     write_json(home / "config.json", checkpoint.config)
     copy_companions(checkpoint.folder, home)
     if is_own_file(checkpoint.folder / PLAN_FILE):
         shutil.copyfile(checkpoint.folder / PLAN_FILE, home / PLAN_FILE)
     write_loader(home)
-    made = {**checkpoint.provenance, "recovery": record, "versions": versions()}
-    rewrite_card(checkpoint.folder, home, made)
-    write_record(home, made)
 
 
 def check_trainable(checkpoint: Checkpoint) -> None:

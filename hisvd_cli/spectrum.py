@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hisvd_cli.budget import Shape
 from hisvd_cli.errors import UsageError, suggest
 from hisvd_cli.held_out import held_out_energy
 from hisvd_cli.metric import Metric, fisher_metric
 from hisvd_cli.moments import Moment
 from hisvd_cli.statistics import Statistics, required
+from hisvd_cli.sublayers import Shape
 from hisvd_cli.truncation import energies, truncate
 
 

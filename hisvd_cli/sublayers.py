@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from hisvd_cli.budget import Shape
 from hisvd_cli.errors import UnsupportedModelError, UsageError
 
+Shape = tuple[int, int]
+"""Outputs m and inputs n of a sublayer."""
 _HINT = (
     "Supported: decoders whose blocks are made of torch.nn.Linear (llama, mistral, qwen, opt …)."
 )

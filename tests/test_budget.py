@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from hisvd_cli.budget import (
     Budget,
-    Shape,
     break_even,
     cost,
     full_rank,
@@ -20,6 +19,7 @@ from hisvd_cli.budget import (
 )
 from hisvd_cli.errors import BudgetError
 from hisvd_cli.lowrank import LAYERS, Storage
+from hisvd_cli.sublayers import Shape
 
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 6
 

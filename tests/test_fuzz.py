@@ -25,12 +25,13 @@ from torch import nn
 
 from hisvd_cli.calibration import open_calibration
 from hisvd_cli.checkpoint import load_model, open_checkpoint
-from hisvd_cli.convert import load_pt, to_dense
+from hisvd_cli.convert import to_dense
 from hisvd_cli.data import load_instructions, load_text
 from hisvd_cli.errors import HisvdError
 from hisvd_cli.evaluate import Sums
 from hisvd_cli.evaluation_store import Store
 from hisvd_cli.model_card import CardResult, update_card
+from hisvd_cli.pt_parts import load_pt
 from hisvd_cli.skeleton import build_stored_model
 from hisvd_cli.source import open_source
 from tests.cli_helpers import hisvd, succeed, text_file

@@ -12,6 +12,7 @@ from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_nee
 from hisvd_cli.build.plans import make_plans
 from hisvd_cli.calibration import Calibration
 from hisvd_cli.compress import Compressed, compress
+from hisvd_cli.model_card import write_card
 from hisvd_cli.plan import Plan
 from hisvd_cli.profile import Resolved, resolve
 from hisvd_cli.reporter import Silent
@@ -56,6 +57,7 @@ def compress_to(made: Bench, plan: Plan, output: Path, shard_bytes: int = 10**9)
         device=torch.device("cpu"),
         shard_bytes=shard_bytes,
         settings=resolved.recorded("model", "calibration", "plan", "compress"),
+        describe=lambda home, record: write_card(home, source, plan, record),
         reporter=Silent(),
     )
 

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation, Probe
 from hisvd_cli.allocate.waterfill import optimal_ranks
-from hisvd_cli.budget import Budget, Shape, break_even, full_rank, rank_of_share
+from hisvd_cli.budget import Budget, break_even, full_rank, rank_of_share
 from hisvd_cli.errors import NumericalError
 from hisvd_cli.lowrank import Storage
 from hisvd_cli.spectrum import Spectrum
+from hisvd_cli.sublayers import Shape
 
 _BETAS = (0.9, 0.99)
 _TINY = 1e-12

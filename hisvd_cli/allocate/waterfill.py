@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.allocate import ALLOCATORS, Allocation
-from hisvd_cli.budget import Budget, Shape, full_rank, is_dense
+from hisvd_cli.budget import Budget, full_rank, is_dense
 from hisvd_cli.hull import lower_hull
 from hisvd_cli.spectrum import Spectrum
+from hisvd_cli.sublayers import Shape
 
 
 @ALLOCATORS.register("waterfill")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from hisvd_cli.budget import Shape, break_even, full_rank
+from hisvd_cli.budget import break_even, full_rank
 from hisvd_cli.build.anatomy import Anatomy
 from hisvd_cli.byte_budget import BITS, Candidate, Choice, choices, spend, stored_bytes
 from hisvd_cli.byte_frontier import BUDGETS, frontier
@@ -17,7 +17,7 @@ from hisvd_cli.rounding_noise import Rounding
 from hisvd_cli.settings import PlanSettings, QuantizeSettings, Settings
 from hisvd_cli.source import Source
 from hisvd_cli.spectrum import Spectrum
-from hisvd_cli.sublayers import Sublayer, select
+from hisvd_cli.sublayers import Shape, Sublayer, select
 
 ALLOCATOR = "waterfill"
 """The method whose rule chooses rank and bits; others know no losses of bits."""

@@ -14,13 +14,13 @@ from hisvd_cli.artifact import standing_at
 from hisvd_cli.build.byte_budgets import bytes_ratio
 from hisvd_cli.build.output_names import check_place, inputs_of, refuse_inputs
 from hisvd_cli.checkpoint import PLAN_FILE
-from hisvd_cli.convert import load_pt
 from hisvd_cli.errors import OutputError, SourceError, UsageError
 from hisvd_cli.folder_record import read_record, recorded
 from hisvd_cli.own_files import foreign_files, is_own_folder
 from hisvd_cli.paths import ratio_name, slug
 from hisvd_cli.plan import load_plan
 from hisvd_cli.profile import Resolved
+from hisvd_cli.pt_parts import load_pt
 from hisvd_cli.settings import SECTIONS, flag_of
 from hisvd_cli.source import Source
 

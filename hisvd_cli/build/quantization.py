@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from hisvd_cli.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.compress import Compressed
 from hisvd_cli.device import pick_device, pick_dtype
 from hisvd_cli.errors import UsageError
+from hisvd_cli.model_card import rewrite_card
 from hisvd_cli.profile import Resolved
 from hisvd_cli.quantization import Recipe, Text, quantize, sublayer_names
 from hisvd_cli.quantized import dequantize
@@ -144,6 +146,7 @@ def quantize_checkpoint(
         text,
         shard_bytes=int(settings.compress.max_shard_size * 1e9),
         settings=resolved.recorded("quantize"),
+        describe=partial(rewrite_card, checkpoint.folder),
         reporter=reporter,
     )
 

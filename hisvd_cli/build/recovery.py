@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hisvd_cli.distributed import world
 from hisvd_cli.errors import SourceError, StaleArtifactError, UsageError
 from hisvd_cli.lessons import Lessons, load_lessons, windows_of
 from hisvd_cli.lowrank import FACTORS
+from hisvd_cli.model_card import rewrite_card
 from hisvd_cli.paths import digest, expanded
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.profile import Resolved
@@ -278,12 +280,14 @@ def _limited(lessons: Lessons, resolved: Resolved) -> Lessons:
 def run_recovery(recovery: Recovery, output: Path, reporter: Reporter) -> Recovered:
     """Train, and write the checkpoint ``output``. Raises HisvdError: see :func:`recover`."""
     resolved = recovery.resolved
+    checkpoint = open_checkpoint(recovery.student.folder)
     return recover(
-        open_checkpoint(recovery.student.folder),
+        checkpoint,
         lambda home: _train(recovery, home, reporter),
         output,
         record=_record(recovery),
         shard_bytes=int(resolved.settings.compress.max_shard_size * 1e9),
+        describe=partial(rewrite_card, checkpoint.folder),
     )
 
 

@@ -36,6 +36,7 @@ from hisvd_cli.corrections import BY_GRADIENT, correction
 from hisvd_cli.device import pick_device
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import UsageError
+from hisvd_cli.model_card import write_card
 from hisvd_cli.moments import exact_device
 from hisvd_cli.paths import digest
 from hisvd_cli.plan import Plan, load_plan
@@ -118,6 +119,7 @@ def factored(
         device=exact_device(pick_device(resolved.settings.model.device)),
         shard_bytes=int(knobs.max_shard_size * 1e9),
         settings=resolved.recorded(*RECORDED),
+        describe=lambda home, record: write_card(home, stage.source, stage.plan, record),
         reporter=reporter,
         history=stage.history,
         update=update,
