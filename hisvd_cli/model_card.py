@@ -24,7 +24,6 @@ from hisvd_cli.tensorfile import reason, write_text
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    from hisvd_cli.evaluate import PerplexityResult
 
 _PLAN = "plan.json"
 _TASK = "text-generation"
@@ -117,28 +116,6 @@ class CardResult:
     split: str | None = None
     dense: float | None = None
     details: Mapping[str, str | int | float] = field(default_factory=dict)
-
-
-def perplexity_results(
-    after: Sequence[PerplexityResult], before: Sequence[PerplexityResult] | None = None
-) -> list[CardResult]:
-    """Return perplexities as results for a card, those of the dense model beside them."""
-    return [
-        CardResult(
-            dataset=result.dataset,
-            metric="perplexity",
-            value=result.perplexity,
-            split=result.split,
-            dense=before[i].perplexity if before else None,
-            details={
-                "windows": result.windows,
-                "seqlen": result.seqlen,
-                "bos": result.bos,
-                "text_sha256": result.dataset_hash,
-            },
-        )
-        for i, result in enumerate(after)
-    ]
 
 
 def write_card(folder: Path, source: Source, plan: Plan, record: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from hisvd_cli.checksums import intact
 from hisvd_cli.corrected import corrected
 from hisvd_cli.distributed import building_together, world
 from hisvd_cli.errors import NumericalError
-from hisvd_cli.gradient_batches import BatchGradients
+from hisvd_cli.gradient_collector import BatchGradients
 from hisvd_cli.hidden_states import Place, StatesHome
 from hisvd_cli.lowrank import FACTORS, dense_product
 from hisvd_cli.reporter import Reporter

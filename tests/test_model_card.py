@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
+from hisvd_cli.build.cards import perplexity_results
 from hisvd_cli.build.conversion import convert_checkpoint
 from hisvd_cli.errors import SourceError
 from hisvd_cli.evaluate import PerplexityResult
-from hisvd_cli.model_card import CardResult, perplexity_results, update_card, write_card
+from hisvd_cli.model_card import CardResult, update_card, write_card
 from hisvd_cli.plan import Plan
 from hisvd_cli.source import Source
 from tests.workbench import bench, compress_to, plan_at, tree

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hisvd_cli.checkpoint import is_checkpoint
+from hisvd_cli.evaluate import PerplexityResult
 from hisvd_cli.grid import Evaluation, Grid
-from hisvd_cli.model_card import CardResult, perplexity_results, update_card
+from hisvd_cli.model_card import CardResult, update_card
 from hisvd_cli.paths import expanded
 from hisvd_cli.zero_shot import Score
 
@@ -26,6 +27,28 @@ def update_cards(grid: Grid) -> list[Path]:
             update_card(folder, _results(each, grid.baseline))
             updated.append(folder)
     return updated
+
+
+def perplexity_results(
+    after: Sequence[PerplexityResult], before: Sequence[PerplexityResult] | None = None
+) -> list[CardResult]:
+    """Return perplexities as results for a card, those of the dense model beside them."""
+    return [
+        CardResult(
+            dataset=result.dataset,
+            metric="perplexity",
+            value=result.perplexity,
+            split=result.split,
+            dense=before[i].perplexity if before else None,
+            details={
+                "windows": result.windows,
+                "seqlen": result.seqlen,
+                "bos": result.bos,
+                "text_sha256": result.dataset_hash,
+            },
+        )
+        for i, result in enumerate(after)
+    ]
 
 
 def _results(evaluation: Evaluation, baseline: Evaluation | None) -> list[CardResult]:

@@ -11,6 +11,7 @@ from typing import Any
 from hisvd_cli.audit import part
 from hisvd_cli.build.byte_budgets import bytes_ratio, rounded_by
 from hisvd_cli.build.calibration import ensure_calibration, named_source
+from hisvd_cli.build.cards import perplexity_results
 from hisvd_cli.build.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.build.memory import check_factoring, check_rounding, check_update
 from hisvd_cli.build.methods import decomposer_needs, plan_needs
@@ -43,7 +44,7 @@ from hisvd_cli.data import Text
 from hisvd_cli.distributed import world
 from hisvd_cli.errors import UsageError
 from hisvd_cli.evaluate import PerplexityResult, evaluation_windows
-from hisvd_cli.model_card import perplexity_results, update_card
+from hisvd_cli.model_card import update_card
 from hisvd_cli.plan import Plan, load_plan
 from hisvd_cli.profile import Resolved
 from hisvd_cli.reporter import Reporter
