@@ -6,7 +6,7 @@ transformers itself is imported), so that compressed folders load with plain ``f
 
 import importlib
 
-from hisvd_cli.import_hooks import when_imported
+from hisvd_cli.modeling.layers.import_hooks import when_imported
 
 __version__ = "0.1.0"
 
@@ -14,5 +14,5 @@ __version__ = "0.1.0"
 # Transformers and torch take seconds to import, and ``hisvd --help`` needs neither of them.
 when_imported(
     "transformers.quantizers.auto",
-    lambda _: importlib.import_module("hisvd_cli.transformers_plugin"),
+    lambda _: importlib.import_module("hisvd_cli.modeling.layers.transformers_plugin"),
 )

@@ -1,5 +1,5 @@
 """``python -m hisvd_cli``."""
 
-from hisvd_cli.app import main
+from hisvd_cli.cli.app import main
 
 main()

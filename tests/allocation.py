@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from hisvd_cli.budget import Budget
-from hisvd_cli.lowrank import Storage
-from hisvd_cli.spectrum import Spectrum
-from hisvd_cli.sublayers import Shape
+from hisvd_cli.allocation.budget import Budget
+from hisvd_cli.allocation.spectrum import Spectrum
+from hisvd_cli.modeling.layers.lowrank import Storage
+from hisvd_cli.modeling.sublayers import Shape
 
 KINDS: list[tuple[str, Shape]] = [("q", (12, 12)), ("k", (6, 12)), ("up", (20, 12))]
 

@@ -17,7 +17,7 @@ from typing import Any
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
-from hisvd_cli.app import app
+from hisvd_cli.cli.app import app
 from tests.models import random_text
 from tests.processes import Command
 

@@ -71,7 +71,7 @@ class Command:
 
 def _run(words: list[str], cwd: Path, env: dict[str, str], files: list[Path], code: str) -> None:
     """Be the process of a command."""
-    from hisvd_cli.app import main
+    from hisvd_cli.cli.app import main
 
     for stream, path in zip((sys.stdout, sys.stderr), files, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hisvd_cli.errors import UnsupportedModelError
-from hisvd_cli.source import open_source
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.utils.errors import UnsupportedModelError
 from tests.cli_helpers import fail, perplexity, succeed, text_file
 from tests.conftest import MakeModel
 from tests.models import edit_json, load_dense

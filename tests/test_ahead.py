@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from hisvd_cli.ahead import ahead
+from hisvd_cli.utils.prefetch import ahead
 
 
 def test_the_next_item_is_ready_while_one_is_worked_on() -> None:

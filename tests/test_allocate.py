@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from hisvd_cli.allocate import ALLOCATORS, Allocation
-from hisvd_cli.allocate.hisvd import MODULATIONS, cluster_tails
-from hisvd_cli.budget import Budget, break_even, cost
-from hisvd_cli.errors import UsageError
-from hisvd_cli.spectrum import Spectrum
+from hisvd_cli.allocation.budget import Budget, break_even, cost
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
+from hisvd_cli.allocation.methods.hisvd import MODULATIONS, cluster_tails
+from hisvd_cli.allocation.spectrum import Spectrum
+from hisvd_cli.utils.errors import UsageError
 
 KNOBS: dict[str, Any] = {
     "rank_method": "effective",

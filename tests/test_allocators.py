@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from hisvd_cli.allocate import ALLOCATORS, Allocation, Spectrum
-from hisvd_cli.allocate.waterfill import optimal_ranks
-from hisvd_cli.budget import Budget, break_even, full_rank, is_dense
-from hisvd_cli.errors import SourceError, UsageError
-from hisvd_cli.lowrank import LAYERS, Storage
+from hisvd_cli.allocation.budget import Budget, break_even, full_rank, is_dense
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Spectrum
+from hisvd_cli.allocation.methods.waterfill import optimal_ranks
+from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
+from hisvd_cli.utils.errors import SourceError, UsageError
 from tests.allocation import choices, least_loss, make_budget, make_spectra, spent, tail_losses
 
 SELECTIONS = ["zero-sum", "smallest", "negative-sum", "sigma", "loss-order"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.artifact import building, partial_path
-from hisvd_cli.errors import OutputError, SourceError
+from hisvd_cli.utils.errors import OutputError, SourceError
+from hisvd_cli.utils.files.artifact import building, partial_path
 from tests.models import names
 
 
@@ -79,7 +79,7 @@ def test_two_runs_in_one_process_do_not_meet(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from hisvd_cli.artifact import building
+from hisvd_cli.utils.files.artifact import building
 with building(Path(sys.argv[1]), "key") as partial:
     (partial / "done").touch()
     print("ready", flush=True)

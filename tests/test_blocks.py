@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
-from hisvd_cli.blocks import BlockWalk
-from hisvd_cli.errors import NumericalError, SourceError, UnsupportedModelError
-from hisvd_cli.skeleton import build_meta_model, decoder_blocks, tensor_names
-from hisvd_cli.source import open_source
+from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tensor_names
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.utils.errors import NumericalError, SourceError, UnsupportedModelError
 from tests.conftest import MakeModel
 from tests.models import (
     CONFIGS,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hisvd_cli.budget import (
+from hisvd_cli.allocation.budget import (
     Budget,
     break_even,
     cost,
@@ -17,9 +17,9 @@ from hisvd_cli.budget import (
     is_dense,
     rank_of_share,
 )
-from hisvd_cli.errors import BudgetError
-from hisvd_cli.lowrank import LAYERS, Storage
-from hisvd_cli.sublayers import Shape
+from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
+from hisvd_cli.modeling.sublayers import Shape
+from hisvd_cli.utils.errors import BudgetError
 
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 6
 

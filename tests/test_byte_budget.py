@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hisvd_cli.budget import full_rank
-from hisvd_cli.byte_budget import BITS, Candidate, Choice, choices, spend, stored_bytes
-from hisvd_cli.byte_frontier import Point, frontier
-from hisvd_cli.errors import BudgetError
-from hisvd_cli.metric import Metric
-from hisvd_cli.moments import Moment
-from hisvd_cli.plan import load_plan
-from hisvd_cli.rounding import round_nearest
-from hisvd_cli.rounding_noise import Diagonals, Rounding, diagonals, rounding
-from hisvd_cli.spectrum import weight_energy, whitened_energy
-from hisvd_cli.statistics import Channels, Gradient, Statistics
-from hisvd_cli.truncation import truncate
+from hisvd_cli.allocation.budget import full_rank
+from hisvd_cli.allocation.byte_budget import BITS, Candidate, Choice, choices, spend, stored_bytes
+from hisvd_cli.allocation.byte_frontier import Point, frontier
+from hisvd_cli.allocation.plan import load_plan
+from hisvd_cli.allocation.rounding_noise import Diagonals, Rounding, diagonals, rounding
+from hisvd_cli.allocation.spectrum import weight_energy, whitened_energy
+from hisvd_cli.compression.rounding import round_nearest
+from hisvd_cli.linalg.metric import Metric
+from hisvd_cli.linalg.moments import Moment
+from hisvd_cli.linalg.statistics import Channels, Gradient, Statistics
+from hisvd_cli.linalg.truncation import truncate
+from hisvd_cli.utils.errors import BudgetError
 from tests import schemas
 from tests.cli_helpers import QUICK, as_json, fail, succeed
 from tests.test_json import holds

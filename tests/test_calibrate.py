@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hisvd_cli import calibrate as module
-from hisvd_cli.artifact import partial_path
-from hisvd_cli.blocks import BlockWalk
-from hisvd_cli.calibrate import STATE_SECONDS, calibrate
-from hisvd_cli.calibration import (
+from hisvd_cli.calibration import calibrate as module
+from hisvd_cli.calibration.calibrate import STATE_SECONDS, calibrate
+from hisvd_cli.calibration.collector import Collector
+from hisvd_cli.calibration.store import (
     MANIFEST,
     Calibration,
     Sample,
@@ -32,16 +31,17 @@ from hisvd_cli.calibration import (
     calibration_key,
     open_calibration,
 )
-from hisvd_cli.collector import Collector
-from hisvd_cli.errors import (
+from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.utils.errors import (
     NumericalError,
     OutputError,
     SourceError,
     StaleArtifactError,
     UnsupportedModelError,
 )
-from hisvd_cli.reporter import Silent
-from hisvd_cli.source import open_source
+from hisvd_cli.utils.files.artifact import partial_path
+from hisvd_cli.utils.progress import Silent
 from tests.conftest import CACHE, MakeModel
 from tests.models import CONFIGS, load_dense, names, random_tokens
 
@@ -383,8 +383,8 @@ def test_a_stored_state_that_is_damaged_is_made_again(
 KILLED = """
 import sys, time
 from pathlib import Path
-from hisvd_cli import calibrate
-from hisvd_cli.blocks import BlockWalk
+from hisvd_cli.calibration import calibrate
+from hisvd_cli.modeling.block_walk import BlockWalk
 from tests.test_calibrate import run
 
 stop, real = int(sys.argv[3]), BlockWalk.advance

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hisvd_cli import __version__
-from hisvd_cli.build import calibration as build
+from hisvd_cli.pipelines import calibration as build
 from tests.cli_helpers import (
     QUICK,
     SCRIPT,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.presets import PRESETS
+from hisvd_cli.pipelines.config.presets import PRESETS
 from tests.cli_helpers import (
     QUICK,
     as_json,

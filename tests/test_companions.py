@@ -9,10 +9,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from hisvd_cli.checkpoint import open_checkpoint
-from hisvd_cli.companions import companions, is_companion
-from hisvd_cli.errors import SourceError
-from hisvd_cli.pt_parts import load_pt
+from hisvd_cli.inspection.pt_files import load_pt
+from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.modeling.sources.companions import companions, is_companion
+from hisvd_cli.utils.errors import SourceError
 from tests.cli_helpers import fail, hisvd, succeed
 from tests.conftest import MakeModel
 from tests.fake_hub import FakeHub

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.completions import FILES, script, write_scripts
+from hisvd_cli.cli.completions import FILES, script, write_scripts
 from tests.cli_helpers import SCRIPT, environment
 
 FOLDER = Path(__file__).parent.parent / "completions"
@@ -35,7 +35,7 @@ def run(shell: str, code: str) -> list[str]:
 @pytest.mark.parametrize("shell", FILES)
 def test_scripts_are_fresh(shell: str) -> None:
     made = (FOLDER / FILES[shell]).read_text(encoding="utf-8")
-    assert made == script(shell), "run: python -m hisvd_cli.completions completions/"
+    assert made == script(shell), "run: python -m hisvd_cli.cli.completions completions/"
 
 
 def test_scripts_are_written(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hisvd_cli.checkpoint import load_model, open_checkpoint
-from hisvd_cli.errors import OutputError, SourceError, StaleArtifactError
-from hisvd_cli.lowrank import LAYERS
-from hisvd_cli.plan import Plan
-from hisvd_cli.tensorfile import read_header, write_tensors
-from hisvd_cli.weights import Weights
+from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.modeling.checkpoint import load_model, open_checkpoint
+from hisvd_cli.modeling.layers.lowrank import LAYERS
+from hisvd_cli.modeling.sources.weights import Weights
+from hisvd_cli.utils.errors import OutputError, SourceError, StaleArtifactError
+from hisvd_cli.utils.files.tensorfile import read_header, write_tensors
 from tests.workbench import Bench, bench, compress_to, plan_at, tree
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -136,7 +136,7 @@ def test_a_run_that_failed_goes_on_after_its_last_block(
         written.append(path.name)
         write_tensors(path, tensors, metadata)
 
-    monkeypatch.setattr("hisvd_cli.compress.write_tensors", count)
+    monkeypatch.setattr("hisvd_cli.compression.factorize.write_tensors", count)
     limit = 3
     with pytest.raises(OutputError):
         compress_to(made, plan, tmp_path / "resumed")

@@ -9,8 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from hisvd_cli.build import compression, compression_grid
-from hisvd_cli.errors import NumericalError
+from hisvd_cli.pipelines.compressing import compression
+from hisvd_cli.pipelines.compressing import grid as compression_grid
+from hisvd_cli.utils.errors import NumericalError
 from tests import schemas
 from tests.cli_helpers import as_json, digests, fail, hisvd, succeed, text_file
 from tests.conftest import CACHE, MakeModel

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.corrections import Correction, correction
+from hisvd_cli.compression.corrections import Correction, correction
 
 Matrix = npt.NDArray[np.float64]
 METHODS: tuple[Correction, ...] = (

@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from hisvd_cli.checksums import BLANK, KEY, PLACE, intact, seal, sealed
-from hisvd_cli.evaluate import Sums
-from hisvd_cli.evaluation_store import Store
-from hisvd_cli.tensorfile import join_files, write_parts, write_tensors
+from hisvd_cli.evaluation.perplexity import Sums
+from hisvd_cli.evaluation.store import Store
+from hisvd_cli.utils.files.checksums import BLANK, KEY, PLACE, intact, seal, sealed
+from hisvd_cli.utils.files.tensorfile import join_files, write_parts, write_tensors
 from tests.cli_helpers import digests, environment, succeed, text_file
 from tests.conftest import MakeModel
 from tests.processes import Command
 
 KILLED = """
 import os, signal, sys
-from hisvd_cli import calibrate, gradients, tensorfile
-from hisvd_cli.app import main
+from hisvd_cli.calibration import calibrate
+from hisvd_cli.calibration import gradients
+from hisvd_cli.utils.files import tensorfile
+from hisvd_cli.cli.app import main
 
 pattern, left = sys.argv[1], int(sys.argv[2])
 remember = tensorfile.remember

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.data import (
+from hisvd_cli.calibration.data import (
     NAMED,
     HubSet,
     Purpose,
@@ -26,8 +26,8 @@ from hisvd_cli.data import (
     sample_windows,
     tokenize,
 )
-from hisvd_cli.errors import DataError
-from hisvd_cli.source import open_source
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.utils.errors import DataError
 from tests.conftest import MakeModel
 from tests.models import BOS, edit_json, names, random_text
 

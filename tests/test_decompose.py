@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.errors import SourceError, UsageError
-from hisvd_cli.moments import Moment, MomentSum, Side
-from hisvd_cli.spectrum import weight_energy, whitened_energy
-from hisvd_cli.statistics import Statistics
+from hisvd_cli.allocation.spectrum import weight_energy, whitened_energy
+from hisvd_cli.compression.methods import DECOMPOSERS
+from hisvd_cli.linalg.moments import Moment, MomentSum, Side
+from hisvd_cli.linalg.statistics import Statistics
+from hisvd_cli.utils.errors import SourceError, UsageError
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 

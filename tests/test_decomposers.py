@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.decompose.gfwsvd import DAMPING
-from hisvd_cli.eigen import leading
-from hisvd_cli.errors import NumericalError, SourceError, UsageError
-from hisvd_cli.metric import fisher_metric
-from hisvd_cli.moments import Moment, Side
-from hisvd_cli.spectrum import component_changes, fisher_energy
-from hisvd_cli.statistics import Channels, Gradient, Statistics, WeightGradients
-from hisvd_cli.truncation import decomposing, truncate
+from hisvd_cli.allocation.spectrum import component_changes, fisher_energy
+from hisvd_cli.compression.methods import DECOMPOSERS
+from hisvd_cli.compression.methods.gfwsvd import DAMPING
+from hisvd_cli.linalg.eigen import leading
+from hisvd_cli.linalg.metric import fisher_metric
+from hisvd_cli.linalg.moments import Moment, Side
+from hisvd_cli.linalg.statistics import Channels, Gradient, Statistics, WeightGradients
+from hisvd_cli.linalg.truncation import decomposing, truncate
+from hisvd_cli.utils.errors import NumericalError, SourceError, UsageError
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 

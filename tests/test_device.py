@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hisvd_cli import dtype_speed
-from hisvd_cli.device import pick_device, pick_dtype
-from hisvd_cli.errors import UsageError
-from hisvd_cli.paths import cache_root
-from hisvd_cli.source import open_source
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.utils import dtype_speed
+from hisvd_cli.utils.device import pick_device, pick_dtype
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.files.fingerprints import cache_root
 from tests.cli_helpers import as_json
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -15,23 +15,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hisvd_cli.artifact import partial_path
-from hisvd_cli.calibration import block_file
-from hisvd_cli.distributed import World, own_gpu, share_by_cost
-from hisvd_cli.errors import SourceError, UsageError
-from hisvd_cli.hidden_states import StatesHome
-from hisvd_cli.rows import Checkpoints, RowFiles
-from hisvd_cli.tensorfile import AGAIN
+from hisvd_cli.calibration.store import block_file
+from hisvd_cli.modeling.hidden_states import StatesHome
+from hisvd_cli.modeling.rows import Checkpoints, RowFiles
+from hisvd_cli.utils.distributed import World, own_gpu, share_by_cost
+from hisvd_cli.utils.errors import SourceError, UsageError
+from hisvd_cli.utils.files.artifact import partial_path
+from hisvd_cli.utils.files.tensorfile import AGAIN
 from tests.cli_helpers import digests, environment, succeed, text_file, two_lines
 from tests.models import save_model
 from tests.workbench import tree
 
 WORKER = """
 import os, signal
-from hisvd_cli import compress
-from hisvd_cli.app import main
-from hisvd_cli.blocks import BlockWalk
-from hisvd_cli.errors import NumericalError
+from hisvd_cli.compression import factorize as compress
+from hisvd_cli.cli.app import main
+from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.utils.errors import NumericalError
 
 advance = BlockWalk.advance
 
@@ -248,7 +248,7 @@ def test_rows_are_read_from_files_of_any_processes(tmp_path: Path) -> None:
 def test_nothing_of_a_run_that_ended_well_is_at_work_when_python_ends() -> None:
     script = """
         import threading
-        from hisvd_cli.lost import guarding
+        from hisvd_cli.utils.watchdog import guarding
         for _ in range(2):
             with guarding(print):
                 assert threading.active_count() == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hisvd_cli.efficiency import (
+from hisvd_cli.evaluation.efficiency import (
     AliveBytes,
     Runner,
     TimedWork,

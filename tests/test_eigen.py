@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.eigen import leading
-from hisvd_cli.products import (
+from hisvd_cli.linalg.eigen import leading
+from hisvd_cli.linalg.products import (
     congruence,
     filled,
     gram,
@@ -19,8 +19,8 @@ from hisvd_cli.products import (
     triangular_congruence,
     triangular_product,
 )
-from hisvd_cli.subspace import EXCESS, leading_subspace
-from hisvd_cli.tridiagonal import leading_part
+from hisvd_cli.linalg.subspace import EXCESS, leading_subspace
+from hisvd_cli.linalg.tridiagonal import leading_part
 from tests.test_precision import draw, psd
 
 

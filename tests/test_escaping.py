@@ -19,11 +19,11 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 
-from hisvd_cli.console import Console
-from hisvd_cli.errors import HisvdError
-from hisvd_cli.escaping import markdown_code, markdown_text, printable, spreadsheet_cell
-from hisvd_cli.libraries import calm_libraries
-from hisvd_cli.model_card import CardResult, update_card
+from hisvd_cli.cli.console import Console
+from hisvd_cli.cli.libraries import calm_libraries
+from hisvd_cli.export.model_card import CardResult, update_card
+from hisvd_cli.utils.errors import HisvdError
+from hisvd_cli.utils.escaping import markdown_code, markdown_text, printable, spreadsheet_cell
 from tests.cli_helpers import SCRIPT, environment, fail, hisvd, script, succeed
 from tests.conftest import MakeModel
 from tests.models import edit_json

@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from hisvd_cli import passes
-from hisvd_cli.build import measuring
+from hisvd_cli.modeling import passes
+from hisvd_cli.pipelines.evaluating import measuring
 from tests import schemas
 from tests.cli_helpers import as_json, fail, hisvd, succeed, text_file
 from tests.models import save_model, save_tokenizer

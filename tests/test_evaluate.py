@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from hisvd_cli import measurement
-from hisvd_cli.data import Text, load_text, token_ends
-from hisvd_cli.divergence import token_divergences
-from hisvd_cli.errors import DataError
-from hisvd_cli.evaluate import (
+from hisvd_cli.calibration.data import Text, load_text, token_ends
+from hisvd_cli.evaluation import measurement
+from hisvd_cli.evaluation.intervals import BLOCK, block_sums
+from hisvd_cli.evaluation.measurement import Measurement, measure
+from hisvd_cli.evaluation.perplexity import (
     PerplexityResult,
     Sums,
     Windows,
@@ -24,11 +24,12 @@ from hisvd_cli.evaluate import (
     evaluation_windows,
     result_of,
 )
-from hisvd_cli.evaluation_store import Store
-from hisvd_cli.intervals import BLOCK, block_sums
-from hisvd_cli.measurement import Measurement, measure
-from hisvd_cli.passes import FinalStates, Output, Pass, Placement, open_head, open_pass
-from hisvd_cli.source import DEMO_FOLDER, open_source
+from hisvd_cli.evaluation.store import Store
+from hisvd_cli.modeling.divergence import token_divergences
+from hisvd_cli.modeling.passes import FinalStates, Output, Pass, Placement, open_head, open_pass
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.sources.source import DEMO_FOLDER
+from hisvd_cli.utils.errors import DataError
 from tests.conftest import MakeModel
 from tests.models import random_text, random_tokens
 

@@ -19,9 +19,14 @@ import pytest
 import torch
 from torch import nn
 
-from hisvd_cli import foreign, unpickle
-from hisvd_cli.errors import SourceError
-from hisvd_cli.foreign import ForeignCheckpoint, ForeignTensor, find_pairs, read_foreign
+from hisvd_cli.modeling.pickles import foreign, unpickle
+from hisvd_cli.modeling.pickles.foreign import (
+    ForeignCheckpoint,
+    ForeignTensor,
+    find_pairs,
+    read_foreign,
+)
+from hisvd_cli.utils.errors import SourceError
 
 # The legacy format wants the classes' source, which those made below do not have.
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
@@ -767,5 +772,5 @@ def test_module_inside_itself_ends(tmp_path: Path) -> None:
 
 
 def test_library_imports_no_torch() -> None:
-    check = "import sys, hisvd_cli.foreign; assert 'torch' not in sys.modules"
+    check = "import sys, hisvd_cli.modeling.pickles.foreign; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

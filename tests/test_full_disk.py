@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hisvd_cli.errors import OutputError
-from hisvd_cli.hidden_states import reserve
-from hisvd_cli.tensorfile import serializing
+from hisvd_cli.modeling.hidden_states import reserve
+from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.files.tensorfile import serializing
 from tests.cli_helpers import QUICK, SCRIPT, environment, succeed, two_lines
 
 

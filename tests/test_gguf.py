@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from hisvd_cli.errors import SourceError
-from hisvd_cli.paths import cache_root
-from hisvd_cli.source import open_source
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.utils.errors import SourceError
+from hisvd_cli.utils.files.fingerprints import cache_root
 from tests.conftest import MakeModel
 from tests.models import random_text
 

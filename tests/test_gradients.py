@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.block_inputs import INPUTS
-from hisvd_cli.blocks import BlockWalk
-from hisvd_cli.calibrate import STATE_SECONDS, calibrate
-from hisvd_cli.calibration import GRADIENTS, Calibration, Sample, open_calibration
-from hisvd_cli.errors import NumericalError, SourceError
-from hisvd_cli.gradients import measure_gradients
-from hisvd_cli.reporter import Silent
-from hisvd_cli.source import open_source
-from hisvd_cli.statistics import Statistics
+from hisvd_cli.calibration.block_inputs import INPUTS
+from hisvd_cli.calibration.calibrate import STATE_SECONDS, calibrate
+from hisvd_cli.calibration.gradients import measure_gradients
+from hisvd_cli.calibration.store import GRADIENTS, Calibration, Sample, open_calibration
+from hisvd_cli.linalg.statistics import Statistics
+from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.utils.errors import NumericalError, SourceError
+from hisvd_cli.utils.progress import Silent
 from tests.conftest import MakeModel
 from tests.models import CONFIGS, load_dense, names, random_tokens
 
@@ -271,7 +271,9 @@ def test_a_loss_that_is_not_finite_is_refused(
     folder = tiny_model("llama")
     calibration = calibrated(folder, tmp_path / "c")
     monkeypatch.setattr(BlockWalk, "reverse", lambda _s, _i, part, _g: part * float("nan"))
-    monkeypatch.setattr("hisvd_cli.gradient_collector.GradientCollector.means", _nan_means)
+    monkeypatch.setattr(
+        "hisvd_cli.calibration.gradient_collector.GradientCollector.means", _nan_means
+    )
     with pytest.raises(NumericalError, match="NaN"):
         add_gradients(folder, calibration)
     assert open_calibration(calibration.folder).gradients is None

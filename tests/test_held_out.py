@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.errors import SourceError
-from hisvd_cli.held_out import held_out_energy, held_out_losses
-from hisvd_cli.moments import Moment
-from hisvd_cli.spectrum import held_out_fisher_energy
-from hisvd_cli.statistics import Channels, Gradient, Statistics
+from hisvd_cli.allocation.held_out import held_out_energy, held_out_losses
+from hisvd_cli.allocation.spectrum import held_out_fisher_energy
+from hisvd_cli.compression.methods import DECOMPOSERS
+from hisvd_cli.linalg.moments import Moment
+from hisvd_cli.linalg.statistics import Channels, Gradient, Statistics
+from hisvd_cli.utils.errors import SourceError
 
 SHAPES = [(20, 34), (34, 20), (26, 26)]
 SHRINKAGE = {"input_shrinkage": 0.05, "output_shrinkage": 0.2}

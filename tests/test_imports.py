@@ -5,125 +5,117 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 import hisvd_cli
 
 PACKAGE = Path(hisvd_cli.__file__).parent
-MATHS = [
-    *("budget.py", "spectrum.py", "moments.py", "statistics.py", "metric.py", "held_out.py"),
-    *(
-        "lowrank.py",
-        "registry.py",
-        "hull.py",
-        "pivot.py",
-        "eigen.py",
-        "precision.py",
-        "truncation.py",
-    ),
-    *("ahead.py", "blas.py", "products.py", "subspace.py", "tridiagonal.py"),
-    *("corrections.py", "updates.py", "quantized.py", "rounding.py"),
-    *("intervals.py", "divergence.py"),
-    *("byte_budget.py", "byte_frontier.py", "rounding_noise.py"),
-    *(f"allocate/{path.name}" for path in sorted((PACKAGE / "allocate").glob("*.py"))),
-    *(f"decompose/{path.name}" for path in sorted((PACKAGE / "decompose").glob("*.py"))),
-]
-INTERFACE = (
-    "commands",
-    "app",
-    "options",
-    "profile",
-    "profile_search",
-    "settings",
-    "presets",
-    "console",
-    "streams",
-    "views",
-    "plan_views",
-    "byte_views",
-    "profile_views",
-    "charts",
-    "evaluation_views",
-    "efficiency_views",
+ROOMS = (
+    *("utils", "linalg", "modeling", "calibration", "allocation", "compression", "finetuning"),
+    *("inspection", "export", "evaluation", "pipelines", "cli", "demo"),
 )
+"""In the order of imports: each may import from those before it, and from itself."""
+MATHS = ("linalg/", "allocation/methods/", "compression/methods/")
+"""Import torch, one another, and what :data:`_PLAIN` names."""
+_PLAIN = {
+    *("utils.errors", "utils.registry", "utils.prefetch"),
+    *("allocation.budget", "allocation.spectrum", "modeling.layers.lowrank", "modeling.sublayers"),
+}
+_MOST_FILES = 12
 
 
-def modules() -> list[str]:
-    return [str(path.relative_to(PACKAGE)) for path in sorted(PACKAGE.rglob("*.py"))]
+def sources() -> dict[str, str]:
+    """Return the Python code of the package by path."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    assert len(paths) > 150
+    return {p.relative_to(PACKAGE).as_posix(): p.read_text(encoding="utf-8") for p in paths}
 
 
-def imports(module: str) -> Iterator[str]:
-    """Yield the full name of each module that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))):
+def name_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(path: str, code: str) -> Iterator[str]:
+    """Yield the full name of what a file imports, of each name if from a package."""
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # A file that travels with checkpoints names its neighbours relatively.
-            yield f"{PACKAGE.name}.{node.module}" if node.level else str(node.module)
+            beside = f"{PACKAGE.name}.{name_of(path).rpartition('.')[0]}."
+            yield from (f"{beside * node.level}{node.module}.{alias.name}" for alias in node.names)
 
 
-def own(name: str) -> str | None:
-    """Return the part of a name below the package: ``allocate.hisvd``."""
-    head, _, rest = name.partition(".")
-    return rest if head == PACKAGE.name else None
+def graph() -> dict[str, set[str]]:
+    """Return module → the modules of the package that it imports, anywhere in it."""
+    code = sources()
+    known = set(map(name_of, code)) - {"__init__"}
+    found: dict[str, set[str]] = {}
+    for path, text in code.items():
+        own = (n.split(".", 1)[1] for n in imports(path, text) if n.startswith("hisvd_cli."))
+        found[name_of(path)] = {
+            name if name in known else name.rpartition(".")[0] for name in own
+        } - {"", "__version__"}
+        assert found[name_of(path)] <= known, path
+    return found
 
 
-def test_the_maths_is_all_there() -> None:
-    assert all((PACKAGE / module).is_file() for module in MATHS)
-    assert len(MATHS) > 8
+def test_rooms_import_in_one_direction() -> None:
+    rank = {room: i for i, room in enumerate(ROOMS)}
+    rank |= {"__init__": len(ROOMS), "__main__": len(ROOMS)}
+    for module, used in graph().items():
+        for name in used:
+            head, other = module.split(".")[0], name.split(".")[0]
+            assert head in rank, f"{module}: no room of that name is known"
+            assert rank[other] <= rank[head], f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("module", MATHS)
-def test_maths_imports_torch_and_itself_alone(module: str) -> None:
-    maths = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in MATHS}
-    for name in imports(module):
-        below = own(name)
-        if below is None:
-            known = {
-                *sys.stdlib_module_names,
-                "torch",
-                *(["numpy", "scipy"] if module in {"blas.py", "tridiagonal.py"} else []),
-            }
-            assert name.split(".")[0] in known, name
-        else:
-            assert below in {*maths, "errors"}, name
+def test_modules_import_in_no_circle() -> None:
+    TopologicalSorter(graph()).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("module", modules())
-def test_only_the_interface_knows_the_interface(module: str) -> None:
-    """The builders take settings apart; nothing below them sees a profile or a terminal."""
-    if module.split("/")[0].removesuffix(".py") in {*INTERFACE, "__main__", "completions"}:
-        return
-    allowed = {"profile", "settings"} if module.startswith("build/") else set[str]()
-    known = {(own(name) or "").split(".")[0] for name in imports(module)}
-    assert known & set(INTERFACE) <= allowed
-    if not module.startswith("build/"):
-        assert "build" not in known
+def test_rooms_are_small() -> None:
+    rooms = Counter(
+        str(Path(path).parent) for path in sources() if not path.endswith("__init__.py")
+    )
+    assert [room for room, files in rooms.items() if files > _MOST_FILES] == []
 
 
-@pytest.mark.parametrize("module", modules())
-def test_only_the_console_prints(module: str) -> None:
-    if module in {"console.py", "demo/train.py"}:  # the latter is a script that nothing imports
-        return
-    for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called != "print"
-            assert not called.startswith(("sys.stdout", "sys.stderr"))
+def test_the_maths_imports_torch_and_itself_alone() -> None:
+    allowed = {*sys.stdlib_module_names, "torch"}
+    seen = 0
+    for path, code in sources().items():
+        if not path.startswith(MATHS):
+            continue
+        seen += 1
+        for name in imports(path, code):
+            head, _, below = name.partition(".")
+            if head == PACKAGE.name:
+                inside = below.replace(".", "/").startswith(tuple(m.rstrip("/") for m in MATHS))
+                assert inside or below.rpartition(".")[0] in _PLAIN, f"{path} imports {name}"
+            else:
+                numeric = {"numpy", "scipy"} if path.startswith("linalg/") else set()
+                assert head in allowed | numeric, f"{path} imports {name}"
+    assert seen > 25
 
 
-@pytest.mark.parametrize("module", modules())
-def test_click_is_not_imported(module: str) -> None:
-    """Typer brings a copy of its own."""
-    assert not any(name.split(".")[0] == "click" for name in imports(module))
+def test_only_the_console_prints_and_nothing_imports_click() -> None:
+    """Typer brings a copy of click of its own."""
+    for path, code in sources().items():
+        assert not any(name.split(".")[0] == "click" for name in imports(path, code)), path
+        if path in {"cli/console.py", "demo/train.py"}:  # the latter is a script
+            continue
+        for node in ast.walk(ast.parse(code)):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called != "print", path
+            assert not called.startswith(("sys.stdout", "sys.stderr")), path
 
 
 def test_the_command_line_loads_no_library_before_it_needs_it() -> None:
     code = (
-        "import sys, hisvd_cli.app\n"
+        "import sys, hisvd_cli.cli.app\n"
         "heavy = {'torch', 'transformers', 'datasets', 'safetensors', 'numpy', 'huggingface_hub'}\n"
         "sys.exit(' '.join(sorted(heavy & set(sys.modules))) or None)\n"
     )

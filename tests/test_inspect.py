@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hisvd_cli.lowrank import LAYERS
+from hisvd_cli.modeling.layers.lowrank import LAYERS
 from tests.cli_helpers import as_json, fail, hisvd, succeed, text_file
 from tests.conftest import MakeModel
 from tests.models import edit_json

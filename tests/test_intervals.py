@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hisvd_cli.intervals import (
+from hisvd_cli.evaluation.intervals import (
     BLOCK,
     FEWEST_UNITS,
     FEWEST_WINDOWS,

@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.budget import cost
-from hisvd_cli.lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, factor_shapes
-from hisvd_cli.pivot import pivoted
+from hisvd_cli.allocation.budget import cost
+from hisvd_cli.linalg.pivoting import pivoted
+from hisvd_cli.modeling.layers.lowrank import (
+    FACTORS,
+    LAYERS,
+    LowRankLinear,
+    PivotedLinear,
+    factor_shapes,
+)
 
 M, N, RANK = 12, 20, 5  # y = W x, W [12, 20]
 
@@ -129,7 +135,7 @@ def test_wide_pivoted_outputs_are_those_of_the_product(
     shape: tuple[int, ...], gathered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if gathered:
-        monkeypatch.setattr("hisvd_cli.lowrank._MULTIPLICATIONS", 0)
+        monkeypatch.setattr("hisvd_cli.modeling.layers.lowrank._MULTIPLICATIONS", 0)
     u, v, _ = factors()
     layer = layer_of(v.T.contiguous(), u.T.contiguous(), torch.arange(N).double(), "pivoted")
     x = torch.randn(shape, dtype=torch.float64)
@@ -145,7 +151,7 @@ def test_many_tokens_at_once_are_what_they_are_one_by_one(
     size: tuple[int, int], with_bias: bool, gathered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if gathered:
-        monkeypatch.setattr("hisvd_cli.lowrank._MULTIPLICATIONS", 0)
+        monkeypatch.setattr("hisvd_cli.modeling.layers.lowrank._MULTIPLICATIONS", 0)
     (m, n), generator = size, torch.Generator().manual_seed(0)
     u, v, b, x = (
         torch.randn(shape, generator=generator, dtype=torch.float64)

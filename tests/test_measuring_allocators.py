@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from hisvd_cli.allocate import ALLOCATORS, Allocation, Spectrum
-from hisvd_cli.budget import Budget, break_even, full_rank
-from hisvd_cli.errors import NumericalError
-from hisvd_cli.lowrank import LAYERS, Storage
-from hisvd_cli.sublayers import Shape
+from hisvd_cli.allocation.budget import Budget, break_even, full_rank
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Spectrum
+from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
+from hisvd_cli.modeling.sublayers import Shape
+from hisvd_cli.utils.errors import NumericalError
 from tests.allocation import choices, least_loss, make_budget, make_spectra, spent, tail_losses
 
 GRID = [0.2, 0.4, 0.6, 0.8]

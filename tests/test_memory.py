@@ -13,21 +13,21 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hisvd_cli.artifact import partial_path
-from hisvd_cli.blocks import BlockWalk
-from hisvd_cli.calibrate import calibrate
-from hisvd_cli.calibration import Calibration, Sample
-from hisvd_cli.errors import MemoryLimitError, OutputError, SourceError
-from hisvd_cli.gradients import measure_gradients
-from hisvd_cli.hidden_states import Place, StatesHome
-from hisvd_cli.memory_bounds import MemoryBounds, parse_bounds
-from hisvd_cli.placement import fit
-from hisvd_cli.reporter import Silent
-from hisvd_cli.rows import RowFiles
-from hisvd_cli.source import open_source
-from hisvd_cli.sublayers import Sublayer
-from hisvd_cli.tensorfile import AGAIN, write_tensors
-from hisvd_cli.workload import IMPORTS_BYTES, Peak, Workload, calibration_peak
+from hisvd_cli.calibration.calibrate import calibrate
+from hisvd_cli.calibration.gradients import measure_gradients
+from hisvd_cli.calibration.store import Calibration, Sample
+from hisvd_cli.calibration.workload import IMPORTS_BYTES, Peak, Workload, calibration_peak
+from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.modeling.hidden_states import Place, StatesHome
+from hisvd_cli.modeling.rows import RowFiles
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.pipelines.memory.placement import fit
+from hisvd_cli.utils.errors import MemoryLimitError, OutputError, SourceError
+from hisvd_cli.utils.files.artifact import partial_path
+from hisvd_cli.utils.files.tensorfile import AGAIN, write_tensors
+from hisvd_cli.utils.memory_bounds import MemoryBounds, parse_bounds
+from hisvd_cli.utils.progress import Silent
 from tests.cli_helpers import (
     QUICK,
     as_json,
@@ -189,8 +189,10 @@ BOUND = ("--max-memory", "64GB", "--quiet")
 WATCHED = """
 import re, sys
 from pathlib import Path
-from hisvd_cli import app, placement
-from hisvd_cli.build import memory, whole_models
+from hisvd_cli.cli import app
+from hisvd_cli.pipelines.memory import placement
+from hisvd_cli.pipelines.memory import bounds as memory
+from hisvd_cli.pipelines.memory import whole_models
 
 estimates = []
 def watched(peak, bounds, device, real=placement.excess):
@@ -359,11 +361,11 @@ SAMPLES, SEQLEN, WIDTH = 1024, 256, 64
 STATES = SAMPLES * SEQLEN * WIDTH * 4
 LIMITED = f"""
 import resource, sys
-from hisvd_cli import app
-from hisvd_cli.build import calibration
-from hisvd_cli.build.compression import compress_model
-from hisvd_cli.skeleton import build_meta_model
-from hisvd_cli.source import open_source
+from hisvd_cli.cli import app
+from hisvd_cli.pipelines import calibration
+from hisvd_cli.pipelines.compressing.compression import compress_model
+from hisvd_cli.modeling.skeleton import build_meta_model
+from hisvd_cli.modeling.sources.opening import open_source
 from tests.test_memory import random_sample
 
 # Tokenizing as much text would take memory of its own.
@@ -433,7 +435,7 @@ def test_under_a_hard_limit_a_bounded_run_ends_with_the_same_bytes_and_no_other_
     code, told = limited(tmp_path / "bounded", *words(model, "--max-memory", "450MB", "--verbose"))
     assert code == 0, told
     assert "hidden states (67 MB) are kept in a file" in told
-    monkeypatch.setattr("hisvd_cli.build.calibration.draw_sample", lambda *_: random_sample())
+    monkeypatch.setattr("hisvd_cli.pipelines.calibration.draw_sample", lambda *_: random_sample())
     succeed(*words(model))  # without any limit
     assert len(digests(here)) > 8
     assert digests(here) == digests(tmp_path / "bounded")

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
-from hisvd_cli.build.cards import perplexity_results
-from hisvd_cli.build.conversion import convert_checkpoint
-from hisvd_cli.errors import SourceError
-from hisvd_cli.evaluate import PerplexityResult
-from hisvd_cli.model_card import CardResult, update_card, write_card
-from hisvd_cli.plan import Plan
-from hisvd_cli.source import Source
+from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.evaluation.perplexity import PerplexityResult
+from hisvd_cli.export.model_card import CardResult, update_card, write_card
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.conversion import convert_checkpoint
+from hisvd_cli.pipelines.evaluating.cards import perplexity_results
+from hisvd_cli.utils.errors import SourceError
 from tests.workbench import bench, compress_to, plan_at, tree
 
 RESULT = PerplexityResult("wikitext2", "test", 27.48876, 2046, 2, 1024, "none", "ab" * 32, [])

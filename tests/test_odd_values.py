@@ -13,16 +13,16 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
 
-from hisvd_cli.artifact import building, partial_path
-from hisvd_cli.checkpoint import Checkpoint
-from hisvd_cli.errors import SourceError
-from hisvd_cli.evaluation_store import Store
-from hisvd_cli.json_files import parse_json
-from hisvd_cli.paths import cache_root, file_digest
-from hisvd_cli.plan import load_plan
-from hisvd_cli.settings import SECTIONS, item_of, kind_of
-from hisvd_cli.tensorfile import read_header
-from hisvd_cli.transformers_plugin import HiSVDConfig
+from hisvd_cli.allocation.plan import load_plan
+from hisvd_cli.evaluation.store import Store
+from hisvd_cli.modeling.checkpoint import Checkpoint
+from hisvd_cli.modeling.layers.transformers_plugin import HiSVDConfig
+from hisvd_cli.pipelines.config.settings import SECTIONS, item_of, kind_of
+from hisvd_cli.utils.errors import SourceError
+from hisvd_cli.utils.files.artifact import building, partial_path
+from hisvd_cli.utils.files.fingerprints import cache_root, file_digest
+from hisvd_cli.utils.files.json_files import parse_json
+from hisvd_cli.utils.files.tensorfile import read_header
 from tests.cli_helpers import fail, hisvd, succeed, text_file, two_lines
 from tests.conftest import MakeModel
 from tests.models import edit_json
@@ -363,7 +363,7 @@ def test_a_damaged_tokenizer(name: str, content: str, model: Path) -> None:
 
 
 def test_a_layer_of_the_plugin_refuses_a_rank_beyond_its_matrix(tiny_model: MakeModel) -> None:
-    from hisvd_cli.transformers_plugin import replace_linears
+    from hisvd_cli.modeling.layers.transformers_plugin import replace_linears
     from tests.models import load_dense
 
     model = load_dense(tiny_model("llama"))

@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from hisvd_cli.settings import SECTIONS, choices_of, flag_of, kind_of
+from hisvd_cli.pipelines.config.settings import SECTIONS, choices_of, flag_of, kind_of
 from tests.cli_helpers import as_json, environment, hisvd, succeed
 
 COMMANDS = {
@@ -153,7 +153,7 @@ def test_show_profile_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_values_are_completed_without_torch(words: str, expected: list[str]) -> None:
     code = (
         "import sys\n"
-        "from hisvd_cli.app import app\n"
+        "from hisvd_cli.cli.app import app\n"
         "try: app(prog_name='hisvd')\n"
         "finally: sys.stderr.write(' '.join({'torch', 'transformers'} & set(sys.modules)))\n"
     )

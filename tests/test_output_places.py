@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli import text_output
-from hisvd_cli.artifact import building
-from hisvd_cli.build.output_names import check_place
-from hisvd_cli.errors import OutputError
-from hisvd_cli.paths import ratio_name, slug
+from hisvd_cli.pipelines.output_names import check_place
+from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.files import text_output
+from hisvd_cli.utils.files.artifact import building
+from hisvd_cli.utils.files.fingerprints import ratio_name, slug
 from tests.cli_helpers import (
     QUICK,
     SCRIPT,
@@ -180,14 +180,14 @@ def test_a_kill_in_the_swap_loses_nothing_that_was_put_there_meanwhile(
 def test_what_comes_to_stand_at_the_output_during_the_calibration_is_kept(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hisvd_cli.build.calibration import ensure_calibration
+    from hisvd_cli.pipelines.calibration import ensure_calibration
 
     def calibrate(*words: object, **named: object) -> object:
         (here / "out").mkdir()
         (here / "out" / "mine").write_text("1")
         return ensure_calibration(*words, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("hisvd_cli.build.compression.ensure_calibration", calibrate)
+    monkeypatch.setattr("hisvd_cli.pipelines.compressing.compression.ensure_calibration", calibrate)
     message, _ = fail(*COMPRESS, "--output", "out")
     assert "out is not empty" in message
     assert names(here / "out") == ["mine"]
@@ -252,7 +252,7 @@ def test_a_link_into_a_folder_that_takes_no_files_is_refused_before_the_work(
 
 
 def test_a_default_name_is_short_enough(here: Path) -> None:
-    from hisvd_cli.source import DEMO_FOLDER
+    from hisvd_cli.modeling.sources.source import DEMO_FOLDER
 
     model = here / ("m" * 250)
     shutil.copytree(DEMO_FOLDER, model)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.artifact import building
+from hisvd_cli.utils.files.artifact import building
 from tests.cli_helpers import (
     QUICK,
     as_json,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.errors import SourceError
-from hisvd_cli.paths import cache_root, digest, file_digest, slug
+from hisvd_cli.utils.errors import SourceError
+from hisvd_cli.utils.files.fingerprints import cache_root, digest, file_digest, slug
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hisvd_cli.lowrank import LowRankLinear
+from hisvd_cli.modeling.layers.lowrank import LowRankLinear
 from tests.cli_helpers import QUICK, environment, succeed
 from tests.models import random_tokens
 
@@ -210,7 +210,7 @@ def test_the_code_of_a_checkpoint_does_not_require_peft() -> None:
     """Transformers asks for whatever the code of a repository imports outside of ``try``."""
     from transformers.dynamic_module_utils import get_imports
 
-    from hisvd_cli.transformers_plugin import remote_code_files
+    from hisvd_cli.modeling.layers.transformers_plugin import remote_code_files
 
     for path in remote_code_files().values():
         assert {"peft", "hisvd_cli"}.isdisjoint(get_imports(path)), path

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.pivot import pivoted
+from hisvd_cli.linalg.pivoting import pivoted
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

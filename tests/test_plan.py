@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.build.plans import make_plans
-from hisvd_cli.errors import BudgetError, SourceError, UsageError
-from hisvd_cli.plan import load_plan
-from hisvd_cli.profile import resolve
-from hisvd_cli.reporter import Silent
-from hisvd_cli.source import open_source
+from hisvd_cli.allocation.plan import load_plan
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.planning.plans import make_plans
+from hisvd_cli.utils.errors import BudgetError, SourceError, UsageError
+from hisvd_cli.utils.progress import Silent
 from tests.workbench import Bench, bench, plan_at
 
 

@@ -34,9 +34,9 @@ from transformers import (
 )
 
 import hisvd_cli
-from hisvd_cli.lowrank import FACTORS, LAYERS, LowRankLinear
-from hisvd_cli.pivot import pivoted
-from hisvd_cli.transformers_plugin import (
+from hisvd_cli.linalg.pivoting import pivoted
+from hisvd_cli.modeling.layers.lowrank import FACTORS, LAYERS, LowRankLinear
+from hisvd_cli.modeling.layers.transformers_plugin import (
     AUTO_MAP,
     FORMAT_VERSIONS,
     MODELING_FILE,
@@ -610,7 +610,7 @@ assert not heavy, heavy
     [
         "import hisvd_cli, transformers",
         "import transformers.quantizers.auto, hisvd_cli",
-        "import hisvd_cli.transformers_plugin",
+        "import hisvd_cli.modeling.layers.transformers_plugin",
     ],
 )
 def test_any_order_of_imports_registers_once(imports: str, tmp_path: Path) -> None:
@@ -621,7 +621,7 @@ finders = list(sys.meta_path)
 import importlib.util
 importlib.util.find_spec("transformers.quantizers.auto")  # a mere look must not use up the hook
 from transformers.quantizers import auto
-from hisvd_cli.transformers_plugin import HiSVDConfig, HiSVDQuantizer
+from hisvd_cli.modeling.layers.transformers_plugin import HiSVDConfig, HiSVDQuantizer
 assert auto.AUTO_QUANTIZER_MAPPING["hisvd"] is HiSVDQuantizer
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["hisvd"] is HiSVDConfig
 assert "hisvd_cli" not in type(auto.__loader__).__module__

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli import precision
-from hisvd_cli.eigen import Solver
-from hisvd_cli.metric import Metric, triangular_root
-from hisvd_cli.moments import Moment, Side
-from hisvd_cli.precision import energies_in, truncate_in
-from hisvd_cli.truncation import energies, truncate
+from hisvd_cli.linalg import precision
+from hisvd_cli.linalg.eigen import Solver
+from hisvd_cli.linalg.metric import Metric, triangular_root
+from hisvd_cli.linalg.moments import Moment, Side
+from hisvd_cli.linalg.precision import energies_in, truncate_in
+from hisvd_cli.linalg.truncation import energies, truncate
 
 SHAPES = [(48, 48), (40, 96), (96, 40)]
 

@@ -9,13 +9,19 @@ from typing import get_args
 
 import pytest
 
-from hisvd_cli.allocate import ALLOCATORS
-from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.errors import UsageError
-from hisvd_cli.lowrank import LAYERS
-from hisvd_cli.presets import PRESETS
-from hisvd_cli.profile import Key, Resolved, resolve
-from hisvd_cli.settings import ALLOCATOR_NAMES, DECOMPOSER_NAMES, PresetName, Settings, kind_of
+from hisvd_cli.allocation.methods import ALLOCATORS
+from hisvd_cli.compression.methods import DECOMPOSERS
+from hisvd_cli.modeling.layers.lowrank import LAYERS
+from hisvd_cli.pipelines.config.presets import PRESETS
+from hisvd_cli.pipelines.config.profile import Key, Resolved, resolve
+from hisvd_cli.pipelines.config.settings import (
+    ALLOCATOR_NAMES,
+    DECOMPOSER_NAMES,
+    PresetName,
+    Settings,
+    kind_of,
+)
+from hisvd_cli.utils.errors import UsageError
 
 PRESET: Key = ("plan", "preset")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.probe import ModelProbe
-from hisvd_cli.reporter import Silent
-from hisvd_cli.source import open_source
-from hisvd_cli.sublayers import find_sublayers
+from hisvd_cli.allocation.probe import ModelProbe
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.sublayers import find_sublayers
+from hisvd_cli.utils.progress import Silent
 from tests.conftest import MakeModel
 from tests.models import load_dense, random_tokens
 
@@ -113,7 +113,7 @@ def test_answers_are_kept_on_disk(
     model = load_dense(folder)
     name, store = sublayers(model)[3], tmp_path / "measured.json"
     first = probe_of(folder, store, model).divergence(name, 4)
-    monkeypatch.setattr("hisvd_cli.probe.load_source", None)
+    monkeypatch.setattr("hisvd_cli.allocation.probe.load_source", None)
     assert probe_of(folder, store, model).divergence(name, 4) == first
     with pytest.raises(TypeError):  # another key, another rank: both need the model
         probe_of(folder, store, model, key="other").divergence(name, 4)

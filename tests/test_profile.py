@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import tomli
 
-from hisvd_cli.errors import UsageError
-from hisvd_cli.profile import Key, resolve
-from hisvd_cli.profile_search import search_profile
-from hisvd_cli.settings import SECTIONS, Settings
+from hisvd_cli.pipelines.config.profile import Key, resolve
+from hisvd_cli.pipelines.config.profile_search import search_profile
+from hisvd_cli.pipelines.config.settings import SECTIONS, Settings
+from hisvd_cli.utils.errors import UsageError
 
 
 def write(folder: Path, text: str) -> Path:

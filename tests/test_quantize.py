@@ -14,16 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hisvd_cli.audit import Layout, sublayer_shapes
-from hisvd_cli.build.quantization import quantize_checkpoint
-from hisvd_cli.checkpoint import open_checkpoint
-from hisvd_cli.errors import OutputError
-from hisvd_cli.profile import resolve
-from hisvd_cli.quantization import sublayer_names
-from hisvd_cli.quantized import QuantizedLinear, QuantizedLowRankLinear, quantized_bytes
-from hisvd_cli.reporter import Silent
-from hisvd_cli.sublayers import Sublayer
-from hisvd_cli.tensorfile import write_tensors
+from hisvd_cli.compression.quantization import sublayer_names
+from hisvd_cli.inspection.audit import Layout, sublayer_shapes
+from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.modeling.layers.quantized import (
+    QuantizedLinear,
+    QuantizedLowRankLinear,
+    quantized_bytes,
+)
+from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.pipelines.compressing.quantization import quantize_checkpoint
+from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.files.tensorfile import write_tensors
+from hisvd_cli.utils.progress import Silent
 from tests.cli_helpers import as_json, fail, hisvd, succeed, text_file
 from tests.conftest import CACHE, MakeModel
 from tests.models import random_text
@@ -299,7 +303,7 @@ def test_the_hidden_states_are_those_of_integers(
         write_tensors(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.quantization.write_tensors", stop_after_two)
+        patch.setattr("hisvd_cli.compression.quantization.write_tensors", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             _quantize(whole, tmp_path / "two")
     assert not (tmp_path / "two").exists()
@@ -325,12 +329,12 @@ def test_an_interrupted_rounding_loses_no_training(
         raise OutputError("The disk is full.", "Free some space.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.build.compression.quantize_compressed", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.compression.quantize_compressed", stop)
         assert fail(*words, "--output", tmp_path / "two")[0] == "The disk is full."
     assert not (tmp_path / "two").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.build.compression.mend", stop)
-        patch.setattr("hisvd_cli.build.compression.factored", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.compression.mend", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.compression.factored", stop)
         succeed(*words, "--output", tmp_path / "two")
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]

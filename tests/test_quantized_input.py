@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hisvd_cli.dequantize import microscaled, scale_values, scaled, unpacked
-from hisvd_cli.errors import SourceError, UnsupportedModelError
-from hisvd_cli.source import open_source
+from hisvd_cli.modeling.sources.dequantize import microscaled, scale_values, scaled, unpacked
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
 from tests.cli_helpers import as_json, fail, succeed, text_file
 from tests.conftest import MakeModel
 from tests.models import edit_json, save_tokenizer
@@ -215,7 +215,7 @@ def test_integers_are_unpacked_as_they_were_packed(bits: int) -> None:
 def test_a_weight_is_dequantized_a_slice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, values = block_float8("x", torch.randn(48, 32))
     stored, scale = parts["x.weight"], parts["x.weight_scale_inv"]
-    monkeypatch.setattr("hisvd_cli.dequantize.SLICE_VALUES", 32 * 7)
+    monkeypatch.setattr("hisvd_cli.modeling.sources.dequantize.SLICE_VALUES", 32 * 7)
     assert torch.equal(scaled(stored, scale, torch.float32), values)
 
 
@@ -362,7 +362,7 @@ def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched(
         fetched.append(patterns)
         return folder
 
-    monkeypatch.setattr("hisvd_cli.source._snapshot", snapshot)
+    monkeypatch.setattr("hisvd_cli.modeling.sources.opening._snapshot", snapshot)
     with pytest.raises(UnsupportedModelError, match="GPTQ"):
         open_source("org/model")
     assert len(fetched) == 1

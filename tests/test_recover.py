@@ -14,19 +14,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hisvd_cli.adaptation import Adapter, adapted_model, as_linears
-from hisvd_cli.checkpoint import load_model, open_checkpoint
-from hisvd_cli.decoding import TwoParts
-from hisvd_cli.distillation import divergence_from, likelihood_of, summed_loss
-from hisvd_cli.errors import NumericalError
-from hisvd_cli.lessons import Lessons, instruction_lessons, load_lessons, windows_of
-from hisvd_cli.lowrank import dense_product
-from hisvd_cli.recover import Classroom, distill
-from hisvd_cli.reporter import Silent
-from hisvd_cli.source import Source, open_source
-from hisvd_cli.trained_pairs import balanced, open_pairs, stored_factors
-from hisvd_cli.training import Course, Trainee, Training
-from hisvd_cli.transformers_plugin import low_rank_layers
+from hisvd_cli.finetuning.adaptation import Adapter, adapted_model, as_linears
+from hisvd_cli.finetuning.distillation import divergence_from, likelihood_of, summed_loss
+from hisvd_cli.finetuning.recover import Classroom, distill
+from hisvd_cli.finetuning.trained_pairs import balanced, open_pairs, stored_factors
+from hisvd_cli.finetuning.trainer import Course, Trainee, Training
+from hisvd_cli.finetuning.training_data import (
+    Lessons,
+    instruction_lessons,
+    load_lessons,
+    windows_of,
+)
+from hisvd_cli.modeling.checkpoint import load_model, open_checkpoint
+from hisvd_cli.modeling.decoding import TwoParts
+from hisvd_cli.modeling.layers.lowrank import dense_product
+from hisvd_cli.modeling.layers.transformers_plugin import low_rank_layers
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.utils.errors import NumericalError
+from hisvd_cli.utils.progress import Silent
 from tests.cli_helpers import as_json, digests, fail, running, stop_at, succeed
 from tests.models import names, random_tokens, save_model
 

@@ -7,11 +7,11 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from hisvd_cli import registry as module
-from hisvd_cli.allocate import ALLOCATORS
-from hisvd_cli.allocate.uniform import uniform
-from hisvd_cli.errors import HisvdError, UsageError, suggest
-from hisvd_cli.registry import Registry
+from hisvd_cli.allocation.methods import ALLOCATORS
+from hisvd_cli.allocation.methods.uniform import uniform
+from hisvd_cli.utils import registry as module
+from hisvd_cli.utils.errors import HisvdError, UsageError, suggest
+from hisvd_cli.utils.registry import Registry
 
 Method = Callable[[], str]
 
@@ -19,7 +19,7 @@ Method = Callable[[], str]
 @pytest.fixture
 def empty() -> Registry[Method]:
     """A registry of a package that has no methods."""
-    return Registry("method", "hisvd_cli.commands", "hisvd.tests")
+    return Registry("method", "hisvd_cli.cli.commands", "hisvd.tests")
 
 
 @pytest.fixture

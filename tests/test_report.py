@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.efficiency import TimedWork, Timing, Turn
-from hisvd_cli.grid import Evaluation
-from hisvd_cli.report import page, palette
-from hisvd_cli.report.content import flat
-from hisvd_cli.report.tables import speed_table, task_rows
-from hisvd_cli.speed import Race, Speed
-from hisvd_cli.zero_shot import Score
+from hisvd_cli.evaluation.efficiency import TimedWork, Timing, Turn
+from hisvd_cli.evaluation.grid import Evaluation
+from hisvd_cli.evaluation.report import page, palette
+from hisvd_cli.evaluation.report.content import flat
+from hisvd_cli.evaluation.report.tables import speed_table, task_rows
+from hisvd_cli.evaluation.speed import Race, Speed
+from hisvd_cli.evaluation.zero_shot import Score
 from tests.cli_helpers import fail, succeed, text_file
 from tests.models import save_model
 

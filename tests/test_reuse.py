@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hisvd_cli.artifact import partial_path
-from hisvd_cli.profile import resolve
-from hisvd_cli.reporter import Silent
-from hisvd_cli.selftext import sample_self
-from hisvd_cli.settings import ALLOCATOR_NAMES, SECTIONS, decides
-from hisvd_cli.source import open_source
-from hisvd_cli.weights import INDEX, SINGLE, open_weights
+from hisvd_cli.calibration.self_text import sample_self
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.sources.weights import INDEX, SINGLE, open_weights
+from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.settings import ALLOCATOR_NAMES, SECTIONS, decides
+from hisvd_cli.utils.files.artifact import partial_path
+from hisvd_cli.utils.progress import Silent
 from tests.cli_helpers import as_json, digests, fail, script, succeed, text_file
 from tests.conftest import CACHE, MakeModel
 from tests.models import edit_json, load_dense, save_model
@@ -118,7 +118,7 @@ def test_3_work_of_other_versions_is_not_resumed(
     killed((*words, "--output", "made"), "model-*", 2, here)
     first = next(partial_path(here / "made").glob("model-00001*"))
     before = first.stat().st_ino, first.stat().st_mtime_ns
-    monkeypatch.setattr("hisvd_cli.artifact.versions", lambda: {"torch": "other"})
+    monkeypatch.setattr("hisvd_cli.utils.files.artifact.versions", lambda: {"torch": "other"})
     succeed(*words, "--output", "made")
     stat = (here / "made" / first.name).stat()
     assert (stat.st_ino, stat.st_mtime_ns) != before
@@ -315,7 +315,7 @@ def test_3_text_that_the_model_writes_is_found_on_another_device(
 ) -> None:
     folder = tiny_model("llama")
     first = drawn(folder)
-    monkeypatch.setattr("hisvd_cli.selftext.load_source", None)
+    monkeypatch.setattr("hisvd_cli.calibration.self_text.load_source", None)
     assert torch.equal(drawn(folder, "meta"), first)
     with pytest.raises(TypeError):  # it is drawn anew, as it would be another text
         drawn(folder, dtype=torch.float64)

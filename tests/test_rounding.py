@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.errors import NumericalError
-from hisvd_cli.lowrank import dense_product
-from hisvd_cli.pivot import pivoted
-from hisvd_cli.quantized import (
+from hisvd_cli.compression.rounding import (
+    metric_of,
+    quantize_compensated,
+    quantize_nearest,
+    round_compensated,
+    round_nearest,
+)
+from hisvd_cli.linalg.pivoting import pivoted
+from hisvd_cli.modeling.layers.lowrank import dense_product
+from hisvd_cli.modeling.layers.quantized import (
     QUANTIZED,
     QuantizedLinear,
     dequantized,
@@ -19,13 +25,7 @@ from hisvd_cli.quantized import (
     quantized_shapes,
     unpack,
 )
-from hisvd_cli.rounding import (
-    metric_of,
-    quantize_compensated,
-    quantize_nearest,
-    round_compensated,
-    round_nearest,
-)
+from hisvd_cli.utils.errors import NumericalError
 
 SHAPES = [(3, 8), (5, 7), (1, 1), (4, 33), (16, 2)]
 

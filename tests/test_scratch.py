@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from hisvd_cli.cache import cache_root
-from hisvd_cli.errors import OutputError
-from hisvd_cli.owners import WEEK_SECONDS, is_abandoned, own_tag
-from hisvd_cli.scratch import clear_beside, scratch_folder, sweep
-from hisvd_cli.tensorfile import write_text
+from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.files.cache import cache_root
+from hisvd_cli.utils.files.owners import WEEK_SECONDS, is_abandoned, own_tag
+from hisvd_cli.utils.files.scratch import clear_beside, scratch_folder, sweep
+from hisvd_cli.utils.files.tensorfile import write_text
 from tests.cli_helpers import QUICK, fail, running, script, succeed
 
 STATES = "evaluations/states"
@@ -41,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ended() -> str:
     """Return the tag of a process that has ended."""
-    code = "from hisvd_cli.owners import own_tag; print(own_tag())"
+    code = "from hisvd_cli.utils.files.owners import own_tag; print(own_tag())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

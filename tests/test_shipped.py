@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import tomli
 
-from hisvd_cli.build.compression import compress_model
-from hisvd_cli.plan_views import plan_view
-from hisvd_cli.profile import resolve
-from hisvd_cli.profile_views import profiles_view
-from hisvd_cli.reporter import Silent
-from hisvd_cli.shipped import FOLDER, shipped_profiles
+from hisvd_cli.cli.views.plans import plan_view
+from hisvd_cli.cli.views.profiles import profiles_view
+from hisvd_cli.pipelines.compressing.compression import compress_model
+from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.shipped import FOLDER, shipped_profiles
+from hisvd_cli.utils.progress import Silent
 from tests.cli_helpers import as_json, fail, succeed, text_file
 from tests.models import CONFIGS, save_model
 from tests.test_views import shown

@@ -154,11 +154,11 @@ def test_eight_windows_order_the_methods(workspace: Path) -> None:
 
 def test_truncation_error_is_the_predicted_loss(workspace: Path) -> None:
     """Per sublayer: discarded energy by the plan against the error of factors made in float64."""
-    from hisvd_cli.calibration import open_calibration
-    from hisvd_cli.decompose import DECOMPOSERS
-    from hisvd_cli.plan import load_plan
-    from hisvd_cli.statistics import Statistics
-    from hisvd_cli.weights import open_weights
+    from hisvd_cli.allocation.plan import load_plan
+    from hisvd_cli.calibration.store import open_calibration
+    from hisvd_cli.compression.methods import DECOMPOSERS
+    from hisvd_cli.linalg.statistics import Statistics
+    from hisvd_cli.modeling.sources.weights import open_weights
 
     plan_path = workspace / "plan.json"
     options = ["--calibration", "calibration", "--ratio", "0.6", "--output", str(plan_path)]

@@ -15,9 +15,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from hisvd_cli.build.samples import tokenizer_digest
-from hisvd_cli.errors import SourceError, UnsupportedModelError
-from hisvd_cli.source import DEMO_FOLDER, open_source
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.sources.source import DEMO_FOLDER
+from hisvd_cli.pipelines.samples import tokenizer_digest
+from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
 from tests.conftest import MakeModel
 from tests.models import edit_json, load_dense
 

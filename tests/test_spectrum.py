@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hisvd_cli.errors import UsageError
-from hisvd_cli.spectrum import rank_density, tail_share, weight_energy
+from hisvd_cli.allocation.spectrum import rank_density, tail_share, weight_energy
+from hisvd_cli.utils.errors import UsageError
 
 
 def _energy(*sigma: float) -> torch.Tensor:

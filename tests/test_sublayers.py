@@ -10,10 +10,10 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
-from hisvd_cli.errors import UnsupportedModelError, UsageError
-from hisvd_cli.skeleton import build_meta_model, decoder_blocks
-from hisvd_cli.source import open_source
-from hisvd_cli.sublayers import Sublayer, find_sublayers, select
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers, select
+from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
 from tests.conftest import MakeModel
 from tests.models import CONFIGS
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hisvd_cli.build import tasks as builder
+from hisvd_cli.pipelines.evaluating import tasks as builder
 from tests import schemas
 from tests.cli_helpers import QUICK, as_json, environment, fail, succeed
 from tests.test_eval_grid import holds
@@ -90,7 +90,7 @@ def expected_accuracy(folder: Path | str) -> float:
 def test_scores_are_those_of_transformers_and_kept(
     compressed: Path, asked: tuple[object, ...], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hisvd_cli.source import DEMO_FOLDER
+    from hisvd_cli.modeling.sources.source import DEMO_FOLDER
 
     document = holds(as_json(*asked, "--csv", "t.csv", "--markdown", "t.md"), schemas.EVAL)
     (own,), (dense,) = document["tasks"], document["baseline"]["tasks"]

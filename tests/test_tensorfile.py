@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hisvd_cli.errors import OutputError, SourceError
-from hisvd_cli.tensorfile import (
+from hisvd_cli.utils.errors import OutputError, SourceError
+from hisvd_cli.utils.files.tensorfile import (
     join_files,
     read_header,
     read_tensors,

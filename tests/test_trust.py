@@ -8,11 +8,11 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from hisvd_cli.profile import resolve
-from hisvd_cli.profile_search import search_profile
-from hisvd_cli.settings import SECTIONS, consent_of
-from hisvd_cli.source import Source, names_own_loader
-from hisvd_cli.transformers_plugin import AUTO_MAP
+from hisvd_cli.modeling.layers.transformers_plugin import AUTO_MAP
+from hisvd_cli.modeling.sources.source import Source, names_own_loader
+from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.profile_search import search_profile
+from hisvd_cli.pipelines.config.settings import SECTIONS, consent_of
 from tests.cli_helpers import as_json, fail, script, succeed, two_lines
 from tests.conftest import MakeModel
 from tests.models import edit_json

@@ -13,21 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.build.calibration import ensure_calibration, named_source
-from hisvd_cli.build.compression import compress_model
-from hisvd_cli.build.forecast import forecast_compression
-from hisvd_cli.build.memory import check_update
-from hisvd_cli.build.samples import calibration_sample
-from hisvd_cli.build.updates import prepare_update
-from hisvd_cli.checkpoint import load_model, open_checkpoint
-from hisvd_cli.errors import MemoryLimitError, OutputError, StaleArtifactError, UsageError
-from hisvd_cli.lowrank import dense_product
-from hisvd_cli.plan import load_plan
-from hisvd_cli.profile import Resolved, resolve
-from hisvd_cli.reporter import Silent
-from hisvd_cli.tensorfile import write_tensors
-from hisvd_cli.updates import CrossMoment, CrossSum, output_error, refitted, transfer
-from hisvd_cli.updating import Update
+from hisvd_cli.allocation.plan import load_plan
+from hisvd_cli.compression.updates import CrossMoment, CrossSum, output_error, refitted, transfer
+from hisvd_cli.compression.updating import Update
+from hisvd_cli.modeling.checkpoint import load_model, open_checkpoint
+from hisvd_cli.modeling.layers.lowrank import dense_product
+from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
+from hisvd_cli.pipelines.compressing.compression import compress_model
+from hisvd_cli.pipelines.compressing.updates import prepare_update
+from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.forecast import forecast_compression
+from hisvd_cli.pipelines.memory.bounds import check_update
+from hisvd_cli.pipelines.samples import calibration_sample
+from hisvd_cli.utils.errors import MemoryLimitError, OutputError, StaleArtifactError, UsageError
+from hisvd_cli.utils.files.tensorfile import write_tensors
+from hisvd_cli.utils.progress import Silent
 from tests.models import load_dense, random_text
 from tests.workbench import tree
 
@@ -224,7 +224,7 @@ def test_a_run_that_failed_goes_on_to_the_same_bytes(
         written.append(path.name)
         write_tensors(path, tensors, metadata)
 
-    monkeypatch.setattr("hisvd_cli.updating.write_tensors", count)
+    monkeypatch.setattr("hisvd_cli.compression.updating.write_tensors", count)
     with pytest.raises(OutputError):
         compressed(resolved, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
@@ -286,7 +286,7 @@ def test_states_in_a_file_change_no_byte(
         update = prepare_update(*given)
         return update and replace(update, place="file")
 
-    monkeypatch.setattr("hisvd_cli.build.compression.prepare_update", in_a_file)
+    monkeypatch.setattr("hisvd_cli.pipelines.compressing.compression.prepare_update", in_a_file)
     compressed(resolved, tmp_path / "file")
     assert tree(tmp_path / "file") == tree(tmp_path / "memory")
 

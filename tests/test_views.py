@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hisvd_cli.audit import Audit, Row
-from hisvd_cli.build.compression import Outcome
-from hisvd_cli.charts import HeatMap, sparkline
-from hisvd_cli.evaluate import PerplexityResult
-from hisvd_cli.plan import ClusterPlan, Plan, SublayerPlan
-from hisvd_cli.plan_views import comparison_view, plan_view
-from hisvd_cli.settings import ALLOCATOR_NAMES
-from hisvd_cli.views import (
+from hisvd_cli.allocation.plan import ClusterPlan, Plan, SublayerPlan
+from hisvd_cli.cli.views.charts import HeatMap, sparkline
+from hisvd_cli.cli.views.plans import comparison_view, plan_view
+from hisvd_cli.cli.views.results import (
     audit_view,
     compressed_view,
     duration_text,
@@ -24,6 +20,10 @@ from hisvd_cli.views import (
     rank_table,
     size_text,
 )
+from hisvd_cli.evaluation.perplexity import PerplexityResult
+from hisvd_cli.inspection.audit import Audit, Row
+from hisvd_cli.pipelines.compressing.compression import Outcome
+from hisvd_cli.pipelines.config.settings import ALLOCATOR_NAMES
 
 
 def shown(renderable: object, width: int = 80) -> list[str]:

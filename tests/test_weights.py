@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hisvd_cli.errors import NumericalError, SourceError
-from hisvd_cli.weights import INDEX, SINGLE, open_weights
+from hisvd_cli.modeling.sources.weights import INDEX, SINGLE, open_weights
+from hisvd_cli.utils.errors import NumericalError, SourceError
 from tests.conftest import MakeModel
 from tests.models import edit_json, load_dense
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from hisvd_cli.build.calibration import ensure_calibration, named_source
-from hisvd_cli.build.methods import decomposer_knobs, decomposer_needs, plan_needs
-from hisvd_cli.build.plans import make_plans
-from hisvd_cli.calibration import Calibration
-from hisvd_cli.compress import Compressed, compress
-from hisvd_cli.model_card import write_card
-from hisvd_cli.plan import Plan
-from hisvd_cli.profile import Resolved, resolve
-from hisvd_cli.reporter import Silent
-from hisvd_cli.source import Source
+from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.calibration.store import Calibration
+from hisvd_cli.compression.factorize import Compressed, compress
+from hisvd_cli.export.model_card import write_card
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
+from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.planning.methods import decomposer_knobs, decomposer_needs, plan_needs
+from hisvd_cli.pipelines.planning.plans import make_plans
+from hisvd_cli.utils.progress import Silent
 
 Bench = tuple[Resolved, Source, Calibration]
 

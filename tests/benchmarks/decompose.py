@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.budget import break_even
-from hisvd_cli.decompose import DECOMPOSERS
-from hisvd_cli.moments import Moment
-from hisvd_cli.spectrum import whitened_energy
-from hisvd_cli.statistics import Statistics
+from hisvd_cli.allocation.budget import break_even
+from hisvd_cli.allocation.spectrum import whitened_energy
+from hisvd_cli.compression.methods import DECOMPOSERS
+from hisvd_cli.linalg.moments import Moment
+from hisvd_cli.linalg.statistics import Statistics
 
 SHAPES = [(576, 576), (4096, 4096), (4096, 11008), (11008, 4096)]
 RATIOS = [0.8, 0.6, 0.4]

@@ -14,7 +14,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from hisvd_cli.estimate import decomposition_cost
+from hisvd_cli.allocation.estimate import decomposition_cost
 
 # Assumed rates, per second. H200: 989 TFLOP/s dense bf16, 67 float64 tensor, 67 float32 without
 # TF32 on paper. Products reach about half to two thirds of that; eigendecompositions far less.

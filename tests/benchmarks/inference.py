@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from hisvd_cli.checkpoint import load_model
-from hisvd_cli.efficiency import take_turn
+from hisvd_cli.evaluation.efficiency import take_turn
+from hisvd_cli.modeling.checkpoint import load_model
 
 
 def parsed() -> argparse.Namespace:

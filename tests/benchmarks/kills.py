@@ -35,10 +35,12 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import hisvd_cli
-from hisvd_cli import app, calibrate, gradients, measurement
-from hisvd_cli.build import recovery
-from hisvd_cli.owners import TAG
-from hisvd_cli.training import Course
+from hisvd_cli.calibration import calibrate, gradients
+from hisvd_cli.cli import app
+from hisvd_cli.evaluation import measurement
+from hisvd_cli.finetuning.trainer import Course
+from hisvd_cli.pipelines.compressing import recovery
+from hisvd_cli.utils.files.owners import TAG
 from tests.cli_helpers import digests
 
 TEXT = ("--samples", "4", "--seqlen", "32")

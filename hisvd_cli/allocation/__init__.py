@@ -1,0 +1,1 @@
+"""Which rank every sublayer gets: budgets, spectra and plans."""

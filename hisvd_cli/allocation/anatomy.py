@@ -1,0 +1,35 @@
+"""A source ─► its structure: sublayers, sizes, and names of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hisvd_cli.allocation.plan import ModelSize
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tensor_names
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers, select
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's structure: all its sublayers, its size, and its tensors' names on disk."""
+
+    sublayers: list[Sublayer]
+    total_parameters: int
+    names: dict[str, str]
+
+    def size(self, include: Sequence[str], exclude: Sequence[str]) -> ModelSize:
+        """Return the size of the whole, and of the sublayers that a plan covers."""
+        chosen = select(self.sublayers, include, exclude)
+        return ModelSize(self.total_parameters, sum(s.shape[0] * s.shape[1] for s in chosen))
+
+
+def dissect(source: Source) -> Anatomy:
+    """Find the sublayers of a model without reading a weight. Raises UnsupportedModelError."""
+    model = build_meta_model(source)
+    prefix, layers = decoder_blocks(model)
+    names = tensor_names(model, source)
+    shapes = model.state_dict()
+    total = sum(shapes[name].numel() for name in names)
+    return Anatomy(find_sublayers(prefix, list(layers)), total, names)

@@ -1,0 +1,233 @@
+"""Rank ↔ parameters: what a plan costs, and how a budget is met to the last parameter.
+
+A pair of rank r costs ``r(m+n)`` parameters and a dense sublayer ``mn``; at the break-even rank
+``k* = mn/(m+n)`` both are equal, and a rank at or above it means dense. In pivoted storage a pair
+costs ``r(m+n−r) + m``, the m being indices, and breaks even just below full rank.
+
+Real-valued ranks are those of a plain pair, whatever the storage: they say which share of mn a
+sublayer gets. Whole ranks are those that are stored.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hisvd_cli.modeling.layers.lowrank import Storage
+from hisvd_cli.modeling.sublayers import Shape
+from hisvd_cli.utils.errors import BudgetError
+
+_ALMOST = 1e-9
+"""Ranks this near to the next one count as that one: they come of arithmetic that rounds."""
+
+
+def full_rank(shape: Shape) -> int:
+    """Return ``min(m, n)``."""
+    return min(shape)
+
+
+def break_even(shape: Shape) -> float:
+    """Return ``k* = mn/(m+n)``, the rank at which a plain pair is as large as the matrix."""
+    m, n = shape
+    return m * n / (m + n)
+
+
+def is_dense(rank: float, shape: Shape, storage: Storage = "pair") -> bool:
+    """Tell whether a rank is at or above break-even, where the sublayer stays dense."""
+    m, n = shape
+    return rank >= min(shape) or _factored(rank, shape, storage) >= m * n
+
+
+def cost(rank: float, shape: Shape, storage: Storage = "pair") -> float:
+    """Return the parameters of a sublayer at ``rank`` (``mn`` where that is dense)."""
+    m, n = shape
+    return m * n if is_dense(rank, shape, storage) else _factored(rank, shape, storage)
+
+
+def _factored(rank: float, shape: Shape, storage: Storage) -> float:
+    m, n = shape
+    return rank * (m + n) if storage == "pair" else rank * (m + n - rank) + m
+
+
+def rank_of_share(share: float, shape: Shape, storage: Storage = "pair") -> float:
+    """Return the rank, not rounded, that costs ``share`` of mn; 0 where that pays for none."""
+    m, n = shape
+    if storage == "pair":
+        return share * break_even(shape)
+    # The smaller root of r² − (m+n)r + (share·mn − m) = 0.
+    return ((m + n) - math.sqrt((m + n) ** 2 - 4 * max(share * m * n - m, 0.0))) / 2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may spend on the sublayers that it covers.
+
+    Attributes:
+        shapes: ``(m, n)`` of each sublayer.
+        parameters: how many parameters all of them together may keep.
+        floors: smallest rank of each sublayer.
+        multiple_of: ranks of truncated sublayers are multiples of this.
+        storage: how pairs are written.
+    """
+
+    shapes: Sequence[Shape]
+    parameters: int
+    floors: Sequence[int]
+    multiple_of: int = 1
+    storage: Storage = "pair"
+
+    def __post_init__(self) -> None:
+        least = self.spent(self.floors)
+        if least > self.parameters:
+            raise BudgetError(
+                f"The smallest ranks allowed already take {least:,} parameters, "
+                f"{least - self.parameters:,} more than the budget of {self.parameters:,}.",
+                "Raise --ratio, or lower --min-rank-ratio or --multiple-of.",
+            )
+
+    def cost(self, rank: int, shape: Shape) -> int:
+        """Return the parameters of a sublayer at a whole rank."""
+        return int(cost(rank, shape, self.storage))
+
+    def spent(self, ranks: Sequence[int]) -> int:
+        """Return the parameters of all sublayers at whole ranks."""
+        return sum(self.cost(r, s) for r, s in zip(ranks, self.shapes, strict=True))
+
+    def shares(self, ranks: Sequence[int]) -> list[float]:
+        """Return which share of mn each sublayer costs at a whole rank."""
+        return [
+            self.cost(rank, (m, n)) / (m * n)
+            for rank, (m, n) in zip(ranks, self.shapes, strict=True)
+        ]
+
+    def scaled(self, baselines: Sequence[float]) -> list[float]:
+        """Return ``clip(λ·baseline, floor, k*)`` with the one λ that spends the budget.
+
+        Baselines are positive and real-valued; the result is too. Its cost is continuous in λ,
+        because a pair at break-even costs exactly what the dense matrix does.
+        """
+        limits = [break_even(shape) for shape in self.shapes]
+        floors = [self._plain(*each) for each in zip(self.floors, self.shapes, strict=True)]
+
+        def at(scale: float) -> list[float]:
+            return [
+                min(max(scale * b, floor), limit)
+                for b, floor, limit in zip(baselines, floors, limits, strict=True)
+            ]
+
+        def spent(scale: float) -> float:
+            return sum(cost(r, s) for r, s in zip(at(scale), self.shapes, strict=True))
+
+        high = max(limit / b for limit, b in zip(limits, baselines, strict=True))
+        return at(_bisect(spent, self.parameters, high))
+
+    def _plain(self, rank: int, shape: Shape) -> float:
+        """Return the rank, not rounded, of the plain pair that costs what ``rank`` does here."""
+        m, n = shape
+        return rank if self.storage == "pair" else self.cost(rank, shape) / (m + n)
+
+    def rounded(
+        self, ranks: Sequence[float], energies: Sequence[Tensor], nearest: bool = False
+    ) -> list[int]:
+        """Return whole ranks within the budget, the remainder spent where it saves most loss.
+
+        Real-valued ranks are rounded down (to dense at break-even); then one step at a time goes
+        to the sublayer whose next components hold the most energy per parameter.
+
+        Args:
+            ranks: real-valued ranks that meet the budget.
+            energies: σ² of each sublayer's components ``[min(m, n)]``, falling.
+            nearest: give every sublayer at most one step first, so that ranks stay next to their
+                real values; only what that leaves is spent freely.
+
+        Returns:
+            Ranks; a dense sublayer has its full rank.
+        """
+        stored = [
+            full_rank(s)
+            if is_dense(r + _ALMOST, s)
+            else rank_of_share(r / break_even(s), s, self.storage)
+            for r, s in zip(ranks, self.shapes, strict=True)
+        ]
+        return self.settled(stored, energies, nearest)
+
+    def settled(
+        self, ranks: Sequence[float], energies: Sequence[Tensor], nearest: bool = False
+    ) -> list[int]:
+        """Return whole ranks as :meth:`rounded` does, from ranks in this budget's storage."""
+        step = self.multiple_of
+        whole = [
+            full_rank(s)
+            if is_dense(r + _ALMOST, s, self.storage)
+            else max(int(r + _ALMOST) // step * step, floor)
+            for r, s, floor in zip(ranks, self.shapes, self.floors, strict=True)
+        ]
+        if nearest:
+            whole = self._fill(whole, energies, steps=1)
+        return self.filled(whole, energies)
+
+    def filled(self, ranks: Sequence[int], energies: Sequence[Tensor]) -> list[int]:
+        """Return whole ranks with what they leave of the budget spent where it saves most loss.
+
+        Args:
+            ranks: whole ranks within the budget.
+            energies: as for :meth:`rounded`.
+        """
+        return self._fill(ranks, energies, steps=max(map(full_rank, self.shapes)))
+
+    def _fill(self, ranks: Sequence[int], energies: Sequence[Tensor], steps: int) -> list[int]:
+        """Return ranks with the unspent budget given out, at most ``steps`` steps to each."""
+        tails = [_tail_sums(energy) for energy in energies]
+        filled = list(ranks)
+        taken = [0] * len(filled)
+        left = self.parameters - self.spent(filled)
+        heap: list[tuple[float, int]] = []
+
+        def offer(i: int) -> None:
+            if filled[i] < full_rank(self.shapes[i]) and taken[i] < steps:
+                following, price = self._step(filled[i], self.shapes[i])
+                gain = tails[i][filled[i]] - tails[i][following]
+                heapq.heappush(heap, (-gain / price, i))
+
+        for i in range(len(filled)):
+            offer(i)
+        while heap:
+            _, i = heapq.heappop(heap)
+            following, price = self._step(filled[i], self.shapes[i])
+            # What does not fit now never will: what is left only falls.
+            if price <= left:
+                filled[i], left = following, left - price
+                taken[i] += 1
+                offer(i)
+        return filled
+
+    def _step(self, rank: int, shape: Shape) -> tuple[int, int]:
+        """Return the next rank above ``rank`` and what it costs more."""
+        following = rank + self.multiple_of
+        if is_dense(following, shape, self.storage):
+            following = full_rank(shape)
+        return following, self.cost(following, shape) - self.cost(rank, shape)
+
+
+def _tail_sums(energy: Tensor) -> list[float]:
+    """Return ``tail[r] = Σ_{j ≥ r} e_j`` for r from 0 to the number of components."""
+    reversed_sums = energy.flip(0).cumsum(0).flip(0)
+    return [*reversed_sums.tolist(), 0.0]
+
+
+def _bisect(function: Callable[[float], float], target: float, high: float) -> float:
+    """Return the largest x in [0, high] with ``function(x) ≤ target``; the function rises."""
+    if function(high) <= target:
+        return high
+    low = 0.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        if function(middle) <= target:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,46 @@
+"""Shares by theoretical truncation loss within each type (SVD-LLM V2, Wang et al. 2025, section 3).
+
+The loss of a sublayer is the norm ``L = ‖W X − W′ X‖_F`` of what its best truncation at the uniform
+share loses. Within a type, the share that is *removed* is in proportion to 1 / log L, with the mean
+removed share that of the budget: what loses more keeps more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from hisvd_cli.allocation.budget import Budget, break_even
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
+from hisvd_cli.allocation.spectrum import Spectrum
+
+_LEAST_LOSS = math.e
+"""Smaller losses count as this: at 1 the logarithm would be 0."""
+
+
+@ALLOCATORS.register("svdllm-v2", needs={"moments"})
+def svdllm_v2(spectra: Sequence[Spectrum], budget: Budget, *, tokens: int) -> Allocation:
+    """Allocate ranks by the shares kept within each type, then scaled to the budget.
+
+    Args:
+        spectra: one per sublayer.
+        budget: what they may keep.
+        tokens: of the calibration; the paper's loss is a sum over them, energies are means.
+    """
+    uniform = budget.scaled([break_even(s.shape) for s in spectra])
+    removed = 1 - budget.parameters / sum(m * n for m, n in budget.shapes)
+    wanted = [0.0] * len(spectra)
+    for cluster in dict.fromkeys(s.cluster for s in spectra):
+        mine = [i for i, s in enumerate(spectra) if s.cluster == cluster]
+        scores = [_score(spectra[i], int(uniform[i]), tokens) for i in mine]
+        for i, score in zip(mine, scores, strict=True):
+            kept = 1 - removed * score / fmean(scores)
+            wanted[i] = max(kept * break_even(spectra[i].shape), 1.0)
+    ranks = budget.rounded(budget.scaled(wanted), [s.energy for s in spectra], nearest=True)
+    return Allocation(ranks, [int(rank) for rank in uniform])
+
+
+def _score(spectrum: Spectrum, rank: int, tokens: int) -> float:
+    loss = math.sqrt(tokens * float(spectrum.energy[rank:].sum()))
+    return 1 / math.log(max(loss, _LEAST_LOSS))

@@ -1,0 +1,96 @@
+"""The optimum under a separable loss: every sublayer is dense, or ends where the next parameter
+would save no more than anywhere else.
+
+Minimises ``Σ_l tail_l(r_l)`` with ``Σ_l cost_l(r_l)`` within the budget, dense being one choice
+more (cost mn, loss 0). On the lower convex hull of a sublayer's losses over its costs the
+Lagrangian's answers for all μ are one list of steps, sorted by what a parameter of each saves, of
+which the budget takes a beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hisvd_cli.allocation.budget import Budget, full_rank, is_dense
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
+from hisvd_cli.allocation.spectrum import Spectrum
+from hisvd_cli.linalg.convex_hull import lower_hull
+from hisvd_cli.modeling.sublayers import Shape
+
+
+@ALLOCATORS.register("waterfill")
+def waterfill(spectra: Sequence[Spectrum], budget: Budget) -> Allocation:
+    """Return the ranks with the least sum of tail energies that the budget allows.
+
+    The sum is above that of the best whole ranks by at most what one step of one sublayer saves.
+
+    Args:
+        spectra: one per sublayer; their energies are what is lost by dropping components.
+        budget: what they may keep.
+    """
+    ranks = optimal_ranks(budget, [s.energy for s in spectra])
+    return Allocation(ranks, list(ranks))
+
+
+def optimal_ranks(budget: Budget, energies: Sequence[Tensor]) -> list[int]:
+    """Return the ranks that lose least energy within a budget; a dense sublayer has full rank.
+
+    Args:
+        budget: what may be kept.
+        energies: what dropping each component of each sublayer loses ``[min(m, n)]``, falling.
+    """
+    hulls = [
+        _hull(energy, shape, floor, budget)
+        for energy, shape, floor in zip(energies, budget.shapes, budget.floors, strict=True)
+    ]
+    ranks = [hull.ranks[0] for hull in hulls]
+    left = budget.parameters - budget.spent(ranks)
+    taken = [0] * len(hulls)
+    stopped: set[int] = set()
+    for i in _by_rate(hulls):
+        if i not in stopped and (price := hulls[i].prices[taken[i]]) <= left:
+            taken[i], left = taken[i] + 1, left - price
+            ranks[i] = hulls[i].ranks[taken[i]]
+        else:
+            stopped.add(i)
+    return budget.filled(ranks, energies)
+
+
+@dataclass(frozen=True)
+class _Hull:
+    """The choices of one sublayer that some μ makes, cheapest first.
+
+    Attributes:
+        ranks: the choices; the last may be dense.
+        prices: parameters that each choice but the first costs more than the one before it.
+        rates: energy that a parameter of each such step saves, falling.
+    """
+
+    ranks: list[int]
+    prices: list[int]
+    rates: Tensor
+
+
+def _hull(energy: Tensor, shape: Shape, floor: int, budget: Budget) -> _Hull:
+    full, step = full_rank(shape), budget.multiple_of
+    ranks = [r for r in range(floor, full, step) if not is_dense(r, shape, budget.storage)]
+    ranks.append(full)
+    tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]).double()
+    losses = tails[ranks].tolist()
+    costs = [budget.cost(rank, shape) for rank in ranks]
+    corners = lower_hull(costs, losses)
+    prices = torch.tensor([costs[i] for i in corners]).diff()
+    falls = -torch.tensor([losses[i] for i in corners], dtype=torch.float64).diff()
+    return _Hull([ranks[i] for i in corners], prices.tolist(), falls / prices)
+
+
+def _by_rate(hulls: Sequence[_Hull]) -> list[int]:
+    """Return, for all steps of all sublayers from the best rate down, whose step it is."""
+    rates = torch.cat([hull.rates for hull in hulls])
+    owners = torch.cat([torch.full((len(hull.prices),), i) for i, hull in enumerate(hulls)])
+    order: list[int] = owners[rates.argsort(descending=True, stable=True)].tolist()
+    return order

@@ -1,0 +1,103 @@
+"""Components dropped so that the predicted changes of the loss cancel (ZS-SVD, 2026).
+
+Dropping a whitened component changes the loss by δ to first order (``Spectrum.changes``). Each
+sublayer offers its smallest remaining component; what goes next is chosen from two heaps, one for
+each sign of δ, so that the running sum stays near zero.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from hisvd_cli.allocation.budget import Budget, full_rank
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
+from hisvd_cli.allocation.spectrum import Spectrum
+from hisvd_cli.linalg.statistics import missing
+from hisvd_cli.utils.errors import UsageError, suggest
+
+_ORDERS: dict[str, Callable[[float, float], float]] = {
+    "zero-sum": lambda change, _energy: abs(change),
+    "negative-sum": lambda change, _energy: abs(change),
+    "smallest": lambda change, _energy: abs(change),
+    "sigma": lambda _change, energy: energy,
+    "loss-order": lambda change, _energy: change,
+}
+"""selection → (δ, σ²) → what is smallest goes first."""
+
+
+@ALLOCATORS.register("zero-sum", needs={"moments", "weight-gradients"})
+def zero_sum(spectra: Sequence[Spectrum], budget: Budget, *, selection: str) -> Allocation:
+    """Drop one component at a time, until what is left meets the budget.
+
+    A sublayer saves nothing until its rank falls below break-even; one that ends at or above it
+    stays dense.
+
+    Args:
+        spectra: one per sublayer, with the changes of their components.
+        budget: what they may keep.
+        selection: which component goes next: ``zero-sum`` the one of least abs(δ) among those
+            whose sign opposes the running sum (a positive one at a sum of 0); ``negative-sum`` the
+            same among those with negative δ while there are any; ``smallest`` the one of least
+            abs(δ), ``sigma`` of least σ, ``loss-order`` of least δ.
+
+    Raises:
+        UsageError: an unknown selection.
+        SourceError: the changes are not known.
+    """
+    if selection not in _ORDERS:
+        raise UsageError(f"No selection '{selection}'.", suggest(selection, _ORDERS))
+    queue = _Queue(spectra, budget, selection)
+    excess = sum(m * n for m, n in budget.shapes) - budget.parameters
+    while excess > 0 and (i := queue.pop()) is not None:
+        shape = budget.shapes[i]
+        before = budget.cost(queue.ranks[i], shape)
+        queue.drop(i)
+        excess -= before - budget.cost(queue.ranks[i], shape)
+    ranks = budget.settled(queue.ranks, [s.energy for s in spectra], nearest=True)
+    return Allocation(ranks, list(queue.ranks))
+
+
+class _Queue:
+    """The components that sublayers offer, each its smallest remaining one, by the sign of δ."""
+
+    def __init__(self, spectra: Sequence[Spectrum], budget: Budget, selection: str) -> None:
+        self.ranks = [full_rank(s.shape) for s in spectra]
+        self._floors = budget.floors
+        self._changes = [_known(s).tolist() for s in spectra]
+        self._energies = [s.energy.tolist() for s in spectra]
+        self._selection = selection
+        self._total = 0.0
+        self._rising: list[tuple[float, int]] = []
+        self._falling: list[tuple[float, int]] = []
+        for i in range(len(spectra)):
+            self._offer(i)
+
+    def _offer(self, i: int) -> None:
+        last = self.ranks[i] - 1
+        if last >= self._floors[i]:
+            change = self._changes[i][last]
+            key = _ORDERS[self._selection](change, self._energies[i][last])
+            falls = change < 0 and self._selection in ("zero-sum", "negative-sum")
+            heapq.heappush(self._falling if falls else self._rising, (key, i))
+
+    def pop(self) -> int | None:
+        """Return the sublayer whose component goes next; None where all are at their floors."""
+        falling = self._selection == "negative-sum" or self._total > 0
+        first, other = (self._falling, self._rising)[:: 1 if falling else -1]
+        heap = first or other
+        return heapq.heappop(heap)[1] if heap else None
+
+    def drop(self, i: int) -> None:
+        """Take away the component that sublayer ``i`` offered, and let it offer the next."""
+        self.ranks[i] -= 1
+        self._total += self._changes[i][self.ranks[i]]
+        self._offer(i)
+
+
+def _known(spectrum: Spectrum) -> Tensor:
+    if spectrum.changes is None:
+        raise missing("zero-sum", "weight-gradients")
+    return spectrum.changes

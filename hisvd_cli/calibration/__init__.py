@@ -1,0 +1,1 @@
+"""Text to tokens to activation statistics, and the calibration on disk."""

@@ -1,0 +1,144 @@
+"""Gradients of the loss at every sublayer, block by block, into a folder of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
+from hisvd_cli.calibration.calibrate import STATE_SECONDS
+from hisvd_cli.calibration.gradient_collector import GradientCollector
+from hisvd_cli.calibration.reverse_walk import ReverseWalk
+from hisvd_cli.calibration.store import (
+    FORMAT_VERSION,
+    GRADIENTS,
+    GRADIENTS_MANIFEST,
+    Calibration,
+    Sample,
+    block_file,
+    open_calibration,
+    weights_file,
+)
+from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.modeling.hidden_states import Place, StatesHome
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.utils.distributed import building_together, world
+from hisvd_cli.utils.errors import NumericalError
+from hisvd_cli.utils.files.checksums import intact
+from hisvd_cli.utils.files.fingerprints import digest
+from hisvd_cli.utils.files.safetensors_header import dtype_name
+from hisvd_cli.utils.files.tensorfile import write_json, write_tensors
+from hisvd_cli.utils.progress import Reporter
+from hisvd_cli.utils.versions import versions
+
+
+def measure_gradients(
+    source: Source,
+    sample: Sample,
+    calibration: Calibration,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    weights: bool,
+    settings: Mapping[str, object],
+    reporter: Reporter,
+    state_seconds: float = STATE_SECONDS,
+    place: Place = "device",
+) -> Calibration:
+    """Add to a calibration the gradients of the loss on its own tokens.
+
+    A run that was interrupted goes on after its last finished block.
+
+    Args:
+        source: the model.
+        sample: the calibration's tokens.
+        calibration: where the gradients go, into a folder of its own.
+        device: where blocks run.
+        dtype: in which blocks run; float16, whose range gradients leave, means float32 here.
+        batch: sequences per chunk.
+        weights: also take the gradients of the weights, per sequence.
+        settings: the resolved settings, recorded as they are.
+        reporter: told of each block.
+        state_seconds: how often the carried gradient is stored for a resumed run.
+        place: where hidden states, and their gradient, live.
+
+    Returns:
+        The calibration with its gradients.
+
+    Raises:
+        SourceError, NumericalError, OutputError: see each.
+    """
+    precise = torch.float32 if dtype == torch.float16 else dtype
+    key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))
+    with building_together(calibration.folder / GRADIENTS, key) as partial:
+        walk = BlockWalk(source, device, precise, batch, StatesHome(device, place, partial))
+        inputs = BlockInputs(calibration.folder / INPUTS)
+        reverse = ReverseWalk(walk, sample.tokens, inputs, partial, reporter, state_seconds)
+        blocks = _Blocks(walk, calibration, partial, sample.tokens.shape[1], weights, reporter)
+        reverse.run(blocks.is_done, blocks.watch, blocks.write)
+        manifest = {
+            "kind": "gradients",
+            "format_version": FORMAT_VERSION,
+            "key": key,
+            "calibration": calibration.key,
+            "weights": weights,
+            "dtype": dtype_name(precise),
+            "settings": settings,
+            "versions": versions(),
+        }
+        if world().first:
+            reverse.state.remove()
+            write_json(partial / GRADIENTS_MANIFEST, manifest)
+    if world().first:
+        inputs.remove()
+    return open_calibration(calibration.folder)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What is taken of each block, and where it goes."""
+
+    walk: BlockWalk
+    calibration: Calibration
+    partial: Path
+    seqlen: int
+    weights: bool
+    reporter: Reporter
+
+    def is_done(self, index: int) -> bool:
+        """Tell whether a block's gradients are there."""
+        files = [block_file(index), *([weights_file(index)] if self.weights else [])]
+        return all(intact(self.partial / file) for file in files)
+
+    def watch(self, index: int, linears: Mapping[str, nn.Linear]) -> GradientCollector:
+        """Return what sums up the gradients of a block."""
+        return GradientCollector(
+            linears,
+            self.walk.device,
+            keys=self.calibration.moment_keys(index),
+            seqlen=self.seqlen,
+            weights=self.weights,
+        )
+
+    def write(self, index: int, collector: GradientCollector) -> None:
+        """Write the gradients of a block. Raises NumericalError, OutputError."""
+        means = collector.means()
+        for name in self.calibration.moment_keys(index):
+            found = means[f"{name}.square"]
+            if not bool(found.isfinite()):
+                raise NumericalError(
+                    f"The gradient at the output of {name} is NaN or infinite.",
+                    "Calibrate with --dtype float32, or on other text.",
+                )
+            if not bool(found):
+                self.reporter.warn(
+                    f"The gradient at the output of {name} is zero: the loss does not depend on it."
+                )
+        if self.weights:
+            write_tensors(self.partial / weights_file(index), collector.weight_means(), {})
+        write_tensors(self.partial / block_file(index), means, {})

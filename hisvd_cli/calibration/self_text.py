@@ -1,0 +1,133 @@
+"""Calibration text that the model itself writes, for those who have no other.
+
+Each row begins with the token that begins a text and is sampled from the model's full distribution
+at temperature 1: no top-k, no top-p, no penalty, whatever the model ships, and no stop.
+
+Rows are drawn in fixed batches, each with a seed of its own, and kept on disk batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from hisvd_cli.calibration.token_ids import known_ids
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.whole_model import load_source
+from hisvd_cli.utils.device import seeded
+from hisvd_cli.utils.errors import NumericalError, OutputError
+from hisvd_cli.utils.files.checksums import intact
+from hisvd_cli.utils.files.fingerprints import cache_root, digest
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, reason, write_tensors
+from hisvd_cli.utils.progress import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SEEDS = 1 << 63
+ROWS = 16
+"""Rows of a batch. It decides what is drawn, so it is no setting."""
+
+
+def sample_self(
+    source: Source,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    reporter: Reporter,
+) -> Tensor:
+    """Return token ids that a model wrote, from the cache where it holds them, whichever device
+    they were drawn on: a calibration that was taken on a GPU is gone on with on a CPU.
+
+    Args:
+        source: the model.
+        samples: rows.
+        seqlen: tokens of a row, the first of which is given.
+        seed: decides what is drawn.
+        device: where the model runs.
+        dtype: in which it runs.
+        reporter: told of each batch.
+
+    Returns:
+        Tokens ``[samples, seqlen]`` on the CPU.
+
+    Raises:
+        NumericalError: the model's distribution is not finite.
+    """
+    key = digest(source.fingerprint, f"{samples} {seqlen} {seed} {dtype} {_first_token(source)}")
+    folder = cache_root() / "self" / key[:16]
+    writer = _Writer(source, device, dtype)
+    rows: list[Tensor] = []
+    starts = range(0, samples, ROWS)
+    with reporter.stage("Sampling text", len(starts)) as step:
+        for index, start in enumerate(starts):
+            path = folder / f"batch-{index:05d}.safetensors"
+            if intact(path):
+                batch = read_tensors(path, AGAIN)[0]["tokens"]
+            else:
+                batch = writer.draw(
+                    min(ROWS, samples - start), seqlen, (seed * len(starts) + index) % _SEEDS
+                )
+                with suppress(OutputError):  # a batch that is not kept is drawn again
+                    write_tensors(path, {"tokens": batch}, {})
+            rows.append(batch)
+            step()
+    return torch.cat(rows)
+
+
+class _Writer:
+    """The model, loaded when it first has to write."""
+
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+        self._source = source
+        self._device = device
+        self._dtype = dtype
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return load_source(self._source, self._device, self._dtype)
+
+    def draw(self, rows: int, seqlen: int, seed: int) -> Tensor:
+        """Return sampled tokens ``[rows, seqlen]``. Raises NumericalError, DataError."""
+        from transformers import GenerationConfig
+
+        first = known_ids(torch.full((rows, 1), _first_token(self._source)), self._source)
+        start = first.to(self._device)
+        free = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_length=seqlen,
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=True,
+        )
+        # What the model ships would fill in what is unset here.
+        self._model.generation_config = free
+        generate = cast(Callable[..., Tensor], self._model.generate)
+        try:
+            with seeded(seed, self._device):
+                drawn = generate(
+                    start, attention_mask=torch.ones_like(start), generation_config=free
+                )
+        except RuntimeError as error:  # torch: a distribution with NaN, infinity, or nothing
+            raise NumericalError(
+                f"{self._source.name} cannot write text: {reason(error)}", "Use --dtype float32."
+            ) from error
+        return drawn.cpu()
+
+
+def _first_token(source: Source) -> int:
+    """Return the token that begins a text, or ends one where none begins it, or 0."""
+    tokenizer = source.tokenizer
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None), 0)

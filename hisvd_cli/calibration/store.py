@@ -1,0 +1,348 @@
+"""A calibration on disk: which model and text it was taken from, and what it holds per block.
+
+``calibration.json`` with one safetensors file per block; ``gradients/`` in it, where gradients were
+taken too, is an artifact of the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, TypeAdapter
+from torch import Tensor
+from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below 3.12
+
+from hisvd_cli.linalg.moments import Moment, Side
+from hisvd_cli.linalg.statistics import (
+    Channels,
+    Gradient,
+    Need,
+    Statistics,
+    WeightGradients,
+    missing,
+)
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.utils.errors import SourceError, StaleArtifactError
+from hisvd_cli.utils.files.fingerprints import digest
+from hisvd_cli.utils.files.json_files import parse_json, read_json
+from hisvd_cli.utils.files.tensorfile import read_header, read_tensors
+
+MANIFEST = "calibration.json"
+GRADIENTS = "gradients"
+"""Folder, in that of a calibration, of the gradients; its manifest is ``gradients.json``."""
+GRADIENTS_MANIFEST = "gradients.json"
+FORMAT_VERSION = 2
+WEIGHT_PARTS = ("mean", "output", "input")
+"""Endings of a sublayer's tensors in a file of weight gradients, as in ``WeightGradients``."""
+_AGAIN = "Calibrate again."
+
+
+class _Model(TypedDict):
+    name: str
+    fingerprint: str
+
+
+class _Data(TypedDict):
+    dataset: str
+    drop: NotRequired[str]
+    split: str
+    tokens_sha256: str
+    samples: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    seqlen: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+
+
+class _Manifest(TypedDict):
+    """What is read of ``calibration.json``; it holds more."""
+
+    key: str
+    model: _Model
+    data: _Data
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    settings: dict[str, dict[str, Any]]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Calibration tokens and where they came from."""
+
+    tokens: Tensor  # [S, L]
+    dataset: str
+    split: str
+    text_digest: str
+    seed: int
+    drop: str = ""  # what was left out of the text
+
+    @property
+    def key(self) -> str:
+        """sha256 of the token windows themselves."""
+        return digest(str(list(self.tokens.shape)), self.tokens.numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics on disk.
+
+    Attributes:
+        folder: where they lie.
+        manifest: the content of ``calibration.json``.
+        gradients: the content of ``gradients.json``; None where no gradients were taken.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    gradients: dict[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        """Hash of what the moments depend on: model, tokens, dtype."""
+        return str(self.manifest["key"])
+
+    @property
+    def gradients_key(self) -> str:
+        """Hash of what the gradients depend on; empty where none were taken."""
+        return str(self.gradients["key"]) if self.gradients else ""
+
+    @property
+    def holds(self) -> frozenset[Need]:
+        """What was taken."""
+        if self.gradients is None:
+            return frozenset({"moments"})
+        if not self.gradients["weights"]:
+            return frozenset({"moments", "gradients"})
+        return frozenset({"moments", "gradients", "weight-gradients"})
+
+    def require(self, needs: Collection[Need], method: str) -> None:
+        """Raise SourceError, with the command that helps, where something was not taken."""
+        for need in needs:
+            if need not in self.holds:
+                raise missing(method, need)
+
+    def moments(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Moment]:
+        """Read the moments of one block: sublayer name → moment (shared inputs are one object).
+
+        Args:
+            layer: the block.
+            device: where they go.
+
+        Raises:
+            SourceError: the block's file is missing or damaged.
+        """
+        found = self.statistics(layer, (), device)
+        return {name: each.moment for name, each in found.items() if each.moment is not None}
+
+    def statistics(
+        self,
+        layer: int,
+        needs: Collection[Need],
+        device: torch.device | str = "cpu",
+        of: Collection[str] | None = None,
+    ) -> dict[str, Statistics]:
+        """Read what is known of one block's sublayers: name → statistics.
+
+        Args:
+            layer: the block.
+            needs: what is wanted; the rest stays None, and is not read.
+            device: where tensors go.
+            of: the sublayers that are wanted; by default all. Nothing is read of others.
+
+        Raises:
+            SourceError: a file of the block is missing or damaged.
+        """
+        path = self.folder / block_file(layer)
+        owners = {n: keys for n, keys in self._owners(layer).items() if of is None or n in of}
+        tensors = _read(path, device, {key for keys in owners.values() for key in keys})
+        try:
+            moments = {key: Moment(tensors[key], _side(key)) for key, _ in owners.values()}
+            channels = {key: Channels(*tensors[key]) for _, key in owners.values()}
+            found = {
+                name: Statistics(moments[moment], channels[channel])
+                for name, (moment, channel) in owners.items()
+            }
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            raise SourceError(f"{path} holds no moments.", _AGAIN) from error
+        if "weight-gradients" in needs:
+            return self._with_gradients(layer, found, True, device)
+        return self._with_gradients(layer, found, False, device) if "gradients" in needs else found
+
+    def _with_gradients(
+        self, layer: int, found: dict[str, Statistics], weights: bool, device: torch.device | str
+    ) -> dict[str, Statistics]:
+        path = self.folder / GRADIENTS / block_file(layer)
+        keys = self.moment_keys(layer)
+        stems = {*found, *(keys[name] for name in found if name in keys)}
+        tensors = _read(path, device, stems)
+        if weights:
+            sequences = _read(self.folder / GRADIENTS / weights_file(layer), device, stems)
+            tensors |= {f"sequences.{name}": tensor for name, tensor in sequences.items()}
+        try:
+            share = self._first_half
+            return {
+                name: _join(each, name, keys[name], tensors, share, weights)
+                for name, each in found.items()
+            }
+        except KeyError as error:
+            raise SourceError(f"{path} lacks the gradients of {error}.", _AGAIN) from error
+
+    @property
+    def _first_half(self) -> float:
+        """Share of the sequences of even number, counted from 0."""
+        samples = int(self.manifest["data"]["samples"])
+        return (samples + 1) // 2 / samples
+
+    def moment_keys(self, layer: int) -> dict[str, str]:
+        """Return sublayer name → key of its moment, the same for those that share one.
+
+        Raises:
+            SourceError: the block's file is missing or damaged.
+        """
+        return {name: moment for name, (moment, _) in self._owners(layer).items()}
+
+    def _owners(self, layer: int) -> dict[str, tuple[str, str]]:
+        """Return sublayer name → keys of its moment and of its channels. Raises SourceError."""
+        path = self.folder / block_file(layer)
+        try:
+            owners = parse_json(read_header(path).metadata["block"])["owners"]
+            return {name: (moment, channels) for name, (moment, channels) in owners.items()}
+        except SourceError as error:
+            raise SourceError(error.message, _AGAIN) from error
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            raise SourceError(f"{path} holds no moments.", _AGAIN) from error
+
+    def importance(self, layer: int) -> float:
+        """Return the angular distance, from 0 to 1, of a block's input and output.
+
+        Raises:
+            SourceError: the block's file is missing or damaged.
+        """
+        path = self.folder / block_file(layer)
+        try:
+            return float(parse_json(read_header(path).metadata["block"])["importance"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise SourceError(f"{path} holds no statistics.", _AGAIN) from error
+
+
+def _read(path: Path, device: torch.device | str, stems: Collection[str]) -> dict[str, Tensor]:
+    """Read the tensors that are named as one of ``stems``, or as one and an ending."""
+
+    def wanted(name: str) -> bool:
+        return name in stems or name.rpartition(".")[0] in stems
+
+    tensors, _ = read_tensors(path, _AGAIN, wanted)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _join(
+    known: Statistics,
+    name: str,
+    key: str,
+    tensors: dict[str, Tensor],
+    share: float,
+    weights: bool,
+) -> Statistics:
+    """Return a sublayer's statistics with its gradients.
+
+    Args:
+        known: moment and channels.
+        name: of the sublayer.
+        key: of its moment.
+        tensors: of the block's gradients.
+        share: of the sequences, those of the first half.
+        weights: whether the weights' gradients are among the tensors.
+    """
+    parts = (tensors[f"sequences.{name}.{part}"] for part in WEIGHT_PARTS)
+    sequences = WeightGradients(*parts) if weights else None
+    side: Side = "output" if f"{name}.output" in tensors else "input"
+    moment = Moment(tensors[f"{name}.{side}"], side)
+    gradient = Gradient(moment, float(tensors[f"{name}.square"]))
+    whole = replace(known, gradient=gradient, weight_gradients=sequences)
+    if share == 1 or known.moment is None:
+        return whole
+    moments = _halves(known.moment, tensors[f"{key}.half"], share)
+    gradients = (
+        Gradient(half, gradient.mean_square)
+        for half in _halves(moment, tensors[f"{name}.half"], share)
+    )
+    one, other = (
+        Statistics(part, known.channels, felt)
+        for part, felt in zip(moments, gradients, strict=True)
+    )
+    return replace(whole, halves=(one, other))
+
+
+def _halves(whole: Moment, first: Tensor, share: float) -> tuple[Moment, Moment]:
+    """Return the moments of both halves from that of the first and of the whole."""
+    wide = first.double()
+    rest = (whole.matrix.double() - share * wide) / (1 - share)
+    return Moment(wide, whole.side), Moment(rest, whole.side)
+
+
+def _side(key: str) -> Side:
+    return "output" if key.endswith(".output") else "input"
+
+
+def block_file(layer: int) -> str:
+    """Return the name of a block's file, of moments or of gradients."""
+    return f"block-{layer:05d}.safetensors"
+
+
+def weights_file(layer: int) -> str:
+    """Return the name of a block's file of weight gradients."""
+    return f"weights-{layer:05d}.safetensors"
+
+
+def calibration_key(source: Source, sample: Sample, dtype: torch.dtype) -> str:
+    """Return the hash of everything that moments depend on."""
+    return digest(str(FORMAT_VERSION), source.fingerprint, sample.key, str(dtype))
+
+
+def open_calibration(folder: Path, source: Source | None = None) -> Calibration:
+    """Open a calibration folder.
+
+    Raises:
+        SourceError: no calibration there, or a damaged one.
+        StaleArtifactError: it was made for another model than ``source``, or in another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = read_json(path)
+        version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            _MANIFEST.validate_python(manifest, strict=True)
+        made_for, fingerprint = manifest["model"]["name"], manifest["model"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{folder} holds no calibration (no readable {MANIFEST}).", "Run: hisvd calibrate"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise StaleArtifactError(
+            f"{folder} was calibrated by another version of hisvd (format {version}, here "
+            f"{FORMAT_VERSION}).",
+            "Calibrate again.",
+        )
+    if source is not None and fingerprint != source.fingerprint:
+        raise StaleArtifactError(
+            f"{folder} was calibrated for {made_for}, not for the weights of {source.name}.",
+            "Calibrate this model, or name the calibration that was made for it.",
+        )
+    return Calibration(folder, manifest, _open_gradients(folder, str(manifest["key"])))
+
+
+def _open_gradients(folder: Path, key: str) -> dict[str, Any] | None:
+    """Return the manifest of gradients that belong to the calibration ``key``, if there are any."""
+    try:
+        path = folder / GRADIENTS / GRADIENTS_MANIFEST
+        manifest: dict[str, Any] = read_json(path)
+        fits = manifest["format_version"] == FORMAT_VERSION and manifest["calibration"] == key
+        whole = isinstance(manifest["weights"], bool) and isinstance(manifest["key"], str)
+        return manifest if fits and whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

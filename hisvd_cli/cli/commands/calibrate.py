@@ -1,0 +1,36 @@
+"""``hisvd calibrate``."""
+
+from __future__ import annotations
+
+from hisvd_cli.cli.options import DryRun, Run, keys_of, with_settings
+
+
+@with_settings(keys_of("model", "calibration"), together=True)
+def calibrate(run: Run, dry_run: DryRun = False) -> None:
+    """Run text through a model, block by block, and keep what its sublayers see.
+
+    Example: hisvd calibrate --model HuggingFaceTB/SmolLM2-135M --samples 64 --seqlen 1024
+    """
+    from hisvd_cli.cli.views.results import calibration_view, forecast_view
+    from hisvd_cli.modeling.skeleton import tell_notes
+    from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
+    from hisvd_cli.pipelines.forecast import forecast_calibration
+
+    source = named_source(run.resolved)
+    tell_notes(source, run.console)
+    if dry_run:
+        forecast = forecast_calibration(run.resolved, source)
+        run.console.show(forecast_view(forecast))
+        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        return
+    made, seconds = ensure_calibration(run.resolved, source, run.console, reuse_any=False)
+    run.console.show(calibration_view(made, seconds))
+    document = {
+        "output": str(made.folder),
+        "seconds": seconds,
+        **made.manifest,
+        "gradients": made.gradients,
+    }
+    run.console.result(document, str(made.folder))
+    flags = run.resolved.flags("model", "calibration")
+    run.console.next_command(f"hisvd plan {flags} --ratio 0.8")

@@ -1,0 +1,133 @@
+"""``hisvd compress``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from hisvd_cli.cli.options import DryRun, Run, keys_of, option, with_settings
+from hisvd_cli.utils.errors import HisvdError, UsageError
+from hisvd_cli.utils.files.cache import expanded
+
+
+@with_settings(
+    [
+        *keys_of("plan", "compress", "recover", "quantize", "model", "calibration"),
+        ("eval", "windows"),
+    ],
+    together=True,
+)
+def compress(
+    run: Run,
+    output: Annotated[
+        Path | None,
+        option(
+            "--output",
+            "-o",
+            text="Folder, or one file ending in .pt (default MODEL-RATIO). Of several presets or "
+            "ratios, the folder that gets MODEL-PRESET-RATIO of each.",
+            metavar="PATH",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        option("--plan", text="Use this plan.json instead of making a plan.", metavar="FILE"),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        option(
+            "--from",
+            text="Take this checkpoint, and only --recover it into another (default "
+            "CHECKPOINT-METHOD); --model names its dense model where it has moved.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, option("--overwrite", text="Replace a checkpoint that stands there.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Compress a model: calibrate, plan and factor, reusing what is already there.
+
+    Several ratios and presets make a checkpoint each, from one calibration; what is there already
+    stays as it is.
+
+    Examples: hisvd compress --model demo --ratio 0.6
+
+    hisvd compress --model demo --ratio 0.8 --ratio 0.6 --preset hisvd --preset best
+
+    hisvd compress --from demo-0.6 --recover distill --recover-minutes 20
+    """
+    from hisvd_cli.pipelines.output_names import output_name
+
+    output = output and output_name(output)
+    plan = plan and expanded(str(plan))
+    checkpoint = checkpoint and expanded(str(checkpoint))
+    if checkpoint is not None:
+        if plan is not None:
+            raise UsageError("--from names a checkpoint that has its plan.", "Leave out --plan.")
+        _recover(run, checkpoint, output, overwrite, dry_run)
+        return
+    from hisvd_cli.cli.views.results import compressed_view, forecast_view
+    from hisvd_cli.pipelines.compressing.compression import compress_model
+    from hisvd_cli.pipelines.compressing.grid import is_grid
+    from hisvd_cli.pipelines.forecast import forecast_compression
+
+    if plan is None and is_grid(run.resolved):
+        _compress_grid(run, output, overwrite, dry_run)
+        return
+    if dry_run:
+        forecast = forecast_compression(run.resolved, output, plan, overwrite, run.console)
+        run.console.show(forecast_view(forecast))
+        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        return
+    outcome = compress_model(run.resolved, output, plan, overwrite, run.console)
+    run.console.show(compressed_view(outcome))
+    run.console.result(outcome.document(), str(outcome.output))
+    made = shlex.quote(str(outcome.output))
+    baseline = shlex.quote(run.settings.model.name)
+    measuring = f"eval {made} --baseline {baseline}"
+    run.console.next_command(f"hisvd {f'inspect {made}' if outcome.perplexity else measuring}")
+
+
+def _recover(
+    run: Run, checkpoint: Path, output: Path | None, overwrite: bool, dry_run: bool
+) -> None:
+    from hisvd_cli.cli.views.results import recovered_view, recovery_forecast_view
+    from hisvd_cli.pipelines.compressing.from_checkpoint import (
+        forecast_recovery,
+        recover_checkpoint,
+    )
+
+    if dry_run:
+        forecast = forecast_recovery(run.resolved, checkpoint, output, overwrite, run.console)
+        run.console.show(recovery_forecast_view(forecast))
+        run.console.result({"dry_run": True, **forecast}, forecast["output"])
+        return
+    made = recover_checkpoint(run.resolved, checkpoint, output, overwrite, run.console)
+    run.console.show(recovered_view(made))
+    run.console.result(made, made["output"])
+    told = [made["output"], str(checkpoint)]
+    run.console.next_command(f"hisvd eval {shlex.join(told)}")
+
+
+def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool) -> None:
+    from hisvd_cli.cli.views.results import compressed_grid_view, forecast_grid_view
+    from hisvd_cli.pipelines.compressing.grid import compress_grid, forecast_grid
+
+    if dry_run:
+        forecast = forecast_grid(run.resolved, output, overwrite, run.console)
+        run.console.show(forecast_grid_view(forecast))
+        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        return
+    cells = compress_grid(run.resolved, output, overwrite, run.console)
+    run.console.show(compressed_grid_view(cells))
+    there = [str(cell.output) for cell in cells if not cell.failure]
+    run.console.result({"cells": [cell.document() for cell in cells]}, " ".join(there))
+    failures = [cell.failure for cell in cells if cell.failure]
+    if failures:
+        told = [f"{each.model}: {each.message}" for each in failures]
+        raise HisvdError("\n".join(told), failures[0].hint)
+    baseline = shlex.quote(run.settings.model.name)
+    run.console.next_command(f"hisvd eval {shlex.join(there)} --baseline {baseline}")

@@ -1,0 +1,111 @@
+"""``hisvd convert``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hisvd_cli.cli.options import Run, keys_of, option, with_settings
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.files.cache import expanded
+
+
+@with_settings(
+    [
+        ("compress", "max_shard_size"),
+        *keys_of("quantize"),
+        *(("calibration", key) for key in ("dataset", "samples", "seqlen", "seed", "batch")),
+        ("model", "device"),
+        ("model", "dtype"),
+        ("model", "scratch"),
+    ]
+)
+def convert(
+    run: Run,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Checkpoint folder, or a .pt file of hisvd.", metavar="CHECKPOINT"),
+    ],
+    to: Annotated[
+        Literal["hf", "pt", "dense"] | None,
+        option(
+            "--to",
+            text="hf: low-rank folder; pt: one file; dense: plain model, pairs multiplied.",
+            metavar="FORM",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, option("--output", "-o", text="Folder or file to write.", metavar="PATH")
+    ] = None,
+    overwrite: Annotated[bool, option("--overwrite", text="Replace what stands there.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        option(
+            "--push-to-hub",
+            text="Upload to this repository what --to wrote, or the checkpoint as it is.",
+            metavar="REPO",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, option("--private", text="Make a new repository on the hub private.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        option("--revision", text="Branch on the hub to upload to.", metavar="BRANCH"),
+    ] = None,
+) -> None:
+    """Write a checkpoint in another form, shard by shard, or upload it to the hub.
+
+    Examples: hisvd convert demo-0.6 --to dense --output demo-dense
+
+    hisvd convert demo-0.6 --quantize int8 --output demo-0.6-int8
+
+    hisvd convert demo-0.6 --push-to-hub me/demo-0.6
+    """
+    from hisvd_cli.cli.views.results import size_text
+    from hisvd_cli.pipelines.output_names import output_name
+    from hisvd_cli.pipelines.publishing import Hub, check_request, publish
+
+    output = output and output_name(output)
+    checkpoint = expanded(str(checkpoint))
+    hub = Hub(push_to_hub, private, revision) if push_to_hub else None
+    if hub is None and (private or revision):
+        raise UsageError("--private and --revision say how to upload.", "Add --push-to-hub REPO.")
+    if to is None and run.resolved.is_flag("quantize", "bits"):
+        to = "hf"
+    check_request(checkpoint, to, output, hub)
+    document: dict[str, Any] = {"output": str(output or checkpoint)}
+    line = str(output)
+    if to is not None and output is not None:
+        size = _written(run, checkpoint, to, output, overwrite)
+        run.console.show(f"{output}: {size_text(size)}")
+        document |= {"to": to, "bytes": size}
+    if hub is not None:
+        line = publish(output or checkpoint, hub, run.console)
+        run.console.show(line)
+        document["url"] = line
+    run.console.result(document, line)
+    if output is not None:
+        following = "inspect" if to == "pt" else "eval"
+        run.console.next_command(f"hisvd {following} {shlex.quote(str(output))}")
+
+
+def _written(
+    run: Run, checkpoint: Path, to: Literal["hf", "pt", "dense"], output: Path, overwrite: bool
+) -> int:
+    """Convert, and return the bytes written."""
+    from hisvd_cli.modeling.sources.companions import warn_of_links
+    from hisvd_cli.pipelines.compressing.quantization import check_quantization
+    from hisvd_cli.pipelines.conversion import asks_to_quantize, convert_checkpoint, quantize_to
+
+    check_quantization(run.resolved)
+    if asks_to_quantize(run.resolved):
+        return quantize_to(run.resolved, checkpoint, to, output, overwrite, run.console)
+    if checkpoint.is_dir():
+        warn_of_links(checkpoint, run.console)
+    shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
+    scratch = run.settings.model.scratch
+    return convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes, scratch)

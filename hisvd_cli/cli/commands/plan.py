@@ -1,0 +1,135 @@
+"""``hisvd plan``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from hisvd_cli.cli.options import DryRun, Run, keys_of, option, with_settings
+
+if TYPE_CHECKING:
+    from hisvd_cli.allocation.plan import Plan
+
+
+@with_settings(
+    [
+        *keys_of("plan"),
+        ("quantize", "method"),
+        ("quantize", "group_size"),
+        *keys_of("model", "calibration"),
+    ],
+    together=True,
+)
+def plan(
+    run: Run,
+    output: Annotated[
+        Path | None,
+        option("--output", "-o", text="Write the plan to this .json file.", metavar="FILE"),
+    ] = None,
+    tables: Annotated[
+        bool, option("--tables", text="Show all ranks of each plan that is compared, too.")
+    ] = False,
+    spectrum_of: Annotated[
+        list[str] | None,
+        option(
+            "--spectrum-of",
+            text="Draw the spectra of sublayers that match this glob of a name or type "
+            "(repeatable).",
+            metavar="NAME",
+        ),
+    ] = None,
+    list_profiles: Annotated[
+        bool,
+        option(
+            "--list-profiles",
+            text="List the profiles that hisvd brings, and the published figures, and stop.",
+        ),
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Show what every sublayer would keep, before any decomposition; its rank, with --verbose.
+
+    Uses the model's calibration where there is one, and the weights alone where there is none.
+
+    Examples: hisvd plan --model demo --ratio 0.8 --ratio 0.6
+
+    hisvd plan --model demo --allocator hisvd --allocator uniform
+    """
+    if list_profiles:
+        _list_profiles(run)
+        return
+    from hisvd_cli.cli.views.plans import comparison_view, plan_forecast_view, plan_view
+    from hisvd_cli.pipelines.forecast import forecast_plan
+    from hisvd_cli.pipelines.output_names import output_name
+    from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
+    from hisvd_cli.pipelines.planning.plans import check_plan_file, check_sublayers, plan_model
+
+    if dry_run:
+        forecast = forecast_plan(run.resolved)
+        run.console.show(plan_forecast_view(forecast))
+        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        return
+    chosen = run.settings.plan
+    if output is not None:
+        output = output_name(output)
+        ratios = chosen.ratio if bytes_ratio(run.resolved) is None else chosen.ratio[:1]
+        check_plan_file(output, ratios, chosen.allocator)
+    if spectrum_of:
+        check_sublayers(run.resolved, spectrum_of)
+    plans = plan_model(run.resolved, run.console)
+    compared = len(chosen.allocator) > 1
+    for made in plans if tables or not compared else ():
+        run.console.show(plan_view(made, run.console.width, run.console.verbose))
+    if compared:
+        run.console.show(comparison_view(plans, run.console.width))
+    if output is not None and run.first:
+        plans[0].save(output)
+    documents = [made.document() for made in plans]
+    document = documents[0] if len(documents) == 1 else {"plans": documents}
+    if spectrum_of:
+        document = {**document, "spectra": _show_spectra(run, plans, spectrum_of)}
+    run.console.result(document, " ".join(f"{made.model_ratio:.4f}" for made in plans))
+    run.console.next_command(_next_command(run, plans[0], output))
+
+
+def _list_profiles(run: Run) -> None:
+    from hisvd_cli.cli.views.profiles import profiles_view
+    from hisvd_cli.pipelines.config.shipped import shipped_profiles
+
+    profiles = shipped_profiles()
+    run.console.show(profiles_view(profiles))
+    document = {"profiles": [profile.document() for profile in profiles]}
+    run.console.result(document, " ".join(profile.name for profile in profiles))
+
+
+def _show_spectra(run: Run, plans: Sequence[Plan], patterns: list[str]) -> list[dict[str, Any]]:
+    """Draw the spectra that match; return them as JSON data."""
+    from hisvd_cli.cli.views.plans import spectra_view
+    from hisvd_cli.pipelines.planning.plans import sublayer_spectra
+    from hisvd_cli.utils.progress import Silent
+
+    spectra = sublayer_spectra(run.resolved, patterns, Silent())  # the plan has told all of it
+    for made in plans:
+        run.console.show(spectra_view(spectra, made, run.console.width))
+    return [{"name": s.name, "energy": s.energy.tolist()} for s in spectra]
+
+
+def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
+    """Return the command that compresses by a plan: by its file, or by what it was made from."""
+    from hisvd_cli.utils.files.fingerprints import ratio_name
+
+    flags = run.resolved.flags("model", "calibration")
+    if output is not None and output.is_file():
+        # The file holds what a preset says of planning, and compress takes no such flag beside it.
+        factoring = run.resolved.flags("compress", expanded=True)
+        return f"hisvd compress {flags} --plan {shlex.quote(str(output))} {factoring}"
+    one_each = [("plan", "ratio"), ("plan", "allocator")]
+    several = run.settings.plan.allocator[1:]
+    dropped = one_each if several else one_each[:1]
+    knobs = run.resolved.flags("plan", "compress", "quantize", without=dropped)
+    if plan.bytes is not None:
+        return f"hisvd compress {flags} {knobs}"
+    allocator = f"--allocator {shlex.quote(plan.allocator)} " if several else ""
+    return f"hisvd compress {flags} --ratio {ratio_name(plan.ratio)} {allocator}{knobs}"

@@ -1,0 +1,108 @@
+"""What a plan by bytes looks like in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS
+from hisvd_cli.cli.views.charts import HeatMap
+from hisvd_cli.cli.views.results import make_table, rank_span, rank_table, size_text
+
+if TYPE_CHECKING:
+    from hisvd_cli.allocation.byte_frontier import Point
+    from hisvd_cli.allocation.plan import BytePlan, Plan, SublayerPlan
+
+_SEEN = 5e-4
+"""What files take beyond what is claimed is shown from here on, as a share of the model's bytes."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A sublayer whose share is that of its bytes."""
+
+    layer: int
+    cluster: str
+    shape: tuple[int, int]
+    parameters: int
+    dense: bool
+
+
+def byte_choices(plan: Plan, counted: BytePlan, width: int, ranks: bool) -> list[RenderableType]:
+    """Show what each sublayer keeps, and a line per type; ``ranks`` shows rank/bits of each too."""
+    title = f"Share of each sublayer's bytes at bytes ratio {counted.ratio:g} ({plan.allocator})"
+    number = counted.full / plan.full_parameters  # bytes of one in the model
+    parts: list[RenderableType] = [
+        Text(title, style="bold"),
+        HeatMap([_held(row, number) for row in plan.sublayers]),
+        Text(),
+        _types(plan, number),
+    ]
+    if ranks:
+        table = rank_table(plan.sublayers, width, _cell, len("dense/16"))
+        parts += [Text(), Text("Ranks and bits", style="bold"), table]
+    return [*parts, Text(), *_frontier(counted.frontier)]
+
+
+def _held(row: SublayerPlan, number: float) -> _Held:
+    whole = row.dense and row.bits == FULL_BITS
+    return _Held(row.layer, row.cluster, row.shape, round((row.bytes or 0) / number), whole)
+
+
+def _cell(row: SublayerPlan) -> Text:
+    return Text(f"{'dense' if row.dense else row.rank}/{row.bits}")
+
+
+def _types(plan: Plan, number: float) -> Table:
+    bits = [f"{each} bit" for each in BITS]
+    table = make_table("sublayer type", "count", *bits, "dense", "ranks", "full", "kept")
+    for cluster in plan.clusters:
+        rows = [s for s in plan.sublayers if s.cluster == cluster.cluster]
+        whole = number * sum(s.shape[0] * s.shape[1] for s in rows)
+        table.add_row(
+            cluster.cluster,
+            str(cluster.sublayers),
+            *(str(sum(s.bits == each for s in rows) or "-") for each in BITS),
+            str(sum(s.dense for s in rows) or "-"),
+            rank_span(sorted({s.rank for s in rows if not s.dense})),
+            str(max(s.full_rank for s in rows)),
+            f"{sum(s.bytes or 0 for s in rows) / whole:.1%}",
+        )
+    return table
+
+
+def _frontier(points: Sequence[Point]) -> list[RenderableType]:
+    """Show what each way loses at each ratio, and what its files take where that is more."""
+    ratios = sorted({p.budget for p in points if p.budget is not None}, reverse=True)
+    table = make_table("predicted loss at bytes ratio", *(f"{ratio:g}" for ratio in ratios))
+    for method in dict.fromkeys(p.method for p in points if p.budget is not None):
+        own = {p.budget: p for p in points if p.method == method}
+        losses = (f"{own[r].predicted_loss:.4g}" if r in own else "-" for r in ratios)
+        table.add_row(method, *losses)
+        if any(r is not None and p.bytes_ratio > r + _SEEN for r, p in own.items()):
+            taken = (f"{own[r].bytes_ratio:.3f}" if r in own else "-" for r in ratios)
+            table.add_row("  its files take", *taken, style="dim")
+    fixed = [
+        Text(f" {p.method}: {p.predicted_loss:.4g}, at {p.bytes_ratio:.3f}")
+        for p in points
+        if p.budget is None
+    ]
+    return [table, *fixed]
+
+
+def byte_facts(plan: Plan, counted: BytePlan) -> dict[str, str]:
+    """Return what a plan by bytes comes to."""
+    unspent = counted.budget - counted.kept
+    return {
+        "kept": f"{size_text(counted.kept)} of {size_text(counted.full)} "
+        f"({counted.kept_ratio:.3%}); {unspent:,} bytes of the budget unspent",
+        "parameters": f"{plan.kept_parameters:,} of {plan.full_parameters:,} "
+        f"({plan.kept_ratio:.3%})",
+        "whole model": f"{counted.model_ratio:.2%} of the bytes kept",
+        "rounding": f"{counted.method}; 4 bits in groups of {counted.group_size}; scales counted",
+    }

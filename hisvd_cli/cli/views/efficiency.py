@@ -1,0 +1,105 @@
+"""What speed and tasks look like in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hisvd_cli.cli.views.results import size_text
+
+if TYPE_CHECKING:
+    from hisvd_cli.evaluation.efficiency import Phase, Timing
+    from hisvd_cli.evaluation.grid import Evaluation
+    from hisvd_cli.evaluation.speed import Race, Speed
+
+_NAME_COLUMNS = 24
+
+
+def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[RenderableType]:
+    """Show each task's scores, model below model; nothing where no task was asked.
+
+    Args:
+        rows: what was measured, the baseline first.
+        names: of the models, as they are shown.
+    """
+    if not any(row.scores for row in rows):
+        return []
+    table = _table("task", "metric", "model")
+    for column in ("value", "± stderr"):
+        table.add_column(column, justify="right", no_wrap=True)
+    labels = dict.fromkeys((s.task, s.measure) for row in rows for s in row.scores or ())
+    for label in labels:
+        head = label
+        for row, name in zip(rows, names, strict=True):
+            for s in row.scores or ():
+                if (s.task, s.measure) == label:
+                    value = "not finite" if s.value is None else f"{s.value:.4f}"
+                    table.add_row(*head, name, value, "" if s.stderr is None else f"{s.stderr:.4f}")
+                    head = ("", "")
+    return [Text("Tasks (lm-eval)", style="bold"), table, Text()]
+
+
+def speed_view(name: str, speed: Speed) -> list[RenderableType]:
+    """Show a model's speed beside the baseline's, and say where it is not faster."""
+    compared = speed.baseline_weight_bytes is not None
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    columns = ["batch", "phase", "tokens/s", *(["baseline", "speed"] if compared else [])]
+    for column in [*columns, "ms: p50", "p90", "p99"]:
+        table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=True)
+    for race in speed.races:
+        for row in _race_rows(race):
+            table.add_row(*row)
+    lines: list[RenderableType] = [
+        Text(f"{speed.conditions}.", "dim"),
+        table,
+        Text(_memory_line(speed)),
+    ]
+    if compared:
+        lines.append(_verdict(speed))
+    return [Text(f"Speed of {name}", style="bold"), Group(*lines), Text()]
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", max_width=_NAME_COLUMNS)
+    return table
+
+
+def _race_rows(race: Race) -> list[list[str]]:
+    rows: list[list[str]] = []
+    compared = race.versus()
+    for phase in ("prefill", "decode"):
+        row = ["" if rows else str(race.batch), phase, _rate(race.own, phase)]
+        if race.baseline is not None:
+            each = compared[phase]
+            row += [_rate(race.baseline, phase), f"{each.speedup:.2f}× {each.verdict}"]
+        rows.append([*row, *(f"{1000 * s:.4g}" for s in race.own.latencies(phase).values())])
+    return rows
+
+
+def _rate(timing: Timing, phase: Phase) -> str:
+    rate = timing.rate(phase)
+    return f"{rate:.1f}" if rate < 1e4 else f"{rate:.0f}"
+
+
+def _memory_line(speed: Speed) -> str:
+    def beside(own: int, other: int | None) -> str:
+        return size_text(own) + ("" if other is None else f" (baseline {size_text(other)})")
+
+    weights = beside(speed.weight_bytes, speed.baseline_weight_bytes)
+    largest = speed.races[-1]
+    other = largest.baseline.peak_memory if largest.baseline else None
+    peak = beside(largest.own.peak_memory, other)
+    return f"Weights {weights}; at batch {largest.batch} at most {peak}."
+
+
+def _verdict(speed: Speed) -> Text:
+    slow = speed.not_faster()
+    if not slow:
+        return Text("Faster than the baseline everywhere, in every turn.", "green")
+    return Text(f"Not faster than the baseline: {', '.join(slow)}.", "yellow")

@@ -1,0 +1,301 @@
+"""What results look like in a terminal: readable at 80 columns, with and without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hisvd_cli.cli.views.charts import HeatMap, Shaded, short_name
+
+if TYPE_CHECKING:
+    from hisvd_cli.calibration.store import Calibration
+    from hisvd_cli.evaluation.perplexity import PerplexityResult
+    from hisvd_cli.inspection.audit import Audit
+    from hisvd_cli.pipelines.compressing.compression import Outcome
+    from hisvd_cli.pipelines.compressing.grid import Cell
+
+_MAX_PROBLEMS = 20
+
+
+class Ranked(Shaded, Protocol):
+    """What the rank table needs to know of a sublayer."""
+
+    @property
+    def rank(self) -> int: ...
+
+
+R = TypeVar("R", bound=Ranked)
+
+
+def size_text(count: float) -> str:
+    """Return bytes in the unit that people use: 538.1 MB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:  # where it would be rounded to 1000.0
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return seconds as 12.3 s, 4 min 05 s or 2 h 10 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def make_table(*columns: str, left: int = 1) -> Table:
+    """Return an empty table; all but the first ``left`` columns hold numbers."""
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+    return table
+
+
+def facts_table(facts: dict[str, str]) -> Table:
+    """Return a table of names and values, a line each."""
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def calibration_view(calibration: Calibration, seconds: float) -> RenderableType:
+    """Show where a calibration lies and what it was taken from."""
+    data = calibration.manifest["data"]
+    return facts_table(
+        {
+            "calibration": str(calibration.folder),
+            "text": f"{data['dataset']} ({data['split']})",
+            "tokens": f"{data['samples']} × {data['seqlen']} = {data['tokens']:,}",
+            "precision": f"forward passes in {calibration.manifest['dtype']}",
+            "holds": ", ".join(sorted(calibration.holds)).replace("-", " "),
+            "time": duration_text(seconds),
+        }
+    )
+
+
+def forecast_view(forecast: dict[str, Any]) -> RenderableType:
+    """Show what a run would take."""
+    facts = {"time": f"about {duration_text(forecast['seconds'])}"}
+    facts["peak memory"] = f"about {size_text(forecast['peak_memory_bytes'])}"
+    if forecast["hidden_states"]:
+        place = {"file": "in a file", "host": "in host memory"}
+        facts["hidden states"] = (
+            f"{place.get(forecast['hidden_states'], 'on the device')}, {forecast['batch']} windows "
+            "at a time through a block"
+        )
+    if "dense_bytes" in forecast:
+        dense, size = forecast["dense_bytes"], forecast["bytes"]
+        facts["checkpoint"] = f"{size_text(size)} (now {size_text(dense)}): {forecast['output']}"
+        facts["calibration"] = size_text(forecast["calibration_bytes"])
+    else:
+        facts["calibration"] = size_text(forecast["bytes"])
+    return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
+
+
+def rank_span(ranks: Sequence[int]) -> str:
+    """Return the least and the greatest of sorted ranks."""
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+
+
+def _rank_cell(row: Ranked) -> Text:
+    return Text("dense", style="dim") if row.dense else Text(str(row.rank))
+
+
+def rank_table(
+    rows: Sequence[R], width: int, cell: Callable[[R], Text] = _rank_cell, widest: int = 5
+) -> RenderableType:
+    """Show ranks, a line per layer and a column per sublayer type, below the full ranks.
+
+    Args:
+        rows: the sublayers of a plan or an audit.
+        width: columns of the terminal; types that do not fit go into a further table.
+        cell: what is shown of a sublayer.
+        widest: columns that it takes at most.
+    """
+    clusters = list(dict.fromkeys(row.cluster for row in rows))
+    cells = {(row.layer, row.cluster): row for row in rows}
+    full = {row.cluster: str(min(row.shape)) for row in rows}
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    widest = max(widest, *(len(short_name(cluster)) for cluster in clusters))
+    fit = max(1, (width - 7) // (widest + 2))
+    tables: list[RenderableType] = []
+    for start in range(0, len(clusters), fit):
+        shown = clusters[start : start + fit]
+        table = make_table("layer", *map(short_name, shown), left=0)
+        table.add_row("full", *(full[cluster] for cluster in shown), style="dim")
+        for layer in layers:
+            own = (cells.get((layer, c)) for c in shown)
+            table.add_row(
+                str(layer), *(cell(row) if row else Text("-", style="dim") for row in own)
+            )
+        tables.append(table)
+    return Group(*tables)
+
+
+def recovered_view(made: dict[str, Any]) -> RenderableType:
+    """Show what a recovery made, and what its training gained on the held-out text."""
+    recovery = made["recovery"]
+    facts = {
+        "checkpoint": f"{made['output']} ({size_text(made['bytes'])})",
+        "from": made["from"],
+        "trained": f"{recovery['method']}, {recovery['steps']:,} steps, "
+        f"{recovery['tokens']:,} tokens",
+        "held out": ", ".join(
+            f"{name} {value:.4f} → {recovery['best'][name]:.4f}"
+            for name, value in recovery["before"].items()
+        ),
+        "time": f"{duration_text(made['seconds']['recover'])}, peak memory "
+        f"{size_text(made['peak_memory_bytes'])}",
+    }
+    if recovery["stopped"]:
+        facts["stopped"] = recovery["stopped"]
+    return facts_table(facts)
+
+
+def recovery_forecast_view(forecast: dict[str, Any]) -> RenderableType:
+    """Show what a recovery would train on."""
+    facts = {
+        "checkpoint": f"{forecast['output']} ({size_text(forecast['bytes'])})",
+        "text": f"{forecast['text_tokens']:,} tokens",
+    }
+    if forecast["tokens"]:
+        facts["training"] = f"{forecast['tokens']:,} tokens"
+    if forecast["seconds"]:
+        facts["time"] = f"{duration_text(forecast['seconds'])} of training at most"
+    return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
+
+
+def compressed_view(outcome: Outcome) -> RenderableType:
+    """Show what a compression made, what it was before, and what that took."""
+    seconds = outcome.seconds
+    stages = ", ".join(f"{name} {duration_text(value)}" for name, value in seconds.items())
+    facts = {
+        "checkpoint": str(outcome.output),
+        "kept": f"{outcome.plan.kept_ratio:.2%} of the sublayers, "
+        f"{outcome.plan.model_ratio:.2%} of the model",
+        "precision": f"forward passes in {outcome.dtype}, weights in {outcome.stored_dtype}",
+        "time": stages,
+        "peak memory": size_text(outcome.peak_memory_bytes),
+    }
+    parts: list[RenderableType] = [facts_table(facts), Text(), _before_and_after(outcome)]
+    if outcome.perplexity:
+        before, _ = outcome.perplexity
+        measured = f"{before.windows} windows of {before.seqlen} tokens, {before.dataset}"
+        parts.append(Text(f" Perplexity: {measured}.", style="dim"))
+    return Group(*parts)
+
+
+def _before_and_after(outcome: Outcome) -> Table:
+    table = make_table("", "before", "after", "ratio")
+    total, kept = outcome.dense_parameters, outcome.parameters
+    if total is not None and kept is not None:
+        table.add_row("parameters", f"{total:,}", f"{kept:,}", f"{kept / total:.1%}")
+    dense, size = outcome.dense_bytes, outcome.bytes
+    table.add_row("size", size_text(dense), size_text(size), f"{size / dense:.1%}")
+    if outcome.perplexity:
+        before, after = outcome.perplexity
+        texts = (perplexity_text(before), perplexity_text(after))
+        table.add_row("perplexity", *texts, times_text(after, before))
+    return table
+
+
+def compressed_grid_view(cells: Sequence[Cell]) -> RenderableType:
+    """Show what became of each checkpoint of a grid."""
+    table = make_table("checkpoint", "", "size", "of the model", "perplexity", left=2)
+    table.columns[0].no_wrap = False
+    table.columns[0].overflow = "fold"
+    for cell in cells:
+        plan, perplexity = cell.plan(), cell.outcome and cell.outcome.perplexity
+        table.add_row(
+            str(cell.output),
+            Text(cell.status, style="red" if cell.failure else "dim"),
+            size_text(cell.bytes) if plan else "-",
+            f"{plan.model_ratio:.1%}" if plan else "-",
+            perplexity_text(perplexity[1]) if perplexity else "-",
+        )
+    return table
+
+
+def forecast_grid_view(forecast: dict[str, Any]) -> RenderableType:
+    """Show what the checkpoints of a grid that are left would take."""
+    facts = {
+        each["output"]: f"{size_text(each['bytes'])}, peak memory "
+        f"{size_text(each['peak_memory_bytes'])}"
+        for each in forecast["cells"]
+    }
+    facts["time"] = f"about {duration_text(forecast['seconds'])} in all"
+    return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
+
+
+def perplexity_text(result: PerplexityResult) -> str:
+    """Return a perplexity with four significant figures, or what is wrong with it."""
+    if result.perplexity is None:
+        windows = result.nonfinite_windows
+        return f"not finite (window {windows[0]})" if windows else "not finite"
+    return f"{result.perplexity:#.4g}" if result.perplexity < 1e4 else f"{result.perplexity:.3e}"
+
+
+def times_text(result: PerplexityResult, baseline: PerplexityResult) -> str:
+    """Return how many times as large a perplexity is as the baseline's."""
+    if result.perplexity is None or baseline.perplexity is None:
+        return "-"
+    return f"{result.perplexity / baseline.perplexity:.2f} ×"
+
+
+def audit_view(audit: Audit, width: int, ranks: bool = False) -> RenderableType:
+    """Show an audit: totals, what each sublayer keeps (and with ``ranks``, its rank), problems."""
+    facts = {"what": audit.kind, **audit.table, "on disk": size_text(audit.bytes)}
+    if audit.dense_bytes and audit.bytes_ratio is not None:
+        facts["on disk"] += f", {audit.bytes_ratio:.3%} of {size_text(audit.dense_bytes)}"
+    if audit.parameters:
+        facts["parameters"] = f"{audit.parameters:,} (dense {audit.dense_parameters:,})"
+    if audit.ratio is not None and audit.model_ratio is not None:
+        facts["kept"] = f"{audit.ratio:.3%} of the sublayers, {audit.model_ratio:.3%} of the model"
+    parts: list[RenderableType] = [Text(audit.target, style="bold"), facts_table(facts)]
+    if audit.sublayers:
+        parts += [Text(), HeatMap(audit.sublayers), Text(), _kept_table(audit)]
+        parts += [Text(), rank_table(audit.sublayers, width)] if ranks else []
+    parts += [Text(), *_problems(audit.problems)]
+    return Group(*parts)
+
+
+def _kept_table(audit: Audit) -> Table:
+    table = make_table("sublayer type", "count", "shape", "low rank", "mean rank", "kept")
+    for cluster in dict.fromkeys(row.cluster for row in audit.sublayers):
+        rows = [row for row in audit.sublayers if row.cluster == cluster]
+        low = [row.rank for row in rows if not row.dense]
+        full = sum(row.shape[0] * row.shape[1] for row in rows)
+        table.add_row(
+            cluster,
+            str(len(rows)),
+            "×".join(map(str, rows[0].shape)),
+            str(len(low)),
+            f"{sum(low) / len(low):.1f}" if low else "-",
+            f"{sum(row.parameters for row in rows) / full:.1%}",
+        )
+    return table
+
+
+def _problems(problems: list[str]) -> list[Text]:
+    if not problems:
+        return [Text("No problems found.", style="green")]
+    lines = [Text(f"{len(problems)} problem{'s' * (len(problems) > 1)}:", style="bold red")]
+    lines += [Text(f"  {problem}") for problem in problems[:_MAX_PROBLEMS]]
+    if len(problems) > _MAX_PROBLEMS:
+        lines.append(Text(f"  and {len(problems) - _MAX_PROBLEMS} more (--json lists all)"))
+    return lines

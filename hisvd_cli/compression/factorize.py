@@ -1,0 +1,274 @@
+"""Apply a plan: factor every planned sublayer, block by block, into a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hisvd_cli.allocation.estimate import decomposition_cost
+from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.calibration.store import Calibration
+from hisvd_cli.compression.methods import DECOMPOSERS
+from hisvd_cli.compression.parts import Factory, block_of
+from hisvd_cli.compression.updating import Update, Updating
+from hisvd_cli.linalg.statistics import Need, missing
+from hisvd_cli.modeling.checkpoint import (
+    FORMAT_VERSION,
+    PLAN_FILE,
+    compressed_config,
+    join_parts,
+    parts_left,
+    shard_file,
+    shard_names,
+    untied,
+    write_loader,
+)
+from hisvd_cli.modeling.folder_record import Describe, write_record
+from hisvd_cli.modeling.layers.lowrank import Storage, factor_shapes
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, own_head, tensor_names
+from hisvd_cli.modeling.sources.companions import copy_code, copy_companions, warn_of_links
+from hisvd_cli.modeling.sources.source import Source, code_modules
+from hisvd_cli.utils.distributed import World, building_together, share_by_cost, world
+from hisvd_cli.utils.errors import StaleArtifactError
+from hisvd_cli.utils.files.fingerprints import digest
+from hisvd_cli.utils.files.tensorfile import write_json, write_tensors
+from hisvd_cli.utils.prefetch import ahead
+from hisvd_cli.utils.progress import Reporter
+from hisvd_cli.utils.registry import accepted
+from hisvd_cli.utils.versions import versions
+
+_OUTSIDE = "outside"
+_INDEX_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A finished checkpoint: where, how large, how long each part took (seconds), and what its
+    ``hisvd.json`` says."""
+
+    output: Path
+    bytes: int
+    decompose_seconds: float
+    write_seconds: float
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors the checkpoint holds, and in which part each is written.
+
+    Attributes:
+        architecture: class name of the model.
+        parts: part → name in the checkpoint → name on disk of the source, for a factor the name
+            of the matrix it comes from. Parts are written, and resumed, one by one: what is in no
+            block; of each block what stays as it is; and each of its factored sublayers.
+        sizes: part → bytes.
+        costs: part → what factoring it costs, 0 for what stays as it is.
+        own_head: whether the output head is written although the config ties it.
+    """
+
+    architecture: str
+    parts: dict[str, dict[str, str]]
+    sizes: dict[str, int]
+    costs: dict[str, int]
+    own_head: bool
+
+    def shared(self, left: Sequence[str], here: World) -> list[str]:
+        """Return which of the parts that are left this process makes."""
+        blocks: dict[str, list[tuple[str, int]]] = {}
+        for part in left:
+            blocks.setdefault(block_of(part), []).append((part, self.costs[part]))
+        owner = share_by_cost(list(blocks.values()), here.size)
+        return [part for part in left if owner[part] == here.rank]
+
+    def factored(self) -> dict[str, str]:
+        """Return sublayer → part of all that are factored, in order."""
+        return {
+            next(iter(names)).rpartition(".")[0]: part
+            for part, names in self.parts.items()
+            if self.costs[part]
+        }
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.sizes.values())
+
+
+def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layout:
+    """Work out, before any work, every tensor of the checkpoint and its size."""
+    model = build_meta_model(source)
+    prefix, layers = decoder_blocks(model)
+    groups: dict[str, dict[str, dict[str, str]]] = {_OUTSIDE: {_OUTSIDE: {}}}
+    groups |= {block: {block: {}} for block in (f"block-{i:05d}" for i in range(len(layers)))}
+    sizes: dict[str, int] = defaultdict(int)
+    costs: dict[str, int] = defaultdict(int)
+    stored_names = tensor_names(model, source)
+    for name, stored in stored_names.items():
+        block, local = _OUTSIDE, ""
+        if name.startswith(f"{prefix}."):
+            index, _, local = name[len(prefix) + 1 :].partition(".")
+            block = f"block-{int(index):05d}"
+        info = source.weights.infos[stored]
+        rank = ranks.get(name.removesuffix(".weight"))
+        if rank is None:
+            groups[block][block][name] = stored
+            sizes[block] += info.nbytes
+            continue
+        part = f"{block}.{local.removesuffix('.weight')}"
+        names = groups[block].setdefault(part, {})
+        m, n = info.shape
+        costs[part] = decomposition_cost((m, n))
+        for leaf, shape in factor_shapes(storage, m, n, rank).items():
+            names[f"{name.removesuffix('weight')}{leaf}"] = stored
+            width = _INDEX_BYTES if leaf == "weight_order" else info.nbytes // (m * n)
+            sizes[part] += prod(shape) * width
+    parts = {part: names for group in groups.values() for part, names in group.items()}
+    return Layout(
+        type(model).__name__,
+        parts,
+        {part: sizes[part] for part in parts},
+        {part: costs[part] for part in parts},
+        own_head(model, stored_names),
+    )
+
+
+def compress(
+    source: Source,
+    plan: Plan,
+    calibration: Calibration | None,
+    output: Path,
+    *,
+    decomposer: str,
+    knobs: Mapping[str, Any],
+    needs: Collection[Need],
+    device: torch.device,
+    shard_bytes: int,
+    settings: Mapping[str, object],
+    describe: Describe,
+    reporter: Reporter,
+    update: Update | None = None,
+    history: Mapping[str, Any] | None = None,
+) -> Compressed:
+    """Write the compressed model to the folder ``output``.
+
+    A run that was interrupted goes on after its last finished sublayers; the result is the same to
+    the byte. Several processes share the sublayers, and write the factors of theirs.
+
+    Args:
+        source: the dense model that the plan was made for. Of one with corrected weights, what
+            stays dense is that of the original.
+        plan: the ranks.
+        calibration: statistics, for decomposers that use them.
+        output: the folder; what stands there is replaced once the new one is complete.
+        decomposer: name of the method.
+        knobs: its settings; those that it does not name are left out.
+        needs: what it needs of a calibration.
+        device: where decompositions run.
+        shard_bytes: largest size of a weight file.
+        settings: the resolved settings, recorded as they are.
+        describe: writes the model card.
+        reporter: told of each sublayer.
+        update: how weights are fitted to the inputs that the compressed model gives them.
+        history: what the provenance says beside, or instead of, what is known here.
+
+    Raises:
+        StaleArtifactError: the plan was made for another model.
+        UsageError: an unknown decomposer.
+        SourceError: the method needs statistics that were not taken, or a file is damaged.
+        NumericalError, OutputError: see each.
+    """
+    check_plan(plan, source)
+    warn_of_links(source.folder, reporter)
+    for need in needs:
+        if calibration is None or need not in calibration.holds:
+            raise missing(decomposer, need)
+    layout = lay_out(source, plan.ranks, plan.storage)
+    method = DECOMPOSERS.get(decomposer)
+    prepared = partial(method, **accepted(method, knobs))
+    factory = Factory(source, layout.parts, plan, calibration, prepared, needs, device)
+    record = _provenance(plan, calibration, decomposer, needs, settings, update)
+    record |= history or {}
+    key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
+    started = time.monotonic()
+    here = world()
+    with building_together(output, key) as home:
+        groups = shard_names(layout.sizes, shard_bytes)
+        shards = {shard_file(i, len(groups)): parts for i, parts in enumerate(groups)}
+        left = here.agreed(lambda: parts_left(home, shards))
+        updated = layout.factored() if update else {}
+        mine = layout.shared([part for part in left if part not in updated.values()], here)
+        with reporter.stage("Compressing layers", len(mine)) as step:
+            for part, material in ahead(factory.gather, mine):
+                write_tensors(home / f"{part}.part", factory.made(part, material), {})
+                step()
+        if update:
+            waiting = [part for part in left if part in updated.values()]
+            Updating(update, factory, updated, home).run(waiting, reporter)
+        here.wait()
+        decomposed = time.monotonic()
+        if here.first:
+            names = {part: list(tensors) for part, tensors in layout.parts.items()}
+            join_parts(home, shards, names, layout.total_bytes)
+            _complete(home, source, plan, layout)
+            describe(home, record)
+            write_record(home, record)
+    written = time.monotonic()
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    return Compressed(output, size, decomposed - started, written - decomposed, record)
+
+
+def _complete(home: Path, source: Source, plan: Plan, layout: Layout) -> None:
+    """Write all that is no weight."""
+    plain = untied(source.plain_config) if layout.own_head else source.plain_config
+    config = compressed_config(plain, layout.architecture, plan.ranks, plan.storage)
+    if source.carries_code:  # asked for, and needed to load the result
+        config["auto_map"] = plain["auto_map"]
+    write_json(home / "config.json", config)
+    plan.save(home / PLAN_FILE)
+    copy_companions(source.folder, home)
+    if source.carries_code:
+        copy_code(source.folder, home, code_modules(plain))
+    else:
+        write_loader(home)
+
+
+def check_plan(plan: Plan, source: Source) -> None:
+    """Raise StaleArtifactError where a plan was made for other weights than those of ``source``."""
+    made_for = plan.provenance["model"]
+    if made_for["fingerprint"] != source.original.fingerprint:
+        raise StaleArtifactError(
+            f"The plan was made for {made_for['name']}, not for the weights of {source.name}.",
+            "Plan again for this model.",
+        )
+
+
+def _provenance(
+    plan: Plan,
+    calibration: Calibration | None,
+    decomposer: str,
+    needs: Collection[Need],
+    settings: Mapping[str, object],
+    update: Update | None,
+) -> dict[str, Any]:
+    record = {
+        "kind": "checkpoint",
+        "format_version": FORMAT_VERSION,
+        "model": plan.provenance["model"],
+        "decomposer": decomposer,
+        "calibration": calibration.manifest if calibration else None,
+        "gradients": calibration.gradients if calibration and set(needs) - {"moments"} else None,
+        **plan.summary(),
+        "settings": settings,
+        "versions": versions(),
+    }
+    return {**record, "update": update.record()} if update else record

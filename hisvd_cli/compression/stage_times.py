@@ -1,0 +1,40 @@
+"""How long the stages of a compression took, kept in the cache.
+
+A checkpoint itself holds no clocks, so that a run that is made again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hisvd_cli.modeling.folder_record import FILES
+from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.files.fingerprints import cache_root, digest
+from hisvd_cli.utils.files.json_files import read_json
+from hisvd_cli.utils.files.tensorfile import write_text
+
+
+def keep_times(record: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+    """Write the seconds by stage of the checkpoint that has this ``hisvd.json``, over earlier ones;
+    where the cache cannot be written, nothing is kept."""
+    with suppress(OutputError):
+        write_text(_path(record), json.dumps(dict(seconds)) + "\n")
+
+
+def times_of(record: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the seconds by stage that were kept, in order; None where this machine made no such
+    checkpoint, or the file is damaged."""
+    try:
+        document = read_json(_path(record))
+        return {str(stage): float(value) for stage, value in document.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _path(record: Mapping[str, Any]) -> Path:
+    made = {key: value for key, value in record.items() if key != FILES}
+    return cache_root() / "times" / f"{digest(json.dumps(made, sort_keys=True))}.json"

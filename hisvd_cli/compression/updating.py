@@ -1,0 +1,231 @@
+"""Factor sublayers block by block, each for the inputs that the compressed model gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hisvd_cli.calibration.store import Sample
+from hisvd_cli.compression.paired_walk import TwoStreams
+from hisvd_cli.compression.parts import Factory, Material, block_number
+from hisvd_cli.compression.updates import (
+    DAMPINGS,
+    CrossMoment,
+    carried,
+    least,
+    output_energy,
+    output_error,
+    refitted,
+    transfer,
+)
+from hisvd_cli.linalg.statistics import Statistics
+from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.modeling.hidden_states import Place, StatesHome
+from hisvd_cli.modeling.layers.lowrank import dense_product
+from hisvd_cli.utils.distributed import world
+from hisvd_cli.utils.files.safetensors_header import dtype_name
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_tensors
+from hisvd_cli.utils.progress import Reporter
+
+UpdateMethod = Literal["closed-form", "propagated"]
+_HELD_BACK = 4
+"""One of so many sequences is held back from the fit, where a damping is to be chosen."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """How sublayers are updated, and how the model is run for that.
+
+    Attributes:
+        method: see :mod:`hisvd_cli.compression.updates`.
+        damping: λ; None chooses it, for each group of sublayers with a common input (of a
+            ``closed-form`` for each sublayer), on the last quarter of the sequences, which the fit
+            that is judged has not seen.
+        sample: the tokens.
+        device: where blocks run.
+        dtype: in which they run.
+        batch: sequences per forward pass.
+        place: where the hidden states of both models live.
+    """
+
+    method: UpdateMethod
+    damping: float | None
+    sample: Sample
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    place: Place = "device"
+
+    @property
+    def held_back(self) -> int:
+        """Sequences that are held back, the last ones."""
+        count = len(self.sample.tokens)
+        return 0 if self.damping is not None else max(1, count // _HELD_BACK)
+
+    def record(self) -> dict[str, object]:
+        """Return what provenance says of it."""
+        samples, seqlen = self.sample.tokens.shape
+        return {
+            "method": self.method,
+            "damping": self.damping,
+            "held_back": self.held_back,
+            "samples": samples,
+            "seqlen": seqlen,
+            "tokens_sha256": self.sample.key,
+            "dtype": dtype_name(self.dtype),
+        }
+
+
+class Updating:
+    """Makes the parts of updated sublayers; what an earlier run made is read, and run.
+
+    Args:
+        update: how.
+        factory: makes pairs of weights.
+        parts: sublayer → part.
+        home: folder of the parts.
+    """
+
+    def __init__(
+        self, update: Update, factory: Factory, parts: Mapping[str, str], home: Path
+    ) -> None:
+        self._update = update
+        self._factory = factory
+        self._parts = parts
+        self._home = home
+
+    def run(self, left: Sequence[str], reporter: Reporter) -> None:
+        """Make the parts that are ``left``; several processes share the sequences, and the first
+        one factors.
+
+        Raises:
+            SourceError, NumericalError, OutputError: see each.
+        """
+        wanted = set(left)
+        last = max((block_number(part) for part in wanted), default=-1)
+        if last < 0:
+            return
+        streams = self._open()
+        with reporter.stage("Updating blocks", last + 1) as step:
+            for index in range(last + 1):
+                streams.load(index)
+                mine = [n for n, part in self._parts.items() if block_number(part) == index]
+                for group in streams.groups(index, mine) if mine else []:
+                    missing = [name for name in group if self._parts[name] in wanted]
+                    if missing:
+                        self._make(streams, index, group, missing)
+                    for name in group:
+                        streams.replace(name, self._weight(name))
+                if index < last:
+                    streams.advance(index)
+                streams.free(index)
+                step()
+
+    def _open(self) -> TwoStreams:
+        update, rows = self._update, world().share(len(self._update.sample.tokens))
+
+        def walk() -> BlockWalk:
+            home = StatesHome(update.device, update.place, self._home)
+            return BlockWalk(self._factory.source, update.device, update.dtype, update.batch, home)
+
+        streams = TwoStreams(walk(), walk())
+        streams.embed(update.sample.tokens[rows.start : rows.stop])
+        return streams
+
+    def _make(
+        self, streams: TwoStreams, index: int, group: Sequence[str], missing: Sequence[str]
+    ) -> None:
+        """Write the parts of those of a group that are missing."""
+        here, count = world(), len(self._update.sample.tokens)
+        until = count - self._update.held_back - here.share(count).start
+        fit, held = streams.measure(index, group, until)
+        if here.first:
+            judged = (fit.mean(), held.mean()) if held.tokens else None
+            fit.absorb(held)
+            group_of = {name: self._factory.gather(self._parts[name]) for name in group}
+            make = self._closed_form if self._update.method == "closed-form" else self._propagated
+            made = make(group_of, missing, fit.mean(), judged)
+            for name, tensors in made:
+                write_tensors(self._home / f"{self._parts[name]}.part", tensors, {})
+        here.wait()
+
+    def _propagated(
+        self,
+        group: Mapping[str, Material],
+        missing: Sequence[str],
+        moments: CrossMoment,
+        judged: tuple[CrossMoment, CrossMoment] | None,
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield the tensors of each that is missing: the truncation of W K."""
+        weights = {name: self._weight_of(name, each) for name, each in group.items()}
+        damping = self._damping(partial(_loss_of_transfer, list(weights.values())), judged)
+        transferred = transfer(moments, damping)
+        for name in missing:
+            weight, known = weights[name], group[name].known.get(name, Statistics())
+            if not math.isinf(damping):
+                known = carried(known, transferred, moments)
+            u, v = self._factory.decomposed(name, weight.double() @ transferred, known)
+            yield name, self._factory.stored(name, u, v, weight.dtype)
+
+    def _closed_form(
+        self,
+        group: Mapping[str, Material],
+        missing: Sequence[str],
+        moments: CrossMoment,
+        judged: tuple[CrossMoment, CrossMoment] | None,
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield the tensors of each that is missing: the decomposer's V, and U fitted to it."""
+        for name in missing:
+            weight, known = self._weight_of(name, group[name]), group[name].known
+            pair = self._factory.decomposed(name, weight, known.get(name, Statistics()))
+            damping = self._damping(partial(_loss_of_refit, weight, pair), judged)
+            u = refitted(weight, pair, moments, damping)
+            yield name, self._factory.stored(name, u, pair[1], weight.dtype)
+
+    def _damping(
+        self,
+        loss: Callable[[CrossMoment, CrossMoment, float], float],
+        judged: tuple[CrossMoment, CrossMoment] | None,
+    ) -> float:
+        """Return the damping with the least loss; where nothing was held back, the one given."""
+        if judged is None:
+            return self._update.damping or 0.0
+        return least(partial(loss, *judged), DAMPINGS)
+
+    def _weight_of(self, name: str, material: Material) -> Tensor:
+        stored = self._factory.parts[self._parts[name]][f"{name}.weight"]
+        return material.tensors[stored].to(self._factory.device)
+
+    def _weight(self, name: str) -> Tensor:
+        """Return what the finished factors of a sublayer multiply to."""
+        path = self._home / f"{self._parts[name]}.part"
+        tensors, _ = read_tensors(path, AGAIN)
+        return dense_product({key.rpartition(".")[2]: t for key, t in tensors.items()})
+
+
+def _loss_of_transfer(
+    weights: Sequence[Tensor], fit: CrossMoment, held: CrossMoment, damping: float
+) -> float:
+    """Return the output errors on sequences that were held back, each relative to its output."""
+    transferred = transfer(fit, damping)
+    return sum(
+        output_error(w, w.double() @ transferred, held) / output_energy(w, held) for w in weights
+    )
+
+
+def _loss_of_refit(
+    weight: Tensor,
+    pair: tuple[Tensor, Tensor],
+    fit: CrossMoment,
+    held: CrossMoment,
+    damping: float,
+) -> float:
+    """Return the output error on sequences that were held back."""
+    return output_error(weight, refitted(weight, pair, fit, damping) @ pair[1].double(), held)

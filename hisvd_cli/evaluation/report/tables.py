@@ -1,0 +1,104 @@
+"""Tables of a page: what tasks and speeds were measured, model beside model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hisvd_cli.evaluation.efficiency import PERCENTILES, PHASES, Phase
+from hisvd_cli.evaluation.grid import Evaluation
+from hisvd_cli.evaluation.speed import Race, Speed
+from hisvd_cli.evaluation.zero_shot import Score
+
+
+@dataclass(frozen=True)
+class Number:
+    """A table's cell: what it shows, a small line below, and what it sorts by."""
+
+    text: str
+    bounds: str = ""
+    value: float | None = None
+
+
+NOTHING = Number("–")
+
+
+def task_rows(rows: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Return a row for each task and metric, with a score per model; a model that was not asked has
+    none."""
+    found = [{(s.task, s.measure): s for s in row.scores or ()} for row in rows]
+    return [
+        {
+            "task": key[0],
+            "metric": key[1],
+            "scores": [_score(each.get(key)) for each in found],
+        }
+        for key in dict.fromkeys(key for each in found for key in each)
+    ]
+
+
+def _score(score: Score | None) -> Number:
+    if score is None:
+        return NOTHING
+    if score.value is None:
+        return Number("not finite")
+    error = "" if score.stderr is None else f"± {score.stderr:.4f}"
+    return Number(f"{score.value:.4f}", error, score.value)
+
+
+@dataclass(frozen=True)
+class SpeedTable:
+    """How fast models are.
+
+    Attributes:
+        conditions: under which they were timed, each way of it once.
+        columns: heads of the figures, behind model, batch and phase.
+        rows: model, batch, phase, figures.
+        slow: model → where it is not faster than its baseline for sure.
+    """
+
+    conditions: Sequence[str]
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, int, str, Sequence[Number]]]
+    slow: Sequence[tuple[str, Sequence[str]]]
+
+
+def speed_table(rows: Sequence[Evaluation]) -> SpeedTable | None:
+    """Return the speeds of all models that were timed; None where none was."""
+    timed = [(row.model, row.speed) for row in rows if row.speed is not None]
+    if not timed:
+        return None
+    compared = any(race.baseline for _, speed in timed for race in speed.races)
+    columns = ["tokens/s", *(["baseline", "speed"] if compared else [])]
+    columns += [*(f"p{p} ms" for p in PERCENTILES), "peak MB"]
+    return SpeedTable(
+        list(dict.fromkeys(speed.conditions for _, speed in timed)),
+        columns,
+        [line for model, speed in timed for line in _lines(model, speed, compared)],
+        [(model, slow) for model, speed in timed if (slow := speed.not_faster())],
+    )
+
+
+def _lines(
+    model: str, speed: Speed, compared: bool
+) -> Iterator[tuple[str, int, str, Sequence[Number]]]:
+    for race in speed.races:
+        for phase in PHASES:
+            yield model, race.batch, phase, _figures(race, phase, compared)
+
+
+def _figures(race: Race, phase: Phase, compared: bool) -> list[Number]:
+    cells = [_plain(race.own.rate(phase))]
+    if compared and race.baseline is not None:
+        each = race.versus()[phase]
+        cells.append(_plain(race.baseline.rate(phase)))
+        cells.append(Number(f"{each.speedup:.2f} ×", each.verdict, each.speedup))
+    elif compared:
+        cells += [NOTHING, NOTHING]
+    cells += [_plain(1000 * seconds) for seconds in race.own.latencies(phase).values()]
+    return [*cells, _plain(race.own.peak_memory / 1e6)]
+
+
+def _plain(value: float) -> Number:
+    return Number(f"{value:,.0f}" if value >= 1e3 else f"{value:#.4g}", "", value)

@@ -1,0 +1,137 @@
+"""Evaluations as files that other programs read: CSV, and a table in markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hisvd_cli.evaluation.grid import Grid
+from hisvd_cli.evaluation.perplexity import PerplexityResult
+from hisvd_cli.evaluation.zero_shot import Score
+from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.escaping import markdown_code, markdown_text, spreadsheet_cell
+from hisvd_cli.utils.files.text_output import check_text_place, takes_text, write_through
+
+FIGURES = {
+    "perplexity": ("perplexity", "{:.2f}"),
+    "bits_per_byte": ("bits/byte", "{:.4f}"),
+    "kl": ("KL", "{:.4f}"),
+    "agreement": ("agreement", "{:.3f}"),
+}
+"""Figure → its title and its form in a table."""
+_REPORTS = {
+    "--markdown": rb"\| model \| dataset \| perplexity \| bits/byte \| KL \| agreement \|",
+    "--csv": rb"model,dataset,perplexity,perplexity_low,perplexity_high,bits_per_byte,",
+    "--report": rb"<!DOCTYPE html>\n(?s:.*)\n<title>hisvd: ",
+}
+"""Flag of a report → how such reports begin, those of earlier versions too."""
+_BEGINNING = 1000
+_TASK_FACTS = ("metric", "filter", "value", "stderr", "num_fewshot", "questions")
+_FACTS = ("split", "tokens", "bytes", "windows", "seqlen", "dataset_hash")
+
+
+def check_report_path(path: Path, flag: str) -> None:
+    """Find out before any work whether a report can be written; nothing but one is replaced.
+
+    Args:
+        path: the file.
+        flag: what named it.
+
+    Raises:
+        OutputError: see :func:`check_text_place`; or another file is there.
+    """
+    check_text_place(path, flag)
+    if path.is_file() and not takes_text(path):
+        with path.open("rb") as file:
+            beginning = file.read(_BEGINNING)
+        if beginning and not re.match(_REPORTS[flag], beginning):
+            raise OutputError(
+                f"{flag} {path} holds something that is not such a report.",
+                "Name another file, or remove it yourself.",
+            )
+
+
+def write_reports(grid: Grid, markdown: Path | None, table: Path | None) -> None:
+    """Write the reports that are asked for. Raises OutputError."""
+    if markdown is not None:
+        write_through(markdown, markdown_table(grid))
+    if table is not None:
+        write_through(table, csv_table(grid))
+
+
+def csv_table(grid: Grid) -> str:
+    """Return a row for each model and text, the baseline's first, with columns for the bounds of
+    each interval, then one for each model, task and metric; what is not known is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    bounds = [f"{figure}{end}" for figure in FIGURES for end in ("", "_low", "_high")]
+    rows: list[list[object]] = []
+    rows.append(["model", "dataset", *bounds, *_FACTS, *_TASK_FACTS])
+    for model, result in _rows(grid):
+        cells: list[object] = [model, result.dataset]
+        for figure in FIGURES:
+            low, high = (result.intervals or {}).get(figure) or (None, None)
+            cells += [getattr(result, figure), low, high]
+        cells += [getattr(result, fact) for fact in _FACTS]
+        rows.append([*cells, *("" for _ in _TASK_FACTS)])
+    blank = [""] * (len(bounds) + len(_FACTS))
+    for model, found in _scores(grid):
+        facts = [getattr(found, fact) for fact in _TASK_FACTS]
+        rows.append([model, found.task, *blank, *facts])
+    writer.writerows(map(spreadsheet_cell, row) for row in rows)
+    return out.getvalue()
+
+
+def markdown_table(grid: Grid) -> str:
+    """Return a row for each model and text, the baseline's first, intervals behind figures."""
+    head = ["model", "dataset", *(title for title, _ in FIGURES.values())]
+    lines = [_line(head), "|---" * 2 + "|---:" * len(FIGURES) + "|"]
+    for model, result in _rows(grid):
+        cells = [_figure(result, figure, form) for figure, (_, form) in FIGURES.items()]
+        text = markdown_text(f"{result.dataset} ({result.split})")
+        lines.append(_line([markdown_code(model, in_table=True), text, *cells]))
+    rows = _rows(grid)
+    for _, result in rows:
+        made = result.bootstrap or {}
+        lines += ["", f"{result.windows} windows of {result.seqlen} tokens; in brackets "]
+        lines[-1] += f"{made['level']:.0%} bootstrap intervals ({made['units']} {made['unit']})."
+        break
+    return "\n".join(lines + _task_lines(grid)) + "\n"
+
+
+def _task_lines(grid: Grid) -> list[str]:
+    """Return the lines of a table of all scores in tasks, or none."""
+    lines = []
+    for model, found in _scores(grid):
+        value = "not finite" if found.value is None else f"{found.value:.4f}"
+        value += "" if found.stderr is None else f" ± {found.stderr:.4f}"
+        shots = "" if found.num_fewshot is None else str(found.num_fewshot)
+        asked = (markdown_text(found.task), shots, markdown_text(found.measure), value)
+        lines.append(_line([markdown_code(model, in_table=True), *asked]))
+    head = ["", _line(["model", "task", "few-shot", "metric", "value"]), "|---|---|---:|---|---:|"]
+    return head + lines if lines else []
+
+
+def _rows(grid: Grid) -> Iterator[tuple[str, PerplexityResult]]:
+    for each in grid.rows():
+        yield from ((each.model, result) for result in each.results)
+
+
+def _scores(grid: Grid) -> Iterator[tuple[str, Score]]:
+    for each in grid.rows():
+        yield from ((each.model, score) for score in each.scores or ())
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _figure(result: PerplexityResult, figure: str, form: str) -> str:
+    value, bounds = getattr(result, figure), (result.intervals or {}).get(figure)
+    if value is None:
+        return "not finite" if figure == "perplexity" else ""
+    text = form.format(value)
+    return text + (f" ({form.format(bounds[0])}–{form.format(bounds[1])})" if bounds else "")

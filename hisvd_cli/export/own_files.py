@@ -1,0 +1,72 @@
+"""Which files hisvd wrote: what may be replaced, and what belongs to somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hisvd_cli.modeling.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.folder_record import (
+    PROVENANCE,
+    content_hash,
+    read_object,
+    read_record,
+    recorded,
+)
+from hisvd_cli.modeling.sources.companions import CARD, is_companion
+from hisvd_cli.modeling.sources.source import code_modules, names_own_loader
+from hisvd_cli.modeling.sources.weights import INDEX, SINGLE, shard_files
+from hisvd_cli.utils.errors import SourceError
+
+KINDS = ("checkpoint", "dense")
+"""What ``hisvd.json`` says of a folder that hisvd wrote."""
+_WRITTEN = ("config.json", INDEX, PROVENANCE, PLAN_FILE, CARD)
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Tell whether hisvd wrote a checkpoint or a dense model into a folder: its record says so."""
+    record = read_record(folder)
+    return record.get("kind") in KINDS and all(
+        isinstance(record.get(key), dict) for key in ("model", "versions")
+    )
+
+
+def written_files() -> list[str]:
+    """Return the names of what hisvd writes beside weights."""
+    from hisvd_cli.modeling.layers.transformers_plugin import remote_code_files
+
+    return [*_WRITTEN, *remote_code_files()]
+
+
+def foreign_files(folder: Path) -> Iterator[Path]:
+    """Yield what hisvd did not write among the entries of a checkpoint's folder; of weights, all
+    but those that its index lists."""
+    files = recorded(read_record(folder))
+    weights = _weight_files(folder)
+
+    def known(path: Path) -> bool:
+        if path.name in (PROVENANCE, *weights):
+            return True
+        if files:
+            return files.get(path.name) == content_hash(path)
+        return path.name in before or is_companion(path.name)
+
+    before = {*written_files(), *_carried_code(folder)}  # of a record without hashes
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_file() or not known(path):
+            yield path
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    try:
+        return shard_files(index) if index.exists() else [SINGLE]
+    except SourceError:  # a damaged index lists nothing
+        return []
+
+
+def _carried_code(folder: Path) -> list[str]:
+    """Return the names of the Python files that a checkpoint took over from its base model."""
+    config = read_object(folder / "config.json")
+    carries = code_modules(config) and not names_own_loader(config)
+    return [path.name for path in folder.glob("*.py")] if carries else []

@@ -1,0 +1,1 @@
+"""Recovering accuracy: distillation, LoRA and what they train with."""

@@ -1,0 +1,229 @@
+"""Sequential low-rank adaptation (SVD-LLM, Wang et al. 2025, arXiv 2403.07378, section 3.3).
+
+Both factors of a pair are never adapted at once: adapters of all U's are trained and merged, then
+those of all V's, so that neither step's gradients depend on what the other changes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hisvd_cli.finetuning.distillation import likelihood_of, summed_loss
+from hisvd_cli.finetuning.recover import Classroom, Factors, held_out_measures, keep_activations
+from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs
+from hisvd_cli.finetuning.trainer import BEST, Course, Progress, Trainee, Training
+from hisvd_cli.finetuning.training_data import Lessons
+from hisvd_cli.modeling.checkpoint import load_model
+from hisvd_cli.modeling.decoding import TwoParts
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.utils.device import seeded
+from hisvd_cli.utils.errors import SourceError, UsageError
+from hisvd_cli.utils.files.checksums import intact, seal, sealed
+from hisvd_cli.utils.files.json_files import read_json
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_json
+from hisvd_cli.utils.progress import Reporter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The shape of adapters: their rank, what scales them (over the rank), and dropout."""
+
+    rank: int
+    alpha: int
+    dropout: float
+
+
+def check_peft() -> None:
+    """Raise UsageError where ``peft`` is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "--recover lora needs peft, which is not installed.",
+            "Install it with: pip install 'hisvd[recover]'",
+        ) from error
+
+
+def adapt(
+    student: Source,
+    lessons: Lessons,
+    course: Course,
+    room: Classroom,
+    adapter: Adapter,
+    home: Path,
+    reporter: Reporter,
+) -> tuple[Factors, Progress]:
+    """Train adapters of all U's on the next token, merge them, and then those of all V's.
+
+    Args:
+        student: the checkpoint.
+        lessons: the text; its last windows are held back.
+        course: how long and how, of each of the two trainings.
+        room: where the model runs.
+        adapter: the shape of adapters.
+        home: folder in which an interrupted training goes on.
+        reporter: told of progress.
+
+    Returns:
+        The factors with the adapters of the best held-out states, and how both trainings went.
+
+    Raises:
+        NumericalError: not even the untrained checkpoint can be measured.
+    """
+    model = load_model(student.folder, room.device, room.dtype)
+    pairs = as_linears(model)
+    keep_activations(model, room.checkpointing)
+    first, second = (
+        _train_one(model, list(pairs), factor, lessons, course, room, adapter, home, reporter)
+        for factor in ("u", "v")
+    )
+    factors = {}
+    for name in pairs:
+        weights = model.get_submodule(name).state_dict()
+        factors[name] = (weights["u.weight"], weights["v.weight"])
+    return factors, _both(first, second)
+
+
+def as_linears(model: nn.Module) -> dict[str, nn.Sequential]:
+    """Write every low-rank layer of a model as two linear ones, ``v`` and ``u``, in float32."""
+    layers = {name: _linears(pair) for name, pair in open_pairs(model).items()}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return layers
+
+
+def _linears(pair: TrainedPair) -> nn.Sequential:
+    (m, r), n = pair.u.shape, pair.v.shape[1]
+    u = nn.Linear(r, m, bias=pair.bias is not None, device="meta")
+    v = nn.Linear(n, r, bias=False, device="meta")
+    made = nn.Sequential(OrderedDict(v=v, u=u))
+    tensors = {"v.weight": pair.v.detach(), "u.weight": pair.u.detach()}
+    if pair.bias is not None:
+        tensors["u.bias"] = pair.bias.detach()
+    made.load_state_dict(tensors, assign=True)
+    return made.requires_grad_(False)
+
+
+def _train_one(
+    model: PreTrainedModel,
+    names: list[str],
+    factor: str,
+    lessons: Lessons,
+    course: Course,
+    room: Classroom,
+    adapter: Adapter,
+    home: Path,
+    reporter: Reporter,
+) -> Progress:
+    """Train and merge the adapters of one factor of all pairs, in place."""
+    home = home / factor
+    home.mkdir(exist_ok=True)
+    with seeded(course.seed, room.device):
+        adapted = adapted_model(model, [f"{name}.{factor}" for name in names], adapter)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if sealed(home / _DONE) and intact(home / BEST):
+            best, _ = read_tensors(home / BEST, AGAIN)
+            progress = _read_progress(home / _DONE)
+        else:
+            trainee = _trainee(model, parameters, lessons, course, room)
+            best, progress = Training(trainee, course, home, room.device, reporter).run()
+            write_json(home / _DONE, asdict(progress))
+            seal(home / _DONE)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(best[name])
+    adapted.merge_and_unload()
+    return progress
+
+
+def adapted_model(model: PreTrainedModel, targets: list[str], adapter: Adapter) -> PeftModel:
+    """Put adapters, which alone are trained, beside linear layers of a model, in place."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+    )
+    made: PeftModel = get_peft_model(model, config)
+    made.eval()
+    return made
+
+
+def _trainee(
+    model: PreTrainedModel,
+    parameters: dict[str, nn.Parameter],
+    lessons: Lessons,
+    course: Course,
+    room: Classroom,
+) -> Trainee:
+    pupil = TwoParts(model, room.dtype)
+    kept = len(lessons.ids) - lessons.held_out()
+    held = torch.arange(kept, len(lessons.ids))
+
+    def loss(rows: Tensor) -> tuple[Tensor, int]:
+        counted = lessons.counted[rows].to(room.device)
+        ids = lessons.ids[rows].to(room.device)
+        with _dropping_out(model):
+            states = pupil.states(ids)[counted]
+        targets = ids.roll(-1, 1)[counted]
+        return summed_loss(states, pupil.head, likelihood_of(targets)), len(states)
+
+    return Trainee(
+        parameters,
+        kept,
+        loss,
+        lambda: held_out_measures(pupil, lessons, held, course.together, None),
+    )
+
+
+@contextmanager
+def _dropping_out(model: nn.Module) -> Iterator[None]:
+    """Have the adapters' dropout work in the body, and that alone."""
+    layers = [m for n, m in model.named_modules() if n.endswith("lora_dropout.default")]
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
+
+
+def _both(first: Progress, second: Progress) -> Progress:
+    """Return how two trainings went, one after the other."""
+    return Progress(
+        steps=first.steps + second.steps,
+        tokens=first.tokens + second.tokens,
+        seconds=first.seconds + second.seconds,
+        measured=first.measured + second.measured,
+        before=first.before,
+        best=second.best,
+        best_step=first.steps + second.best_step,
+        stopped=second.stopped or first.stopped,
+    )
+
+
+def _read_progress(path: Path) -> Progress:
+    try:
+        return Progress(**read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise SourceError(
+            f"{path} is damaged.", f"Remove {path.parent.parent.parent} and run again."
+        ) from error

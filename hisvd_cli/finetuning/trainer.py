@@ -1,0 +1,298 @@
+"""A short training that knows its length, keeps its best held-out state, and survives a kill.
+
+``accelerate`` steps the optimizer and writes its state; what is trained, on what and against what
+comes from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hisvd_cli.utils.errors import NumericalError, SourceError
+from hisvd_cli.utils.files.artifact import building
+from hisvd_cli.utils.files.checksums import intact, seal, sealed
+from hisvd_cli.utils.files.json_files import parse_json
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, serializing, write_tensors
+from hisvd_cli.utils.progress import Reporter
+
+BEST = "best.safetensors"
+_STATE = "state"
+_TICKS = 1000  # of the progress bar
+_BETAS = (0.9, 0.95)
+_CLIP = 1.0  # norm of the gradient of all factors, as is common for language models
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a training is, and how it goes.
+
+    Attributes:
+        seconds: budget in time, evaluations included; None for no such bound.
+        tokens: budget in tokens; None for no such bound. One of the two is given.
+        learning_rate: at its peak.
+        batch: windows of a step.
+        together: of these, windows that go through the model at once.
+        warmup: share of the budget over which the learning rate rises.
+        evaluations: held-out measurements after the first.
+        seed: order of the windows.
+        state_seconds: how often the state is written.
+    """
+
+    seconds: float | None
+    tokens: int | None
+    learning_rate: float
+    batch: int
+    together: int
+    seed: int
+    warmup: float = 0.05
+    evaluations: int = 6
+    state_seconds: float = 120.0
+
+    def rate(self, progress: float) -> float:
+        """Return the learning rate at a share of the budget: a linear rise, then a half cosine."""
+        if progress < self.warmup:
+            return self.learning_rate * max(progress, 0.01 * self.warmup) / self.warmup
+        done = min((progress - self.warmup) / (1 - self.warmup), 1.0)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained.
+
+    Attributes:
+        parameters: name → parameter.
+        windows: how many windows of text there are.
+        loss: rows of windows ─► the summed loss, and the tokens that it is of.
+        held_out: measures the current state: nats per token by the names of measures. The first
+            decides which state is best.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    windows: int
+    loss: Callable[[Tensor], tuple[Tensor, int]]
+    held_out: Callable[[], dict[str, float]]
+
+
+@dataclass
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        steps: of the optimizer.
+        tokens: trained on.
+        seconds: taken, those of runs that were killed included.
+        measured: held-out measurements done.
+        before: held-out measures of the untrained state.
+        best: those of the best state.
+        best_step: when it was.
+        stopped: why the training ended before its budget; empty where it did not.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    measured: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    stopped: str = ""
+
+
+class Training:
+    """One training in a folder of its own, in which it goes on after a kill."""
+
+    def __init__(
+        self, trainee: Trainee, course: Course, home: Path, device: torch.device, reporter: Reporter
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.trainee = trainee
+        self.course = course
+        self.home = home
+        self.reporter = reporter
+        self.progress = Progress()
+        self._accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False)
+        self._optimizer = self._accelerator.prepare(
+            torch.optim.AdamW(
+                list(trainee.parameters.values()),
+                lr=course.learning_rate,
+                betas=_BETAS,
+                weight_decay=0.0,
+                fused=True,
+            )
+        )
+        self._accelerator.register_for_checkpointing(self)
+        self._measuring = 0.0  # seconds of a held-out measurement
+        self._started = 0.0
+
+    def run(self) -> tuple[dict[str, Tensor], Progress]:
+        """Train, and return the best parameters with how it went.
+
+        Raises:
+            NumericalError: not even the untrained state can be measured.
+            OutputError: the folder cannot be written.
+        """
+        self._resume()
+        self._started = time.monotonic() - self.progress.seconds
+        if not self.progress.measured:
+            self._measure()
+        saved = time.monotonic()
+        with self.reporter.stage("Training", _TICKS) as tick:
+            shown = 0
+            while not self.progress.stopped and (share := self._share()) < 1:
+                for _ in range(shown, int(share * _TICKS)):
+                    tick()
+                shown = max(shown, int(share * _TICKS))
+                self._step(share)
+                if share >= self.progress.measured / self.course.evaluations:
+                    self._measure()
+                if time.monotonic() - saved >= self.course.state_seconds:
+                    self._save()
+                    saved = time.monotonic()
+            for _ in range(shown, _TICKS):
+                tick()
+        if not self.progress.stopped:
+            self._measure()
+        best, _ = read_tensors(self.home / BEST, AGAIN)
+        return best, self.progress
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what accelerate writes of us."""
+        parameters = {name: p.detach() for name, p in self.trainee.parameters.items()}
+        return {"parameters": parameters, "progress": asdict(self.progress)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what accelerate wrote."""
+        with torch.no_grad():
+            for name, parameter in self.trainee.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.progress = Progress(**state["progress"])
+
+    def _share(self) -> float:
+        """Return the share of the budget that is used up, by the scarcer of time and tokens."""
+        self.progress.seconds = time.monotonic() - self._started
+        shares = [0.0]
+        if self.course.seconds is not None:
+            # The last measurement belongs to the budget.
+            shares.append((self.progress.seconds + self._measuring) / self.course.seconds)
+        if self.course.tokens is not None:
+            shares.append(self.progress.tokens / self.course.tokens)
+        return max(shares)
+
+    def _step(self, share: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.course.rate(share)
+        rows = self._rows(self.progress.steps)
+        losses = []
+        for part in rows.split(self.course.together):
+            loss, tokens = self.trainee.loss(part)
+            self.progress.tokens += tokens
+            losses.append((loss.detach(), tokens))
+            self._accelerator.backward(loss)
+        count = max(sum(tokens for _, tokens in losses), 1)
+        # Windows may differ in tokens that count, so the mean is taken over those of all parts.
+        for parameter in self.trainee.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.div_(count)
+        norm = self._accelerator.clip_grad_norm_(list(self.trainee.parameters.values()), _CLIP)
+        total = sum(float(loss) for loss, _ in losses)
+        if not (math.isfinite(total) and math.isfinite(float(norm))):
+            self._stop("the loss is not finite")
+            return
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.progress.steps += 1
+
+    def _rows(self, step: int) -> Tensor:
+        """Return the windows of a step: all in a drawn order, then all in another."""
+        total, batch = self.trainee.windows, self.course.batch
+        places = range(step * batch, (step + 1) * batch)
+        epochs = {place // total for place in places}
+        orders = {
+            epoch: torch.randperm(
+                total, generator=torch.Generator().manual_seed(self.course.seed + epoch)
+            )
+            for epoch in epochs
+        }
+        return torch.stack([orders[place // total][place % total] for place in places])
+
+    def _measure(self) -> None:
+        """Measure the held-out text, and keep the state if none was better."""
+        started = time.monotonic()
+        found = self.trainee.held_out()
+        self._measuring = time.monotonic() - started
+        progress = self.progress
+        value, best = _first(found), _first(progress.best)
+        progress.measured += 1
+        if not math.isfinite(value):
+            if not progress.before:
+                raise NumericalError(
+                    "The checkpoint's loss on the held-out text is not finite.",
+                    "Look closer with 'hisvd inspect', or use --dtype float32.",
+                )
+            self._stop("the held-out loss is not finite")
+            return
+        progress.before = progress.before or found
+        self.reporter.note(f"Step {progress.steps}: held-out {_told(found)}.")
+        if value < best:
+            progress.best, progress.best_step = found, progress.steps
+            tensors = {name: p.detach() for name, p in self.trainee.parameters.items()}
+            about = {"measures": json.dumps(found), "step": str(progress.steps)}
+            write_tensors(self.home / BEST, tensors, about)
+
+    def _stop(self, why: str) -> None:
+        progress = self.progress
+        progress.stopped = f"{why} at step {progress.steps}"
+        self.reporter.warn(
+            f"Training stopped: {progress.stopped}. The best state, of step {progress.best_step}, "
+            "is what is written. A lower --recover-learning-rate may help."
+        )
+
+    def _save(self) -> None:
+        self.progress.seconds = time.monotonic() - self._started
+        with building(self.home / _STATE, "") as folder, serializing(folder):
+            self._accelerator.save_state(str(folder))
+            seal(folder)
+
+    def _resume(self) -> None:
+        state, best = self.home / _STATE, self.home / BEST
+        if (state.is_dir() and not sealed(state)) or (best.is_file() and not intact(best)):
+            self.reporter.warn("What an interrupted training left is damaged: it begins anew.")
+            shutil.rmtree(state, ignore_errors=True)
+            best.unlink(missing_ok=True)
+        if (self.home / _STATE).is_dir():
+            self._accelerator.load_state(str(self.home / _STATE))
+            self.reporter.note(f"Going on after step {self.progress.steps}.")
+        if (self.home / BEST).is_file():
+            # It may be newer than the state: the best state was written at once.
+            _, about = read_tensors(self.home / BEST, AGAIN, _none)
+            try:
+                found = parse_json(about["measures"], strict=False)
+                at = int(about["step"])
+            except (KeyError, ValueError) as error:
+                raise SourceError(f"{self.home / BEST} is damaged.", AGAIN) from error
+            if _first(found) < _first(self.progress.best):
+                self.progress.best, self.progress.best_step = found, at
+
+
+def _none(_name: str) -> bool:
+    return False
+
+
+def _first(measures: Mapping[str, float]) -> float:
+    return next(iter(measures.values()), math.inf)
+
+
+def _told(measures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in measures.items())

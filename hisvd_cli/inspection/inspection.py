@@ -1,0 +1,249 @@
+"""Audit what is on disk: finds out what it is, and compares it with what it should be."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from hisvd_cli.allocation.plan import Plan, load_plan
+from hisvd_cli.calibration.store import MANIFEST, Calibration, open_calibration
+from hisvd_cli.inspection.audit import (
+    Audit,
+    Layout,
+    parameters_on_disk,
+    part,
+    plan_problems,
+    provenance_table,
+    rows_of,
+    sublayer_shapes,
+    tensor_problems,
+    value_problems,
+)
+from hisvd_cli.inspection.pickle_audit import PICKLES, audit_pickle
+from hisvd_cli.modeling.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.folder_record import PROVENANCE
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tell_notes, tensor_names
+from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.sources.weights import Weights
+from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
+from hisvd_cli.utils.errors import HisvdError, NumericalError, SourceError
+from hisvd_cli.utils.files.fingerprints import expanded
+from hisvd_cli.utils.progress import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def audit(
+    target: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    check_values: bool,
+    reporter: Reporter,
+) -> Audit:
+    """Find out what ``target`` is, and audit it.
+
+    Args:
+        target: path or model name.
+        revision: of a model on the hub.
+        trust_remote_code: for a model that ships its own code.
+        check_values: read every tensor and look for values that are not finite.
+        reporter: told of progress.
+
+    Raises:
+        SourceError: nothing there, or not readable at all.
+    """
+    path = expanded(target)
+    if path.is_file() and path.suffix == ".json":
+        return _audit_plan(target, load_plan(path), path.stat().st_size)
+    if path.is_file() and path.suffix in PICKLES:
+        return audit_pickle(target, path, check_values)
+    if (path / MANIFEST).is_file():
+        return _audit_calibration(target, open_calibration(path), check_values)
+    if path.is_dir() and is_checkpoint(path):
+        source = Source(target, path, trust_remote_code=trust_remote_code)
+        return _audit_checkpoint(source, open_checkpoint(path), check_values, reporter)
+    source = open_source(target, revision, trust_remote_code, compressible=False)
+    return _audit_model(source, check_values, reporter)
+
+
+def _audit_plan(target: str, plan: Plan, size: int) -> Audit:
+    made_for = part(plan.provenance, "model")
+    total = made_for.get("parameters")
+    sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
+    return Audit(
+        "plan",
+        target,
+        parameters=total and total - plan.full_parameters + plan.kept_parameters,
+        dense_parameters=total,
+        bytes=size,
+        sublayers=rows_of(sublayers, {}, Layout(plan.ranks, plan.storage)),
+        provenance={**plan.provenance, "settings": plan.settings},
+        table={
+            "model": str(made_for.get("name")),
+            "allocator": plan.allocator,
+            "storage": plan.storage,
+        },
+    )
+
+
+def _audit_calibration(target: str, calibration: Calibration, check_values: bool) -> Audit:
+    manifest = calibration.manifest
+    data = part(manifest, "data")
+    files = sorted(calibration.folder.glob("block-*.safetensors"))
+    layers = [int(path.stem.rpartition("-")[2]) for path in files]
+    problems = [
+        f"Block {i} is missing." for i in range(max(layers, default=0) + 1) if i not in layers
+    ]
+    if check_values:
+        problems += [problem for i in layers for problem in _moment_problems(calibration, i)]
+    return Audit(
+        "calibration",
+        target,
+        parameters=0,
+        dense_parameters=0,
+        bytes=sum(path.stat().st_size for path in files),
+        sublayers=[],
+        provenance=manifest,
+        problems=problems,
+        table={
+            "model": str(part(manifest, "model").get("name")),
+            "text": f"{data.get('dataset')} ({data.get('split')})",
+            "tokens": f"{data.get('samples')} × {data.get('seqlen')} = {data.get('tokens')}",
+            "seed": str(data.get("seed")),
+            "dtype": str(manifest.get("dtype")),
+        },
+    )
+
+
+def _moment_problems(calibration: Calibration, layer: int) -> list[str]:
+    try:
+        moments = calibration.moments(layer)
+    except HisvdError as error:
+        return [error.message]
+    return [
+        f"{name}: its moment is not finite."
+        for name, moment in moments.items()
+        if not bool(moment.matrix.isfinite().all())
+    ]
+
+
+def _skeleton(
+    source: Source,
+) -> tuple[PreTrainedModel, list[Sublayer], dict[str, tuple[int, ...]]]:
+    """Return the dense model without weights, its sublayers, and name → shape of its tensors."""
+    model = build_meta_model(source, compressed=True)
+    prefix, layers = decoder_blocks(model)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    return model, find_sublayers(prefix, list(layers)), shapes
+
+
+def _audit_checkpoint(
+    source: Source, checkpoint: Checkpoint, check_values: bool, reporter: Reporter
+) -> Audit:
+    ranks, storage = checkpoint.ranks, checkpoint.storage
+    layout = Layout(ranks, storage, checkpoint.bits, checkpoint.group_size)
+    weights = checkpoint.weights
+    found = {name: info.shape for name, info in weights.infos.items()}
+    model, sublayers, dense = _skeleton(source)
+    dense = {name: shape for name, shape in dense.items() if not _is_copy(model, name, found)}
+    expected = {**dense, **sublayer_shapes(sublayers, layout)}
+    matrices = {**dense, **sublayer_shapes(sublayers, layout, packed=False)}
+    problems = _name_problems(sublayers, ranks, expected, found)
+    problems += tensor_problems(expected, found)
+    dtypes = {name: info.dtype for name, info in weights.infos.items()}
+    rows = rows_of(sublayers, dtypes, layout)
+    if (checkpoint.folder / PLAN_FILE).is_file():
+        problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
+    else:
+        problems.append(f"{PLAN_FILE} is missing: ranks cannot be compared with their plan.")
+    made = checkpoint.provenance
+    if not part(made, "model"):
+        problems.append(f"{PROVENANCE} is missing or empty: nothing says how this was made.")
+    if check_values:
+        problems += _value_problems(weights, reporter)
+    return Audit(
+        "checkpoint",
+        source.name,
+        parameters=parameters_on_disk(matrices, found),
+        dense_parameters=sum(map(prod, dense.values())),
+        bytes=sum(file.stat().st_size for file in weights.files),
+        dense_bytes=sum(map(prod, dense.values())) * getattr(torch, weights.dtype).itemsize,
+        sublayers=rows,
+        provenance=made,
+        problems=problems,
+        table={**provenance_table(made), "storage": storage, **_numbers(layout)},
+    )
+
+
+def _numbers(layout: Layout) -> dict[str, str]:
+    return {"numbers": layout.line()} if layout.bits else {}
+
+
+def _is_copy(model: PreTrainedModel, name: str, found: dict[str, tuple[int, ...]]) -> bool:
+    """Tell a tied output head that is not stored beside the embedding it equals."""
+    if name in found or not model.config.get_text_config().tie_word_embeddings:
+        return False
+    head = model.get_output_embeddings()
+    return any(f"{n}.weight" == name for n, module in model.named_modules() if module is head)
+
+
+def _name_problems(
+    sublayers: list[Sublayer],
+    ranks: dict[str, int],
+    expected: dict[str, tuple[int, ...]],
+    found: dict[str, tuple[int, ...]],
+) -> list[str]:
+    """Find ranks and tensors that belong to nothing."""
+    known = {s.name for s in sublayers}
+    problems = [
+        f"{name}: config.json gives a rank, but it is no sublayer."
+        for name in ranks
+        if name not in known
+    ]
+    return problems + [f"{name}: not part of the model." for name in found if name not in expected]
+
+
+def _value_problems(weights: Weights, reporter: Reporter) -> list[str]:
+    problems = []
+    with reporter.stage("Reading tensors", len(weights.infos)) as step:
+        for name in weights:
+            try:
+                problems += value_problems([(name, weights.read(name))])
+            except (NumericalError, SourceError) as error:
+                problems.append(error.message)
+            step()
+    return problems
+
+
+def _audit_model(source: Source, check_values: bool, reporter: Reporter) -> Audit:
+    model, sublayers, shapes = _skeleton(source)
+    infos = source.weights.infos
+    tell_notes(source, reporter)
+    problems = []
+    try:
+        names = tensor_names(model, source)
+    except HisvdError as error:
+        problems.append(error.message)
+        names = {name: name for name in shapes if name in infos}
+    expected = {name: shapes[name] for name in names}
+    problems += tensor_problems(expected, {n: infos[stored].shape for n, stored in names.items()})
+    if check_values:
+        problems += _value_problems(source.weights, reporter)
+    total = sum(map(prod, expected.values()))
+    return Audit(
+        "model",
+        source.name,
+        parameters=total,
+        dense_parameters=total,
+        bytes=sum(file.stat().st_size for file in source.weights.files),
+        sublayers=rows_of(
+            sublayers, {n: infos[stored].dtype for n, stored in names.items()}, Layout()
+        ),
+        provenance={"revision": source.revision, "fingerprint": source.fingerprint},
+        problems=problems,
+        table={"architecture": ", ".join(source.config.architectures or ["?"])},
+    )

@@ -1,0 +1,1 @@
+"""The mathematics of low-rank truncation, on tensors alone."""

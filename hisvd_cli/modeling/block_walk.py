@@ -1,0 +1,366 @@
+"""Walk the decoder blocks of a model one at a time: memory is one block and the hidden states.
+
+The model is built on the meta device. A first pass with every block replaced by a stub records
+what each block is called with (masks, positions, rotary embeddings), so that nothing of a model's
+own forward pass is rebuilt here; then each block is filled from disk, run and freed in turn.
+
+Legend: S sequences, L tokens each, d hidden width; hidden states ``[S, L, d]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hisvd_cli.modeling.hidden_states import StatesHome
+from hisvd_cli.modeling.skeleton import (
+    SUPPORTED,
+    build_meta_model,
+    decoder_blocks,
+    read_tensor,
+    tensor_names,
+)
+from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hisvd_cli.modeling.sources.source import Source
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _DivertedError(Exception):
+    """A block was given something else than the state that the one before it returned."""
+
+
+class _ReachedError(Exception):
+    """A module was reached; what it is given was all that was wanted."""
+
+
+class BlockWalk:
+    """A model whose blocks pass through memory one at a time.
+
+    Args:
+        source: the model.
+        device: where blocks are run.
+        dtype: in which blocks are run.
+        batch: sequences per forward pass.
+        home: where hidden states live; by default on the device.
+        model: its structure on the meta device, where that is not the dense one of its config.
+        refuse_nonfinite: stop at a block whose output is not finite.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch: int,
+        home: StatesHome | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        refuse_nonfinite: bool = True,
+    ) -> None:
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+        self.batch = batch
+        self.home = home or StatesHome(device)
+        self.model = (model or build_meta_model(source, dtype)).requires_grad_(False)
+        self._refuse_nonfinite = refuse_nonfinite
+        self.prefix, self.layers = decoder_blocks(self.model)
+        self.names = tensor_names(self.model, source)
+        self._shapes = {name: t.shape for name, t in self.model.state_dict().items()}
+        self.hidden = torch.empty(0)
+        self._arguments: dict[int, list[Arguments]] = {}
+        self._as_tuple = False
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor, compute_hidden: bool = True) -> None:
+        """Embed ``tokens [S, L]`` into hidden states, and record what each block is called with.
+
+        Args:
+            tokens: token ids.
+            compute_hidden: False only records, for a walk that goes on from stored hidden states.
+        """
+        if not len(tokens):  # one of more processes than there are sequences
+            return
+        self._fill_outside()
+        self._record(tokens[:1].to(self.device))  # what ``probe`` runs on
+        for start in range(0, len(tokens), self.batch):
+            ids = tokens[start : start + self.batch]
+            if compute_hidden or len(ids) not in self._arguments:
+                state = self._record(ids.to(self.device))
+                if compute_hidden:
+                    self._keep(start, state, len(tokens))
+        self._empty_outside()
+
+    def _keep(self, start: int, state: Tensor, count: int) -> None:
+        if start == 0:  # all of the memory at once: joining parts would need it twice
+            self.hidden = self.home.take((count, *state.shape[1:]), state.dtype)
+        self.hidden[start : start + len(state)] = state
+        self.home.settle()
+
+    def load(self, index: int) -> nn.Module:
+        """Fill block ``index`` from disk and return it.
+
+        Raises:
+            SourceError, NumericalError: a tensor cannot be read, is misshapen or not finite.
+        """
+        layer = self.layers[index]
+        name = f"{self.prefix}.{index}."
+        tensors = {local: self._read(name + local) for local in layer.state_dict()}
+        layer.load_state_dict(tensors, strict=True, assign=True)
+        return layer
+
+    def probe(self, index: int) -> None:
+        """Run the loaded block ``index`` over the first sequence for what watches it; the hidden
+        states stay as they are."""
+        self._run(index, self.hidden[:1].to(self.device))
+
+    def observe(self, index: int) -> None:
+        """Run the loaded block ``index`` over all hidden states for what watches it; they stay as
+        they are. Raises NumericalError."""
+        for start in range(0, len(self.hidden), self.batch):
+            self._run(index, self.hidden[start : start + self.batch].to(self.device))
+
+    def advance(self, index: int) -> None:
+        """Run the loaded block ``index`` over all hidden states, in place.
+
+        Raises:
+            NumericalError: the block's output is not finite.
+        """
+        for start in range(0, len(self.hidden), self.batch):
+            part = self.hidden[start : start + self.batch]
+            part.copy_(self._run(index, part.to(self.device)))
+            self.home.settle()
+
+    @torch.no_grad()
+    def entering(self, index: int, part: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+        """Run the loaded block ``index`` up to the first of ``modules``, and return its input.
+
+        Args:
+            index: the block.
+            part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be fewer).
+            modules: modules of the block, one of which runs on every token.
+        """
+        seen: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _ReachedError
+
+        handles = [module.register_forward_pre_hook(stop) for module in modules]
+        try:
+            with suppress(_ReachedError):
+                self._forward(index, part.to(self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[0]
+
+    def reverse(self, index: int, part: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient at the input of the loaded block ``index``.
+
+        Args:
+            index: the block.
+            part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be fewer).
+            gradient: the gradient at its output, of the same shape.
+        """
+        entered = part.to(self.device, self.dtype).requires_grad_()
+        with torch.enable_grad():
+            state = self._forward(index, entered)
+        return torch.autograd.grad(state, entered, gradient.to(self.device))[0]
+
+    def loss_gradient(self, ids: Tensor, state: Tensor) -> Tensor:
+        """Return the gradient of the summed loss at the last block's output.
+
+        Within :meth:`whole_outside`, after :meth:`embed`.
+
+        Args:
+            ids: tokens ``[1, L]``.
+            state: the last block's output for them ``[1, L, d]``.
+
+        Raises:
+            NumericalError: the loss is not finite.
+        """
+        leaf = state.to(self.device, self.dtype).requires_grad_()
+        on_device = ids.to(self.device)
+        with torch.enable_grad():
+            logits = self.logits(on_device, leaf)[0, :-1].float()
+            loss = nn.functional.cross_entropy(logits, on_device[0, 1:], reduction="sum")
+        if not bool(loss.isfinite()):
+            raise NumericalError("The loss is NaN or infinite.", overflow_hint(self.dtype))
+        return torch.autograd.grad(loss, leaf)[0]
+
+    def logits(self, ids: Tensor, state: Tensor) -> Tensor:
+        """Return the logits ``[B, L, vocabulary]`` for the last block's output.
+
+        Within :meth:`whole_outside`, after :meth:`embed`.
+
+        Args:
+            ids: tokens ``[B, L]``, on the walk's device.
+            state: the last block's output for them ``[B, L, d]``.
+        """
+        last = len(self.layers) - 1
+
+        def stub(index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            passed = state if index == last else args[0] if args else kwargs["hidden_states"]
+            return (passed,) if self._as_tuple else passed
+
+        with self._stubbed(stub):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _forward(self, index: int, part: Tensor) -> Tensor:
+        args, kwargs = self._arguments[len(part)][index]
+        out = self.layers[index](part, *args, **kwargs)
+        state: Tensor = out[0] if isinstance(out, tuple) else out
+        return state
+
+    @torch.no_grad()
+    def _run(self, index: int, part: Tensor) -> Tensor:
+        state = self._forward(index, part)
+        if self._refuse_nonfinite and not _all_finite(state):
+            raise NumericalError(
+                f"The output of block {index} is NaN or infinite.", overflow_hint(self.dtype)
+            )
+        return state
+
+    def free(self, index: int) -> None:
+        """Give back the memory of block ``index``."""
+        drop_weights(self.layers[index], recurse=True)
+
+    def _read(self, name: str) -> Tensor:
+        stored, expected = self.names[name], self._shapes[name]
+        return read_tensor(self.source, stored, name, expected, self.dtype).to(self.device)
+
+    def _outside(self) -> Iterator[tuple[nn.Module, str, str]]:
+        """Yield (module, local name, full name) of each stored tensor that is in no block."""
+        for name in self.names:
+            if not name.startswith(f"{self.prefix}."):
+                parent, _, local = name.rpartition(".")
+                yield self.model.get_submodule(parent), local, name
+
+    @contextmanager
+    def whole_outside(self) -> Iterator[None]:
+        """Hold everything that is in no block, the output head too, while the body runs."""
+        self._fill_outside(with_head=True)
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head.weight.device.type == "meta":  # tied: stored once, under the embedding's name
+            head.weight = embedding.weight
+        yield
+        self._empty_outside()
+        drop_weights(head, recurse=False)
+
+    def _fill_outside(self, with_head: bool = False) -> None:
+        head = self.model.get_output_embeddings()
+        for module, local, name in self._outside():
+            if with_head or module is not head:  # else logits are not computed
+                module.load_state_dict({local: self._read(name)}, strict=False, assign=True)
+        for buffer_name, buffer in list(self.model.named_buffers()):
+            if buffer.device.type != "meta":
+                parent, _, local = buffer_name.rpartition(".")
+                setattr(self.model.get_submodule(parent), local, buffer.to(self.device))
+
+    def _empty_outside(self) -> None:
+        for module, _, _ in self._outside():
+            drop_weights(module, recurse=False)
+
+    def _record(self, ids: Tensor) -> Tensor:
+        """Return the first block's input ``[B, L, d]`` and keep every block's other arguments."""
+        # Blocks return a tensor in most of transformers and a tuple in older parts of it. With the
+        # wrong one the next block gets something else than the state that was passed on.
+        for as_tuple in (False, True):
+            try:
+                state, calls = self._run_stubs(ids, as_tuple)
+            except _DivertedError:
+                continue
+            self._as_tuple = as_tuple
+            if not _same(calls, self._arguments.setdefault(len(ids), calls), set()):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} gives its blocks more than the hidden state of "
+                    "the text, such as embeddings per block.",
+                    SUPPORTED,
+                )
+            return state
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__} does more between its blocks than pass on the hidden "
+            "state.",
+            SUPPORTED,
+        )
+
+    def _run_stubs(self, ids: Tensor, as_tuple: bool) -> tuple[Tensor, list[Arguments]]:
+        calls: list[Arguments] = []
+        states: list[Tensor] = []
+
+        def stub(index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            state = args[0] if args else kwargs.pop("hidden_states", None)
+            known = states[0] if states else state
+            if not isinstance(state, Tensor) or state is not known or index != len(calls):
+                raise _DivertedError
+            states.append(state)
+            calls.append((args[1:], kwargs))
+            return (state,) if as_tuple else state
+
+        with self._stubbed(stub):
+            self.model.get_decoder()(input_ids=ids, use_cache=False)
+        if len(calls) != len(self.layers):
+            raise _DivertedError
+        return states[0], calls
+
+    @contextmanager
+    def _stubbed(self, stub: Callable[..., Tensor | tuple[Tensor]]) -> Iterator[None]:
+        """Let ``stub(index, …)`` stand for every block while the body runs."""
+        for index, layer in enumerate(self.layers):
+            layer.forward = partial(stub, index)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+
+def _all_finite(state: Tensor) -> bool:
+    """Tell whether all numbers are finite. Their sum says it in a tenth of the time, unless finite
+    ones add up to more than float32 holds."""
+    return bool(state.sum(dtype=torch.float32).isfinite()) or bool(state.isfinite().all())
+
+
+def overflow_hint(dtype: torch.dtype) -> str:
+    """Say what to do about activations that are not finite."""
+    if dtype == torch.float16:
+        return "Use --dtype bfloat16 or float32; float16 overflows on many models."
+    return "The model itself overflows: try it with 'hisvd eval', or use another checkpoint."
+
+
+def _same(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
+    """Tell whether two calls' arguments are equal; masks that blocks share are compared once."""
+    if one is other or (id(one), id(other)) in seen:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        same = one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, list | tuple):
+        same = len(one) == len(other) and all(map(partial(_same, seen=seen), one, other))
+    elif isinstance(one, dict):
+        same = one.keys() == other.keys() and all(_same(one[k], other[k], seen) for k in one)
+    else:
+        same = bool(one == other)
+    if same:
+        seen.add((id(one), id(other)))
+    return same
+
+
+def drop_weights(module: nn.Module, recurse: bool) -> None:
+    """Send parameters to the meta device; buffers, which no file may hold, stay."""
+    for part in module.modules() if recurse else [module]:
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -1,0 +1,252 @@
+"""Forward passes over windows of text: the whole model in memory, or one block at a time.
+
+Both give the same logits. Of a baseline, what its decoder returns is kept on disk, in its own
+precision: vocabulary ÷ width times less than logits, and its output head makes the same logits of
+it again, so that one pass of the baseline serves any number of models, each of them in memory
+alone.
+
+Legend: N windows of L tokens, B of them in a batch; d hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hisvd_cli.modeling.block_walk import BlockWalk, drop_weights
+from hisvd_cli.modeling.skeleton import build_stored_model
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.whole_model import load_source
+from hisvd_cli.utils.errors import UnsupportedModelError
+from hisvd_cli.utils.files.checksums import intact
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a batch of windows gave: logits ``[B, L, V]`` and the decoder's output ``[B, L, d]``
+    (None for a model without a decoder that transformers can name)."""
+
+    logits: Tensor
+    final: Tensor | None
+
+
+class Pass(Protocol):
+    """A model that windows are put through."""
+
+    def run(self, ids: Tensor) -> Iterator[Output]:
+        """Yield the output of each batch of windows ``[N, L]``, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model is run.
+
+    Attributes:
+        device: where.
+        dtype: in which precision.
+        batch: windows per forward pass.
+        streamed: one block in memory at a time.
+        states_bytes: hidden states of the windows that then go through the blocks together.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    streamed: bool = False
+    states_bytes: int = 1 << 30
+
+
+class Resident:
+    """A model in memory."""
+
+    def __init__(self, model: PreTrainedModel, batch: int) -> None:
+        self._model = model
+        self._batch = batch
+        self._tap = _Tap(model)
+
+    def run(self, ids: Tensor) -> Iterator[Output]:
+        """Yield the output of each batch."""
+        for part in ids.split(self._batch):
+            with torch.inference_mode(), self._tap.open():
+                logits = self._model(input_ids=part.to(self._model.device), use_cache=False).logits
+            yield Output(logits, self._tap.take())
+
+
+class Streamed:
+    """A model on disk, of which one block at a time is in memory.
+
+    Windows go through the blocks together, as many as their hidden states fit into so many bytes,
+    so that the weights are read seldom.
+    """
+
+    def __init__(self, walk: BlockWalk, states_bytes: int) -> None:
+        self._walk = walk
+        self._states_bytes = states_bytes
+        self._tap = _Tap(walk.model)
+
+    def run(self, ids: Tensor) -> Iterator[Output]:
+        """Yield the output of each batch. Raises NumericalError for weights that are not finite."""
+        walk = self._walk
+        width = int(walk.model.config.get_text_config().hidden_size)
+        together = self._states_bytes // (ids.shape[1] * width * walk.dtype.itemsize)
+        for chunk in ids.split(max(walk.batch, together // walk.batch * walk.batch)):
+            walk.embed(chunk)
+            for index in range(len(walk.layers)):
+                walk.load(index)
+                walk.advance(index)
+                walk.free(index)
+            with walk.whole_outside():
+                for part, state in zip(
+                    chunk.split(walk.batch), walk.hidden.split(walk.batch), strict=True
+                ):
+                    with torch.no_grad(), self._tap.open():
+                        logits = walk.logits(part.to(walk.device), state.to(walk.device))
+                    yield Output(logits, self._tap.take())
+
+
+class Head:
+    """What stands behind a decoder: makes logits of what the decoder returned."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+
+    def logits(self, ids: Tensor, final: Tensor) -> Tensor:
+        """Return the logits ``[B, L, V]`` of tokens ``[B, L]`` and the decoder's output for
+        them."""
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Given
+
+        state = final.to(self._device)
+
+        def stub(*_args: Any, **_kwargs: Any) -> Given:
+            return Given(last_hidden_state=state)
+
+        decoder: nn.Module = self._model.get_decoder()
+        decoder.forward = stub
+        try:
+            with torch.inference_mode():
+                ids = ids.to(self._device)
+                logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        finally:
+            del decoder.forward
+        return logits
+
+
+class _Tap:
+    """Keeps what a model's decoder returned last."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder = model.get_decoder()
+        self._decoder: nn.Module | None = None if decoder is model else decoder
+        self._seen: Tensor | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Watch while the body runs."""
+        if self._decoder is None:
+            yield
+            return
+        handle = self._decoder.register_forward_hook(self._note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def take(self) -> Tensor | None:
+        """Return what was seen, once."""
+        seen, self._seen = self._seen, None
+        return seen
+
+    def _note(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._seen = output[0]
+
+
+@contextmanager
+def open_pass(source: Source, how: Placement) -> Iterator[Pass]:
+    """Open a model, dense or compressed, to be run; its memory is given back after the body.
+
+    Raises:
+        SourceError: its weights are missing, damaged or misshapen.
+        UnsupportedModelError: it cannot be built, or not be streamed.
+    """
+    if how.streamed:
+        yield Streamed(_walk(source, how), how.states_bytes)
+        return
+    model = load_source(source, how.device, how.dtype)
+    yield Resident(model, how.batch)
+
+
+@contextmanager
+def open_head(source: Source, how: Placement) -> Iterator[Head]:
+    """Open what stands behind a model's decoder, and hold only that while the body runs.
+
+    Raises:
+        HisvdError: as for :func:`open_pass`.
+    """
+    if how.streamed:
+        walk = _walk(source, how)
+        with walk.whole_outside():
+            yield Head(walk.model, how.device)
+        return
+    model = load_source(source, how.device, how.dtype)
+    drop_weights(model.get_decoder(), recurse=True)
+    yield Head(model, how.device)
+
+
+def _walk(source: Source, how: Placement) -> BlockWalk:
+    model = build_stored_model(source, how.dtype)
+    # A window that is not finite is told of in the result: it does not stop the others.
+    return BlockWalk(source, how.device, how.dtype, how.batch, model=model, refuse_nonfinite=False)
+
+
+@dataclass(frozen=True)
+class FinalStates:
+    """What a decoder returned for each window, on disk: a file with ``[L, d]`` each."""
+
+    folder: Path
+
+    def _path(self, window: int) -> Path:
+        return self.folder / f"window-{window:06d}.safetensors"
+
+    def count(self) -> int:
+        """Return how many windows, from the first on, are kept and were not damaged."""
+        count = 0
+        while intact(self._path(count)):
+            count += 1
+        return count
+
+    def keep(self, first: int, final: Tensor | None) -> None:
+        """Write the output ``[B, L, d]`` for the windows from ``first`` on.
+
+        Raises:
+            UnsupportedModelError: the model has none.
+            OutputError: it cannot be written.
+        """
+        if final is None:
+            raise UnsupportedModelError(
+                "The baseline keeps its decoder where it cannot be found, so nothing can be "
+                "compared with it.",
+                "Evaluate without --baseline; perplexities need no decoder.",
+            )
+        for i, state in enumerate(final):
+            write_tensors(self._path(first + i), {"final": state}, {})
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Return the output ``[count, L, d]`` for the windows from ``first`` on.
+
+        Raises:
+            SourceError: a file is missing or damaged.
+        """
+        paths = [self._path(window) for window in range(first, first + count)]
+        return torch.stack([read_tensors(path, AGAIN)[0]["final"] for path in paths])

@@ -1,0 +1,1 @@
+"""Models as users have them: hub, folders, GGUF, quantized weights, adapters."""

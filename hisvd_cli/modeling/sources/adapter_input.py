@@ -1,0 +1,267 @@
+"""A LoRA adapter beside the weights, or in a folder of its own: merged into what is read.
+
+PEFT's definition: ``W + s · B A`` with ``s = alpha / r``, or ``alpha / √r`` with rank-stabilised
+scaling; a pattern may give single layers another alpha, and the rank is that of A. Whole tensors
+that an adapter holds (biases, ``modules_to_save``) take the place of the model's. Anything else is
+refused, because leaving it out would give another model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hisvd_cli.modeling.sources.weights import Weights, open_file
+from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
+from hisvd_cli.utils.files.json_files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "adapter_config.json"
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_HALF = re.compile(r"\.(lora_[AB])\.(?:default\.)?weight$")
+_OTHER = re.compile(r"\.lora_|\.token_adapter\.")
+_HINT = (
+    "Merge it with PEFT (merge_and_unload, then save_pretrained), or remove its files to work on "
+    "the model without it."
+)
+_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that change the weights beneath the adapter."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on disk.
+
+    Attributes:
+        folder: where it lies.
+        config: its adapter_config.json.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+
+    @property
+    def base(self) -> str:
+        """The model that it was trained for. Raises SourceError where it names none."""
+        named = self.config.get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            raise SourceError(
+                f"{self.folder / CONFIG} names no base model, and no weights lie beside it.",
+                "Put the adapter into the folder of its base model.",
+            )
+        return named
+
+    @property
+    def files(self) -> list[Path]:
+        """Its config and its weights. Raises SourceError where the weights are missing."""
+        for name in FILES:
+            if (self.folder / name).is_file():
+                return [self.folder / CONFIG, self.folder / name]
+        raise SourceError(
+            f"{self.folder} holds {CONFIG} but no {FILES[0]}.",
+            f"Bring the adapter's weights, or remove {CONFIG} if they are merged already.",
+        )
+
+
+def open_adapter(folder: Path) -> Adapter | None:
+    """Return the adapter in a folder; None where there is none. Raises SourceError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        config = read_json(path, strict=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{path} is not a valid JSON file.", "Fetch the adapter again."
+        ) from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} holds no JSON object.", "Fetch the adapter again.")
+    return Adapter(folder, config)
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """Refuse an adapter that is more than low-rank additions to weights.
+
+    Raises:
+        UnsupportedModelError: it is.
+    """
+    config = adapter.config
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise _refusal(adapter, f"is of the type {kind!s:.40}")
+    for key in ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices"):
+        if config.get(key):
+            raise _refusal(adapter, f"uses {key}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGING_STARTS):
+        raise _refusal(adapter, f"starts from changed weights (init_lora_weights '{start:.40}')")
+
+
+def _refusal(adapter: Adapter, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The adapter in {adapter.folder} {why}, which cannot be merged here.", _HINT
+    )
+
+
+def on_compressed(name: str) -> tuple[str, str]:
+    """Return what to say of an adapter on a checkpoint that hisvd compressed."""
+    return (
+        f"{name} is a compressed checkpoint with a LoRA adapter, which cannot be merged here.",
+        _HINT,
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What is added to a weight: names of A ``[r, n]`` and B ``[m, r]``, and their factor."""
+
+    a: str
+    b: str
+    scale: float
+
+
+def merged(adapter: Adapter, weights: Weights) -> tuple[Weights, list[str]]:
+    """Return weights with an adapter merged in, each as it is read, and a note that says so.
+
+    Raises:
+        UnsupportedModelError: the adapter is more than low-rank additions.
+        SourceError: it does not fit the weights, or cannot be read.
+    """
+    check_adapter(adapter)
+    held = open_file(adapter.files[1])
+    recipes = dict(weights.recipes)
+    whole = _whole(adapter, held, weights)
+    for name, given in whole.items():
+        recipes[name] = partial(_replaced, weights, name, held, given)
+    beneath = replace(weights, recipes=dict(recipes))
+    pairs = _pairs(adapter, held)
+    transposed = bool(adapter.config.get("fan_in_fan_out"))
+    changed = set(whole)
+    for module, pair in pairs.items():
+        name = _stored_name(adapter, f"{module}.weight", weights)
+        _check_shapes(adapter, pair, held, weights.infos[name].shape, transposed)
+        recipes[name] = partial(_add, beneath, name, held, pair, transposed)
+        changed.add(name)
+    if not changed:
+        raise SourceError(f"{adapter.files[1]} holds no tensors.", "Fetch the adapter again.")
+    note = f"The adapter in {adapter.folder} is merged into {len(changed)} tensors."
+    view = replace(weights, recipes=recipes, parts=(*weights.parts, *adapter.files))
+    return view, [note]
+
+
+def _whole(adapter: Adapter, held: Weights, weights: Weights) -> dict[str, str]:
+    """Return name on disk → name in the adapter of the tensors that it holds as a whole.
+
+    Raises:
+        UnsupportedModelError: one that is neither whole nor a half of a pair, or of another shape.
+        SourceError: one that the model does not have.
+    """
+    found = {}
+    for given in held:
+        if _HALF.search(given):
+            continue
+        if _OTHER.search(given):
+            raise _refusal(adapter, f"holds {given}")
+        wanted = given.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        name = _stored_name(adapter, wanted, weights)
+        here, there = held.infos[given].shape, weights.infos[name].shape
+        if here != there:
+            raise _refusal(adapter, f"resizes {name} from {list(there)} to {list(here)}")
+        found[name] = given
+    return found
+
+
+def _pairs(adapter: Adapter, held: Weights) -> dict[str, _Pair]:
+    """Return module → its pair. Raises SourceError."""
+    found: dict[str, dict[str, str]] = {}
+    for name in held:
+        if match := _HALF.search(name):
+            module = name[: match.start()].removeprefix(_PREFIX)
+            found.setdefault(module, {})[match[1]] = name
+    pairs = {}
+    for module, halves in found.items():
+        if halves.keys() != {"lora_A", "lora_B"}:
+            raise SourceError(
+                f"The adapter in {adapter.folder} lacks a half of {module}.",
+                "It is incomplete: fetch it again.",
+            )
+        rank = held.infos[halves["lora_A"]].shape[0]
+        pairs[module] = _Pair(halves["lora_A"], halves["lora_B"], _scale(adapter, module, rank))
+    return pairs
+
+
+def _scale(adapter: Adapter, module: str, rank: int) -> float:
+    """Return what a module's product is multiplied by. Raises SourceError."""
+    alpha = adapter.config.get("lora_alpha", 8)
+    patterns = adapter.config.get("alpha_pattern") or {}
+    try:
+        for key, value in patterns.items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                alpha = value
+                break
+        stabilised = adapter.config.get("use_rslora")
+        scale = float(alpha) / (math.sqrt(rank) if stabilised else rank)
+    except (AttributeError, TypeError, ValueError, re.error, ZeroDivisionError) as error:
+        raise SourceError(
+            f"{adapter.folder / CONFIG} holds no usable lora_alpha for {module}.",
+            "Fetch the adapter again.",
+        ) from error
+    if not math.isfinite(scale):
+        raise SourceError(
+            f"{adapter.folder / CONFIG} gives {module} the alpha {alpha}.",
+            "Fetch the adapter again.",
+        )
+    return scale
+
+
+def _stored_name(adapter: Adapter, wanted: str, weights: Weights) -> str:
+    """Return the name on disk of a tensor, which may have another prefix there."""
+    if wanted in weights:
+        return wanted
+    near = [n for n in weights if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
+    if len(near) != 1:
+        raise SourceError(
+            f"The adapter in {adapter.folder} changes {wanted}, which is not a tensor of the "
+            "model's own.",
+            "It belongs to another model, or that tensor is tied to another one; merge it with "
+            "PEFT.",
+        )
+    return near[0]
+
+
+def _check_shapes(
+    adapter: Adapter, pair: _Pair, held: Weights, shape: tuple[int, ...], transposed: bool
+) -> None:
+    a, b = held.infos[pair.a].shape, held.infos[pair.b].shape
+    given = (b[0], a[1]) if len(a) == len(b) == 2 and b[1] == a[0] else ()
+    if (given[::-1] if transposed else given) != shape:
+        raise SourceError(
+            f"The adapter in {adapter.folder} has {pair.a} {list(a)} and B {list(b)} for a weight "
+            f"{list(shape)}.",
+            "It belongs to another model.",
+        )
+
+
+def _replaced(weights: Weights, name: str, held: Weights, given: str) -> Tensor:
+    import torch
+
+    return held.read(given).to(getattr(torch, weights.infos[name].dtype))
+
+
+def _add(weights: Weights, name: str, held: Weights, pair: _Pair, transposed: bool) -> Tensor:
+    """Return a weight with its pair added in float32, rounded once."""
+    import torch
+
+    weight = weights.read(name)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    product = held.read(pair.b).to(wide) @ held.read(pair.a).to(wide)
+    product = product.T if transposed else product
+    return weight.to(wide).add_(product, alpha=pair.scale).to(weight.dtype)

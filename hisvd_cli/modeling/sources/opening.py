@@ -1,0 +1,178 @@
+"""What the user names ─► a model on disk: a hub id, a folder, a ``.gguf`` file or ``demo``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hisvd_cli.modeling.sources import adapter_input
+from hisvd_cli.modeling.sources.adapter_input import Adapter, check_adapter, open_adapter
+from hisvd_cli.modeling.sources.quantized_input import files_say, refusal
+from hisvd_cli.modeling.sources.weights import (
+    LAYOUTS,
+    has_weights,
+    shard_files,
+)
+from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
+from hisvd_cli.utils.files.fingerprints import expanded
+from hisvd_cli.utils.files.tensorfile import reason
+
+if TYPE_CHECKING:
+    pass
+
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
+from hisvd_cli.modeling.sources.source import DEMO, DEMO_FOLDER, Source, read_config
+from hisvd_cli.modeling.sublayers import find_sublayers
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.py", "*.md", "LICENSE*"]
+
+
+def open_source(
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    compressible: bool = True,
+) -> Source:
+    """Find a model: an existing path wins, then ``demo``, then the hub.
+
+    Args:
+        name: folder, ``.gguf`` file, ``demo`` or hub id.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run the Python code that the model ships.
+        compressible: of a hub model, refuse one that cannot be compressed before its weights are
+            fetched; False takes every causal language model, compressed ones too.
+
+    Raises:
+        SourceError: nothing by that name, or it cannot be fetched.
+        UnsupportedModelError: a hub model that cannot be worked on.
+    """
+    path = expanded(name)
+    if path.is_dir():
+        adapter = open_adapter(path)
+        if adapter and not has_weights(path):
+            return _with_base(name, adapter, trust_remote_code, compressible)
+        read_config(path)
+        return Source(name, path, trust_remote_code=trust_remote_code)
+    if path.is_file():
+        return _from_file(name, path)
+    if name == DEMO:
+        return Source(name, DEMO_FOLDER)
+    if not _HUB_ID.fullmatch(name) or path.suffix in {".gguf", ".pt", ".safetensors"}:
+        raise SourceError(
+            f"No model at '{name}': it is no folder, no .gguf file and no hub id.",
+            "Check the path, or give a hub id such as 'HuggingFaceTB/SmolLM2-135M', or 'demo'.",
+        )
+    return _from_hub(name, revision, trust_remote_code, compressible)
+
+
+def _from_file(name: str, path: Path) -> Source:
+    if path.suffix != ".gguf":
+        raise SourceError(
+            f"'{name}' is a file, but no .gguf file.",
+            "Give the folder that holds config.json and the weights.",
+        )
+    from hisvd_cli.modeling.sources.gguf_input import unpack_gguf
+
+    return Source(name, unpack_gguf(path))
+
+
+def _with_base(name: str, adapter: Adapter, trust_remote_code: bool, compressible: bool) -> Source:
+    """Return the base model of an adapter that lies in a folder of its own, with that adapter."""
+    check_adapter(adapter)
+    _ = adapter.files
+    named = adapter.config.get("revision")
+    if _same_folder(adapter.base, adapter.folder):
+        raise SourceError(
+            f"The adapter in {adapter.folder} names itself as its base model.",
+            "Name its base model in adapter_config.json.",
+        )
+    revision = named if isinstance(named, str) else None
+    base = open_source(adapter.base, revision, trust_remote_code, compressible)
+    if base.adapter:
+        raise UnsupportedModelError(
+            f"The base model of {name}, {base.name}, has an adapter of its own.",
+            "Merge that one with PEFT first.",
+        )
+    return replace(base, name=name, adapter_folder=adapter.folder)
+
+
+def _same_folder(name: str, folder: Path) -> bool:
+    path = expanded(name)
+    return path.is_dir() and path.resolve() == folder.resolve()
+
+
+def _from_hub(
+    name: str, revision: str | None, trust_remote_code: bool, compressible: bool
+) -> Source:
+    """Fetch config and tokenizer first, so that an unsupported model fails before its weights."""
+    folder = _snapshot(name, revision, _SMALL_FILES)
+    adapter = open_adapter(folder)
+    if adapter:
+        check_adapter(adapter)
+        _snapshot(name, folder.name, list(adapter_input.FILES))
+    if adapter and not (folder / "config.json").is_file():
+        return _with_base(name, adapter, trust_remote_code, compressible)
+    read_config(folder)
+    if method := files_say(folder):
+        raise refusal(name, folder, method)
+    source = Source(name, folder, folder.name, trust_remote_code)
+    _check_structure(source, compressible)
+    for files in _weight_files(folder):
+        # By commit, so that weights and config stay of one kind if the branch moves meanwhile.
+        _snapshot(name, source.revision, files)
+        if (folder / files[0]).is_file():
+            return source
+    if adapter:
+        return _with_base(name, adapter, trust_remote_code, compressible)
+    raise SourceError(
+        f"'{name}' holds neither {LAYOUTS[0][1]} nor {LAYOUTS[1][1]}, whole or in shards.",
+        "Try another model; without a network, one that was fetched to its end before.",
+    )
+
+
+def _check_structure(source: Source, compressible: bool) -> None:
+    model = build_meta_model(source, compressed=not compressible)
+    if compressible:
+        prefix, layers = decoder_blocks(model)
+        find_sublayers(prefix, list(layers))
+
+
+def _weight_files(folder: Path) -> list[list[str]]:
+    """Return which files may hold the weights, exactly, in the order of preference.
+
+    A repository may hold the same weights several times, in other formats and folders.
+    """
+    return [
+        files
+        for index, single in LAYOUTS
+        for files in (
+            [single],
+            *([shard_files(folder / index)] if (folder / index).is_file() else []),
+        )
+    ]
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise SourceError(
+            f"'{name}' is gated on the hub.",
+            "Accept its terms on the hub's page, then set HF_TOKEN or run 'hf auth login'.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"No model '{name}': no such folder here and no such model on the hub.",
+            "Check the spelling; for a private model set HF_TOKEN.",
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SourceError(
+            f"'{name}' is no folder here, and cannot be fetched from the hub: {reason(error)}",
+            "Check the name and the network, or give the path of a downloaded model.",
+        ) from error

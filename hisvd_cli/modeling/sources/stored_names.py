@@ -1,0 +1,143 @@
+"""Names of a model's tensors ─► names on disk, through what wrappers leave in them.
+
+A model may be saved out of a wrapper (DataParallel, torch.compile, FSDP, PEFT, a value model),
+which puts a prefix before every name or a part into the middle of it; or it may hold more than the
+language model, such as a value head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from hisvd_cli.utils.errors import UnsupportedModelError
+
+_INNER = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_UNMERGED = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\.")
+_VALUE_HEADS = (
+    "v_head.",
+    "value_head.",
+    "score.",
+    "classifier.",
+    "reward_head.",
+    "regression_head.",
+)
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.masked_bias")
+"""Endings of tables that older versions of transformers stored and newer ones compute."""
+
+
+def find_names(wanted: Collection[str], stored: Iterable[str], base: str) -> dict[str, str]:
+    """Return name in the model → name on disk of all that can be found.
+
+    Args:
+        wanted: names in the model.
+        stored: names on disk.
+        base: name of the base model within the model, which a checkpoint of the headless model
+            lacks.
+    """
+    known = _without_inner(stored)
+    best = _matched(wanted, known, base, "")
+    if len(best) < len(wanted):
+        for prefix in _prefixes(wanted, known, base):
+            found = _matched(wanted, known, base, prefix)
+            best = found if len(found) > len(best) else best
+    return best
+
+
+def _without_inner(stored: Iterable[str]) -> dict[str, str]:
+    """Return names without what wrappers put into the middle → names on disk."""
+    names = list(stored)
+    known = {_INNER.sub("", name): name for name in names}
+    return known if len(known) == len(names) else {name: name for name in names}
+
+
+def _matched(
+    wanted: Collection[str], known: Mapping[str, str], base: str, prefix: str
+) -> dict[str, str]:
+    found = {}
+    for name in wanted:
+        for form in (prefix + name, prefix + name.removeprefix(f"{base}.")):
+            if form in known:
+                found[name] = known[form]
+                break
+    return found
+
+
+def _prefixes(wanted: Collection[str], known: Mapping[str, str], base: str) -> list[str]:
+    """Return what may stand before all names, the shortest first: what stands before one of them,
+    the longest, of which there are few."""
+    name = max(wanted, key=len)
+    forms = {name, name.removeprefix(f"{base}.")}
+    found = {n[: -len(form)] for form in forms for n in known if n.endswith(f".{form}")}
+    return sorted(found, key=len)
+
+
+def refuse_unmerged(name: str, stored: Iterable[str]) -> None:
+    """Refuse weights that hold an adapter among them.
+
+    Raises:
+        UnsupportedModelError: they do.
+    """
+    if found := next((each for each in stored if _UNMERGED.search(each)), None):
+        raise UnsupportedModelError(
+            f"The weights of {name} hold an adapter that is not merged ({found}), and nothing says "
+            "how it is scaled.",
+            "Merge it with PEFT: merge_and_unload, then save_pretrained.",
+        )
+
+
+def value_head(stored: Iterable[str]) -> str:
+    """Return the name of a tensor of a value or classification head, if there is one."""
+    return next((name for name in stored if _part_of(name, _VALUE_HEADS)), "")
+
+
+def _part_of(name: str, starts: tuple[str, ...]) -> bool:
+    return any(name.startswith(start) or f".{start}" in name for start in starts)
+
+
+def naming_notes(
+    names: Mapping[str, str], stored: Iterable[str], base: str, blocks: str, count: int
+) -> list[str]:
+    """Return what is worth knowing of the names on disk: prefixes that are left out, and tensors
+    that are ignored.
+
+    Args:
+        names: name in the model → name on disk.
+        stored: all names on disk.
+        base: name of the base model within the model.
+        blocks: name of the list of decoder blocks in the model.
+        count: how many blocks the model has.
+    """
+    renamed = {
+        name: on_disk
+        for name, on_disk in names.items()
+        if on_disk not in (name, name.removeprefix(f"{base}."))
+    }
+    notes = []
+    if renamed:
+        name, on_disk = next(iter(renamed.items()))
+        shown = f"such as {on_disk} as {name}"
+        notes.append(f"Read under another name: {_counted(renamed)}, {shown}.")
+    used = set(names.values())
+    left = [name for name in stored if name not in used and not name.endswith(_BUFFERS)]
+    left = [name for name in left if not name.endswith(("lm_head.weight", "embed_out.weight"))]
+    kinds: dict[str, list[str]] = {}
+    for name in left:
+        kinds.setdefault(_kind(name, blocks, base, count), []).append(name)
+    for kind, found in kinds.items():
+        notes.append(f"Ignored: {_counted(found)} {kind}, such as {found[0]}.")
+    return notes
+
+
+def _counted(items: Collection[str]) -> str:
+    return "1 tensor" if len(items) == 1 else f"{len(items)} tensors"
+
+
+def _kind(name: str, blocks: str, base: str, count: int) -> str:
+    if _part_of(name, _VALUE_HEADS):
+        return "of a value or classification head"
+    local = re.escape(blocks.removeprefix(f"{base}."))
+    match = re.search(rf"(?:^|\.){local}\.(\d+)\.", name)
+    if match and int(match[1]) >= count:
+        return f"of blocks beyond the {count} that the config names"
+    return "that the model does not use"

@@ -1,0 +1,90 @@
+"""Settings ─► an existing checkpoint, recovered into another folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from hisvd_cli.inspection.audit import part
+from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.pipelines.compressing.recovery import course_of, prepare_recovery, run_recovery
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.output_names import inputs_of
+from hisvd_cli.pipelines.outputs import check_output, peak_memory, refuse_flags
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.progress import Reporter
+
+
+def recover_checkpoint(
+    resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Mend an existing checkpoint; return what was done as JSON data.
+
+    Raises:
+        HisvdError: see :func:`prepare_recovery`; nothing is written then.
+    """
+    path = _checked_output(resolved, folder, output, overwrite)
+    started = time.monotonic()
+    recovery = prepare_recovery(resolved, folder, reporter)
+    check_output(path, overwrite, _inputs(resolved, folder))  # again: text may have been sampled
+    made = run_recovery(recovery, path, reporter)
+    return {
+        "output": str(path),
+        "from": str(folder),
+        "bytes": made.bytes,
+        "seconds": {"recover": time.monotonic() - started},
+        "peak_memory_bytes": peak_memory(),
+        **recovery_document(path),
+    }
+
+
+def forecast_recovery(
+    resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Return what a recovery would train on, and its seconds at most where they are bounded.
+
+    Raises:
+        HisvdError: whatever would stop the real run before its work.
+    """
+    path = _checked_output(resolved, folder, output, overwrite)
+    recovery = prepare_recovery(resolved, folder, reporter)
+    course, parts = course_of(recovery), 2 if recovery.knobs.method == "lora" else 1
+    return {
+        "output": str(path),
+        "from": str(folder),
+        "bytes": recovery.student.weights.total_bytes,
+        "text_tokens": recovery.lessons.tokens,
+        "tokens": course.tokens and course.tokens * parts,
+        "seconds": course.seconds and course.seconds * parts,
+    }
+
+
+def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overwrite: bool) -> Path:
+    """Return where a recovered checkpoint goes. Raises UsageError, OutputError."""
+    given = "the checkpoint that --from names"
+    refuse_flags(resolved, "plan", given, "compress the model anew")
+    refuse_flags(resolved, "compress", given, "compress the model anew", but=("max_shard_size",))
+    refuse_flags(resolved, "quantize", given, "round what comes out with: hisvd convert")
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    path = output or named.with_name(f"{named.name}-{resolved.settings.recover.method}")
+    if path.suffix == ".pt":
+        raise UsageError(
+            f"--from writes a folder, not the file {path}.",
+            "Name a folder, and make one file of it with: hisvd convert.",
+        )
+    check_output(path, overwrite, _inputs(resolved, folder))
+    return path
+
+
+def _inputs(resolved: Resolved, folder: Path) -> list[Path]:
+    """Return what a recovery reads: with the dense model, whoever names it. Raises SourceError."""
+    made = part(open_checkpoint(folder).provenance, "model")
+    return inputs_of(resolved, folder, str(made.get("name") or ""))
+
+
+def recovery_document(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's provenance says of its recovery, as JSON data."""
+    made = part(open_checkpoint(folder).provenance, "recovery")
+    names = ("method", "steps", "tokens", "before", "best", "stopped")
+    return {"recovery": {name: made.get(name) for name in names}}

@@ -1,0 +1,208 @@
+"""Settings ─► a checkpoint of integers."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hisvd_cli.calibration.store import Calibration, Sample
+from hisvd_cli.compression.factorize import Compressed
+from hisvd_cli.compression.quantization import Recipe, Text, quantize, sublayer_names
+from hisvd_cli.export.model_card import rewrite_card
+from hisvd_cli.modeling.checkpoint import Checkpoint, open_checkpoint
+from hisvd_cli.modeling.layers.quantized import dequantize
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.settings import flag_of
+from hisvd_cli.pipelines.samples import (
+    calibration_sample,
+    draw_sample,
+    other_sample,
+    request_calibration,
+)
+from hisvd_cli.utils.device import pick_device, pick_dtype
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.progress import Reporter
+
+_BITS = {"none": 16, "int8": 8, "int4": 4}
+
+
+def quantizes(resolved: Resolved) -> bool:
+    """Tell whether integers are asked for."""
+    return resolved.settings.quantize.bits != "none"
+
+
+def bytes_saved(resolved: Resolved, numbers: int, itemsize: float) -> int:
+    """Return about how many bytes fewer numbers of sublayers take as integers: a forecast, in which
+    the scales of int8 count for nothing, no group is short, and no sublayer stays dense.
+
+    Args:
+        resolved: the settings.
+        numbers: how many there are.
+        itemsize: bytes of each before.
+    """
+    knobs = resolved.settings.quantize
+    width = {"none": itemsize, "int8": 1, "int4": 0.5 + 2 / knobs.group_size}[knobs.bits]
+    return int(numbers * (itemsize - width))
+
+
+def check_quantization(resolved: Resolved, planned: bool = False) -> None:
+    """Find out before any work whether what is asked for can be done.
+
+    Args:
+        resolved: the settings.
+        planned: a plan chooses the bits of every sublayer.
+
+    Raises:
+        UsageError: flags that say how, where none says to quantize; bits where a plan has chosen
+            them; or a device that cannot run it.
+    """
+    knobs = resolved.settings.quantize
+    if planned:
+        if quantizes(resolved):
+            raise UsageError(
+                f"{flag_of('quantize', 'bits')} {knobs.bits} meets a plan by bytes, which chooses "
+                "the bits of every sublayer.",
+                f"Leave out {flag_of('quantize', 'bits')}, or --bytes-ratio.",
+            )
+        _check_device(resolved, "int4")
+        return
+    if not quantizes(resolved):
+        for key in ("method", "dense", "group_size", "damping"):
+            if resolved.is_flag("quantize", key):
+                raise UsageError(
+                    f"{flag_of('quantize', key)} says how to quantize, but nothing is quantized.",
+                    f"Add {flag_of('quantize', 'bits')} int8 or int4.",
+                )
+        return
+    _check_device(resolved, knobs.bits)
+
+
+def _check_device(resolved: Resolved, bits: str) -> None:
+    device = pick_device(resolved.settings.model.device)
+    dtype = torch.uint8 if bits == "int4" else torch.int8
+    try:
+        codes = torch.zeros(2, 2, dtype=dtype, device=device)
+        scales = torch.zeros(2, 1, dtype=torch.int16, device=device)
+        dequantize(codes, scales, 2, 2, torch.float32)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise UsageError(
+            f"The device {device} cannot run {bits}.", "Use another --device, or int8."
+        ) from error
+
+
+def quantize_checkpoint(
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    output: Path,
+    sample: Sample | None,
+    reporter: Reporter,
+    bits: Mapping[str, int] | None = None,
+) -> int:
+    """Write a checkpoint of integers, by the settings; return the bytes of its weights.
+
+    Args:
+        resolved: the settings.
+        checkpoint: in full precision.
+        output: the folder.
+        sample: text for gptq; by default what the settings name, and where they say nothing what
+            the checkpoint was calibrated on.
+        reporter: told of progress.
+        bits: name of a sublayer → 16, 8 or 4; by default all have those of the settings.
+
+    Raises:
+        UsageError, SourceError, NumericalError, OutputError: see :func:`check_quantization` and
+            :func:`hisvd_cli.compression.quantization.quantize`.
+        DataError, StaleArtifactError: the text for gptq cannot be read, or reads otherwise now.
+    """
+    if bits is None:
+        check_quantization(resolved)
+    settings = resolved.settings
+    knobs = settings.quantize
+    source = Source(str(checkpoint.folder), checkpoint.folder)
+    text = None
+    if knobs.method == "gptq":
+        checkpoint.refuse_quantized()
+        device = pick_device(settings.model.device)
+        dtype = pick_dtype(settings.model.dtype, checkpoint.weights.dtype, device)
+        sample = sample or _sample(resolved, source, checkpoint, reporter)
+        text = Text(sample, device, dtype, settings.calibration.batch)
+    elif knobs.bits == "int4" or checkpoint.storage == "pivoted":
+        reporter.suggest(
+            "Rounding to the nearest costs much with int4, and with pivoted pairs: "
+            "--quantize-method gptq loses several times less."
+        )
+    bits = bits or _bits(resolved, checkpoint)
+    recipe = Recipe(bits, knobs.group_size, knobs.method, knobs.damping)
+    return quantize(
+        checkpoint,
+        output,
+        recipe,
+        text,
+        shard_bytes=int(settings.compress.max_shard_size * 1e9),
+        settings=resolved.recorded("quantize"),
+        describe=partial(rewrite_card, checkpoint.folder),
+        reporter=reporter,
+    )
+
+
+def _bits(resolved: Resolved, checkpoint: Checkpoint) -> dict[str, int]:
+    """Return name → bits of all sublayers, by the settings."""
+    knobs = resolved.settings.quantize
+    bits = dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
+    if knobs.dense == "int8":
+        bits |= dict.fromkeys(bits.keys() - checkpoint.ranks.keys(), 8)
+    return bits
+
+
+def _sample(
+    resolved: Resolved, source: Source, checkpoint: Checkpoint, reporter: Reporter
+) -> Sample:
+    """Return the text that the settings name, else that which a checkpoint was calibrated on."""
+    manifest = checkpoint.provenance.get("calibration")
+    if not manifest:
+        return draw_sample(request_calibration(resolved, source), source, reporter)
+    made_from = Calibration(checkpoint.folder, manifest)
+    if resolved.asked("calibration"):
+        return other_sample(resolved, source, made_from, reporter)
+    return calibration_sample(resolved, source, made_from, reporter)
+
+
+def quantize_compressed(
+    resolved: Resolved,
+    source: Source,
+    calibration: Calibration,
+    made: Compressed,
+    output: Path,
+    reporter: Reporter,
+    bits: Mapping[str, int] | None = None,
+) -> Compressed:
+    """Turn what ``compress`` made into integers, and remove it.
+
+    Args:
+        resolved: the settings.
+        source: the model before compression.
+        calibration: the one that it was compressed by; gptq takes the same text.
+        made: the checkpoint in full precision.
+        output: the folder.
+        reporter: told of progress.
+        bits: see :func:`quantize_checkpoint`.
+
+    Raises:
+        HisvdError: see :func:`quantize_checkpoint`.
+    """
+    started = time.monotonic()
+    sample = None
+    if resolved.settings.quantize.method == "gptq":
+        sample = calibration_sample(resolved, source, calibration, reporter)
+    checkpoint = open_checkpoint(made.output)
+    size = quantize_checkpoint(resolved, checkpoint, output, sample, reporter, bits)
+    shutil.rmtree(made.output)
+    seconds = made.write_seconds + time.monotonic() - started
+    record = open_checkpoint(output).provenance
+    return Compressed(output, size, made.decompose_seconds, seconds, record)

@@ -1,0 +1,350 @@
+"""Settings ─► stages: truncate to the full ratio, correct what was truncated, and again (ZS-SVD,
+arXiv 2602.02848).
+
+N stages have N − 1 corrections. A later stage sees the corrected model: its statistics, taken on
+the same tokens, and its weights are what it plans and truncates by. A given plan is that of every
+stage. Each stage but the last leaves its plan and its corrected weights in a hidden folder beside
+the output, which goes when the checkpoint is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hisvd_cli.allocation.anatomy import dissect
+from hisvd_cli.allocation.plan import Plan, load_plan
+from hisvd_cli.calibration.store import Calibration, Sample
+from hisvd_cli.compression.corrections import BY_GRADIENT, correction
+from hisvd_cli.compression.factorize import Compressed, compress
+from hisvd_cli.compression.stages import (
+    Running,
+    Truncated,
+    truncated_folder,
+    write_by_gradients,
+    write_weights,
+)
+from hisvd_cli.compression.updating import Update
+from hisvd_cli.export.model_card import write_card
+from hisvd_cli.linalg.moments import exact_device
+from hisvd_cli.linalg.statistics import Need
+from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.modeling.corrected import corrected
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.calibration import calibrate_again
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.settings import CompressSettings, flag_of
+from hisvd_cli.pipelines.memory.bounds import fitted, place_states, workload
+from hisvd_cli.pipelines.planning.methods import decomposer_knobs, decomposer_needs, plan_needs
+from hisvd_cli.pipelines.planning.plans import make_plans
+from hisvd_cli.pipelines.samples import calibrated_dtype, calibration_sample
+from hisvd_cli.utils.device import pick_device
+from hisvd_cli.utils.distributed import building_together, world
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.files.checksums import seal, sealed
+from hisvd_cli.utils.files.fingerprints import digest
+from hisvd_cli.utils.progress import Reporter
+
+Seconds = dict[str, float]
+RECORDED = ("model", "calibration", "plan", "compress", "quantize")
+"""Sections of the settings that decide what a checkpoint is, but for its training."""
+_PLAN = "plan.json"
+_GRADIENTS: frozenset[Need] = frozenset({"moments", "gradients", "weight-gradients"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one truncation works on.
+
+    Attributes:
+        source: the model, from the second stage on with corrected weights.
+        calibration: its statistics.
+        plan: its ranks.
+        history: what the provenance says of the stages before, see :func:`compress`.
+    """
+
+    source: Source
+    calibration: Calibration
+    plan: Plan
+    history: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def original_key(self) -> str:
+        """Key of the calibration that the provenance names: the original's."""
+        return str(self.history.get("calibration", self.calibration.manifest)["key"])
+
+
+def check_stages(resolved: Resolved, source: Source) -> None:
+    """Find out before any work whether stages can be run.
+
+    Raises:
+        UsageError: flags of corrections, but one stage.
+        MemoryLimitError: a bound on memory that the gradients of corrections cannot keep to.
+    """
+    knobs = resolved.settings.compress
+    if knobs.stages > 1:
+        if knobs.correction in BY_GRADIENT:
+            fitted(resolved, workload(resolved, source, dissect(source)), _GRADIENTS)
+        return
+    for key in CompressSettings.model_fields:
+        if key.startswith("correction") and resolved.is_flag("compress", key):
+            flag = flag_of("compress", key)
+            raise UsageError(
+                f"{flag} corrects between stages, but there is one stage.",
+                f"Give --stages 2, or leave out {flag}.",
+            )
+
+
+def factored(
+    resolved: Resolved,
+    stage: Stage,
+    folder: Path,
+    reporter: Reporter,
+    update: Update | None = None,
+) -> Compressed:
+    """Truncate the model of a stage into a checkpoint folder, by the settings; an update is for the
+    last one."""
+    knobs = resolved.settings.compress
+    return compress(
+        stage.source,
+        stage.plan,
+        stage.calibration,
+        folder,
+        decomposer=knobs.decomposer,
+        knobs=decomposer_knobs(resolved.settings, stage.plan.settings),
+        needs=decomposer_needs(knobs),
+        device=exact_device(pick_device(resolved.settings.model.device)),
+        shard_bytes=int(knobs.max_shard_size * 1e9),
+        settings=resolved.recorded(*RECORDED),
+        describe=lambda home, record: write_card(home, stage.source, stage.plan, record),
+        reporter=reporter,
+        history=stage.history,
+        update=update,
+    )
+
+
+@contextmanager
+def last_stage(
+    resolved: Resolved, first: Stage, fixed: bool, output: Path, reporter: Reporter
+) -> Iterator[tuple[Stage, Seconds]]:
+    """Run all stages but the last; yield that one, and the seconds that all before it took.
+
+    A run that was interrupted goes on at the stage and block where it stopped.
+
+    Args:
+        resolved: the settings.
+        first: the first stage.
+        fixed: whether its plan was given, and is that of every stage.
+        output: where the checkpoint goes; what stages leave is removed once the body has written
+            it.
+        reporter: told of progress.
+    """
+    seconds = dict.fromkeys(("calibrate", "plan", "decompose", "write"), 0.0)
+    if resolved.settings.compress.stages == 1:
+        yield first, seconds
+        return
+    described = json.dumps([resolved.recorded(), first.plan.document()], sort_keys=True)
+    made_from = first.calibration
+    key = digest(described, first.source.fingerprint, made_from.key, made_from.gradients_key)
+    folder = output.with_name(f".{output.name}.stages")
+    with building_together(folder, key) as home:
+        yield _Stages(resolved, first, fixed, home, reporter, seconds).run(), seconds
+    if world().first:
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """All stages but the last. Stage number i, from 1 on, has the folder ``stage-i``, with its
+    plan, its calibration (but for the first), its checkpoint, and then its weights, corrected."""
+
+    resolved: Resolved
+    first: Stage
+    fixed: bool
+    home: Path
+    reporter: Reporter
+    seconds: Seconds
+
+    def run(self) -> Stage:
+        """Return the last stage."""
+        count, here = self.resolved.settings.compress.stages, world()
+        done = here.agreed(lambda: self._done(count))
+        text = self.first.calibration
+        sample = here.agreed(
+            lambda: calibration_sample(self.resolved, self.first.source, text, self.reporter)
+        )
+        stage = self.first
+        if not done:
+            self._keep_plan(1, stage.plan)
+        for number in range(done + 1, count + 1):
+            if number > 1:
+                stage = self._next(number, sample)
+            if number < count:
+                self.reporter.note(f"Stage {number} of {count}.")
+                self._truncate(number, stage)
+                self._correct(number, stage, sample)
+                if here.first:
+                    self._tidy(number)
+                here.wait()
+        self.reporter.note(f"Stage {count} of {count}.")
+        return replace(stage, history=self._history(count))
+
+    def _folder(self, number: int) -> Path:
+        return self.home / f"stage-{number}"
+
+    def _corrected(self, number: int) -> Path:
+        return self._folder(number) / "corrected"
+
+    def _done(self, count: int) -> int:
+        """Return the last stage whose corrected weights are complete and were not damaged, 0 for
+        none."""
+        return max((i for i in range(1, count) if self._is_whole(i)), default=0)
+
+    def _is_whole(self, number: int) -> bool:
+        plans = (self._folder(i) / _PLAN for i in range(1, number + 1))
+        return sealed(self._corrected(number)) and all(map(sealed, plans))
+
+    def _keep_plan(self, number: int, plan: Plan) -> None:
+        if world().first:
+            self._folder(number).mkdir(exist_ok=True)
+            plan.save(self._folder(number) / _PLAN)
+            seal(self._folder(number) / _PLAN)
+        world().wait()  # all read it in the end
+
+    def _plan(self, number: int) -> Plan:
+        return load_plan(self._folder(number) / _PLAN)
+
+    def _next(self, number: int, sample: Sample) -> Stage:
+        """Return a stage of what the one before it left: measured, and planned."""
+        source = corrected(self.first.source, self._corrected(number - 1))
+        settings = self.resolved.settings
+        needs = decomposer_needs(settings.compress)
+        if not self.fixed:
+            needs |= plan_needs(settings)
+        started = time.monotonic()
+        calibration = calibrate_again(
+            self.resolved,
+            source,
+            sample,
+            self._folder(number) / "calibration",
+            calibrated_dtype(self.resolved, self.first.calibration),
+            needs,
+            self.reporter,
+        )
+        calibrated = time.monotonic()
+        self.seconds["calibrate"] += calibrated - started
+        plan = self._planned(number, source, calibration)
+        self.seconds["plan"] += time.monotonic() - calibrated
+        return Stage(source, calibration, plan)
+
+    def _planned(self, number: int, source: Source, calibration: Calibration) -> Plan:
+        if self.fixed:
+            plan = self.first.plan
+        elif world().agreed(lambda: sealed(self._folder(number) / _PLAN)):
+            return self._plan(number)
+        else:
+            ratio = [self.first.plan.ratio]
+            plan = make_plans(self.resolved, source, calibration, self.reporter, ratio)[0]
+        self._keep_plan(number, plan)
+        return plan
+
+    def _truncate(self, number: int, stage: Stage) -> None:
+        folder = self._folder(number) / "checkpoint"
+        if world().agreed(lambda: sealed(folder)):
+            return
+        made = factored(self.resolved, stage, folder, self.reporter)
+        _seal(folder)
+        self.seconds["decompose"] += made.decompose_seconds
+        self.seconds["write"] += made.write_seconds
+
+    def _correct(self, number: int, stage: Stage, sample: Sample) -> None:
+        knobs, started = self.resolved.settings.compress, time.monotonic()
+        method = partial(
+            correction, knobs.correction, alpha=knobs.correction_alpha, step=knobs.correction_step
+        )
+        teacher, folder = self.first.source, self._corrected(number)
+        layers: dict[int, list[str]] = {}
+        for s in stage.plan.sublayers:
+            if not s.dense:
+                layers.setdefault(s.layer, []).append(s.name)
+        checkpoint = open_checkpoint(self._folder(number) / "checkpoint")
+        truncated = Truncated(teacher, checkpoint, dissect(teacher).names, layers)
+        if knobs.correction not in BY_GRADIENT:
+            write_weights(truncated, folder, method, self.reporter)
+        else:
+            plain = truncated_folder(folder)
+            if not world().agreed(lambda: sealed(plain)):
+                write_weights(truncated, plain, None, self.reporter)
+                _seal(plain)
+            running = self._running(number, sample)
+            write_by_gradients(truncated, folder, method, running, self.reporter)
+        _seal(folder)
+        self.seconds["calibrate"] += time.monotonic() - started
+
+    def _running(self, number: int, sample: Sample) -> Running:
+        """Return how gradients are taken: on windows that are drawn anew for every stage."""
+        knobs, tokens = self.resolved.settings.compress, sample.tokens
+        if 0 < knobs.correction_samples < len(tokens):
+            generator = torch.Generator().manual_seed(sample.seed + number)
+            drawn = torch.randperm(len(tokens), generator=generator)[: knobs.correction_samples]
+            tokens = tokens[drawn.sort().values]
+        work = place_states(
+            self.resolved,
+            self.first.source,
+            _GRADIENTS,
+            self.reporter,
+            (len(tokens), tokens.shape[1]),
+        )
+        return Running(
+            tokens=tokens,
+            batches=min(knobs.correction_batches, len(tokens)),
+            device=work.device,
+            dtype=calibrated_dtype(self.resolved, self.first.calibration),
+            batch=work.batch,
+            place=work.place,
+        )
+
+    def _tidy(self, number: int) -> None:
+        """Remove what nothing needs once the weights of a stage are corrected."""
+        for name in ("checkpoint", "calibration", "corrected.truncated"):
+            shutil.rmtree(self._folder(number) / name, ignore_errors=True)
+        if number > 1:
+            shutil.rmtree(self._corrected(number - 1), ignore_errors=True)
+
+    def _history(self, count: int) -> dict[str, Any]:
+        """Return what the provenance says: the calibration of the original, and every stage."""
+        made = self.first.calibration
+        needs = decomposer_needs(self.resolved.settings.compress)
+        plans = [self._plan(number) for number in range(1, count + 1)]
+        return {
+            "calibration": made.manifest,
+            "gradients": made.gradients if set(needs) - {"moments"} else None,
+            "stages": [
+                {
+                    "kept_parameters": plan.kept_parameters,
+                    "low_rank_sublayers": len(plan.ranks),
+                    "predicted_loss": plan.predicted_loss,
+                    "statistics": plan.provenance["calibration"],
+                    "correction": self.resolved.settings.compress.correction
+                    if number < count
+                    else None,
+                }
+                for number, plan in enumerate(plans, 1)
+            ],
+        }
+
+
+def _seal(folder: Path) -> None:
+    """Have a run that goes on here notice where a finished folder was damaged."""
+    if world().first:
+        seal(folder)
+    world().wait()

@@ -1,0 +1,47 @@
+"""Settings ─► how sublayers are updated after the compression of those before them."""
+
+from __future__ import annotations
+
+import torch
+
+from hisvd_cli.calibration.store import Calibration
+from hisvd_cli.compression.updating import Update
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.memory.bounds import place_update
+from hisvd_cli.pipelines.samples import calibrated_dtype, calibration_sample
+from hisvd_cli.utils.distributed import world
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.progress import Reporter
+
+
+def prepare_update(
+    resolved: Resolved, source: Source, found: Calibration, reporter: Reporter
+) -> Update | None:
+    """Return the update that the settings ask for, on the calibration's own text; None for none.
+
+    Raises:
+        UsageError: there is one window, of which none can be held back to choose the damping on.
+        StaleArtifactError, DataError: the text cannot be drawn again.
+        MemoryLimitError: the hidden states of two models do not fit into the bound.
+    """
+    knobs = resolved.settings.compress
+    if knobs.update == "none":
+        return None
+    sample = world().agreed(lambda: calibration_sample(resolved, source, found, reporter))
+    samples, seqlen = sample.tokens.shape
+    if knobs.update_damping is None and samples < 2:
+        raise UsageError(
+            "--update chooses its damping on windows that are held back, and there is one window.",
+            "Give --update-damping, or calibrate with more --samples.",
+        )
+    work = place_update(resolved, source, reporter, (samples, seqlen))
+    return Update(
+        method=knobs.update,
+        damping=knobs.update_damping,
+        sample=sample,
+        device=torch.device(work.device),
+        dtype=calibrated_dtype(resolved, found),
+        batch=work.batch,
+        place=work.place,
+    )

@@ -1,0 +1,1 @@
+"""Profiles, presets and settings."""

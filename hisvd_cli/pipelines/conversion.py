@@ -1,0 +1,128 @@
+"""Arguments of ``hisvd convert`` ─► the right conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from hisvd_cli.export.convert import from_pt, repack, to_dense, to_pt, unpacked
+from hisvd_cli.modeling.checkpoint import Checkpoint, open_checkpoint
+from hisvd_cli.pipelines.compressing.quantization import check_quantization, quantize_checkpoint
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.output_names import inputs_of
+from hisvd_cli.pipelines.outputs import check_output
+from hisvd_cli.utils.errors import SourceError, UsageError
+from hisvd_cli.utils.files.scratch import scratch_folder
+from hisvd_cli.utils.progress import Reporter
+
+Target = Literal["hf", "pt", "dense"]
+
+
+def convert_checkpoint(
+    checkpoint: Path,
+    to: Target,
+    output: Path,
+    overwrite: bool,
+    shard_bytes: int,
+    scratch: str | None = None,
+) -> int:
+    """Convert a checkpoint folder or ``.pt`` file; return the bytes written.
+
+    Args:
+        checkpoint: the folder or file.
+        to: the form.
+        output: the folder or file to write.
+        overwrite: replace what stands there.
+        shard_bytes: largest size of a weight file.
+        scratch: folder for temporary files; by default one in the cache.
+
+    Raises:
+        SourceError: ``checkpoint`` is none.
+        UsageError: the name of ``output`` does not fit ``to``.
+        OutputError: something stands at ``output``.
+    """
+    _check_paths(checkpoint, to, output, overwrite)
+    if checkpoint.is_file() and to == "hf":
+        from_pt(checkpoint, output, shard_bytes)
+    else:
+        with _opened(checkpoint, scratch) as opened:
+            _convert(opened, to, output, shard_bytes)
+    return _bytes_of(output)
+
+
+def asks_to_quantize(resolved: Resolved) -> bool:
+    """Tell whether a flag asks for integers: what a profile says is meant for compress."""
+    return resolved.is_flag("quantize", "bits") and resolved.settings.quantize.bits != "none"
+
+
+def quantize_to(
+    resolved: Resolved,
+    checkpoint: Path,
+    to: Target,
+    output: Path,
+    overwrite: bool,
+    reporter: Reporter,
+) -> int:
+    """Write a checkpoint folder or ``.pt`` file as integers; return the bytes written.
+
+    Raises:
+        UsageError: a dense model is to be made.
+        HisvdError: see :func:`convert_checkpoint` and :func:`quantize_checkpoint`.
+    """
+    if to == "dense":
+        raise UsageError(
+            "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
+            "Leave out --to dense, or --quantize.",
+        )
+    _check_paths(checkpoint, to, output, overwrite, inputs_of(resolved))
+    check_quantization(resolved)
+    scratch = resolved.settings.model.scratch
+    with _opened(checkpoint, scratch) as opened:
+        if to == "hf":
+            quantize_checkpoint(resolved, opened, output, None, reporter)
+        else:
+            with scratch_folder(scratch) as folder:
+                made = folder / "quantized"
+                quantize_checkpoint(resolved, opened, made, None, reporter)
+                to_pt(open_checkpoint(made), output)
+    return _bytes_of(output)
+
+
+def _check_paths(
+    checkpoint: Path, to: Target, output: Path, overwrite: bool, inputs: Iterable[Path] = ()
+) -> None:
+    if not checkpoint.exists():
+        raise SourceError(f"There is no checkpoint '{checkpoint}'.", "Check the path.")
+    if (output.suffix == ".pt") != (to == "pt"):
+        raise UsageError(
+            f"--to {to} cannot write '{output}'.",
+            "A single file ends in .pt; every other form is a folder.",
+        )
+    check_output(output, overwrite, [checkpoint, *inputs])
+
+
+def _bytes_of(output: Path) -> int:
+    if output.is_file():
+        return output.stat().st_size
+    return sum(path.stat().st_size for path in output.glob("*.safetensors"))
+
+
+def _convert(checkpoint: Checkpoint, to: Target, output: Path, shard_bytes: int) -> None:
+    if to == "pt":
+        to_pt(checkpoint, output)
+    elif to == "dense":
+        to_dense(checkpoint, output, shard_bytes)
+    else:
+        repack(checkpoint, output, shard_bytes)
+
+
+@contextmanager
+def _opened(checkpoint: Path, scratch: str | None) -> Iterator[Checkpoint]:
+    """Open a checkpoint; a ``.pt`` is unpacked into a temporary folder while the body runs."""
+    if checkpoint.is_dir():
+        yield open_checkpoint(checkpoint)
+        return
+    with scratch_folder(scratch) as folder:
+        yield open_checkpoint(unpacked(checkpoint, folder / "unpacked"))

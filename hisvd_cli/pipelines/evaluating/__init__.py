@@ -1,0 +1,1 @@
+"""Settings to measurements and reports."""

@@ -1,0 +1,218 @@
+"""Settings ─► what memory a run may take, and how it keeps to that."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from hisvd_cli.allocation.anatomy import Anatomy, dissect
+from hisvd_cli.calibration.workload import (
+    Peak,
+    Workload,
+    calibration_peak,
+    factoring_peak,
+    gradients_peak,
+    quantization_peak,
+    update_peak,
+)
+from hisvd_cli.linalg.moments import exact_device
+from hisvd_cli.linalg.statistics import Need
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.memory.placement import excess, fit
+from hisvd_cli.pipelines.samples import request_calibration, stored_dtype
+from hisvd_cli.utils.device import pick_device
+from hisvd_cli.utils.distributed import world
+from hisvd_cli.utils.errors import MemoryLimitError, UsageError
+from hisvd_cli.utils.memory_bounds import HOST, MemoryBounds, parse_bounds
+from hisvd_cli.utils.progress import Reporter
+
+
+def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
+    """Return the bounds of the settings, None where there are none.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+    """
+    model = resolved.settings.model
+    if model.max_memory is None:
+        return None
+    bounds = parse_bounds(model.max_memory)
+    device = pick_device(model.device).type
+    for name in bounds.devices:
+        if name != device:
+            raise UsageError(
+                f"--max-memory {model.max_memory} bounds {name}, but blocks run on {device}.",
+                f"Leave out {name}=, or use --device {name}.",
+            )
+    return bounds
+
+
+def workload(resolved: Resolved, source: Source, anatomy: Anatomy) -> Workload:
+    """Return what a calibration by the settings works on, no bound applied."""
+    request = request_calibration(resolved, source)
+    inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
+    device = torch.device(request.device)
+    return Workload(
+        sublayers=anatomy.sublayers,
+        outside_parameters=anatomy.total_parameters - inside,
+        width=source.config.get_text_config().hidden_size,
+        samples=request.samples,
+        seqlen=request.seqlen,
+        batch=resolved.settings.calibration.batch,
+        dtype=getattr(torch, request.dtype),
+        device=device,
+        place="host" if device.type == HOST else "device",
+    )
+
+
+def fitted(resolved: Resolved, work: Workload, needs: Collection[Need]) -> Workload:
+    """Return a workload as it keeps to the bounds of the settings.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: nothing fits.
+    """
+    bounds = memory_bounds(resolved)
+    return work if bounds is None else fit(work, bounds, partial(_peak, needs=needs))
+
+
+def _peak(work: Workload, needs: Collection[Need]) -> Peak:
+    peak = calibration_peak(work)
+    if set(needs) - {"moments"}:
+        return peak.joined(gradients_peak(work, "weight-gradients" in needs))
+    return peak
+
+
+def place_states(
+    resolved: Resolved,
+    source: Source,
+    needs: Collection[Need],
+    reporter: Reporter,
+    shape: tuple[int, int] | None = None,
+) -> Workload:
+    """Return the workload of a calibration as it fits, and tell what the bound changes.
+
+    Args:
+        resolved: the settings.
+        source: the model.
+        needs: what is taken.
+        reporter: told of what the bound changes.
+        shape: windows and tokens in each, where the settings do not say.
+
+    Raises:
+        UsageError, MemoryLimitError: see :func:`fitted`.
+    """
+    work = workload(resolved, source, dissect(source))
+    if shape is not None:
+        work = replace(work, samples=shape[0], seqlen=shape[1])
+    found = fitted(resolved, work, needs)
+    _tell(work, found, found.states_bytes, reporter)
+    return found
+
+
+def place_update(
+    resolved: Resolved, source: Source, reporter: Reporter, shape: tuple[int, int]
+) -> Workload:
+    """Return the workload of an update as it fits, and tell what the bound changes.
+
+    Args:
+        resolved: the settings.
+        source: the model.
+        reporter: told of what the bound changes.
+        shape: windows and tokens in each.
+
+    Raises:
+        UsageError, MemoryLimitError: see :func:`fitted_update`.
+    """
+    work = replace(workload(resolved, source, dissect(source)), samples=shape[0], seqlen=shape[1])
+    found = fitted_update(resolved, work)
+    _tell(work, found, 2 * found.states_bytes, reporter)
+    return found
+
+
+def fitted_update(resolved: Resolved, work: Workload) -> Workload:
+    """Return the workload of an update as it keeps to the bounds of the settings.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: nothing fits.
+    """
+    bounds = memory_bounds(resolved)
+    return work if bounds is None else fit(work, bounds, update_peak, "An update")
+
+
+def check_update(resolved: Resolved, source: Source) -> None:
+    """Find out whether the update of the settings, if any, can be made and fits into the bound.
+
+    Raises:
+        UsageError: several processes, or see :func:`fitted_update`.
+        MemoryLimitError: see there.
+    """
+    if resolved.settings.compress.update != "none":
+        if world().size > 1:
+            raise UsageError(
+                "--update is made by one process, and torchrun started several.",
+                "Run hisvd without torchrun, or leave out --update.",
+            )
+        fitted_update(resolved, workload(resolved, source, dissect(source)))
+
+
+def _tell(work: Workload, found: Workload, states: int, reporter: Reporter) -> None:
+    """Tell what a bound on memory changed."""
+    if found.place != work.place:
+        where = "in a file" if found.place == "file" else "in host memory"
+        size = f"{states / 1e6:,.0f} MB"
+        reporter.note(f"--max-memory: hidden states ({size}) are kept {where}.")
+    if found.batch < min(work.batch, work.samples):
+        reporter.warn(
+            f"--max-memory: only {found.batch} windows pass a block at a time, not {work.batch}; "
+            "results may differ in their last digits."
+        )
+
+
+def check_factoring(resolved: Resolved, source: Source) -> None:
+    """Find out whether spectra and factors of the largest sublayer fit into the bound.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: they do not.
+    """
+    bounds = memory_bounds(resolved)
+    if bounds is None:
+        return
+    peak = factoring_of(resolved, source, dissect(source))
+    if found := excess(peak, bounds, pick_device(resolved.settings.model.device).type):
+        raise MemoryLimitError(
+            f"Factoring the largest sublayer takes {found}.",
+            "Raise --max-memory; --samples, --seqlen and --batch make no difference to it.",
+        )
+
+
+def factoring_of(resolved: Resolved, source: Source, anatomy: Anatomy) -> Peak:
+    """Return the peak of computing spectra and factors of all sublayers."""
+    device = exact_device(pick_device(resolved.settings.model.device))
+    itemsize = getattr(torch, stored_dtype(source)).itemsize
+    return factoring_peak(anatomy.sublayers, itemsize, device)
+
+
+def check_rounding(resolved: Resolved, source: Source) -> None:
+    """Find out whether rounding with compensation, a block at a time, fits into the bound.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: it does not.
+    """
+    bounds = memory_bounds(resolved)
+    if bounds is None:
+        return
+    work = workload(resolved, source, dissect(source))
+    if found := excess(quantization_peak(work), bounds, work.device.type):
+        raise MemoryLimitError(
+            f"--quantize-method gptq takes {found}.",
+            "Raise --max-memory, lower --samples, --seqlen or --batch, or use --quantize-method "
+            "nearest.",
+        )

@@ -1,0 +1,181 @@
+"""Settings ─► whether work that holds a whole model fits into the bound on memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hisvd_cli.calibration.workload import Peak, parameters
+from hisvd_cli.linalg.moments import exact_device
+from hisvd_cli.modeling.checkpoint import is_checkpoint
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.memory.bounds import memory_bounds
+from hisvd_cli.pipelines.memory.placement import excess
+from hisvd_cli.pipelines.memory.whole_model_peaks import (
+    Training,
+    WholeModel,
+    evaluation_peak,
+    learning_peak,
+    probing_peak,
+    streaming_peak,
+    training_peak,
+    writing_peak,
+)
+from hisvd_cli.pipelines.samples import request_calibration, stored_dtype, window_length
+from hisvd_cli.utils.device import pick_device, pick_dtype
+from hisvd_cli.utils.errors import MemoryLimitError, UnsupportedModelError
+
+_STATES_BYTES = 1 << 30  # of hidden states that go through the blocks together, without a bound
+
+
+def whole_model(resolved: Resolved, source: Source, dtype: torch.dtype | None = None) -> WholeModel:
+    """Return what is known of a model, dense or compressed, before it is loaded.
+
+    Args:
+        resolved: the settings.
+        source: the model.
+        dtype: in which it runs; by default that of the settings.
+    """
+    device = pick_device(resolved.settings.model.device)
+    dtype = dtype or pick_dtype(resolved.settings.model.dtype, stored_dtype(source), device)
+    config = source.config.get_text_config()
+    return WholeModel(
+        sublayers=_sublayers(source, config.hidden_size),
+        parameters=sum(torch.Size(i.shape).numel() for i in source.weights.infos.values()),
+        stored_bytes=source.weights.total_bytes,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _sublayers(source: Source, width: int) -> list[Sublayer]:
+    try:
+        model = build_meta_model(source, compressed=is_checkpoint(source.folder))
+        prefix, layers = decoder_blocks(model)
+        return find_sublayers(prefix, list(layers))
+    except UnsupportedModelError:  # it can be evaluated nevertheless
+        return [Sublayer("", 0, "", (4 * width, width))]
+
+
+def check_fits(resolved: Resolved, peak: Peak, reason: str) -> None:
+    """Find out whether work fits into the bound.
+
+    Args:
+        resolved: the settings.
+        peak: what it takes.
+        reason: the setting that asks for it.
+
+    Raises:
+        UsageError: a bound of a device that is not used.
+        MemoryLimitError: it does not fit.
+    """
+    bounds = memory_bounds(resolved)
+    if bounds is None:
+        return
+    if found := excess(peak, bounds, pick_device(resolved.settings.model.device).type):
+        raise MemoryLimitError(
+            f"{reason} loads the whole model, and takes {found}.",
+            f"Raise --max-memory, or do without {reason}.",
+        )
+
+
+def check_measuring(resolved: Resolved, source: Source, allocator: str) -> None:
+    """Find out whether an allocator that runs the model fits into the bound. Raises as
+    :func:`check_fits`."""
+    if memory_bounds(resolved) is None:
+        return
+    request, model = request_calibration(resolved, source), whole_model(resolved, source)
+    samples = min(resolved.settings.plan.probe_samples, request.samples)
+    taken = learning_peak if allocator == "learned" else probing_peak
+    peak = taken(model, samples, request.seqlen, exact_device(model.device))
+    check_fits(resolved, peak, f"--allocator {allocator}")
+
+
+def check_writing(resolved: Resolved, source: Source, seqlen: int, reason: str) -> None:
+    """Find out whether a model that writes its own text fits into the bound. Raises as
+    :func:`check_fits`."""
+    if memory_bounds(resolved) is not None:
+        check_fits(resolved, writing_peak(whole_model(resolved, source), seqlen), reason)
+
+
+def check_training(
+    resolved: Resolved,
+    models: tuple[Source, Source | None],
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    factors: int | None = None,
+) -> None:
+    """Find out whether a recovery fits into the bound.
+
+    Args:
+        resolved: the settings.
+        models: the checkpoint, or the dense model where that is not made yet, and the teacher.
+        dtype: in which they run.
+        shape: windows that pass a model together, and tokens in each.
+        factors: numbers in the low-rank factors; by default as many as fit the ratio.
+
+    Raises:
+        UsageError, MemoryLimitError: see :func:`check_fits`.
+    """
+    if memory_bounds(resolved) is None:
+        return
+    knobs, student = resolved.settings.recover, whole_model(resolved, models[0], dtype)
+    inside = parameters(student.sublayers)
+    if factors is None:
+        factors = int(inside * resolved.settings.plan.ratio[0])
+        student = replace(student, parameters=student.parameters - inside + factors)
+    adapters = 0
+    if knobs.method == "lora":
+        adapters = knobs.lora_rank * sum(sum(s.shape) for s in student.sublayers)
+    work = Training(factors, adapters, shape[0] * shape[1], shape[1], knobs.checkpointing)
+    teacher = whole_model(resolved, models[1], dtype) if models[1] else None
+    check_fits(resolved, training_peak(student, teacher, work), f"--recover {knobs.method}")
+
+
+def streamed_states(
+    resolved: Resolved, source: Source, seqlen: int, baseline: Source | None = None
+) -> int | None:
+    """Return how many bytes of hidden states may pass the blocks together where a model has to be
+    evaluated a block at a time to keep to the bound; None where it fits whole.
+
+    Args:
+        resolved: the settings.
+        source: the model.
+        seqlen: tokens per window.
+        baseline: the model that it is held against, if any.
+
+    Raises:
+        UsageError, MemoryLimitError: see :func:`check_fits`.
+    """
+    bounds = memory_bounds(resolved)
+    if bounds is None:
+        return None
+    knobs, model = resolved.settings.eval, whole_model(resolved, source)
+    head = whole_model(resolved, baseline).head if baseline else 0
+    whole = evaluation_peak(model, knobs.batch, seqlen, head)
+    device = model.device.type
+    if knobs.stream == "off" or (knobs.stream == "auto" and not excess(whole, bounds, device)):
+        check_fits(resolved, whole, f"Evaluating {Path(source.name).name}")
+        return None
+    least = streaming_peak(model, knobs.batch, seqlen, head)
+    if found := excess(least, bounds, device):
+        raise MemoryLimitError(
+            f"Evaluating {Path(source.name).name} a block at a time takes {found}.",
+            "Raise --max-memory, or lower --batch or --seqlen.",
+        )
+    free = _STATES_BYTES if bounds.host is None else bounds.host - least.host
+    return min(_STATES_BYTES, free)
+
+
+def check_evaluation(resolved: Resolved, source: Source) -> None:
+    """Find out whether a model can be evaluated within the bound. Raises as
+    :func:`check_fits`."""
+    if memory_bounds(resolved) is not None:
+        streamed_states(resolved, source, window_length(resolved.settings.eval.seqlen, source))

@@ -1,0 +1,189 @@
+"""What every run that writes a checkpoint asks: what may stand there, and what it took."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import psutil
+import torch
+
+from hisvd_cli.allocation.plan import load_plan
+from hisvd_cli.export.own_files import foreign_files, is_own_folder
+from hisvd_cli.inspection.pt_files import load_pt
+from hisvd_cli.modeling.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.folder_record import read_record, recorded
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
+from hisvd_cli.pipelines.output_names import check_place, inputs_of, refuse_inputs
+from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
+from hisvd_cli.utils.errors import OutputError, SourceError, UsageError
+from hisvd_cli.utils.files.artifact import standing_at
+from hisvd_cli.utils.files.fingerprints import ratio_name, slug
+
+
+def output_path(resolved: Resolved, output: Path | None, plan_file: Path | None) -> Path:
+    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder, of a
+    bytes ratio ``MODEL-bytes-RATIO``; the ratio is that of the plan where one is given.
+
+    Raises:
+        SourceError: there is no plan in ``plan_file``.
+    """
+    if output is not None:
+        return output
+    by_bytes = bytes_ratio(resolved) if plan_file is None else None
+    kept = resolved.settings.plan.ratio[0]
+    if plan_file is not None:
+        plan = load_plan(plan_file)
+        by_bytes, kept = plan.bytes.ratio if plan.bytes else None, plan.ratio
+    ratio = ratio_name(kept) if by_bytes is None else f"bytes-{ratio_name(by_bytes)}"
+    return Path(f"{slug(resolved.settings.model.name)}-{ratio}")
+
+
+def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output that is in the way, before any work.
+
+    ``--overwrite`` only ever replaces what hisvd wrote.
+
+    Args:
+        path: a folder, or a file that ends in ``.pt``.
+        overwrite: whether a checkpoint that stands there may be replaced.
+        inputs: what the run reads.
+
+    Raises:
+        UsageError: the name of another kind of file.
+        OutputError: something stands there, it is an input, or nothing can be written there.
+    """
+    refuse_inputs(path, inputs)
+    check_place(path)
+    if path.suffix == ".pt":
+        _check_file(path, overwrite)
+    else:
+        _check_folder(path, overwrite)
+
+
+def _check_file(path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise OutputError(f"{path} is not a regular file.", "Name another --output.")
+    if not overwrite:
+        raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+    try:
+        load_pt(path)
+    except SourceError as error:
+        raise OutputError(
+            f"{path} holds something that hisvd did not write.",
+            "Name another --output, or remove the file yourself.",
+        ) from error
+
+
+def _check_folder(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        kind = "a file" if path.is_file() else "not a folder"
+        raise OutputError(f"{path} is {kind}.", "Name a folder, or a file that ends in .pt.")
+    stands = standing_at(path)
+    if not stands.is_dir() or not any(stands.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(
+            f"The folder {path} is not empty.", "Pass --overwrite, or name another --output."
+        )
+    if not is_own_folder(stands):
+        raise OutputError(
+            f"The folder {path} holds something that hisvd did not write.",
+            "Name another --output, or remove the folder yourself.",
+        )
+    if other := next(foreign_files(stands), None):
+        changed = other.name in recorded(read_record(stands))
+        how = "was changed since hisvd wrote it" if changed else "hisvd did not write"
+        raise OutputError(
+            f"The folder {path} also holds {other.name}, which {how}.",
+            "Move it elsewhere, or name another --output.",
+        )
+
+
+def check_plan_output(path: Path, overwrite: bool) -> None:
+    """Refuse a place for a plan where anything but a plan stands, or one of a checkpoint.
+
+    Raises:
+        OutputError: it may not be replaced.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+    try:
+        load_plan(path)
+    except SourceError as error:
+        raise OutputError(
+            f"{path} exists, and is no plan.", "Name another --output, or remove it yourself."
+        ) from error
+    file = path.resolve()
+    if file.name == PLAN_FILE and is_own_folder(file.parent):
+        raise OutputError(
+            f"{path} is the plan of the checkpoint {file.parent}.", "Name another --output."
+        )
+
+
+def check_place_of(
+    resolved: Resolved, source: Source, path: Path, plan_file: Path | None, overwrite: bool
+) -> None:
+    """Refuse to write a checkpoint to ``path`` where that would lose anything.
+
+    Raises:
+        UsageError, OutputError: see :func:`check_output`.
+    """
+    check_output(path, overwrite, inputs_of(resolved, source.folder, plan_file))
+    sidecar = plan_beside(path)
+    given = plan_file is not None and sidecar.exists() and sidecar.samefile(plan_file)
+    if path.suffix == ".pt" and not given:
+        check_plan_output(sidecar, overwrite)
+
+
+def plan_beside(path: Path) -> Path:
+    """Return where the plan of a single-file checkpoint goes."""
+    return path.with_suffix(".plan.json")
+
+
+def refuse_flags(
+    resolved: Resolved, section: str, decided: str, instead: str, but: Collection[str] = ()
+) -> None:
+    """Raise UsageError for a flag of a section that something else has decided already.
+
+    Args:
+        resolved: the settings.
+        section: whose flags.
+        decided: what a flag cannot change.
+        instead: what to do to have it changed.
+        but: keys that may be set.
+    """
+    for key in SECTIONS[section].model_fields:
+        if key not in but and resolved.is_flag(section, key):
+            flag = flag_of(section, key)
+            if getattr(getattr(resolved.settings, section), key) is False:
+                flag = flag.replace("--", "--no-", 1)
+            raise UsageError(f"{flag} cannot change {decided}.", f"Leave out {flag}, or {instead}.")
+
+
+def peak_memory() -> int:
+    """Return the process's peak memory in bytes: resident, plus what CUDA allocated."""
+    return _peak_resident() + (
+        torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    )
+
+
+def _peak_resident() -> int:
+    status = Path("/proc/self/status")
+    # What getrusage reports on Linux includes the process that started this one.
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,205 @@
+"""A folder that hisvd wrote ─► a repository on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hisvd_cli.export.own_files import written_files
+from hisvd_cli.modeling.checkpoint import is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.folder_record import PROVENANCE
+from hisvd_cli.modeling.sources.companions import companions, is_own_file
+from hisvd_cli.modeling.sources.weights import open_weights
+from hisvd_cli.utils.errors import OutputError, SourceError, UsageError
+from hisvd_cli.utils.files.tensorfile import TEMPORARY, reason
+from hisvd_cli.utils.progress import Reporter
+
+if TYPE_CHECKING:
+    from hisvd_cli.pipelines.conversion import Target
+
+# What a run that was killed, or an editor, may have left there.
+_LEFTOVERS = [TEMPORARY, "*.part", "*.lock", ".*.partial*", "__pycache__"]
+_SHOWN = 5
+_LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that may write."
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where to on the hub.
+
+    Attributes:
+        repo: ``OWNER/NAME``.
+        private: make a new repository private; one that exists stays as it is.
+        revision: the branch; None for the default one.
+    """
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+
+
+def check_request(
+    checkpoint: Path, to: Target | None, output: Path | None, hub: Hub | None
+) -> None:
+    """Find out before any work whether ``hisvd convert`` is told enough, and can upload.
+
+    Raises:
+        UsageError: flags that do not go together, or no name of a repository.
+        SourceError: what would be uploaded is nothing that hisvd wrote.
+        OutputError: no token, a wrong one, or no network.
+    """
+    if (to is None) != (output is None):
+        given, lacking = ("--output", "--to") if to is None else ("--to", "--output")
+        raise UsageError(f"{given} without {lacking}.", f"Add {lacking}, or leave out {given}.")
+    if hub is None:
+        if to is None:
+            raise UsageError(
+                "Nothing says what to convert to.",
+                "Add --to FORM --output PATH, or --push-to-hub REPO.",
+            )
+        return
+    if to == "pt":
+        raise UsageError(
+            "--push-to-hub takes folders, and --to pt writes a file.", "Use --to hf or --to dense."
+        )
+    if to is None:
+        _check_publishable(checkpoint)
+    _check_repo(hub.repo)
+
+
+def _check_publishable(folder: Path) -> None:
+    """Find out whether a folder can be uploaded. Raises SourceError: hisvd did not write it, or a
+    weight file is missing."""
+    if not folder.is_dir():
+        raise SourceError(
+            f"'{folder}' is no folder, and the hub takes folders.",
+            "Give a checkpoint folder, or write one with --to hf --output FOLDER.",
+        )
+    if not is_checkpoint(folder) and not (folder / PROVENANCE).is_file():
+        raise SourceError(
+            f"{folder} is no checkpoint of hisvd.", "Give a folder that 'hisvd compress' wrote."
+        )
+    open_weights(folder)
+
+
+def _check_repo(repo: str) -> None:
+    """Find out before any work whether the hub can be written to: the name of the repository, and
+    that there is a token that the hub knows.
+
+    Raises:
+        UsageError: no name of a repository.
+        OutputError: no token, a wrong one, or no network.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(
+            f"--push-to-hub {repo}: no name of a repository.", "Write OWNER/NAME or NAME."
+        ) from error
+    if not get_token():
+        raise OutputError("There is no token for the hub.", _LOGIN)
+    with _hub_errors(repo):
+        HfApi().whoami()
+
+
+def publish(folder: Path, hub: Hub, reporter: Reporter) -> str:
+    """Upload a folder that hisvd wrote in one commit, and return its address. The repository, and
+    the branch, are made where they do not exist.
+
+    What is no part of a model stays here, and the user is told.
+
+    Raises:
+        SourceError: see :func:`check_request`.
+        OutputError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    _check_publishable(folder)
+    files = published_files(folder)
+    _tell_left(folder, files, reporter)
+    api = HfApi()
+    with _hub_errors(hub.repo):
+        url = api.create_repo(hub.repo, private=hub.private or None, exist_ok=True)
+        if hub.revision is not None:
+            api.create_branch(url.repo_id, branch=hub.revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            revision=hub.revision,
+            allow_patterns=files,
+            commit_message="Upload a model compressed with hisvd",
+        )
+    return f"{url}/tree/{hub.revision}" if hub.revision else str(url)
+
+
+def published_files(folder: Path) -> list[str]:
+    """Return the names of what is uploaded: weights, what hisvd writes beside them, and what
+    travels with a model.
+
+    Raises:
+        SourceError: a weight file is a link to somewhere else, or code is needed as well.
+    """
+    if is_checkpoint(folder):
+        open_checkpoint(folder).refuse_own_code()
+    weights = open_weights(folder).files
+    for path in weights:
+        if not is_own_file(path):
+            raise SourceError(
+                f"{path} links to a file outside its folder.", "Put the file itself there."
+            )
+    own = written_files()
+    beside = [name for name in own if is_own_file(folder / name)]
+    travelling = [path.name for path in companions(folder)]
+    return sorted({*(path.name for path in weights), *beside, *travelling})
+
+
+def _tell_left(folder: Path, files: Collection[str], reporter: Reporter) -> None:
+    names = (path.name for path in folder.iterdir() if path.name not in files)
+    left = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _LEFTOVERS))
+    if left:
+        shown = ", ".join(left[:_SHOWN]) + f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN)
+        reporter.warn(f"Not uploaded, as it is no part of a model: {shown}.")
+
+
+@contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Say in two lines what the hub, or the way to it, failed at."""
+    # WireError is that of the HTTP library that this version of huggingface_hub uses.
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-defined]
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise OutputError(
+            "HF_HUB_OFFLINE is set, so nothing is uploaded.", "Unset it, and try again."
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refusal(error, repo) from error
+    except (WireError, OSError) as error:
+        raise OutputError(
+            f"The hub cannot be reached: {reason(error)}", "Check the network, and try again."
+        ) from error
+
+
+def _refusal(error: OSError, repo: str) -> OutputError:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if status == 401:
+        return OutputError("The hub does not know the token that it was given.", _LOGIN)
+    if status == 403:
+        return OutputError(
+            f"The hub does not let this token write to {repo}.",
+            "Check the owner's name, and give a token that may write there.",
+        )
+    return OutputError(
+        f"The hub refused {repo} ({status}): {reason(error)}", "Check the name, and try again."
+    )

@@ -1,0 +1,284 @@
+"""Settings ─► the tokens that a calibration is taken from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hisvd_cli.calibration.data import (
+    FILE,
+    Text,
+    check_seqlen,
+    load_text,
+    model_positions,
+    sample_windows,
+    tokenize,
+    without,
+)
+from hisvd_cli.calibration.self_text import sample_self
+from hisvd_cli.calibration.store import FORMAT_VERSION, Calibration, Sample
+from hisvd_cli.modeling.sources.source import DEMO, Source
+from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.utils.device import pick_device, pick_dtype
+from hisvd_cli.utils.errors import OutputError, StaleArtifactError, UsageError
+from hisvd_cli.utils.files.fingerprints import cache_root, digest, expanded, file_digest
+from hisvd_cli.utils.files.safetensors_header import dtype_name
+from hisvd_cli.utils.files.tensorfile import write_text
+from hisvd_cli.utils.progress import Reporter
+
+DEFAULT_SEQLEN = 2048
+DEFAULT_SAMPLES = 256
+DEMO_SAMPLES = 64
+"""The demo runs in seconds on two cores: of its 4 × as many windows no more than this matter
+(perplexity at keep 0.6 27.54 instead of 27.49)."""
+SELF = "self"
+"""The dataset that is sampled from the model itself."""
+
+
+def default_dataset(source: Source) -> str:
+    """Return the text used where none is named: the demo model has its own."""
+    return DEMO if source.name == DEMO else "wikitext2"
+
+
+def default_samples(dataset: str) -> int:
+    """Return how many windows of a text are drawn where the settings do not say."""
+    return DEMO_SAMPLES if dataset == DEMO else DEFAULT_SAMPLES
+
+
+def window_length(asked: int | None, source: Source) -> int:
+    """Return tokens per window: as asked, else 2048 or the model's positions if fewer.
+
+    Raises:
+        DataError: longer than the model's positions.
+    """
+    if asked is not None:
+        check_seqlen(asked, source)
+        return asked
+    return min(DEFAULT_SEQLEN, model_positions(source) or DEFAULT_SEQLEN)
+
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"),
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""All that decides how a tokenizer reads a text, or a conversation."""
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Which calibration is asked for; its key is known without reading the text."""
+
+    dataset: str
+    drop: str
+    samples: int
+    seqlen: int
+    seed: int
+    device: str
+    dtype: str
+    key: str
+
+
+def request_calibration(resolved: Resolved, source: Source) -> CalibrationRequest:
+    """Work out what the settings ask for.
+
+    Raises:
+        DataError: a window that is too long.
+        UsageError: something is to be left out of text that the model writes.
+    """
+    wanted = resolved.settings.calibration
+    model = resolved.settings.model
+    dataset = default_dataset(source) if wanted.dataset == "auto" else wanted.dataset
+    if wanted.drop and dataset == SELF:
+        raise UsageError(
+            f"--drop {wanted.drop!r} leaves a word out of a text that is read, but with --dataset "
+            f"{SELF} the model writes it.",
+            "Leave one of them out.",
+        )
+    samples = wanted.samples or default_samples(dataset)
+    seqlen = window_length(wanted.seqlen, source)
+    device = pick_device(model.device)
+    dtype = dtype_name(pick_dtype(model.dtype, stored_dtype(source), device))
+    path = expanded(dataset)
+    content = file_digest(path) if path.is_file() else dataset
+    key = digest(
+        str(FORMAT_VERSION),
+        source.fingerprint,
+        tokenizer_digest(source),
+        content,
+        f"{samples} {seqlen} {wanted.seed} {dtype}",
+        *([wanted.drop] if wanted.drop else []),
+    )
+    return CalibrationRequest(
+        dataset,
+        wanted.drop,
+        samples,
+        seqlen,
+        wanted.seed,
+        str(device),
+        dtype,
+        key,
+    )
+
+
+def stored_dtype(source: Source) -> str:
+    """Return the dtype that most of the weights have on disk."""
+    return source.weights.dtype
+
+
+def calibrated_dtype(resolved: Resolved, found: Calibration) -> torch.dtype:
+    """Return the dtype for forward passes beside a calibration: its own where the settings ask for
+    that or this device is fast in it, else float32."""
+    made, asked = found.manifest["dtype"], resolved.settings.model.dtype
+    device = pick_device(resolved.settings.model.device)
+    return pick_dtype(made if asked == made else "auto", made, device)
+
+
+def tokenizer_digest(source: Source) -> str:
+    """Return a hash of a model's tokenizer, the same for models that share it."""
+    files = [source.folder / name for name in TOKENIZER_FILES]
+    return digest(*(f"{path.name} {file_digest(path)}" for path in files if path.is_file()))
+
+
+def draw_sample(request: CalibrationRequest, source: Source, reporter: Reporter) -> Sample:
+    """Load, tokenize and sample the calibration text. Raises DataError."""
+    if request.dataset == SELF:
+        return _self_sample(request, source, reporter)
+    text = load_text(request.dataset, "calibration")
+    if text.split == FILE:
+        _remember(text, Path(request.dataset))
+    windows = sample_windows(
+        tokenize(without(text, request.drop), source),
+        request.samples,
+        request.seqlen,
+        request.seed,
+        text.name,
+    )
+    if len(windows) < request.samples:
+        reporter.warn(
+            f"'{text.name}' holds {len(windows)} windows of {request.seqlen} tokens; using all of "
+            f"them instead of {request.samples}."
+        )
+    return Sample(windows, text.name, text.split, text.digest, request.seed, request.drop)
+
+
+def _self_sample(request: CalibrationRequest, source: Source, reporter: Reporter) -> Sample:
+    """Sample the text from the model itself."""
+    tokens = sample_self(
+        source,
+        request.samples,
+        request.seqlen,
+        request.seed,
+        device=torch.device(request.device),
+        dtype=getattr(torch, request.dtype),
+        reporter=reporter,
+    )
+    return Sample(tokens, SELF, "sampled", digest(tokens.numpy().tobytes()), request.seed)
+
+
+def calibration_sample(
+    resolved: Resolved, source: Source, found: Calibration, reporter: Reporter
+) -> Sample:
+    """Draw again the tokens that a calibration was made from.
+
+    Raises:
+        StaleArtifactError: its text reads otherwise now.
+        DataError: its text cannot be read.
+    """
+    data = found.manifest["data"]
+    sample = _drawn_again(request_of(resolved, found), data, source, reporter)
+    if sample.key != data["tokens_sha256"]:
+        raise StaleArtifactError(
+            f"The text '{data['dataset']}' is not what {found.folder} was calibrated on.",
+            "Bring the text back, or calibrate anew into another folder.",
+        )
+    return sample
+
+
+def request_of(resolved: Resolved, found: Calibration) -> CalibrationRequest:
+    """Return what a calibration was made from."""
+    data, made = found.manifest["data"], found.manifest["settings"].get("calibration", {})
+    return CalibrationRequest(
+        dataset=data["dataset"],
+        drop=data.get("drop", ""),
+        samples=made.get("samples", data["samples"]) or default_samples(data["dataset"]),
+        seqlen=data["seqlen"],
+        seed=data["seed"],
+        device=str(pick_device(resolved.settings.model.device)),
+        dtype=found.manifest["dtype"],
+        key=found.key,
+    )
+
+
+def other_sample(
+    resolved: Resolved, source: Source, found: Calibration, reporter: Reporter
+) -> Sample:
+    """Draw tokens as the settings say, and where they say nothing as a calibration was made.
+
+    Raises:
+        DataError: the text cannot be read, or the windows are too long.
+    """
+    asked = resolved.asked("calibration")
+    if "dataset" in asked:
+        return draw_sample(request_calibration(resolved, source), source, reporter)
+    given: dict[str, Any] = {key: resolved.value("calibration", key) for key in asked}
+    if "seqlen" in given:
+        check_seqlen(given["seqlen"], source)
+    request = replace(request_of(resolved, found), **given)
+    return _drawn_again(request, found.manifest["data"], source, reporter)
+
+
+def _drawn_again(
+    request: CalibrationRequest, data: Mapping[str, Any], source: Source, reporter: Reporter
+) -> Sample:
+    """Draw a sample of the text of a manifest, which keeps its name."""
+    named = replace(request, dataset=located(data) or request.dataset)
+    return replace(draw_sample(named, source, reporter), dataset=request.dataset)
+
+
+def located(data: Mapping[str, Any]) -> str | None:
+    """Return by which name the text of a calibration's manifest is found, None where it is not.
+
+    A file that was named from another folder is known by its content, wherever it was read last; a
+    path that is recorded would go to the hub with a checkpoint.
+    """
+    name, wanted = str(data["dataset"]), str(data.get("text_sha256"))
+    if data.get("split") != FILE or "text_sha256" not in data or _holds(expanded(name), wanted):
+        return name
+    try:
+        known = _place_of(wanted).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return known if _holds(Path(known), wanted) else None
+
+
+def is_text_of(name: str, data: Mapping[str, Any]) -> bool:
+    """Tell whether a name stands for the text of a calibration's manifest: a file by its content,
+    where it is there.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    path = expanded(name)
+    if path.is_file() and "text_sha256" in data:
+        return _holds(path, str(data["text_sha256"]))
+    return path.name == Path(str(data["dataset"])).name
+
+
+def _holds(path: Path, wanted: str) -> bool:
+    return path.is_file() and load_text(str(path), "calibration").digest == wanted
+
+
+def _place_of(text: str) -> Path:
+    return cache_root() / "texts" / text
+
+
+def _remember(text: Text, path: Path) -> None:
+    """Note where a text was read, for later runs in other folders."""
+    with suppress(OutputError):  # a cache that cannot be written only costs that
+        write_text(_place_of(text.digest), str(path.expanduser().resolve()))

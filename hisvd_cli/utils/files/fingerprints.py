@@ -1,0 +1,71 @@
+"""Names and hashes of what is on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from hisvd_cli.utils.errors import OutputError, SourceError
+from hisvd_cli.utils.files.cache import cache_root, expanded
+from hisvd_cli.utils.files.tensorfile import reason, write_text
+
+__all__ = ["cache_root", "digest", "expanded", "file_digest", "ratio_name", "slug"]
+
+_CHUNK = 1 << 20
+_SLUG = 100  # characters, so that what stands before and behind it fits into a name too
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
+
+
+def slug(text: str) -> str:
+    """Return ``text`` as a short file name: letters, digits, dots and dashes."""
+    stem = Path(text.rstrip("/")).name or text
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", stem.removesuffix(".gguf")).strip("-.")
+    return plain[:_SLUG].rstrip("-.") or "model"
+
+
+def ratio_name(ratio: float) -> str:
+    """Return a ratio as names hold it: short, and another text for every other ratio."""
+    short = f"{ratio:g}"
+    return short if float(short) == ratio else repr(ratio)
+
+
+def digest(*parts: str | bytes) -> str:
+    """Return the sha256 of ``parts``, each behind its length so that none runs into the next."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(f"{len(data)}:".encode() + data)
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, remembered in the cache until the file changes.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    try:
+        record = _digest_record(path)
+        with suppress(OSError):  # not there, or not readable
+            if _DIGEST.fullmatch(known := record.read_bytes()):
+                return known.decode()
+        state = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                state.update(chunk)
+    except OSError as error:
+        raise SourceError(
+            f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
+        ) from error
+    with suppress(OutputError):  # without a record it is read again the next time
+        write_text(record, state.hexdigest())
+    return state.hexdigest()
+
+
+def _digest_record(path: Path) -> Path:
+    # The change time counts too: unlike the modification time, nothing can set it back.
+    stat = path.stat()
+    times = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    return cache_root() / "digests" / digest(str(path.resolve()), times)

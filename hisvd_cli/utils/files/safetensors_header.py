@@ -1,0 +1,117 @@
+"""The header of a safetensors file: what it says of each tensor, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hisvd_cli.utils.files.json_files import parse_json
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""safetensors' name of a dtype → torch's."""
+_WIDTHS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+}
+"""safetensors' name of a dtype → bytes of an element."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype, as settings and records write it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; ``start`` and ``end`` are absolute byte positions."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk in bytes."""
+        return self.end - self.start
+
+    @property
+    def width(self) -> float:
+        """Bytes of one element; infinite where there is none."""
+        count = math.prod(self.shape)
+        return self.nbytes / count if count else math.inf
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of a file in file order, and its string metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def parse_header(data: bytes, base: int) -> Header:
+    """Return what the JSON of a header says.
+
+    Args:
+        data: the JSON.
+        base: where in the file the bytes of tensors begin.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is not valid, or tensors overlap or
+            leave holes between them.
+    """
+    entries = parse_json(data)
+    metadata = _metadata(entries.pop("__metadata__", {}))
+    tensors = {name: _entry(name, entry, base) for name, entry in entries.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+    end = base
+    for name, info in ordered.items():
+        if info.start != end:
+            raise ValueError(f"the bytes of {name} do not follow those of the tensor before it")
+        end = info.end
+    return Header(ordered, metadata)
+
+
+def _metadata(document: object) -> dict[str, str]:
+    if not isinstance(document, dict) or not all(isinstance(v, str) for v in document.values()):
+        raise ValueError("its metadata are not texts")
+    return document
+
+
+def _entry(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
+    """Return what a header says of one tensor. Raises ValueError where that cannot be."""
+    stored, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(stored, str) or not all(type(n) is int and n >= 0 for n in (*shape, start)):
+        raise ValueError(f"{name} has no dtype, shape or place")
+    if type(end) is not int or end < start:
+        raise ValueError(f"{name} ends before it starts")
+    width = _WIDTHS.get(stored)
+    if width is not None and end - start != math.prod(shape) * width:
+        raise ValueError(f"{name} has {end - start} bytes, which is not {stored} {shape}")
+    return TensorInfo(DTYPE_NAMES.get(stored, stored), tuple(shape), base + start, base + end)
