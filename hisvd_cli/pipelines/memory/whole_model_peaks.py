@@ -146,6 +146,9 @@ def training_peak(student: WholeModel, teacher: WholeModel | None, work: Trainin
     if work.checkpointing:
         states = student.blocks * work.tokens * student.width * student.dtype.itemsize
         passing = states + student.activations(work.tokens // student.blocks + 1, kept=True)
+    if work.adapters:  # dropout keeps its result and its mask for each input
+        inputs = sum(s.shape[1] for s in student.sublayers) * (student.dtype.itemsize + 1)
+        passing += work.tokens * inputs // (student.blocks if work.checkpointing else 1)
     taught = 2 if teacher else 1
     judging = taught * max(student.logits(work.seqlen, 4), student.logits(_TRAINED_ROWS, 6))
     second = 0
