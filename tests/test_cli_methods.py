@@ -154,7 +154,7 @@ def test_gradients_are_mentioned_where_nothing_uses_them() -> None:
 
 
 def test_presets_are_listed_in_help() -> None:
-    shown = succeed("compress", "--help", env={"COLUMNS": "200"}).stdout
+    shown = succeed("compress", "--help-all", env={"COLUMNS": "200"}).stdout
     assert all(name in shown for name in PRESETS)
 
 

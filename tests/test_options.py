@@ -21,11 +21,20 @@ COMMANDS = {
     "inspect": [],
     "convert": [],
 }
-COMMON = ["--profile", "--set", "--show-profile", "--json", "--quiet", "--verbose", "--help"]
+COMMON = [
+    "--help-all",
+    "--profile",
+    "--set",
+    "--show-profile",
+    "--json",
+    "--quiet",
+    "--verbose",
+    "--help",
+]
 
 
-def help_of(*words: str) -> str:
-    return succeed(*words, "--help", env={"COLUMNS": "80"}).stdout
+def help_of(*words: str, flag: str = "--help-all") -> str:
+    return succeed(*words, flag, env={"COLUMNS": "80"}).stdout
 
 
 def flags_of(sections: list[str]) -> list[str]:
@@ -39,6 +48,18 @@ def test_help_shows_every_flag_whole_at_80_columns(command: str) -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
     shown = set(re.findall(r"(?<![\w-])--[a-z-]+", text))
     assert shown >= {*flags_of(COMMANDS[command]), *COMMON}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_brief_and_says_where_the_rest_is(command: str) -> None:
+    text = help_of(command, flag="--help")
+    shown = set(re.findall(r"^│ (--[a-z-]+)", text, re.MULTILINE))
+    every = set(re.findall(r"^│ (--[a-z-]+)", help_of(command), re.MULTILINE))
+    assert shown < every
+    assert len(shown) <= 25
+    assert len(text.splitlines()) <= 2 * 46  # two screens
+    assert f"All {len(every)} options: hisvd {command} --help-all" in text
+    assert hisvd(command, "--help").stdout == text, "--help-all changed what --help shows"
 
 
 def test_help_shows_the_defaults() -> None:
@@ -69,16 +90,16 @@ def test_every_method_is_named_in_the_help() -> None:
 @pytest.mark.parametrize("command", ["plan", "compress"])
 def test_knobs_of_single_methods_stand_below_the_rest(command: str) -> None:
     panels = re.findall(r"^╭─ (.+?) ─", help_of(command), re.MULTILINE)
-    assert [p for p in panels if p.startswith("Knobs")] == [
-        *["Knobs of allocators"],
-        *(["Knobs of corrections", "Knobs of decomposers"] if command == "compress" else []),
+    assert [p for p in panels if p.endswith(" options")] == [
+        *["Allocator options"],
+        *(["Correction options", "Decomposer options"] if command == "compress" else []),
     ]
-    assert panels.index("Knobs of allocators") > panels.index("Calibration")
+    assert panels.index("Allocator options") > panels.index("Calibration")
     assert panels[-1] == "Settings and output"
 
 
 def test_top_help_is_short() -> None:
-    text = help_of()
+    text = help_of(flag="--help")
     assert len(text.splitlines()) <= 40
     assert all(command in text for command in COMMANDS)
 

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from hisvd_cli import __version__
+from hisvd_cli.cli.brief_help import BriefHelp
 from hisvd_cli.cli.commands.calibrate import calibrate
 from hisvd_cli.cli.commands.compress import compress
 from hisvd_cli.cli.commands.convert import convert
@@ -145,12 +146,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("calibrate")(calibrate)
-app.command("plan")(plan)
-app.command("compress")(compress)
-app.command("inspect")(inspect)
-app.command("eval")(evaluate)
-app.command("convert")(convert)
+for _name, _command in {
+    "calibrate": calibrate,
+    "plan": plan,
+    "compress": compress,
+    "inspect": inspect,
+    "eval": evaluate,
+    "convert": convert,
+}.items():
+    app.command(_name, cls=BriefHelp)(_command)
 
 
 def _print_version(wanted: bool) -> None:

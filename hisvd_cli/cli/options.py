@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
+from hisvd_cli.cli.brief_help import show_all
 from hisvd_cli.cli.console import Console
 from hisvd_cli.pipelines.config.presets import PRESETS
 from hisvd_cli.pipelines.config.profile import Key, Resolved, resolve
@@ -63,7 +64,9 @@ def option(*flags: str, text: str, metavar: str = "", panel: str | None = None) 
     )
 
 
-DryRun = Annotated[bool, option("--dry-run", text="Print sizes, memory and time; do no work.")]
+DryRun = Annotated[
+    bool, option("--dry-run", text="Print sizes, memory and time without doing the work.")
+]
 
 
 def _common(*flags: str, text: str, metavar: str = "") -> Any:
@@ -75,9 +78,9 @@ def _take_common(
         Path | None,
         _common(
             "--profile",
-            text="Profile to read: a file, or the name of one that hisvd brings (plan "
-            "--list-profiles); by default your own nearest hisvd.toml, from here up to the home "
-            "folder. Paths in it are relative to the current folder.",
+            text="Profile: a file, or the name of a shipped one (plan --list-profiles); default: "
+            "the nearest hisvd.toml between here and the home folder. Paths in it are relative to "
+            "the current folder.",
             metavar="FILE",
         ),
     ] = None,
@@ -85,7 +88,7 @@ def _take_common(
         list[str] | None,
         _common(
             "--set",
-            text="Any setting: section.key=value (repeatable). In the environment, a setting is "
+            text="Any setting: section.key=value (repeatable). As an environment variable: "
             "HISVD_SECTION_KEY.",
             metavar="SETTING",
         ),
@@ -94,17 +97,26 @@ def _take_common(
         bool,
         _common(
             "--show-profile",
-            text="Print the resolved settings as TOML, each with its origin, and stop.",
+            text="Print the resolved settings as TOML with the origin of each, and exit.",
         ),
     ] = False,
-    as_json: Annotated[
-        bool, _common("--json", text="One JSON document on stdout, nothing else there.")
-    ] = False,
+    as_json: Annotated[bool, _common("--json", text="Print one JSON document to stdout.")] = False,
     quiet: Annotated[
-        bool, _common("--quiet", "-q", text="Only the result in a line, warnings and errors.")
+        bool, _common("--quiet", "-q", text="Print only the result, warnings and errors.")
     ] = False,
     verbose: Annotated[
-        bool, _common("--verbose", "-v", text="More notes, and the warnings of libraries.")
+        bool, _common("--verbose", "-v", text="Show more notes, and warnings of libraries.")
+    ] = False,
+    help_all: Annotated[  # noqa: ARG001 - its callback does all
+        bool,
+        typer.Option(
+            "--help-all",
+            help="Show all options and exit.",
+            metavar="",
+            show_default=False,
+            callback=show_all,
+            is_eager=True,
+        ),
     ] = False,
 ) -> tuple[Console, Path | None, list[str], bool]:
     """The flags of every command; returns them as :func:`with_settings` uses them."""

@@ -7,7 +7,7 @@ from hisvd_cli.cli.options import DryRun, Run, keys_of, with_settings
 
 @with_settings(keys_of("model", "calibration"), together=True)
 def calibrate(run: Run, dry_run: DryRun = False) -> None:
-    """Run text through a model, block by block, and keep what its sublayers see.
+    """Collect activation statistics of a model on text, one block at a time.
 
     Example: hisvd calibrate --model HuggingFaceTB/SmolLM2-135M --samples 64 --seqlen 1024
     """

@@ -25,33 +25,32 @@ def compress(
         option(
             "--output",
             "-o",
-            text="Folder, or one file ending in .pt (default MODEL-RATIO). Of several presets or "
-            "ratios, the folder that gets MODEL-PRESET-RATIO of each.",
+            text="Output folder, or a single .pt file (default MODEL-RATIO). With several presets "
+            "or ratios: the parent folder of MODEL-PRESET-RATIO.",
             metavar="PATH",
         ),
     ] = None,
     plan: Annotated[
         Path | None,
-        option("--plan", text="Use this plan.json instead of making a plan.", metavar="FILE"),
+        option("--plan", text="Use this plan.json instead of planning.", metavar="FILE"),
     ] = None,
     checkpoint: Annotated[
         Path | None,
         option(
             "--from",
-            text="Take this checkpoint, and only --recover it into another (default "
-            "CHECKPOINT-METHOD); --model names its dense model where it has moved.",
+            text="Only apply --recover to this checkpoint (output: CHECKPOINT-METHOD); --model "
+            "gives the dense model if it has moved.",
             metavar="FOLDER",
         ),
     ] = None,
     overwrite: Annotated[
-        bool, option("--overwrite", text="Replace a checkpoint that stands there.")
+        bool, option("--overwrite", text="Overwrite an existing checkpoint.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Compress a model: calibrate, plan and factor, reusing what is already there.
+    """Compress a model: calibrate, plan and factorize, reusing existing results.
 
-    Several ratios and presets make a checkpoint each, from one calibration; what is there already
-    stays as it is.
+    Several ratios and presets produce one checkpoint each from a single calibration.
 
     Examples: hisvd compress --model demo --ratio 0.6
 

@@ -33,31 +33,31 @@ def convert(
         Literal["hf", "pt", "dense"] | None,
         option(
             "--to",
-            text="hf: low-rank folder; pt: one file; dense: plain model, pairs multiplied.",
+            text="hf: low-rank folder; pt: single file; dense: ordinary model, factors multiplied.",
             metavar="FORM",
         ),
     ] = None,
     output: Annotated[
         Path | None, option("--output", "-o", text="Folder or file to write.", metavar="PATH")
     ] = None,
-    overwrite: Annotated[bool, option("--overwrite", text="Replace what stands there.")] = False,
+    overwrite: Annotated[bool, option("--overwrite", text="Overwrite an existing output.")] = False,
     push_to_hub: Annotated[
         str | None,
         option(
             "--push-to-hub",
-            text="Upload to this repository what --to wrote, or the checkpoint as it is.",
+            text="Upload the output of --to, or the checkpoint itself, to this repository.",
             metavar="REPO",
         ),
     ] = None,
     private: Annotated[
-        bool, option("--private", text="Make a new repository on the hub private.")
+        bool, option("--private", text="Create the Hub repository as private.")
     ] = False,
     revision: Annotated[
         str | None,
-        option("--revision", text="Branch on the hub to upload to.", metavar="BRANCH"),
+        option("--revision", text="Hub branch to upload to.", metavar="BRANCH"),
     ] = None,
 ) -> None:
-    """Write a checkpoint in another form, shard by shard, or upload it to the hub.
+    """Convert a checkpoint to another format, or upload it to the Hub.
 
     Examples: hisvd convert demo-0.6 --to dense --output demo-dense
 

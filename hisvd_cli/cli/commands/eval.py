@@ -32,19 +32,17 @@ def evaluate(
         Path | None,
         option(
             "--report",
-            text="Also write an HTML page with tables, figures and settings.",
+            text="Also write an HTML report with tables, figures and settings.",
             metavar="FILE",
         ),
     ] = None,
     update_card: Annotated[
         bool,
-        option("--update-card", text="Put the results into the model cards of checkpoints."),
+        option("--update-card", text="Add the results to the model cards of the checkpoints."),
     ] = False,
-    fresh: Annotated[
-        bool, option("--fresh", text="Measure again what was measured before.")
-    ] = False,
+    fresh: Annotated[bool, option("--fresh", text="Ignore cached results.")] = False,
 ) -> None:
-    """Measure perplexity and divergence, of compressed or of any models.
+    """Measure perplexity and divergence of compressed or other models.
 
     Example: hisvd eval demo-0.8 demo-0.6 --baseline demo
     """

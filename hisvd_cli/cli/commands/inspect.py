@@ -23,13 +23,13 @@ def inspect(
         bool,
         option(
             "--check-values/--no-check-values",
-            text="Read every tensor and look for NaN (default on).",
+            text="Read every tensor and check for NaN (default on).",
         ),
     ] = True,
 ) -> None:
-    """Audit what is on disk: ranks, true sizes, provenance, problems. Runs no code from a file.
+    """Audit a checkpoint: ranks, sizes on disk, provenance, problems.
 
-    Exits with 1 where it finds a problem.
+    Runs no code from the file. Exits with status 1 if it finds a problem.
 
     Example: hisvd inspect demo-0.6
     """

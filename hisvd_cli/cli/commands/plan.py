@@ -29,14 +29,13 @@ def plan(
         option("--output", "-o", text="Write the plan to this .json file.", metavar="FILE"),
     ] = None,
     tables: Annotated[
-        bool, option("--tables", text="Show all ranks of each plan that is compared, too.")
+        bool, option("--tables", text="When comparing plans, also show all ranks of each.")
     ] = False,
     spectrum_of: Annotated[
         list[str] | None,
         option(
             "--spectrum-of",
-            text="Draw the spectra of sublayers that match this glob of a name or type "
-            "(repeatable).",
+            text="Draw the spectra of layers that match this glob of a name or type (repeatable).",
             metavar="NAME",
         ),
     ] = None,
@@ -44,14 +43,14 @@ def plan(
         bool,
         option(
             "--list-profiles",
-            text="List the profiles that hisvd brings, and the published figures, and stop.",
+            text="List the shipped profiles with the published figures, and exit.",
         ),
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Show what every sublayer would keep, before any decomposition; its rank, with --verbose.
+    """Show the rank of every layer before any decomposition.
 
-    Uses the model's calibration where there is one, and the weights alone where there is none.
+    Uses the calibration of the model if there is one, otherwise the weights alone.
 
     Examples: hisvd plan --model demo --ratio 0.8 --ratio 0.6
 

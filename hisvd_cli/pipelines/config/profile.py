@@ -44,7 +44,7 @@ _BY_PRESET = "preset "
 _OTHER_VARIABLES = {"HISVD_CACHE", "HISVD_DEBUG"}
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _RATIO_HINT = "The ratio is the share to keep, above 0 and at most 1: 0.6 keeps 60 %."
-_SETTINGS_HINT = "The --help of the command lists its settings, their values and defaults."
+_SETTINGS_HINT = "The command's --help-all lists its settings with their values and defaults."
 _UNASKED = "which only a flag, the environment or --profile may ask for."
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "consent_of",
     "decides",
     "flag_of",
+    "is_basic",
     "item_of",
     "kind_of",
     "panel_of",
@@ -87,6 +88,11 @@ def consent_of(section: str, key: str) -> str:
 def decides(section: str, key: str) -> bool:
     """Tell whether a setting decides what comes out, and not only how it is made."""
     return bool(_extra(section, key)["decides"])
+
+
+def is_basic(section: str, key: str) -> bool:
+    """Tell whether ``--help`` shows a setting, and not only ``--help-all``."""
+    return bool(_extra(section, key)["basic"])
 
 
 def choices_of(section: str, key: str) -> list[str]:

@@ -15,67 +15,69 @@ class EvalSettings(Section):
 
     dataset: Names = setting(
         [],
-        "Text, as for calibrate; by default wikitext2's test split, and demo for the demo model.",
+        "Evaluation text, as for calibrate; default: the test split of wikitext2, or demo for "
+        "the demo model.",
+        basic=True,
     )
     seqlen: int | None = setting(
         None,
-        "Tokens per window; by default 2048, or the model's positions if fewer.",
+        "Tokens per window; default 2048, or the model's maximum length if shorter.",
         ge=2,
         le=MANY,
+        basic=True,
     )
     windows: int = setting(
-        0, "Only the first so many windows of the text; 0 takes all.", ge=0, le=MANY
+        0, "Number of windows to evaluate; 0 evaluates all.", ge=0, le=MANY, basic=True
     )
     batch: int = setting(1, "Windows per forward pass.", ge=1, le=MANY)
     baseline: str | None = setting(
-        None, "Model to hold the others against, named as for --model: adds KL and agreement."
+        None,
+        "Model to compare with, named as for --model: adds KL divergence and agreement.",
+        basic=True,
     )
     stream: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Hold one block of a model in memory at a time: on, off, or auto: where its weights do not "
-        "fit. The numbers are the same.",
+        "Keep one block in memory at a time: on, off, or auto (if the weights do not fit). "
+        "Results are the same.",
     )
     tasks: Words = setting(
         [],
-        "Tasks that lm-eval runs, with commas between: arc_easy,piqa. Needs the extra: pip install "
-        "'hisvd[eval]'.",
+        "lm-eval tasks, separated by commas: arc_easy,piqa. Requires pip install 'hisvd[eval]'.",
         panel=_TASKS,
+        basic=True,
     )
     num_fewshot: int | None = setting(
         None,
-        "Examples in front of each question; by default as the task says.",
+        "Number of few-shot examples; default: as defined by the task.",
         panel=_TASKS,
         ge=0,
         le=MANY,
     )
     limit: int | None = setting(
-        None, "Only the first so many questions of each task.", panel=_TASKS, ge=1, le=MANY
+        None, "Number of questions per task; default: all.", panel=_TASKS, ge=1, le=MANY
     )
     task_path: str | None = setting(
         None,
-        "Folder of tasks of your own, in lm-eval's YAML; runs the Python code that they name.",
+        "Folder with your own lm-eval task files (YAML); runs the Python code that they name.",
         panel=_TASKS,
         consent="runs the Python code that task files name",
     )
     efficiency: bool = setting(
         False,
-        "Also time prefill and decode, in turns with the baseline.",
+        "Also measure prefill and decode speed, alternating with the baseline.",
         panel=_EFFICIENCY,
+        basic=True,
     )
-    batch_sizes: Counts = setting(
-        [1, 8, 32], "Sequences that are timed together.", panel=_EFFICIENCY
-    )
+    batch_sizes: Counts = setting([1, 8, 32], "Batch sizes to measure.", panel=_EFFICIENCY)
     prompt_tokens: int | None = setting(
         None,
-        "Tokens of each prompt; by default 512, or what the model has positions for if fewer.",
+        "Prompt length; default 512, or the model's maximum length if shorter.",
         panel=_EFFICIENCY,
         ge=1,
         le=MANY,
     )
-    new_tokens: int = setting(
-        64, "Tokens that are made after it.", panel=_EFFICIENCY, ge=1, le=MANY
-    )
+    new_tokens: int = setting(64, "Number of generated tokens.", panel=_EFFICIENCY, ge=1, le=MANY)
     turns: int = setting(
-        5, "Turns that are timed, after one that is not.", panel=_EFFICIENCY, ge=1, le=10_000
+        5, "Timed repetitions, after one warm-up.", panel=_EFFICIENCY, ge=1, le=10_000
     )
-    compile: bool = setting(False, "Time what torch.compile makes.", panel=_EFFICIENCY)
+    compile: bool = setting(False, "Measure the model under torch.compile.", panel=_EFFICIENCY)

@@ -53,6 +53,7 @@ def setting(
     choices: Sequence[str] = (),
     consent: str = "",
     decides: bool = True,
+    basic: bool = False,
     **bounds: Any,
 ) -> Any:
     """Return a field.
@@ -68,6 +69,7 @@ def setting(
             in one that was only found.
         decides: whether it decides what comes out, and not only how it is made: artifacts record
             such settings, and those of ``[calibration]`` choose which calibration is meant.
+        basic: whether ``--help`` shows it, and not only ``--help-all``.
         bounds: what pydantic checks.
     """
     extra: dict[str, Any] = {
@@ -76,6 +78,7 @@ def setting(
         "choices": list(choices),
         "consent": consent,
         "decides": decides,
+        "basic": basic,
     }
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 

@@ -11,29 +11,35 @@ class ModelSettings(Section):
     """``[model]``: what is worked on, and where."""
 
     name: str = setting(
-        "", "Hub id, folder, .gguf file, or 'demo', a small model inside hisvd.", "--model"
+        "",
+        "Hub id, local folder, .gguf file, or 'demo', a small model shipped with hisvd.",
+        "--model",
+        basic=True,
     )
-    revision: str | None = setting(None, "Branch, tag or commit on the hub.")
+    revision: str | None = setting(None, "Branch, tag or commit on the Hub.")
     trust_remote_code: bool = setting(
         False,
-        "Run the Python code that a model ships.",
+        "Run the Python code that comes with the model.",
         consent="runs the Python code that a model ships",
     )
-    device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto takes the GPU if there is one.")
+    device: str = setting(
+        "auto", "cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one.", basic=True
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
-        "Precision of forward passes: float32, bfloat16 or float16; auto is that of the weights "
-        "where this device is as fast in it as in float32.",
+        "Precision of forward passes: float32, bfloat16 or float16; auto uses the dtype of the "
+        "weights unless float32 is faster on this device.",
     )
     max_memory: Memory | None = setting(
         None,
-        "Memory to keep to: 3GB (of the machine), or cpu=8GB,cuda=20GB. Hidden states then go to "
-        "host memory or a file, and fewer windows through a block at a time, where they must.",
+        "Memory limit: 3GB (host), or cpu=8GB,cuda=20GB. If needed, hidden states move to host "
+        "memory or disk, and fewer windows are processed at a time.",
         decides=False,
+        basic=True,
     )
     scratch: str | None = setting(
         None,
-        "Folder for temporary files, with room for a model; by default one in the cache.",
+        "Folder for temporary files, large enough for a model; default: in the cache.",
         decides=False,
     )
 
@@ -43,36 +49,42 @@ class CalibrationSettings(Section):
 
     dataset: str = setting(
         "auto",
-        "wikitext2, c4, ptb, demo, self (text sampled from the model itself), a hub id, or a .txt "
-        ".jsonl .json .parquet file; auto is wikitext2, and demo for the demo model.",
+        "Calibration text: wikitext2, c4, ptb, demo, self (text sampled from the model), a Hub "
+        "id, or a .txt .jsonl .json .parquet file; auto is wikitext2, or demo for the demo "
+        "model.",
+        basic=True,
     )
     drop: str = setting(
         "",
-        "Leave this out wherever it stands in the text, with the space before it: '<unk>' where "
-        "rare words are written so.",
+        "String to remove from the text, with the space before it, such as '<unk>'.",
     )
     samples: int | None = setting(
-        None, "Windows of text; by default 256, or 64 of the demo's text.", ge=1, le=MANY
+        None,
+        "Calibration windows; default 256, or 64 for the demo text.",
+        ge=1,
+        le=MANY,
+        basic=True,
     )
     seqlen: int | None = setting(
         None,
-        "Tokens per window; by default 2048, or the model's positions if fewer.",
+        "Tokens per window; default 2048, or the model's maximum length if shorter.",
         ge=2,
         le=MANY,
     )
-    seed: int = setting(0, "Which windows are drawn.", ge=0, le=LARGEST_SEED)
+    seed: int = setting(0, "Random seed that selects the windows.", ge=0, le=LARGEST_SEED)
     batch: int = setting(4, "Windows per forward pass.", decides=False, ge=1, le=MANY)
     gradients: bool = setting(
-        False, "Also take gradients of the loss, for fisher and the like.", decides=False
+        False, "Also collect gradients of the loss, for fisher and related methods.", decides=False
     )
     weight_gradients: bool = setting(
         False,
-        "Also those of the weights, for zero-sum, fwsvd and gfwsvd; implies --gradients.",
+        "Also collect weight gradients, for zero-sum, fwsvd and gfwsvd; implies --gradients.",
         decides=False,
     )
     path: str | None = setting(
         None,
-        "Folder of the calibration; by default one in the cache.",
+        "Folder of the calibration; default: in the cache.",
         "--calibration",
         decides=False,
+        basic=True,
     )

@@ -20,53 +20,62 @@ from hisvd_cli.pipelines.config.settings.fields import (
     setting,
 )
 
-_ALLOCATORS = "Knobs of allocators"
+_ALLOCATORS = "Allocator options"
 
 
 class PlanSettings(Section):
     """``[plan]``: how ranks are chosen."""
 
-    ratio: Ratios = setting([0.8], "Share of the parameters to KEEP: 0.6 keeps 60 %.")
+    ratio: Ratios = setting([0.8], "Share of the parameters to KEEP: 0.6 keeps 60 %.", basic=True)
     ratio_of: Literal["sublayers", "model"] = setting(
-        "sublayers", "What the ratio counts: the factored sublayers, or the whole model."
+        "sublayers",
+        "What the ratio refers to: the compressible linear layers (sublayers), or the whole "
+        "model (model).",
     )
     bytes_ratio: Ratio | None = setting(
         None,
-        "Instead of --ratio, share of the sublayers' bytes to keep: rank and bits (16, 8 or 4) are "
-        "chosen together, by waterfill, and stored as quantized plain pairs or matrices.",
+        "Share of the bytes of the linear layers to keep, instead of --ratio: waterfill selects "
+        "rank and bits (16, 8 or 4) of every layer together.",
     )
     preset: Presets = setting(
         [],
-        f"Named combination of methods: {any_of(get_args(PresetName))}. Settings given beside it "
-        "win; compress makes several.",
+        f"Combination of methods: {any_of(get_args(PresetName))}. Explicit options take "
+        "precedence; compress accepts several.",
+        basic=True,
     )
     allocator: Methods = setting(
         ["hisvd"],
-        f"Method that shares the budget: {any_of(ALLOCATOR_NAMES)}; plan shows several side by "
-        "side.",
+        f"Rank allocation method: {any_of(ALLOCATOR_NAMES)}; plan compares several.",
         choices=ALLOCATOR_NAMES,
+        basic=True,
     )
     metric: Literal["whitened", "fisher", "held-out", "weight"] = setting(
         "whitened",
-        "In which metric loss is counted: whitened (error of the outputs), fisher (growth of the "
-        "model's loss), held-out (the same, on text that the components were not chosen on) or "
+        "How loss is measured: whitened (error of layer outputs), fisher (increase of the "
+        "model's loss), held-out (fisher on text that the components were not fitted to) or "
         "weight (error of the weights).",
     )
     input_shrinkage: float = setting(
-        0.02, "fisher: how far moments of inputs move towards their mean diagonal.", ge=0, le=1
+        0.02, "fisher: shrinkage of input moments towards their mean diagonal.", ge=0, le=1
     )
-    output_shrinkage: float = setting(0.1, "fisher: the same for moments of gradients.", ge=0, le=1)
+    output_shrinkage: float = setting(
+        0.1, "fisher: shrinkage of gradient moments towards their mean diagonal.", ge=0, le=1
+    )
     min_rank_ratio: float = setting(
-        0.3, "Smallest rank, as a share of what equal shares would give.", ge=0, lt=1
+        0.3, "Minimum rank, as a share of the rank under uniform allocation.", ge=0, lt=1
     )
-    multiple_of: int = setting(1, "Ranks are multiples of this.", ge=1, le=MANY)
+    multiple_of: int = setting(1, "Round ranks to multiples of this.", ge=1, le=MANY)
     storage: Literal["pair", "pivoted"] = setting(
         "pair",
-        "How a low-rank pair is written: pair (U and V), or pivoted (r rows of the product, and "
-        "what makes the others of them: the same product in fewer numbers, so more rank).",
+        "Storage of low-rank layers: pair (U and V), or pivoted (r rows of the product and the "
+        "coefficients of the others; same product, fewer parameters, so higher rank).",
     )
-    include: Names = setting([], "Only sublayers that match this glob of a name or type.")
-    exclude: Names = setting([], "No sublayers that match; they stay dense and uncounted.")
+    include: Names = setting(
+        [], "Compress only layers that match this glob of a name or type.", basic=True
+    )
+    exclude: Names = setting(
+        [], "Do not compress layers that match; they stay dense and are not counted."
+    )
     rank_method: Literal["stable", "effective", "mathematical"] = setting(
         "stable",
         "hisvd: rank measure of stage 1: stable, effective or mathematical.",
@@ -77,17 +86,17 @@ class PlanSettings(Section):
     )
     spectrum: Literal["whitened", "weight"] = setting(
         "weight",
-        "hisvd: spectrum that stage 1 measures: whitened or weight.",
+        "hisvd: spectrum used by stage 1: whitened or weight.",
         panel=_ALLOCATORS,
     )
     modulation: Literal["logarithmic", "power", "exponential", "linear"] = setting(
         "logarithmic",
-        "hisvd: form of stage 2's factor: logarithmic, power, exponential or linear.",
+        "hisvd: form of the stage 2 factor: logarithmic, power, exponential or linear.",
         panel=_ALLOCATORS,
     )
     lwe_strength: float = setting(
         2.0,
-        "hisvd: strength β of stage 2; 0 leaves stage 1 as it is.",
+        "hisvd: strength β of stage 2; 0 disables stage 2.",
         panel=_ALLOCATORS,
         ge=0,
         le=100,
@@ -97,47 +106,49 @@ class PlanSettings(Section):
     )
     selection: Literal["zero-sum", "smallest", "negative-sum", "sigma", "loss-order"] = setting(
         "zero-sum",
-        "zero-sum: which component goes next: zero-sum, smallest, negative-sum, sigma or "
+        "zero-sum: which component is removed next: zero-sum, smallest, negative-sum, sigma or "
         "loss-order.",
         panel=_ALLOCATORS,
     )
     importance_weight: float = setting(
-        0.6, "swift: how much a block's importance counts.", panel=_ALLOCATORS, ge=0, le=1
+        0.6, "swift: weight of block importance.", panel=_ALLOCATORS, ge=0, le=1
     )
     sensitivity_ratios: Ratios = setting(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
-        "asvd: kept shares at which each sublayer is measured.",
+        "asvd: keep ratios at which the sensitivity of each layer is measured.",
         panel=_ALLOCATORS,
     )
     probe_ratio: Ratio = setting(
-        0.5, "lems: kept share at which each sublayer is measured.", panel=_ALLOCATORS
+        0.5, "lems: keep ratio at which each layer is measured.", panel=_ALLOCATORS
     )
     depth_factor: float = setting(
         5.0,
-        "lems: the first block's loss counts 1 plus this, falling evenly to 1 at the last.",
+        "lems: the loss of the first block counts 1 plus this, falling linearly to 1 at the last.",
         panel=_ALLOCATORS,
         ge=0,
         le=100,
     )
     probe_samples: int = setting(
         8,
-        "asvd, lems, learned: windows of calibration text to measure on.",
+        "asvd, lems, learned: calibration windows used for the measurement.",
         panel=_ALLOCATORS,
         ge=1,
         le=MANY,
     )
     learning_start: Literal["uniform", "waterfill"] = setting(
-        "waterfill", "learned: where positions start: uniform or waterfill.", panel=_ALLOCATORS
+        "waterfill",
+        "learned: initial truncation positions: uniform or waterfill.",
+        panel=_ALLOCATORS,
     )
     learning_steps: int = setting(
-        40, "learned: steps of gradient descent.", panel=_ALLOCATORS, ge=1, le=MANY
+        40, "learned: gradient descent steps.", panel=_ALLOCATORS, ge=1, le=MANY
     )
     learning_rate: float = setting(
-        0.01, "learned: size of a step, as a share of the full rank.", panel=_ALLOCATORS, gt=0, le=1
+        0.01, "learned: step size, as a share of the full rank.", panel=_ALLOCATORS, gt=0, le=1
     )
     softness: float = setting(
         0.02,
-        "learned: width of a soft mask's edge, as a share of the full rank.",
+        "learned: width of the soft mask, as a share of the full rank.",
         panel=_ALLOCATORS,
         gt=0,
         le=1,

@@ -12,25 +12,25 @@ class QuantizeSettings(Section):
 
     bits: Literal["none", "int8", "int4"] = setting(
         "none",
-        "Store the sublayers, low-rank and dense ones, as integers: none, int8 or int4.",
+        "Quantize the compressed linear layers: none, int8 or int4.",
         "--quantize",
+        basic=True,
     )
     method: Literal["nearest", "gptq"] = setting(
         "nearest",
-        "How numbers are rounded: nearest, or gptq (each error is made up for in what is rounded "
-        "after it; runs the model over calibration text).",
+        "Rounding: nearest, or gptq (compensates rounding errors; runs the model over "
+        "calibration text).",
         "--quantize-method",
     )
     dense: Literal["int8", "same"] = setting(
         "int8",
-        "int4: what the sublayers that stay dense become: int8, as those that a plan keeps whole "
-        "bear the least, or the same.",
+        "int4: how layers that stay dense are stored: int8, or the same as the others.",
         "--quantize-dense",
     )
-    group_size: int = setting(64, "int4: inputs of a row that share a scale.", ge=1, le=MANY)
+    group_size: int = setting(64, "int4: number of inputs that share a scale.", ge=1, le=MANY)
     damping: float = setting(
         0.01,
-        "gptq: added to the diagonal of an input's moment, as a share of its mean.",
+        "gptq: dampening of the input moment, as a share of its mean diagonal.",
         gt=0,
         le=1e6,
     )

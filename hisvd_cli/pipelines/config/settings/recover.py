@@ -6,7 +6,7 @@ from typing import Literal
 
 from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, MANY, Section, setting
 
-_LORA = "Recovery by lora"
+_LORA = "Recovery with LoRA"
 
 
 class RecoverSettings(Section):
@@ -14,38 +14,43 @@ class RecoverSettings(Section):
 
     method: Literal["none", "distill", "lora"] = setting(
         "none",
-        "Short training: distill (all factors, towards the dense model's distributions), lora "
-        "(adapters of U, merged, then of V), or none.",
+        "Recover accuracy by fine-tuning: distill (all factors, towards the output distribution "
+        "of the dense model), lora (adapters on U, then on V, each merged), or none.",
         "--recover",
+        basic=True,
     )
     dataset: str = setting(
         "auto",
-        "Text to train on: as --dataset, or instructions (instruction, output and perhaps input, "
-        "of which only outputs count); auto is the text of the calibration, all of it.",
+        "Training text: as for --dataset, or instruction data (instruction, output and optional "
+        "input; only outputs are trained on); auto is the whole calibration text.",
         "--recover-dataset",
     )
     drop: str | None = setting(
         None,
-        "Leave this out wherever it stands in the text; by default what the calibration left out.",
+        "String to remove from the text; default: the same as for calibration.",
         "--recover-drop",
     )
     samples: int | None = setting(
-        None, "Windows of it; by default all, and 256 of self.", "--recover-samples", ge=2, le=MANY
+        None, "Training windows; default: all, or 256 for self.", "--recover-samples", ge=2, le=MANY
     )
     minutes: float | None = setting(
-        None, "Train so long; by default 20 for distill.", "--recover-minutes", gt=0, le=1e6
+        None,
+        "Time limit for training, in minutes; default 20 for distill.",
+        "--recover-minutes",
+        gt=0,
+        le=1e6,
     )
     tokens: int | None = setting(
         None,
-        "Train on so many tokens, or as many as --recover-minutes allows if fewer; a result by "
-        "tokens alone can be made again to the byte.",
+        "Number of training tokens, at most what --recover-minutes allows; without a time limit "
+        "the result is reproducible to the byte.",
         "--recover-tokens",
         ge=1,
         le=10**15,
     )
     learning_rate: float | None = setting(
         None,
-        "Peak of the learning rate; by default 3e-4 for distill, 1e-4 for lora.",
+        "Peak learning rate; default 3e-4 for distill, 1e-4 for lora.",
         "--recover-learning-rate",
         gt=0,
         le=1e3,
@@ -55,28 +60,30 @@ class RecoverSettings(Section):
     )
     batch: int | None = setting(
         None,
-        "Windows of a step; by default 4 for distill, 64 for lora.",
+        "Windows per step; default 4 for distill, 64 for lora.",
         "--recover-batch",
         ge=1,
         le=MANY,
     )
     seqlen: int = setting(256, "Tokens per window.", "--recover-seqlen", ge=2, le=MANY)
     seed: int = setting(
-        0, "Order of the windows, and dropout.", "--recover-seed", ge=0, le=LARGEST_SEED
+        0, "Random seed of window order and dropout.", "--recover-seed", ge=0, le=LARGEST_SEED
     )
     checkpointing: bool = setting(
         False,
-        "Make activations again in the backward pass: less memory, a third more time.",
+        "Activation checkpointing: less memory, about a third more time.",
         "--recover-checkpointing",
     )
     lora_rank: int = setting(8, "Rank of the adapters.", panel=_LORA, ge=1, le=MANY)
     lora_alpha: int = setting(
-        16, "Adapters are scaled by this over their rank.", panel=_LORA, ge=1, le=MANY
+        16, "Scale of the adapters, divided by their rank.", panel=_LORA, ge=1, le=MANY
     )
-    lora_dropout: float = setting(0.05, "Dropout before the adapters.", panel=_LORA, ge=0, lt=1)
+    lora_dropout: float = setting(
+        0.05, "Dropout in front of the adapters.", panel=_LORA, ge=0, lt=1
+    )
     lora_epochs: float = setting(
         2.0,
-        "Passes over the text, for U's and again for V's, without another budget.",
+        "Epochs for U and again for V, unless limited otherwise.",
         panel=_LORA,
         gt=0,
         le=1e6,

@@ -1,0 +1,56 @@
+"""``--help`` shows the options that most users need, ``--help-all`` every one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from hisvd_cli.pipelines.config.settings import is_basic
+
+_ALL = "hisvd.all_options"
+_RARE = {"overrides", "show_profile", "tables", "spectrum_of", "list_profiles", "check_values"}
+"""Options of commands that are no settings, and are shown by ``--help-all`` alone."""
+
+
+class BriefHelp(TyperCommand):
+    """A command whose ``--help`` leaves out what few users need."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, of all options where ``--help-all`` asks for it."""
+        rare = [] if ctx.meta.get(_ALL) else [p for p in self.params if _is_rare(str(p.name))]
+        if rare:
+            command = ctx.command_path
+            options = [p for p in self.get_params(ctx) if p.param_type_name == "option"]
+            self.epilog = f"All {len(options)} options: {command} --help-all"
+        with _hidden(rare):
+            super().format_help(ctx, formatter)
+
+
+@contextmanager
+def _hidden(options: list[Any]) -> Iterator[None]:
+    """Leave options out of the help in the body; completion still offers them."""
+    known = [option for option in options if isinstance(option, TyperOption)]
+    for option in known:
+        option.hidden = True
+    try:
+        yield
+    finally:
+        for option in known:
+            option.hidden = False
+
+
+def _is_rare(name: str) -> bool:
+    section, _, key = name.partition("__")
+    return not is_basic(section, key) if key else name in _RARE
+
+
+def show_all(ctx: typer.Context, wanted: bool) -> None:
+    """Print the help of every option, and stop: the callback of ``--help-all``."""
+    if wanted:
+        ctx.meta[_ALL] = True
+        typer.echo(ctx.get_help(), color=ctx.color)
+        raise typer.Exit
