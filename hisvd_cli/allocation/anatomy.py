@@ -10,6 +10,8 @@ from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tensor
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers, select
 
+_KEPT = "_anatomy"
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -26,7 +28,19 @@ class Anatomy:
 
 
 def dissect(source: Source) -> Anatomy:
-    """Find the sublayers of a model without reading a weight. Raises UnsupportedModelError."""
+    """Find the sublayers of a model without reading a weight. Raises UnsupportedModelError.
+
+    What is found is kept with the source, as its cached properties are: building a large model
+    takes a second, and a run asks several times.
+    """
+    kept = vars(source)
+    if _KEPT not in kept:
+        kept[_KEPT] = _dissected(source)
+    anatomy: Anatomy = kept[_KEPT]
+    return anatomy
+
+
+def _dissected(source: Source) -> Anatomy:
     model = build_meta_model(source)
     prefix, layers = decoder_blocks(model)
     names = tensor_names(model, source)
