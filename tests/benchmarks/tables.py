@@ -69,7 +69,9 @@ def summary() -> str:
         row = find(recovery, preset=step, ratio=ratio)
         size = f"{megabytes(row['bytes'])} MB"
         lines.append([label, f"{ratio:g}", number(row["perplexity"]), size, times])
-    return render(["SmolLM2-135M-Instruct", "keep ratio", "perplexity", "weights", "prefill speed"], lines)
+    return render(
+        ["SmolLM2-135M-Instruct", "keep ratio", "perplexity", "weights", "prefill speed"], lines
+    )
 
 
 def smollm2() -> str:
