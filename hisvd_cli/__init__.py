@@ -8,7 +8,7 @@ import importlib
 
 from hisvd_cli.modeling.layers.import_hooks import when_imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The module that holds transformers' quantizers; the plug-in registers itself by being imported.
 # Transformers and torch take seconds to import, and ``hisvd --help`` needs neither of them.

@@ -95,7 +95,7 @@ def test_plans_meet_the_budget(ratio: float, multiple_of: int, storage: Storage)
 def test_less_is_left_than_one_step_of_any_truncated_layer_costs(
     shapes: list[tuple[int, int]], ratio: float, multiple_of: int, storage: Storage
 ) -> None:
-    """What the README promises: for tiny models and large steps too, where 0.05 % does not hold."""
+    """What the manual promises: for tiny models and large steps too, where 0.05 % does not hold."""
     total = sum(m * n for m, n in shapes)
     floors = [min(multiple_of, full_rank(s)) for s in shapes]
     try:
