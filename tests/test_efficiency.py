@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import count
 from types import SimpleNamespace
@@ -125,7 +126,11 @@ def test_a_model_beside_its_baseline(tiny_model: MakeModel, tmp_path: Any) -> No
     assert found["baseline_weight_bytes"] == 4 * model.num_parameters()
 
     shown = succeed(*command, "--baseline", dense, env={"COLUMNS": "80", "NO_COLOR": "1"}).stdout
-    assert "aster than the baseline" in shown
+    slow = re.search(r"Not faster than the baseline: ([^.]+)\.", " ".join(shown.split()))
+    verdicts = re.findall(r"\b(faster|slower|unclear)\b", shown.split("Not faster", 1)[0])
+    assert len(verdicts) == 4, "two phases at two batch sizes"
+    assert (slow is None) == (set(verdicts) == {"faster"})
+    assert slow is None or len(slow[1].split(", ")) == 4 - verdicts.count("faster")
     assert max(map(len, shown.splitlines())) <= 80
     alone = holds(as_json(*command), schemas.EVAL)["efficiency"]
     assert alone["batches"][0]["baseline"] is None
