@@ -130,6 +130,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def figure_text(result: PerplexityResult, figure: str, form: str) -> str:
+    """Return a figure with its interval; empty where it was not measured."""
     value, bounds = getattr(result, figure), (result.intervals or {}).get(figure)
     if value is None:
         return "not finite" if figure == "perplexity" else ""

@@ -39,5 +39,8 @@ SETTINGS: dict[str, tuple[Key, ...]] = {
         ("model", "dtype"),
         ("model", "scratch"),
     ),
+    "load": tuple(
+        ("model", key) for key in ("revision", "trust_remote_code", "device", "dtype", "scratch")
+    ),
 }
 """Command → (section, key) of its settings, in the order of its help."""

@@ -13,7 +13,7 @@ CLUSTER_COLUMNS = (
 
 def cluster_rows(plan: Plan) -> list[tuple[str, ...]]:
     """Return a row of texts for each sublayer type."""
-    table = []
+    table: list[tuple[str, ...]] = []
     for row in plan.clusters:
         rows = [s for s in plan.sublayers if s.cluster == row.cluster]
         cells = (
