@@ -8,7 +8,7 @@ transformers itself is imported), so that compressed folders load with plain ``f
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hisvd_cli.modeling.layers.import_hooks import when_imported
 
@@ -51,13 +51,14 @@ when_imported(
     lambda _: importlib.import_module("hisvd_cli.modeling.layers.transformers_plugin"),
 )
 
+if not TYPE_CHECKING:  # a type checker would take every name for one that is there
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module("hisvd_cli.pipelines.api"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module("hisvd_cli.pipelines.api"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

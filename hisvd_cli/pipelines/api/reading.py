@@ -1,33 +1,25 @@
-"""``evaluate``, ``inspect``, ``convert`` and ``load``."""
+"""``evaluate``, ``inspect`` and ``convert``."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
 from hisvd_cli.inspection.inspection import audit
-from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.pipelines.api.arguments import function, path_of, run_of
 from hisvd_cli.pipelines.api.keywords import (
     ConvertKeywords,
     EvaluateKeywords,
     InspectKeywords,
-    LoadKeywords,
     PathText,
 )
 from hisvd_cli.pipelines.api.results import Audit, Checkpoint, Evaluation
 from hisvd_cli.pipelines.conversion import Target, write_form
-from hisvd_cli.pipelines.evaluating.evaluation import open_target
 from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.publishing import Hub, check_request, publish
-from hisvd_cli.utils.device import pick_device, pick_dtype
 from hisvd_cli.utils.errors import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @function()
@@ -146,30 +138,3 @@ def convert(
         write_form(run.resolved, source, to, path, overwrite, run.reporter)
     made = path or source
     return Checkpoint(made, url=publish(made, hub, run.reporter) if hub else None)
-
-
-@function()
-def load(
-    checkpoint: PathText,
-    *,
-    profile: PathText | None = None,
-    progress: bool = True,
-    **settings: Unpack[LoadKeywords],
-) -> PreTrainedModel:
-    """Load a checkpoint, or any model, with transformers, ready for inference.
-
-    Args:
-        checkpoint: checkpoint folder, ``.pt`` file of hisvd, or any model.
-        profile: a profile to read, a file or the name of one that hisvd brings.
-        progress: report progress and warnings on stderr.
-        settings: see below.
-
-    Raises:
-        SourceError: nothing is there, or it is damaged.
-        UsageError: no such device.
-    """
-    run = run_of("load", settings, profile, progress)
-    model = run.resolved.settings.model
-    device = pick_device(model.device)
-    with open_target(run.resolved, os.fspath(checkpoint)) as source:
-        return load_source(source, device, pick_dtype(model.dtype, source.weights.dtype, device))

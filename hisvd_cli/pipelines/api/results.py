@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from hisvd_cli.modeling.checkpoint import PLAN_FILE
 from hisvd_cli.pipelines.api import html
 from hisvd_cli.pipelines.api.arguments import Given, path_of
 from hisvd_cli.pipelines.api.keywords import LoadKeywords, PathText
+from hisvd_cli.pipelines.api.loading import load
 from hisvd_cli.pipelines.api.names import errors_in_python
 from hisvd_cli.pipelines.compressing.compression import Outcome
 from hisvd_cli.pipelines.output_names import output_name
@@ -61,6 +61,7 @@ class Calibration(Result):
         model: the model, as it was named.
         data: what is on disk: ``folder``, ``manifest``, ``holds``.
         seconds: what taking them took, near 0 where they were there already.
+        given: settings of the model and the text that they were taken with.
     """
 
     model: str
@@ -174,8 +175,6 @@ class Checkpoint(Result):
 
     def load(self, **settings: Unpack[LoadKeywords]) -> PreTrainedModel:
         """Load the model; see :func:`hisvd_cli.load`."""
-        from hisvd_cli.pipelines.api.reading import load
-
         return load(self, **settings)
 
     def _facts(self) -> dict[str, object]:
@@ -274,8 +273,3 @@ class Audit(Result):
         if not self.problems:
             return ()
         return [html.table(["problem"], ([line] for line in self.problems[:_MAX_PROBLEMS]))]
-
-
-def as_text(target: PathText) -> str:
-    """Return the name of a model or a path, as the settings take it."""
-    return os.fspath(target)
