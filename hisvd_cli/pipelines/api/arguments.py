@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from typing_extensions import ParamSpec
 
 from hisvd_cli.pipelines.api.keywords import PathText
+from hisvd_cli.pipelines.api.libraries import quiet_libraries
 from hisvd_cli.pipelines.api.names import (
     PythonReporter,
     errors_in_python,
@@ -30,6 +31,9 @@ from hisvd_cli.utils.progress import Reporter, Silent
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_ONE = (("plan", "ratio"), ("plan", "preset"), ("plan", "allocator"))
+"""Settings that hold several values, of which a function takes one."""
+
 Given = dict[Key, Any]
 """Settings by (section, key) that a call was given, or that an earlier one was."""
 
@@ -43,54 +47,61 @@ class Run:
 
     def one_plan(self) -> None:
         """Raise UsageError where the settings ask for several plans."""
-        plan = self.resolved.settings.plan
-        for name in ("ratio", "preset", "allocator"):
-            if len(values := dict.fromkeys(getattr(plan, name))) > 1:
+        for key in _ONE:
+            if len(values := dict.fromkeys(self.resolved.value(*key))) > 1:
                 raise UsageError(
-                    f"{name} has {len(values)} values: {', '.join(map(str, values))}.",
+                    f"{keyword_of(key)} has {len(values)} values: {', '.join(map(str, values))}.",
                     "Give one, and call the function once for each.",
                 )
 
 
-def function(*, without: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+def function(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for a function of the Python API, whose keywords are settings.
 
     It rejects unknown keywords, has errors name keywords, and shows every setting with its default
     in the signature and in the help.
 
     Args:
-        without: the keyword of a setting that the function takes as a parameter of its own.
+        keywords: the TypedDict of the function's settings.
     """
+    hints = get_type_hints(keywords)
 
     def decorate(call: Callable[P, R]) -> Callable[P, R]:
-        name = call.__name__
-        keys = {keyword_of(key): key for key in SETTINGS[name] if keyword_of(key) != without}
         own = [p for p in inspect.signature(call).parameters.values() if p.kind != p.VAR_KEYWORD]
+        known = [*hints, *(p.name for p in own if p.kind != p.VAR_POSITIONAL)]
 
         @wraps(call)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            known = [*keys, *(p.name for p in own if p.kind != p.VAR_POSITIONAL)]
-            for keyword in kwargs:
-                if keyword not in known:
-                    raise TypeError(
-                        f"{name}() got an unexpected keyword argument '{keyword}'. "
-                        f"{suggest(keyword, known)}"
-                    )
-            with errors_in_python():
+            _check_known(call.__name__, kwargs, known)
+            with errors_in_python(), quiet_libraries(everything=not kwargs.get("progress", True)):
                 return call(*args, **kwargs)
 
-        parameters = [*own, *(_parameter(keyword, key) for keyword, key in keys.items())]
-        checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        checked.__doc__ = f"{call.__doc__}\n\n    Settings:\n{_described(keys)}"
+        named = {keyword_of(key): key for key in SETTINGS[call.__name__]}
+        keys = {keyword: key for keyword, key in named.items() if keyword in hints}
+        shown = [*own, *(_parameter(name, key, hints[name]) for name, key in keys.items())]
+        checked.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        checked.__doc__ = f"{call.__doc__}\n    Settings:\n{_described(keys)}\n"
         return checked
 
     return decorate
 
 
-def _parameter(keyword: str, key: Key) -> inspect.Parameter:
-    field = SECTIONS[key[0]].model_fields[key[1]]
+def _check_known(name: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raise TypeError, with the nearest name, for a keyword that a function does not know."""
+    for keyword in given:
+        if keyword not in known:
+            raise TypeError(
+                f"{name}() got an unexpected keyword argument '{keyword}'. "
+                f"{suggest(keyword, known)}"
+            )
+
+
+def _parameter(keyword: str, key: Key, hint: object) -> inspect.Parameter:
+    default = SECTIONS[key[0]].model_fields[key[1]].default
+    if key in _ONE:
+        default = next(iter(default), None)
     return inspect.Parameter(
-        keyword, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation
+        keyword, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
     )
 
 

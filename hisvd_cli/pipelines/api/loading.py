@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@function()
+@function(LoadKeywords)
 def load(
     checkpoint: PathText,
     *,

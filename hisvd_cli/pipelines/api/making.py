@@ -30,7 +30,7 @@ from hisvd_cli.pipelines.planning.plans import check_knobs, plan_model
 from hisvd_cli.utils.files.scratch import scratch_folder
 
 
-@function(without="model")
+@function(CalibrateKeywords)
 def calibrate(
     model: PathText,
     *,
@@ -58,7 +58,7 @@ def calibrate(
     return Calibration(os.fspath(model), made, seconds, _kept(run.resolved, "model", "calibration"))
 
 
-@function(without="model")
+@function(PlanKeywords)
 def plan(
     source: Calibration | PathText,
     *,
@@ -93,7 +93,7 @@ def plan(
     return Plan(made, _kept(run.resolved, "model", "calibration", "compress"))
 
 
-@function()
+@function(CompressKeywords)
 def compress(
     source: Plan | Calibration | Checkpoint | PathText,
     *,

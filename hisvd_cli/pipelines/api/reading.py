@@ -22,7 +22,7 @@ from hisvd_cli.pipelines.publishing import Hub, check_request, publish
 from hisvd_cli.utils.errors import UsageError
 
 
-@function()
+@function(EvaluateKeywords)
 def evaluate(
     *models: PathText,
     markdown: PathText | None = None,
@@ -65,7 +65,7 @@ def evaluate(
     return Evaluation(grid)
 
 
-@function()
+@function(InspectKeywords)
 def inspect(
     target: PathText,
     *,
@@ -92,7 +92,7 @@ def inspect(
     return Audit(audit(name, model.revision, model.trust_remote_code, check_values, run.reporter))
 
 
-@function()
+@function(ConvertKeywords)
 def convert(
     checkpoint: PathText,
     *,
