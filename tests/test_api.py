@@ -269,6 +269,7 @@ def test_keywords_are_the_settings(name: str) -> None:
         assert shown["dtype"].default == "auto"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(here: Path) -> None:
     names = runpy.run_path(str(NOTEBOOK))
     assert names["evaluation"].baseline is not None
