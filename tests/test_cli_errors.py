@@ -285,7 +285,7 @@ def test_a_plan_for_another_model(
     assert "Calibrating" not in result.stderr
     assert "was made for" in two_lines(result.stderr)[0]
     message, _ = fail("compress", *quick, "--plan", plan, "--ratio", 0.5, code=2)
-    assert message == "--ratio cannot change the plan that --plan names."
+    assert message == "--ratio cannot change the given plan."
     plan.write_text("{}")
     message, _ = fail("compress", *quick, "--plan", plan)
     assert "is no plan" in message

@@ -9,8 +9,8 @@ import sys
 import pytest
 from rich.table import Table
 
-from hisvd_cli.cli import console as module
 from hisvd_cli.cli.console import Console
+from hisvd_cli.utils import progress as module
 from hisvd_cli.utils.errors import HisvdError
 
 Captured = pytest.CaptureFixture[str]

@@ -15,7 +15,7 @@ import hisvd_cli
 PACKAGE = Path(hisvd_cli.__file__).parent
 ROOMS = (
     *("utils", "linalg", "modeling", "calibration", "allocation", "compression", "finetuning"),
-    *("inspection", "export", "evaluation", "pipelines", "cli", "demo"),
+    *("inspection", "export", "evaluation", "pipelines", "cli", "demo", "docs"),
 )
 """In the order of imports: each may import from those before it, and from itself."""
 MATHS = ("linalg/", "allocation/methods/", "compression/methods/")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tomli
 
-from hisvd_cli.pipelines.config.profile import Key, resolve
+from hisvd_cli.pipelines.config.commands import Key
+from hisvd_cli.pipelines.config.profile import resolve
 from hisvd_cli.pipelines.config.profile_search import search_profile
 from hisvd_cli.pipelines.config.settings import SECTIONS, Settings
 from hisvd_cli.utils.errors import UsageError

@@ -14,8 +14,9 @@ import typer
 
 from hisvd_cli.cli.brief_help import show_all
 from hisvd_cli.cli.console import Console
+from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.presets import PRESETS
-from hisvd_cli.pipelines.config.profile import Key, Resolved, resolve
+from hisvd_cli.pipelines.config.profile import Resolved, resolve
 from hisvd_cli.pipelines.config.settings import (
     SECTIONS,
     Settings,
@@ -50,11 +51,6 @@ class Run:
     def first(self) -> bool:
         """Whether this is the one process, or of several the one that writes."""
         return not self.console.muted
-
-
-def keys_of(*sections: str) -> list[Key]:
-    """Return (section, key) of every setting of ``sections``."""
-    return [(section, key) for section in sections for key in SECTIONS[section].model_fields]
 
 
 def option(*flags: str, text: str, metavar: str = "", panel: str | None = None) -> Any:

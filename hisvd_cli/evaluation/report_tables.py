@@ -90,7 +90,7 @@ def markdown_table(grid: Grid) -> str:
     head = ["model", "dataset", *(title for title, _ in FIGURES.values())]
     lines = [_line(head), "|---" * 2 + "|---:" * len(FIGURES) + "|"]
     for model, result in _rows(grid):
-        cells = [_figure(result, figure, form) for figure, (_, form) in FIGURES.items()]
+        cells = [figure_text(result, figure, form) for figure, (_, form) in FIGURES.items()]
         text = markdown_text(f"{result.dataset} ({result.split})")
         lines.append(_line([markdown_code(model, in_table=True), text, *cells]))
     rows = _rows(grid)
@@ -129,7 +129,8 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _figure(result: PerplexityResult, figure: str, form: str) -> str:
+def figure_text(result: PerplexityResult, figure: str, form: str) -> str:
+    """Return a figure with its interval; empty where it was not measured."""
     value, bounds = getattr(result, figure), (result.intervals or {}).get(figure)
     if value is None:
         return "not finite" if figure == "perplexity" else ""

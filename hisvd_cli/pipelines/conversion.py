@@ -9,6 +9,7 @@ from typing import Literal
 
 from hisvd_cli.export.convert import from_pt, repack, to_dense, to_pt, unpacked
 from hisvd_cli.modeling.checkpoint import Checkpoint, open_checkpoint
+from hisvd_cli.modeling.sources.companions import warn_of_links
 from hisvd_cli.pipelines.compressing.quantization import check_quantization, quantize_checkpoint
 from hisvd_cli.pipelines.config.profile import Resolved
 from hisvd_cli.pipelines.output_names import inputs_of
@@ -18,6 +19,29 @@ from hisvd_cli.utils.files.scratch import scratch_folder
 from hisvd_cli.utils.progress import Reporter
 
 Target = Literal["hf", "pt", "dense"]
+
+
+def write_form(
+    resolved: Resolved,
+    checkpoint: Path,
+    to: Target,
+    output: Path,
+    overwrite: bool,
+    reporter: Reporter,
+) -> int:
+    """Write a checkpoint in another form, as integers where that is asked for; return the bytes.
+
+    Raises:
+        HisvdError: see :func:`convert_checkpoint` and :func:`quantize_to`.
+    """
+    check_quantization(resolved)
+    if asks_to_quantize(resolved):
+        return quantize_to(resolved, checkpoint, to, output, overwrite, reporter)
+    if checkpoint.is_dir():
+        warn_of_links(checkpoint, reporter)
+    shard_bytes = int(resolved.settings.compress.max_shard_size * 1e9)
+    scratch = resolved.settings.model.scratch
+    return convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes, scratch)
 
 
 def convert_checkpoint(

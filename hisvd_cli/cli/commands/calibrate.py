@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from hisvd_cli.cli.options import DryRun, Run, keys_of, with_settings
+from hisvd_cli.cli.options import DryRun, Run, with_settings
+from hisvd_cli.pipelines.config.commands import SETTINGS
 
 
-@with_settings(keys_of("model", "calibration"), together=True)
+@with_settings(SETTINGS["calibrate"], together=True)
 def calibrate(run: Run, dry_run: DryRun = False) -> None:
     """Collect activation statistics of a model on text, one block at a time.
 

@@ -6,18 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from hisvd_cli.cli.options import DryRun, Run, keys_of, option, with_settings
+from hisvd_cli.cli.options import DryRun, Run, option, with_settings
+from hisvd_cli.pipelines.config.commands import SETTINGS
 from hisvd_cli.utils.errors import HisvdError, UsageError
 from hisvd_cli.utils.files.cache import expanded
 
 
-@with_settings(
-    [
-        *keys_of("plan", "compress", "recover", "quantize", "model", "calibration"),
-        ("eval", "windows"),
-    ],
-    together=True,
-)
+@with_settings(SETTINGS["compress"], together=True)
 def compress(
     run: Run,
     output: Annotated[

@@ -8,21 +8,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hisvd_cli.cli.options import Run, keys_of, option, with_settings
+from hisvd_cli.cli.options import Run, option, with_settings
+from hisvd_cli.pipelines.config.commands import SETTINGS
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.cache import expanded
 
 
-@with_settings(
-    [
-        ("compress", "max_shard_size"),
-        *keys_of("quantize"),
-        *(("calibration", key) for key in ("dataset", "samples", "seqlen", "seed", "batch")),
-        ("model", "device"),
-        ("model", "dtype"),
-        ("model", "scratch"),
-    ]
-)
+@with_settings(SETTINGS["convert"])
 def convert(
     run: Run,
     checkpoint: Annotated[
@@ -66,6 +58,7 @@ def convert(
     hisvd convert demo-0.6 --push-to-hub me/demo-0.6
     """
     from hisvd_cli.cli.views.results import size_text
+    from hisvd_cli.pipelines.conversion import write_form
     from hisvd_cli.pipelines.output_names import output_name
     from hisvd_cli.pipelines.publishing import Hub, check_request, publish
 
@@ -80,7 +73,7 @@ def convert(
     document: dict[str, Any] = {"output": str(output or checkpoint)}
     line = str(output)
     if to is not None and output is not None:
-        size = _written(run, checkpoint, to, output, overwrite)
+        size = write_form(run.resolved, checkpoint, to, output, overwrite, run.console)
         run.console.show(f"{output}: {size_text(size)}")
         document |= {"to": to, "bytes": size}
     if hub is not None:
@@ -91,21 +84,3 @@ def convert(
     if output is not None:
         following = "inspect" if to == "pt" else "eval"
         run.console.next_command(f"hisvd {following} {shlex.quote(str(output))}")
-
-
-def _written(
-    run: Run, checkpoint: Path, to: Literal["hf", "pt", "dense"], output: Path, overwrite: bool
-) -> int:
-    """Convert, and return the bytes written."""
-    from hisvd_cli.modeling.sources.companions import warn_of_links
-    from hisvd_cli.pipelines.compressing.quantization import check_quantization
-    from hisvd_cli.pipelines.conversion import asks_to_quantize, convert_checkpoint, quantize_to
-
-    check_quantization(run.resolved)
-    if asks_to_quantize(run.resolved):
-        return quantize_to(run.resolved, checkpoint, to, output, overwrite, run.console)
-    if checkpoint.is_dir():
-        warn_of_links(checkpoint, run.console)
-    shard_bytes = int(run.settings.compress.max_shard_size * 1e9)
-    scratch = run.settings.model.scratch
-    return convert_checkpoint(checkpoint, to, output, overwrite, shard_bytes, scratch)

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from hisvd_cli.cli.options import Run, option, with_settings
+from hisvd_cli.pipelines.config.commands import SETTINGS
 
 
-@with_settings([("model", "revision"), ("model", "trust_remote_code")])
+@with_settings(SETTINGS["inspect"])
 def inspect(
     run: Run,
     target: Annotated[

@@ -7,21 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hisvd_cli.cli.options import DryRun, Run, keys_of, option, with_settings
+from hisvd_cli.cli.options import DryRun, Run, option, with_settings
+from hisvd_cli.pipelines.config.commands import SETTINGS
 
 if TYPE_CHECKING:
     from hisvd_cli.allocation.plan import Plan
 
 
-@with_settings(
-    [
-        *keys_of("plan"),
-        ("quantize", "method"),
-        ("quantize", "group_size"),
-        *keys_of("model", "calibration"),
-    ],
-    together=True,
-)
+@with_settings(SETTINGS["plan"], together=True)
 def plan(
     run: Run,
     output: Annotated[

@@ -15,9 +15,9 @@ from hisvd_cli.cli.views.results import (
     duration_text,
     facts_table,
     make_table,
-    rank_span,
     rank_table,
 )
+from hisvd_cli.pipelines.planning.tables import CLUSTER_COLUMNS, cluster_rows
 
 if TYPE_CHECKING:
     from hisvd_cli.allocation.plan import Plan
@@ -125,20 +125,9 @@ def _unit(plan: Plan) -> str:
 
 
 def _cluster_table(plan: Plan) -> Table:
-    names = ("sublayer type", "count", "density", "tail share", "factor", "ranks", "full", "kept")
-    table = make_table(*names)
-    for row in plan.clusters:
-        rows = [s for s in plan.sublayers if s.cluster == row.cluster]
-        table.add_row(
-            row.cluster,
-            str(row.sublayers),
-            "-" if row.density is None else f"{row.density:.3f}",
-            f"{row.tail_share:.4f}",
-            "-" if row.factor is None else f"{row.factor:.4f}",
-            rank_span(sorted({s.rank for s in rows if not s.dense})),
-            str(max((s.full_rank for s in rows), default=0)),
-            f"{row.kept_ratio:.1%}",
-        )
+    table = make_table(*CLUSTER_COLUMNS)
+    for cells in cluster_rows(plan):
+        table.add_row(*cells)
     return table
 
 

@@ -105,13 +105,6 @@ def forecast_view(forecast: dict[str, Any]) -> RenderableType:
     return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
 
 
-def rank_span(ranks: Sequence[int]) -> str:
-    """Return the least and the greatest of sorted ranks."""
-    if not ranks:
-        return "-"
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
-
-
 def _rank_cell(row: Ranked) -> Text:
     return Text("dense", style="dim") if row.dense else Text(str(row.rank))
 

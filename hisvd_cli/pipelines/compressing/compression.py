@@ -146,7 +146,7 @@ def check_request(
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
-        given = ("the plan that --plan names", "make the plan anew without --plan")
+        given = ("the given plan", "make another plan")
         refuse_flags(resolved, "plan", *given)
         if resolved.variants:
             raise UsageError(

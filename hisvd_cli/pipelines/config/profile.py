@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hisvd_cli.modeling.pickles.unpickle import clean
+from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.presets import PRESETS
 from hisvd_cli.pipelines.config.profile_search import Search, search_profile
 from hisvd_cli.pipelines.config.settings import (
@@ -37,7 +38,6 @@ _MAX_BYTES = 1 << 20
 
 SHIPPED = Path(__file__).parent / "profiles"
 """Where the profiles lie that hisvd brings."""
-Key = tuple[str, str]
 
 _PRESET: Key = ("plan", "preset")
 _BY_PRESET = "preset "
@@ -183,21 +183,23 @@ def resolve(
     overrides: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     start: Path | None = None,
+    search: bool = True,
 ) -> Resolved:
     """Merge all layers and validate them together.
 
     Args:
         flags: (section, key) → value, None where the flag was not given.
         profile: the profile to read, a file or the name of one that hisvd brings; None searches
-            upward from ``start`` for ``hisvd.toml``.
+            upward from ``start`` for ``hisvd.toml``, if ``search``.
         overrides: ``section.key=value`` texts, as strong as flags.
         environ: the environment; ``os.environ`` by default.
         start: where the search begins; the current folder by default.
+        search: False reads no profile but the one that is named.
 
     Raises:
         UsageError: one line for every unknown key, wrong type and value out of bounds.
     """
-    searched = Search() if profile else search_profile(start or Path.cwd())
+    searched = Search() if profile or not search else search_profile(start or Path.cwd())
     path = shipped_or_file(profile) if profile else searched.profile
     document = read_profile(path) if path else {}
     problems = _profile_problems(document, str(path))

@@ -1,23 +1,79 @@
-"""Settings and a run's results ─► a report, with what the models' own files say."""
+"""What is measured of models ─► reports, with what the models' own files say."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.compression.stage_times import times_of
 from hisvd_cli.evaluation.grid import Grid
 from hisvd_cli.evaluation.report.content import ModelFacts, Report, Spectra
-from hisvd_cli.evaluation.report.page import render
+from hisvd_cli.evaluation.report.page import check_libraries, render
+from hisvd_cli.evaluation.report_tables import check_report_path, write_reports
 from hisvd_cli.inspection.audit import part
 from hisvd_cli.modeling.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
 from hisvd_cli.pipelines.config.profile import Resolved
-from hisvd_cli.pipelines.evaluating.evaluation import open_target
-from hisvd_cli.utils.errors import SourceError
+from hisvd_cli.pipelines.evaluating.cards import update_cards
+from hisvd_cli.pipelines.evaluating.evaluation import evaluate_models, open_target
+from hisvd_cli.pipelines.output_names import output_name
+from hisvd_cli.utils.errors import SourceError, UsageError
 from hisvd_cli.utils.files.fingerprints import cache_root
 from hisvd_cli.utils.files.tensorfile import read_tensors
-from hisvd_cli.utils.files.text_output import write_through
+from hisvd_cli.utils.files.text_output import takes_text, write_through
+from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
+
+
+def report_files(named: Mapping[str, Path | None]) -> list[Path | None]:
+    """Return the files of reports, by flag, once it is sure that they can be written.
+
+    Raises:
+        UsageError: two reports have the same file, or a library for the page is missing.
+        OutputError: see :func:`hisvd_cli.evaluation.report_tables.check_report_path`.
+    """
+    paths = {flag: path and output_name(path, flag) for flag, path in named.items()}
+    for flag, path in paths.items():
+        if path is not None:
+            check_report_path(path, flag)
+    files = [path.resolve() for path in paths.values() if path and not takes_text(path)]
+    if len(set(files)) < len(files):
+        raise UsageError("Two reports have the same name.", "Give each a file of its own.")
+    if paths.get("--report") is not None:
+        check_libraries()
+    return list(paths.values())
+
+
+def evaluate_into(
+    resolved: Resolved,
+    targets: Sequence[str],
+    files: Mapping[str, Path | None],
+    reporter: Reporter,
+    *,
+    fresh: bool,
+    update_card: bool,
+) -> Grid:
+    """Measure models, and write what was found to reports, and to the models' cards.
+
+    Args:
+        resolved: the settings.
+        targets: see :func:`evaluate_models`.
+        files: the files of --markdown, --csv and --report.
+        reporter: told of progress.
+        fresh: measure again what was measured before.
+        update_card: whether the cards of checkpoints get the results.
+
+    Raises:
+        HisvdError: see :func:`report_files` and :func:`evaluate_models`.
+    """
+    markdown, table, page = report_files(files)
+    grid = evaluate_models(resolved, targets, reporter, fresh)
+    write_reports(grid, markdown, table)
+    if page is not None:
+        write_report(resolved, grid, page)
+    if update_card:
+        update_cards(grid)
+    return grid
 
 
 def write_report(resolved: Resolved, grid: Grid, path: Path) -> None:

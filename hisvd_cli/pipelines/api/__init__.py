@@ -1,0 +1,22 @@
+"""The Python API, which ``hisvd_cli`` offers by these names: the same pipelines as the command
+line, with keywords for flags and objects for files."""
+
+from hisvd_cli.pipelines.api.loading import load
+from hisvd_cli.pipelines.api.making import calibrate, compress, plan
+from hisvd_cli.pipelines.api.reading import convert, evaluate, inspect
+from hisvd_cli.pipelines.api.results import Audit, Calibration, Checkpoint, Evaluation, Plan
+
+__all__ = [
+    "Audit",
+    "Calibration",
+    "Checkpoint",
+    "Evaluation",
+    "Plan",
+    "calibrate",
+    "compress",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
+    "plan",
+]

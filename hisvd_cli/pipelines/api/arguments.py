@@ -1,0 +1,158 @@
+"""Keywords of a call ─► settings, and a reporter."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from typing_extensions import ParamSpec
+
+from hisvd_cli.pipelines.api.keywords import PathText
+from hisvd_cli.pipelines.api.libraries import quiet_libraries
+from hisvd_cli.pipelines.api.names import (
+    PythonReporter,
+    errors_in_python,
+    in_python,
+    keyword_of,
+)
+from hisvd_cli.pipelines.config.commands import SETTINGS, Key
+from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.config.settings import SECTIONS
+from hisvd_cli.utils.errors import UsageError, suggest
+from hisvd_cli.utils.files.cache import expanded
+from hisvd_cli.utils.files.scratch import sweep
+from hisvd_cli.utils.progress import Reporter, Silent
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_ONE = (("plan", "ratio"), ("plan", "preset"), ("plan", "allocator"))
+"""Settings that hold several values, of which a function takes one."""
+
+Given = dict[Key, Any]
+"""Settings by (section, key) that a call was given, or that an earlier one was."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every function works with."""
+
+    resolved: Resolved
+    reporter: Reporter
+
+    def one_plan(self) -> None:
+        """Raise UsageError where the settings ask for several plans."""
+        for key in _ONE:
+            if len(values := dict.fromkeys(self.resolved.value(*key))) > 1:
+                raise UsageError(
+                    f"{keyword_of(key)} has {len(values)} values: {', '.join(map(str, values))}.",
+                    "Give one, and call the function once for each.",
+                )
+
+
+def function(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for a function of the Python API, whose keywords are settings.
+
+    It rejects unknown keywords, has errors name keywords, and shows every setting with its default
+    in the signature and in the help.
+
+    Args:
+        keywords: the TypedDict of the function's settings.
+    """
+    hints = get_type_hints(keywords)
+
+    def decorate(call: Callable[P, R]) -> Callable[P, R]:
+        own = [p for p in inspect.signature(call).parameters.values() if p.kind != p.VAR_KEYWORD]
+        known = [*hints, *(p.name for p in own if p.kind != p.VAR_POSITIONAL)]
+
+        @wraps(call)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            _check_known(call.__name__, kwargs, known)
+            with errors_in_python(), quiet_libraries(everything=not kwargs.get("progress", True)):
+                return call(*args, **kwargs)
+
+        named = {keyword_of(key): key for key in SETTINGS[call.__name__]}
+        keys = {keyword: key for keyword, key in named.items() if keyword in hints}
+        shown = [*own, *(_parameter(name, key, hints[name]) for name, key in keys.items())]
+        checked.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        checked.__doc__ = f"{call.__doc__}\n    Settings:\n{_described(keys)}\n"
+        return checked
+
+    return decorate
+
+
+def _check_known(name: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raise TypeError, with the nearest name, for a keyword that a function does not know."""
+    for keyword in given:
+        if keyword not in known:
+            raise TypeError(
+                f"{name}() got an unexpected keyword argument '{keyword}'. "
+                f"{suggest(keyword, known)}"
+            )
+
+
+def _parameter(keyword: str, key: Key, hint: object) -> inspect.Parameter:
+    default = SECTIONS[key[0]].model_fields[key[1]].default
+    if key in _ONE:
+        default = next(iter(default), None)
+    return inspect.Parameter(
+        keyword, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+    )
+
+
+def _described(keys: Mapping[str, Key]) -> str:
+    fields = {keyword: SECTIONS[s].model_fields[k] for keyword, (s, k) in keys.items()}
+    return "\n".join(
+        f"        {keyword}: {in_python(str(field.description))}"
+        for keyword, field in fields.items()
+    )
+
+
+def run_of(
+    name: str,
+    keywords: Mapping[str, object],
+    profile: PathText | None,
+    progress: bool,
+    inherited: Given | None = None,
+) -> Run:
+    """Return what a function works with.
+
+    Args:
+        name: the function.
+        keywords: the settings that it was given; None counts as not given.
+        profile: the profile to read; without one, neither a profile nor the environment is read.
+        progress: whether to report on stderr.
+        inherited: settings of an earlier call, weaker than ``keywords``.
+
+    Raises:
+        UsageError: one line for every wrong value.
+    """
+    keys = {keyword_of(key): key for key in SETTINGS[name]}
+    own = {keys[keyword]: _plain(value) for keyword, value in keywords.items()}
+    given = {**(inherited or {}), **{key: v for key, v in own.items() if v is not None}}
+    named = None if profile is None else Path(os.fspath(profile))
+    try:
+        resolved = resolve(given, named, environ={}, search=False)
+    except UsageError as error:
+        if "--help" in error.hint:
+            error.hint = f"help(hisvd.{name}) lists the settings, their values and defaults."
+        raise
+    sweep(resolved.settings.model.scratch)
+    return Run(resolved, PythonReporter() if progress else Silent())
+
+
+def path_of(path: PathText) -> Path:
+    """Return a path that the caller named, ``~`` expanded."""
+    return expanded(os.fspath(path))
+
+
+def _plain(value: object) -> object:
+    """Return a value as the settings take it: texts for paths, lists for tuples."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

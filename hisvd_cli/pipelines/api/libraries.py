@@ -1,0 +1,48 @@
+"""How a call keeps the libraries under it quiet; after it, they are as they were before."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+
+@contextmanager
+def quiet_libraries(everything: bool) -> Iterator[None]:
+    """Silence the progress bars of transformers and datasets while the body runs.
+
+    Args:
+        everything: silence their log lines, warnings, and the bars of downloads as well.
+    """
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging
+
+    with ExitStack() as stack:
+        downloads = not are_progress_bars_disabled()
+        stack.callback(enable_progress_bars if downloads else disable_progress_bars)
+        if logging.is_progress_bar_enabled():
+            stack.callback(logging.enable_progress_bar)  # those of downloads as well
+            logging.disable_progress_bar()
+        if downloads and not everything:
+            enable_progress_bars()
+        if everything or "datasets" in sys.modules:  # importing it takes a while
+            _silence_datasets(stack)
+        if everything:
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        yield
+
+
+def _silence_datasets(stack: ExitStack) -> None:
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if not are_progress_bars_disabled():
+        stack.callback(enable_progress_bars)
+        disable_progress_bars()

@@ -1,0 +1,75 @@
+"""Names of settings in Python, and flags in messages turned into them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hisvd_cli.pipelines.config.commands import Key
+from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
+from hisvd_cli.utils.errors import HisvdError
+from hisvd_cli.utils.progress import StderrReporter
+
+
+def keyword_of(key: Key) -> str:
+    """Return the keyword of a setting: its flag as a Python name, such as ``rank_method``."""
+    return _python_name(flag_of(*key))
+
+
+def _python_name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+_OWN_FLAGS = (
+    *("--output", "--overwrite", "--plan", "--profile", "--to", "--push-to-hub", "--private"),
+    *("--markdown", "--csv", "--report", "--fresh", "--update-card"),
+)
+_PYTHON = {
+    flag: _python_name(flag)
+    for flag in (*_OWN_FLAGS, *(flag_of(s, k) for s, m in SECTIONS.items() for k in m.model_fields))
+} | {"--from": "source"}
+# The command that a message recommends stays as it is, to the end of its sentence.
+_FLAG = re.compile(
+    r"\bhisvd (?:calibrate|plan|compress|eval|inspect|convert)\b.*|(?<![\w-])--[\w-]+"
+)
+_GIVEN = re.compile(r"(?m)^(--[\w-]+) (?=.* must )")
+
+
+def in_python(text: str) -> str:
+    """Return a message with keywords in the place of flags."""
+    return _FLAG.sub(_named, _GIVEN.sub(r"\1=", text))
+
+
+def _named(found: re.Match[str]) -> str:
+    flag = found[0]
+    if off := _PYTHON.get(flag.replace("--no-", "--", 1)) if flag.startswith("--no-") else None:
+        return f"{off}=False"
+    return _PYTHON.get(flag, flag)
+
+
+@contextmanager
+def errors_in_python() -> Iterator[None]:
+    """Have errors of the body name keywords, and show their hint in a traceback."""
+    try:
+        yield
+    except HisvdError as error:
+        error.message, error.hint = in_python(error.message), in_python(error.hint)
+        error.args = ("\n".join(filter(None, (error.message, error.hint))),)
+        raise
+
+
+class PythonReporter(StderrReporter):
+    """Reports on stderr, with keywords in the place of flags."""
+
+    def note(self, message: str) -> None:
+        """Report something worth knowing."""
+        super().note(in_python(message))
+
+    def suggest(self, message: str) -> None:
+        """Report something better that the caller could do."""
+        super().suggest(in_python(message))
+
+    def warn(self, message: str) -> None:
+        """Report something that may change a result."""
+        super().warn(in_python(message))

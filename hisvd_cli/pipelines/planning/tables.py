@@ -1,0 +1,37 @@
+"""A plan as a table of texts, which a terminal and a notebook each draw in their own way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hisvd_cli.allocation.plan import Plan
+
+CLUSTER_COLUMNS = (
+    *("sublayer type", "count", "density", "tail share", "factor", "ranks", "full", "kept"),
+)
+
+
+def cluster_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Return a row of texts for each sublayer type."""
+    table: list[tuple[str, ...]] = []
+    for row in plan.clusters:
+        rows = [s for s in plan.sublayers if s.cluster == row.cluster]
+        cells = (
+            row.cluster,
+            str(row.sublayers),
+            "-" if row.density is None else f"{row.density:.3f}",
+            f"{row.tail_share:.4f}",
+            "-" if row.factor is None else f"{row.factor:.4f}",
+            rank_span(sorted({s.rank for s in rows if not s.dense})),
+            str(max((s.full_rank for s in rows), default=0)),
+            f"{row.kept_ratio:.1%}",
+        )
+        table.append(cells)
+    return table
+
+
+def rank_span(ranks: Sequence[int]) -> str:
+    """Return the least and the greatest of sorted ranks."""
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
