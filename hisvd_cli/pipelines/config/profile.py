@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from hisvd_cli.modeling.pickles.unpickle import clean
+from hisvd_cli.modeling.pickles.records import clean
 from hisvd_cli.pipelines.config.presets import PRESETS
 from hisvd_cli.pipelines.config.profile_search import Search, search_profile
 from hisvd_cli.pipelines.config.settings import (
