@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from torch import nn
 
-from hisvd_cli.calibration.data import load_instructions, load_text
 from hisvd_cli.calibration.store import open_calibration
+from hisvd_cli.calibration.text.datasets import load_instructions, load_text
 from hisvd_cli.evaluation.perplexity import Sums
 from hisvd_cli.evaluation.store import Store
 from hisvd_cli.export.convert import to_dense

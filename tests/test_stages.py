@@ -114,7 +114,8 @@ def test_gradients_are_those_of_the_whole_truncated_model(
 
 def whole_gradients(folder: Path, command: Command) -> dict[str, Tensor]:
     """Return the gradients of the mean loss on the calibration's tokens, by autograd."""
-    from hisvd_cli.calibration.data import load_text, sample_windows, tokenize
+    from hisvd_cli.calibration.text.datasets import load_text
+    from hisvd_cli.calibration.text.tokens import sample_windows, tokenize
     from hisvd_cli.modeling.sources.opening import open_source
 
     dataset = str(command[command.index("--dataset") + 1])

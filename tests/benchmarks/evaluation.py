@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from hisvd_cli.calibration.data import load_text
+from hisvd_cli.calibration.text.datasets import load_text
 from hisvd_cli.evaluation.perplexity import evaluation_windows
 from hisvd_cli.modeling.checkpoint import load_model
 from hisvd_cli.modeling.divergence import token_losses

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.allocation.plan import Plan, load_plan
-from hisvd_cli.calibration.data import Text
+from hisvd_cli.calibration.text.datasets import Text
 from hisvd_cli.compression.factorize import Compressed
 from hisvd_cli.compression.stage_times import keep_times
 from hisvd_cli.compression.updating import Update

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from hisvd_cli.allocation.plan import Plan, load_plan
-from hisvd_cli.calibration.data import check_seqlen
-from hisvd_cli.calibration.self_text import sample_self
+from hisvd_cli.calibration.text.self_text import sample_self
+from hisvd_cli.calibration.text.tokens import check_seqlen
 from hisvd_cli.compression.factorize import Compressed
 from hisvd_cli.export.model_card import rewrite_card
 from hisvd_cli.finetuning.adaptation import Adapter, adapt, check_peft

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hisvd_cli.calibration.data import model_positions
+from hisvd_cli.calibration.text.tokens import model_positions
 from hisvd_cli.evaluation.efficiency import Runner, TimedWork, time_in_turns
 from hisvd_cli.evaluation.speed import Race, Speed
 from hisvd_cli.modeling.sources.source import Source

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hisvd_cli.calibration.data import Text, load_text
+from hisvd_cli.calibration.text.datasets import Text, load_text
 from hisvd_cli.evaluation.grid import Evaluation, Failure, Grid
 from hisvd_cli.evaluation.perplexity import Comparison, PerplexityResult, compare, result_of
 from hisvd_cli.evaluation.speed import Speed

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from hisvd_cli.calibration.data import Text
+from hisvd_cli.calibration.text.datasets import Text
 from hisvd_cli.evaluation.measurement import Measurement, Reference, measure
 from hisvd_cli.evaluation.perplexity import Sums, Windows, evaluation_windows
 from hisvd_cli.evaluation.store import open_store

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from hisvd_cli.calibration.token_ids import known_ids
+from hisvd_cli.calibration.text.token_ids import known_ids
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.utils.device import seeded

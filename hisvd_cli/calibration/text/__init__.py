@@ -1,0 +1,1 @@
+"""Text by name, as tokens: named datasets, hub ids, local files, chats, generated text."""
