@@ -24,7 +24,7 @@ from hisvd_cli.modeling.layers.quantized import (
 )
 from hisvd_cli.modeling.sublayers import Sublayer
 from hisvd_cli.pipelines.compressing.quantization import quantize_checkpoint
-from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.utils.errors import OutputError
 from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.progress import Silent

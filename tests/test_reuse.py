@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hisvd_cli.calibration.text.self_text import sample_self
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.weights import INDEX, SINGLE, open_weights
-from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import ALLOCATOR_NAMES, SECTIONS, decides
 from hisvd_cli.utils.files.artifact import partial_path
 from hisvd_cli.utils.progress import Silent

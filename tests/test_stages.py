@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hisvd_cli.pipelines.compressing.compression import compress_model
-from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.progress import Silent
 from tests import schemas
 from tests.cli_helpers import as_json, digests, fail, running, script, stop_at, succeed, text_file

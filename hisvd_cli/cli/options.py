@@ -14,7 +14,8 @@ import typer
 
 from hisvd_cli.cli.console import Console
 from hisvd_cli.pipelines.config.presets import PRESETS
-from hisvd_cli.pipelines.config.profile import Key, Resolved, resolve
+from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.config.resolved import Key, Resolved
 from hisvd_cli.pipelines.config.settings import (
     SECTIONS,
     Settings,

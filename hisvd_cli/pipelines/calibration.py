@@ -24,7 +24,7 @@ from hisvd_cli.calibration.workload import Workload
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import flag_of
 from hisvd_cli.pipelines.memory.bounds import place_states
 from hisvd_cli.pipelines.memory.whole_models import check_writing

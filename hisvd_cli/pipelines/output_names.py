@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.errors import OutputError, UsageError
 from hisvd_cli.utils.files.cache import expanded
 from hisvd_cli.utils.files.scratch import BUILDING, WORK

@@ -16,7 +16,7 @@ from hisvd_cli.inspection.pt_files import load_pt
 from hisvd_cli.modeling.checkpoint import PLAN_FILE
 from hisvd_cli.modeling.folder_record import read_record, recorded
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
 from hisvd_cli.pipelines.output_names import check_place, inputs_of, refuse_inputs
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio

@@ -20,7 +20,7 @@ from hisvd_cli.calibration.text.tokens import (
     tokenize,
 )
 from hisvd_cli.modeling.sources.source import DEMO, Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.device import pick_device, pick_dtype
 from hisvd_cli.utils.errors import OutputError, StaleArtifactError, UsageError
 from hisvd_cli.utils.files.fingerprints import cache_root, digest, expanded, file_digest

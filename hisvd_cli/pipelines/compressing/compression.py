@@ -43,7 +43,7 @@ from hisvd_cli.pipelines.compressing.stages import (
     last_stage,
 )
 from hisvd_cli.pipelines.compressing.updates import prepare_update
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.cards import perplexity_results
 from hisvd_cli.pipelines.evaluating.evaluation import check_texts, measure, open_target, pick_texts
 from hisvd_cli.pipelines.memory.bounds import check_factoring, check_rounding, check_update

@@ -17,7 +17,7 @@ from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.calibration import ensure_calibration, find_calibration, named_source
 from hisvd_cli.pipelines.compressing.compression import Outcome, check_request, compress_model
 from hisvd_cli.pipelines.compressing.recovery import reads_the_same, wants_recovery
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.evaluation import tolerated
 from hisvd_cli.pipelines.forecast import forecast_compression
 from hisvd_cli.pipelines.output_names import check_form

@@ -17,7 +17,7 @@ from hisvd_cli.export.model_card import rewrite_card
 from hisvd_cli.modeling.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.modeling.layers.quantized import dequantize
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import flag_of
 from hisvd_cli.pipelines.samples import (
     calibration_sample,

@@ -33,7 +33,7 @@ from hisvd_cli.modeling.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint
 from hisvd_cli.modeling.layers.lowrank import FACTORS
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import RecoverSettings
 from hisvd_cli.pipelines.memory.whole_models import check_training, check_writing
 from hisvd_cli.pipelines.samples import SELF, default_dataset, located, stored_dtype

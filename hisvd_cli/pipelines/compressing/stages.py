@@ -41,7 +41,7 @@ from hisvd_cli.modeling.checkpoint import open_checkpoint
 from hisvd_cli.modeling.corrected import corrected
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.calibration import calibrate_again
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import CompressSettings, flag_of
 from hisvd_cli.pipelines.memory.bounds import fitted, place_states, workload
 from hisvd_cli.pipelines.planning.methods import decomposer_knobs, decomposer_needs, plan_needs

@@ -20,7 +20,7 @@ from hisvd_cli.modeling.checkpoint import is_checkpoint, open_checkpoint
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import DEMO, Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.efficiency import Track
 from hisvd_cli.pipelines.evaluating.measuring import Bench, Measured
 from hisvd_cli.pipelines.evaluating.tasks import Examination

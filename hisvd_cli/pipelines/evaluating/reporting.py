@@ -11,7 +11,7 @@ from hisvd_cli.evaluation.report.content import ModelFacts, Report, Spectra
 from hisvd_cli.evaluation.report.page import render
 from hisvd_cli.inspection.audit import part
 from hisvd_cli.modeling.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.evaluation import open_target
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.fingerprints import cache_root

@@ -20,7 +20,7 @@ from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, select
 from hisvd_cli.pipelines.calibration import find_calibration, named_source, require_calibration
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import PlanSettings, Settings
 from hisvd_cli.pipelines.memory.bounds import check_factoring
 from hisvd_cli.pipelines.memory.whole_models import check_measuring
@@ -32,10 +32,7 @@ from hisvd_cli.pipelines.planning.methods import measures, method_that_needs, pl
 from hisvd_cli.pipelines.planning.probes import open_probe
 from hisvd_cli.pipelines.planning.spectra import find_roundings, find_spectra
 from hisvd_cli.utils.distributed import world
-from hisvd_cli.utils.errors import (
-    BudgetError,
-    UsageError,
-)
+from hisvd_cli.utils.errors import BudgetError, UsageError
 from hisvd_cli.utils.files.text_output import check_text_place, takes_text
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.registry import accepted

@@ -15,7 +15,7 @@ from hisvd_cli.linalg.statistics import Statistics
 from hisvd_cli.linalg.truncation import decomposing
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.planning.methods import decomposer_knobs, decomposer_needs, measures
 from hisvd_cli.pipelines.samples import calibrated_dtype, calibration_sample
 from hisvd_cli.utils.device import pick_device
