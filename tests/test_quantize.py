@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hisvd_cli.compression.quantization import sublayer_names
 from hisvd_cli.inspection.audit import Layout, sublayer_shapes
-from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.layers.quantized import (
     QuantizedLinear,
     QuantizedLowRankLinear,
@@ -303,7 +303,7 @@ def test_the_hidden_states_are_those_of_integers(
         write_tensors(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.compression.quantization.write_tensors", stop_after_two)
+        patch.setattr("hisvd_cli.compression.quantized_parts.write_tensors", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             _quantize(whole, tmp_path / "two")
     assert not (tmp_path / "two").exists()

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.calibration.collector import Collector, TurnSum
+from hisvd_cli.calibration.statistics_files import block_file
 from hisvd_cli.calibration.store import (
     FORMAT_VERSION,
     MANIFEST,
     Calibration,
     Sample,
-    block_file,
     calibration_key,
     open_calibration,
 )

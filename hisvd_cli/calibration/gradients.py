@@ -13,15 +13,14 @@ from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.calibration.calibrate import STATE_SECONDS
 from hisvd_cli.calibration.gradient_collector import GradientCollector
 from hisvd_cli.calibration.reverse_walk import ReverseWalk
+from hisvd_cli.calibration.statistics_files import block_file, weights_file
 from hisvd_cli.calibration.store import (
     FORMAT_VERSION,
     GRADIENTS,
     GRADIENTS_MANIFEST,
     Calibration,
     Sample,
-    block_file,
     open_calibration,
-    weights_file,
 )
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.hidden_states import Place, StatesHome

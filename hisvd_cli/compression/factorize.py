@@ -21,18 +21,15 @@ from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.compression.parts import Factory, block_of
 from hisvd_cli.compression.updating import Update, Updating
 from hisvd_cli.linalg.statistics import Need, missing
-from hisvd_cli.modeling.checkpoint import (
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.config import (
     FORMAT_VERSION,
-    PLAN_FILE,
     compressed_config,
-    join_parts,
-    parts_left,
-    shard_file,
-    shard_names,
     untied,
     write_loader,
 )
-from hisvd_cli.modeling.folder_record import Describe, write_record
+from hisvd_cli.modeling.checkpoints.folder_record import Describe, write_record
+from hisvd_cli.modeling.checkpoints.shards import join_parts, parts_left, shard_file, shard_names
 from hisvd_cli.modeling.layers.lowrank import Storage, factor_shapes
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, own_head, tensor_names
 from hisvd_cli.modeling.sources.companions import copy_code, copy_companions, warn_of_links

@@ -11,18 +11,16 @@ from torch import Tensor
 
 from hisvd_cli.export.model_card import write_dense_card
 from hisvd_cli.inspection.pt_files import OWN_TEXTS, PT_FORMAT, PT_VERSION, load_pt, travels
-from hisvd_cli.modeling.checkpoint import (
-    SHARD_BYTES,
-    Checkpoint,
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.config import (
     architecture_of,
     compressed_config,
     dense_config,
-    open_checkpoint,
     quantization_of,
     write_loader,
-    write_shards,
 )
-from hisvd_cli.modeling.folder_record import write_record
+from hisvd_cli.modeling.checkpoints.folder_record import write_record
+from hisvd_cli.modeling.checkpoints.shards import SHARD_BYTES, write_shards
 from hisvd_cli.modeling.layers.lowrank import FACTORS, dense_product, is_order
 from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, dequantized, storage_with
 from hisvd_cli.modeling.skeleton import build_meta_model

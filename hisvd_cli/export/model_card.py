@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hisvd_cli.allocation.plan import Plan, load_plan
 from hisvd_cli.calibration.text.datasets import NAMED
 from hisvd_cli.inspection.audit import stages_text, told_recovery
-from hisvd_cli.modeling.folder_record import PROVENANCE, content_hash, renew_record
+from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE, content_hash, renew_record
 from hisvd_cli.modeling.sources.companions import CARD, card_metadata, licences
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.errors import SourceError

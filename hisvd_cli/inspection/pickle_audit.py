@@ -22,7 +22,8 @@ from hisvd_cli.inspection.audit import (
     value_problems,
 )
 from hisvd_cli.inspection.pt_files import check_parts, open_pt, travels
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, quantization_of
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.config import quantization_of
 from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor, read_foreign
 from hisvd_cli.modeling.pickles.low_rank_pairs import find_pairs
 from hisvd_cli.modeling.sublayers import Sublayer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hisvd_cli.export.convert import from_pt, repack, to_dense, to_pt, unpacked
-from hisvd_cli.modeling.checkpoint import Checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.pipelines.compressing.quantization import check_quantization, quantize_checkpoint
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.output_names import inputs_of

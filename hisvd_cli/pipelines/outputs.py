@@ -13,8 +13,8 @@ import torch
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.export.own_files import foreign_files, is_own_folder
 from hisvd_cli.inspection.pt_files import load_pt
-from hisvd_cli.modeling.checkpoint import PLAN_FILE
-from hisvd_cli.modeling.folder_record import read_record, recorded
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.folder_record import read_record, recorded
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of

@@ -17,7 +17,7 @@ from hisvd_cli.evaluation.perplexity import PerplexityResult, evaluation_windows
 from hisvd_cli.export.convert import to_pt
 from hisvd_cli.export.model_card import update_card
 from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, open_checkpoint
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.calibration import ensure_calibration, named_source

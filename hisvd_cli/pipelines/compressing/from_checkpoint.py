@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.pipelines.compressing.recovery import course_of, prepare_recovery, run_recovery
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.output_names import inputs_of

@@ -12,7 +12,7 @@ from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.evaluation.grid import Failure
 from hisvd_cli.inspection.audit import part
 from hisvd_cli.linalg.statistics import Need
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.calibration import ensure_calibration, find_calibration, named_source
 from hisvd_cli.pipelines.compressing.compression import Outcome, check_request, compress_model

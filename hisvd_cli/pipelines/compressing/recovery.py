@@ -29,7 +29,7 @@ from hisvd_cli.finetuning.recover import (
 from hisvd_cli.finetuning.trainer import Course, Progress
 from hisvd_cli.finetuning.training_data import Lessons, load_lessons, windows_of
 from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint
 from hisvd_cli.modeling.layers.lowrank import FACTORS
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source

@@ -37,7 +37,7 @@ from hisvd_cli.compression.updating import Update
 from hisvd_cli.export.model_card import write_card
 from hisvd_cli.linalg.moments import exact_device
 from hisvd_cli.linalg.statistics import Need
-from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.corrected import corrected
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.calibration import calibrate_again

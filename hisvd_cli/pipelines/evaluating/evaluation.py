@@ -16,7 +16,7 @@ from hisvd_cli.evaluation.speed import Speed
 from hisvd_cli.evaluation.zero_shot import Score
 from hisvd_cli.export.convert import unpacked
 from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoint import is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint, open_checkpoint
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import DEMO, Source

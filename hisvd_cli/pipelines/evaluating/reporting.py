@@ -10,7 +10,7 @@ from hisvd_cli.evaluation.grid import Grid
 from hisvd_cli.evaluation.report.content import ModelFacts, Report, Spectra
 from hisvd_cli.evaluation.report.page import render
 from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.evaluation import open_target
 from hisvd_cli.utils.errors import SourceError

@@ -9,7 +9,7 @@ import torch
 
 from hisvd_cli.calibration.workload import Peak, parameters
 from hisvd_cli.linalg.moments import exact_device
-from hisvd_cli.modeling.checkpoint import is_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers

@@ -1,0 +1,1 @@
+"""Checkpoint folders: config, weight files, the record of the small files."""
