@@ -14,8 +14,8 @@ from hisvd_cli.compression.factorize import Compressed
 from hisvd_cli.compression.stage_times import keep_times
 from hisvd_cli.compression.updating import Update
 from hisvd_cli.evaluation.perplexity import PerplexityResult, evaluation_windows
+from hisvd_cli.export.card_results import update_card
 from hisvd_cli.export.convert import to_pt
-from hisvd_cli.export.model_card import update_card
 from hisvd_cli.inspection.audit import part
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, open_checkpoint
 from hisvd_cli.modeling.skeleton import tell_notes
