@@ -22,8 +22,9 @@ from hisvd_cli.calibration.store import (
     calibration_key,
     open_calibration,
 )
-from hisvd_cli.modeling.block_walk import BlockWalk, overflow_hint
+from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.hidden_states import Place, StatesHome
+from hisvd_cli.modeling.overflow import overflow_hint
 from hisvd_cli.modeling.rows import Checkpoints
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
