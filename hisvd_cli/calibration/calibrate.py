@@ -31,8 +31,9 @@ from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
 from hisvd_cli.utils.distributed import building_together, world
 from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.utils.files.checksums import intact
+from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.files.safetensors_header import dtype_name
-from hisvd_cli.utils.files.tensorfile import write_json, write_tensors
+from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 

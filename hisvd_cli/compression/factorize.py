@@ -37,7 +37,8 @@ from hisvd_cli.modeling.sources.source import Source, code_modules
 from hisvd_cli.utils.distributed import World, building_together, share_by_cost, world
 from hisvd_cli.utils.errors import StaleArtifactError
 from hisvd_cli.utils.files.fingerprints import digest
-from hisvd_cli.utils.files.tensorfile import write_json, write_tensors
+from hisvd_cli.utils.files.json_files import write_json
+from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.prefetch import ahead
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.registry import accepted

@@ -26,8 +26,8 @@ from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import find_sublayers
 from hisvd_cli.utils.files.artifact import building
 from hisvd_cli.utils.files.fingerprints import digest
+from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.files.safetensors_header import dtype_name
-from hisvd_cli.utils.files.tensorfile import write_json
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 

@@ -30,8 +30,8 @@ from hisvd_cli.modeling.skeleton import (
     tensor_names,
 )
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.utils.errors import NumericalError, SourceError
-from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, reason, write_tensors
+from hisvd_cli.utils.errors import NumericalError, SourceError, reason
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_tensors
 from hisvd_cli.utils.progress import Reporter
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 from hisvd_cli.calibration.text.datasets import NAMED
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE, content_hash, renew_record
 from hisvd_cli.modeling.sources.companions import CARD
-from hisvd_cli.utils.errors import SourceError
+from hisvd_cli.utils.errors import SourceError, reason
 from hisvd_cli.utils.escaping import markdown_text
+from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.fingerprints import slug
 from hisvd_cli.utils.files.json_files import read_json
-from hisvd_cli.utils.files.tensorfile import reason, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData

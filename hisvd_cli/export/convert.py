@@ -28,8 +28,10 @@ from hisvd_cli.modeling.sources.companions import companions, copy_companions, i
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.artifact import building
+from hisvd_cli.utils.files.atomic import replacing
 from hisvd_cli.utils.files.fingerprints import digest, file_digest
-from hisvd_cli.utils.files.tensorfile import replacing, serializing, write_json
+from hisvd_cli.utils.files.json_files import write_json
+from hisvd_cli.utils.files.tensorfile import serializing
 
 
 def to_pt(checkpoint: Checkpoint, path: Path) -> None:

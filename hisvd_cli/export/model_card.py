@@ -14,7 +14,7 @@ from hisvd_cli.inspection.audit import stages_text, told_recovery
 from hisvd_cli.modeling.sources.companions import CARD, card_metadata, licences
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.escaping import markdown_code, markdown_text
-from hisvd_cli.utils.files.tensorfile import write_text
+from hisvd_cli.utils.files.atomic import write_text
 
 _PLAN = "plan.json"
 _CARRIED = ("license", "license_name", "license_link", "language")

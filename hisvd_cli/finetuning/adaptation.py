@@ -27,8 +27,8 @@ from hisvd_cli.modeling.whole_model import load_model
 from hisvd_cli.utils.device import seeded
 from hisvd_cli.utils.errors import SourceError, UsageError
 from hisvd_cli.utils.files.checksums import intact, seal, sealed
-from hisvd_cli.utils.files.json_files import read_json
-from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_json
+from hisvd_cli.utils.files.json_files import read_json, write_json
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors
 from hisvd_cli.utils.progress import Reporter
 
 if TYPE_CHECKING:

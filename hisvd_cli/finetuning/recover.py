@@ -35,7 +35,7 @@ from hisvd_cli.utils.errors import NumericalError, SourceError
 from hisvd_cli.utils.files.artifact import building
 from hisvd_cli.utils.files.checksums import intact
 from hisvd_cli.utils.files.fingerprints import digest
-from hisvd_cli.utils.files.tensorfile import write_json
+from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 

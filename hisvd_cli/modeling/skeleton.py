@@ -19,8 +19,7 @@ from hisvd_cli.modeling.sources.stored_names import (
     refuse_unmerged,
     value_head,
 )
-from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
-from hisvd_cli.utils.files.tensorfile import reason
+from hisvd_cli.utils.errors import SourceError, UnsupportedModelError, reason
 from hisvd_cli.utils.library_errors import library_errors
 
 if TYPE_CHECKING:

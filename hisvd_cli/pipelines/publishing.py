@@ -14,8 +14,8 @@ from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint, open_checkp
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
 from hisvd_cli.modeling.sources.companions import companions, is_own_file
 from hisvd_cli.modeling.sources.weights import open_weights
-from hisvd_cli.utils.errors import OutputError, SourceError, UsageError
-from hisvd_cli.utils.files.tensorfile import TEMPORARY, reason
+from hisvd_cli.utils.errors import OutputError, SourceError, UsageError, reason
+from hisvd_cli.utils.files.atomic import TEMPORARY
 from hisvd_cli.utils.progress import Reporter
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from hisvd_cli.modeling.sources.source import DEMO, Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.device import pick_device, pick_dtype
 from hisvd_cli.utils.errors import OutputError, StaleArtifactError, UsageError
+from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.fingerprints import cache_root, digest, expanded, file_digest
 from hisvd_cli.utils.files.safetensors_header import dtype_name
-from hisvd_cli.utils.files.tensorfile import write_text
 from hisvd_cli.utils.progress import Reporter
 
 DEFAULT_SEQLEN = 2048

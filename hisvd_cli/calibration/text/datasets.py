@@ -23,9 +23,8 @@ from hisvd_cli.calibration.text.files import (
     read_plain,
 )
 from hisvd_cli.modeling.sources.source import DEMO, DEMO_FOLDER
-from hisvd_cli.utils.errors import DataError, suggest
+from hisvd_cli.utils.errors import DataError, reason, suggest
 from hisvd_cli.utils.files.fingerprints import digest, expanded
-from hisvd_cli.utils.files.tensorfile import reason
 
 Purpose = Literal["calibration", "evaluation"]
 _JOIN = "\n\n"

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hisvd_cli.utils.errors import DataError
+from hisvd_cli.utils.errors import DataError, reason
 from hisvd_cli.utils.files.json_files import parse_json
-from hisvd_cli.utils.files.tensorfile import reason
 from hisvd_cli.utils.library_errors import library_errors
 
 FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")

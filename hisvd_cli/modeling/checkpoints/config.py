@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.modeling.layers.lowrank import Storage
-from hisvd_cli.utils.errors import SourceError
-from hisvd_cli.utils.files.tensorfile import reason
+from hisvd_cli.utils.errors import SourceError, reason
 
 if TYPE_CHECKING:
     from hisvd_cli.modeling.layers.transformers_plugin import HiSVDConfig

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hisvd_cli.modeling.sources.weights import INDEX, SINGLE
 from hisvd_cli.utils.files.checksums import intact
-from hisvd_cli.utils.files.tensorfile import join_files, write_json, write_tensors
+from hisvd_cli.utils.files.json_files import write_json
+from hisvd_cli.utils.files.tensorfile import join_files, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from typing import Any
 from hisvd_cli.allocation.anatomy import Anatomy, dissect
 from hisvd_cli.allocation.budget import Budget, break_even, cost
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Probe
-from hisvd_cli.allocation.plan import ModelSize, Plan, assemble, by_bytes, load_plan
+from hisvd_cli.allocation.plan import Plan, load_plan
+from hisvd_cli.allocation.plan_assembly import ModelSize, assemble, by_bytes
 from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.calibration.store import Calibration
