@@ -39,7 +39,7 @@ from hisvd_cli.calibration import calibrate, gradients
 from hisvd_cli.cli import app
 from hisvd_cli.evaluation import measurement
 from hisvd_cli.finetuning.trainer import Course
-from hisvd_cli.pipelines.compressing import recovery
+from hisvd_cli.pipelines.recovering import recovery
 from hisvd_cli.utils.files.owners import TAG
 from tests.cli_helpers import digests
 

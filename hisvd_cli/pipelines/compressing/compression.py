@@ -26,15 +26,6 @@ from hisvd_cli.pipelines.compressing.quantization import (
     quantize_compressed,
     quantizes,
 )
-from hisvd_cli.pipelines.compressing.recovery import (
-    Unmended,
-    check_recovery,
-    check_trains,
-    mend,
-    reads_the_same,
-    unmended,
-    wants_recovery,
-)
 from hisvd_cli.pipelines.compressing.stages import (
     RECORDED,
     Stage,
@@ -63,6 +54,9 @@ from hisvd_cli.pipelines.planning.plans import (
     make_plans,
     open_plan,
 )
+from hisvd_cli.pipelines.recovering.recovery import check_recovery, check_trains, wants_recovery
+from hisvd_cli.pipelines.recovering.texts import reads_the_same
+from hisvd_cli.pipelines.recovering.unrecovered import Unmended, mend, unmended
 from hisvd_cli.pipelines.samples import default_dataset, window_length
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.errors import UsageError

@@ -16,13 +16,14 @@ from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, is_checkpoint, 
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.calibration import ensure_calibration, find_calibration, named_source
 from hisvd_cli.pipelines.compressing.compression import Outcome, check_request, compress_model
-from hisvd_cli.pipelines.compressing.recovery import reads_the_same, wants_recovery
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.evaluation import tolerated
 from hisvd_cli.pipelines.forecast import forecast_compression
 from hisvd_cli.pipelines.output_names import check_form
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs
+from hisvd_cli.pipelines.recovering.recovery import wants_recovery
+from hisvd_cli.pipelines.recovering.texts import reads_the_same
 from hisvd_cli.pipelines.samples import is_text_of
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.errors import OutputError, UsageError
