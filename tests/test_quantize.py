@@ -329,12 +329,12 @@ def test_an_interrupted_rounding_loses_no_training(
         raise OutputError("The disk is full.", "Free some space.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.pipelines.compressing.compression.quantize_compressed", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.writing.quantize_compressed", stop)
         assert fail(*words, "--output", tmp_path / "two")[0] == "The disk is full."
     assert not (tmp_path / "two").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.pipelines.compressing.compression.mend", stop)
-        patch.setattr("hisvd_cli.pipelines.compressing.compression.factored", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.writing.mend", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.writing.factored", stop)
         succeed(*words, "--output", tmp_path / "two")
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]

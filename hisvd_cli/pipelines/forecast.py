@@ -28,8 +28,8 @@ from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
 from hisvd_cli.pipelines.calibration import find_calibration, named_source, wanted_statistics
-from hisvd_cli.pipelines.compressing.compression import check_request
 from hisvd_cli.pipelines.compressing.quantization import bytes_saved
+from hisvd_cli.pipelines.compressing.request import check_request
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.bounds import factoring_of, fitted, fitted_update, workload
 from hisvd_cli.pipelines.outputs import output_path

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from hisvd_cli.allocation.anatomy import dissect
 from hisvd_cli.allocation.plan import Plan, load_plan
 from hisvd_cli.calibration.store import Calibration, Sample
 from hisvd_cli.compression.corrections import BY_GRADIENT, correction
-from hisvd_cli.compression.factorize import Compressed, compress
 from hisvd_cli.compression.stages import (
     Running,
     Truncated,
@@ -33,21 +32,18 @@ from hisvd_cli.compression.stages import (
     write_by_gradients,
     write_weights,
 )
-from hisvd_cli.compression.updating import Update
-from hisvd_cli.export.model_card import write_card
-from hisvd_cli.linalg.moments import exact_device
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.corrected import corrected
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.calibration import calibrate_again
+from hisvd_cli.pipelines.compressing.stage import Stage, factored
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import CompressSettings, flag_of
 from hisvd_cli.pipelines.memory.bounds import fitted, place_states, workload
-from hisvd_cli.pipelines.planning.methods import decomposer_knobs, decomposer_needs, plan_needs
+from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs
 from hisvd_cli.pipelines.planning.plans import make_plans
 from hisvd_cli.pipelines.samples import calibrated_dtype, calibration_sample
-from hisvd_cli.utils.device import pick_device
 from hisvd_cli.utils.distributed import building_together, world
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.checksums import seal, sealed
@@ -55,32 +51,8 @@ from hisvd_cli.utils.files.fingerprints import digest
 from hisvd_cli.utils.progress import Reporter
 
 Seconds = dict[str, float]
-RECORDED = ("model", "calibration", "plan", "compress", "quantize")
-"""Sections of the settings that decide what a checkpoint is, but for its training."""
 _PLAN = "plan.json"
 _GRADIENTS: frozenset[Need] = frozenset({"moments", "gradients", "weight-gradients"})
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one truncation works on.
-
-    Attributes:
-        source: the model, from the second stage on with corrected weights.
-        calibration: its statistics.
-        plan: its ranks.
-        history: what the provenance says of the stages before, see :func:`compress`.
-    """
-
-    source: Source
-    calibration: Calibration
-    plan: Plan
-    history: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def original_key(self) -> str:
-        """Key of the calibration that the provenance names: the original's."""
-        return str(self.history.get("calibration", self.calibration.manifest)["key"])
 
 
 def check_stages(resolved: Resolved, source: Source) -> None:
@@ -102,34 +74,6 @@ def check_stages(resolved: Resolved, source: Source) -> None:
                 f"{flag} corrects between stages, but there is one stage.",
                 f"Give --stages 2, or leave out {flag}.",
             )
-
-
-def factored(
-    resolved: Resolved,
-    stage: Stage,
-    folder: Path,
-    reporter: Reporter,
-    update: Update | None = None,
-) -> Compressed:
-    """Truncate the model of a stage into a checkpoint folder, by the settings; an update is for the
-    last one."""
-    knobs = resolved.settings.compress
-    return compress(
-        stage.source,
-        stage.plan,
-        stage.calibration,
-        folder,
-        decomposer=knobs.decomposer,
-        knobs=decomposer_knobs(resolved.settings, stage.plan.settings),
-        needs=decomposer_needs(knobs),
-        device=exact_device(pick_device(resolved.settings.model.device)),
-        shard_bytes=int(knobs.max_shard_size * 1e9),
-        settings=resolved.recorded(*RECORDED),
-        describe=lambda home, record: write_card(home, stage.source, stage.plan, record),
-        reporter=reporter,
-        history=stage.history,
-        update=update,
-    )
 
 
 @contextmanager
