@@ -27,7 +27,8 @@ from hisvd_cli.compression.factorize import lay_out
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
-from hisvd_cli.pipelines.calibration import find_calibration, named_source, wanted_statistics
+from hisvd_cli.pipelines.calibration import named_source
+from hisvd_cli.pipelines.calibration_search import find_calibration, wanted_statistics
 from hisvd_cli.pipelines.compressing.quantization import bytes_saved
 from hisvd_cli.pipelines.compressing.request import check_request
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -35,8 +36,9 @@ from hisvd_cli.pipelines.memory.bounds import factoring_of, fitted, fitted_updat
 from hisvd_cli.pipelines.outputs import output_path
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
+from hisvd_cli.pipelines.planning.checks import check_knobs, check_planning_memory
 from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs, probe_passes
-from hisvd_cli.pipelines.planning.plans import check_knobs, check_planning_memory, open_plan
+from hisvd_cli.pipelines.planning.plans import open_plan
 from hisvd_cli.pipelines.samples import request_calibration
 from hisvd_cli.utils.progress import Reporter
 

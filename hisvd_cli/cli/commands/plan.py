@@ -64,7 +64,8 @@ def plan(
     from hisvd_cli.pipelines.forecast import forecast_plan
     from hisvd_cli.pipelines.output_names import output_name
     from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
-    from hisvd_cli.pipelines.planning.plans import check_plan_file, check_sublayers, plan_model
+    from hisvd_cli.pipelines.planning.checks import check_plan_file, check_sublayers
+    from hisvd_cli.pipelines.planning.plans import plan_model
 
     if dry_run:
         forecast = forecast_plan(run.resolved)

@@ -14,7 +14,8 @@ from hisvd_cli.inspection.audit import part
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.calibration import ensure_calibration, find_calibration, named_source
+from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
+from hisvd_cli.pipelines.calibration_search import find_calibration
 from hisvd_cli.pipelines.compressing.compression import Outcome, compress_model
 from hisvd_cli.pipelines.compressing.request import check_request
 from hisvd_cli.pipelines.config.resolved import Resolved
