@@ -144,6 +144,11 @@ def _write(
         pipeline_tag=TASK,
         tags=["hisvd", "low-rank", "compression"],
     )
+    body = _body(plan, record, multiplied, carries_code)
+    write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n{body}")
+
+
+def _body(plan: Plan, record: Mapping[str, Any], multiplied: bool, carries_code: bool) -> str:
     named = record["model"]["name"]
     # A path says where the model lay on one machine, which is nobody's business.
     model = Path(named).name if Path(named).exists() or Path(named).is_absolute() else named
@@ -152,7 +157,7 @@ def _write(
         integers.get("storage", plan.storage)
     ]
     trained = told_recovery(record)
-    body = _BODY.format(
+    return _BODY.format(
         name=markdown_text(Path(named).name),
         what=(_MULTIPLIED if multiplied else _LOW_RANK).format(
             model=markdown_code(model),
@@ -173,7 +178,6 @@ def _write(
         loading=_PLAIN_LOADING if multiplied else _CODE_LOADING if carries_code else _LOADING,
         and_plan="" if multiplied else ", the rank of every sublayer in `plan.json`",
     )
-    write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n{body}")
 
 
 def _licence(folder: Path) -> dict[str, Any]:

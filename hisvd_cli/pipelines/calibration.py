@@ -35,6 +35,7 @@ from hisvd_cli.pipelines.memory.whole_models import check_writing
 from hisvd_cli.pipelines.output_names import check_place, output_name
 from hisvd_cli.pipelines.samples import (
     SELF,
+    CalibrationRequest,
     calibrated_dtype,
     calibration_sample,
     draw_sample,
@@ -116,28 +117,7 @@ def _calibrate(
         if named
         else calibration_home(source) / request.key[:16]
     )
-    dtype: torch.dtype = getattr(torch, request.dtype)
-
-    def look() -> Calibration | tuple[Sample, Workload]:
-        """Return the calibration that is there already, or what one is to be made from."""
-        if not named and (folder / MANIFEST).is_file():
-            return open_calibration(folder, source)
-        present = _present(folder, source)
-        if present is None and named:  # the cache says by itself what to do
-            check_place(folder, "--calibration")
-        if request.dataset == SELF:
-            check_writing(resolved, source, request.seqlen, f"--dataset {SELF}")
-        work = place_states(resolved, source, wanted, reporter)
-        sample = draw_sample(request, source, reporter)
-        _warn_of_few(source, sample, reporter)
-        if present is not None and present.key != calibration_key(source, sample, dtype):
-            raise StaleArtifactError(
-                f"{folder} holds a calibration of other data or settings.",
-                "Name another folder with --calibration, or remove that one.",
-            )
-        return present or (sample, work)
-
-    found = world().agreed(look)
+    found = world().agreed(lambda: _look(resolved, source, request, folder, wanted, reporter))
     if isinstance(found, Calibration):
         return found
     sample, work = found
@@ -146,13 +126,42 @@ def _calibrate(
         sample,
         folder,
         device=torch.device(request.device),
-        dtype=dtype,
+        dtype=getattr(torch, request.dtype),
         batch=work.batch,
         settings=resolved.recorded("model", "calibration"),
         reporter=reporter,
         keep_inputs=set(wanted) != {"moments"},
         place=work.place,
     )
+
+
+def _look(
+    resolved: Resolved,
+    source: Source,
+    request: CalibrationRequest,
+    folder: Path,
+    wanted: Collection[Need],
+    reporter: Reporter,
+) -> Calibration | tuple[Sample, Workload]:
+    """Return the calibration that is there already, or what one is to be made from."""
+    named = resolved.settings.calibration.path
+    if not named and (folder / MANIFEST).is_file():
+        return open_calibration(folder, source)
+    present = _present(folder, source)
+    if present is None and named:  # the cache says by itself what to do
+        check_place(folder, "--calibration")
+    if request.dataset == SELF:
+        check_writing(resolved, source, request.seqlen, f"--dataset {SELF}")
+    work = place_states(resolved, source, wanted, reporter)
+    sample = draw_sample(request, source, reporter)
+    _warn_of_few(source, sample, reporter)
+    dtype: torch.dtype = getattr(torch, request.dtype)
+    if present is not None and present.key != calibration_key(source, sample, dtype):
+        raise StaleArtifactError(
+            f"{folder} holds a calibration of other data or settings.",
+            "Name another folder with --calibration, or remove that one.",
+        )
+    return present or (sample, work)
 
 
 def _warn_of_few(source: Source, sample: Sample, reporter: Reporter) -> None:

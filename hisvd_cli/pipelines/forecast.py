@@ -130,9 +130,7 @@ def forecast_compression(
     plan = open_plan(plan_file, source) if plan_file else None
     anatomy = dissect(source)
     found = find_calibration(resolved, source, reporter)
-    needs = decomposer_needs(resolved.settings.compress) | wanted_statistics(resolved)
-    if plan is None:
-        needs |= plan_needs(resolved.settings)
+    needs = _needs(resolved, plan)
     found = found if found and needs <= found.holds else None
     calibrating, work = _calibration(resolved, source, anatomy, needs)
     factoring = factoring_of(resolved, source, anatomy)
@@ -160,6 +158,11 @@ def forecast_compression(
         "stages": stages,
         "seconds": sum(stages.values()),
     }
+
+
+def _needs(resolved: Resolved, plan: Plan | None) -> frozenset[Need]:
+    needs = decomposer_needs(resolved.settings.compress) | wanted_statistics(resolved)
+    return needs | plan_needs(resolved.settings) if plan is None else needs
 
 
 def _update(

@@ -45,18 +45,7 @@ def check_request(
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
-        given = ("the plan that --plan names", "make the plan anew without --plan")
-        refuse_flags(resolved, "plan", *given)
-        if resolved.variants:
-            raise UsageError(
-                "Several presets are set, but --plan names one plan.",
-                "Leave out --plan, or set one preset.",
-            )
-        by_bytes = open_plan(plan_file, source).bytes is not None
-        if by_bytes:
-            refuse_flags(resolved, "quantize", *given, but=("bits", "damping"))
-        check_quantization(resolved, planned=by_bytes)
-        check_factoring(resolved, source)
+        _check_given_plan(resolved, source, plan_file)
     check_update(resolved, source)
     if resolved.settings.quantize.method == "gptq" and quantizes(resolved):
         check_rounding(resolved, source)
@@ -70,3 +59,18 @@ def check_request(
         check_recovery(resolved, source)
     path = output_path(resolved, output, plan_file)
     check_place_of(resolved, source, path, plan_file, overwrite)
+
+
+def _check_given_plan(resolved: Resolved, source: Source, plan_file: Path) -> None:
+    given = ("the plan that --plan names", "make the plan anew without --plan")
+    refuse_flags(resolved, "plan", *given)
+    if resolved.variants:
+        raise UsageError(
+            "Several presets are set, but --plan names one plan.",
+            "Leave out --plan, or set one preset.",
+        )
+    by_bytes = open_plan(plan_file, source).bytes is not None
+    if by_bytes:
+        refuse_flags(resolved, "quantize", *given, but=("bits", "damping"))
+    check_quantization(resolved, planned=by_bytes)
+    check_factoring(resolved, source)

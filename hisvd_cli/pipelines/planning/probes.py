@@ -52,14 +52,13 @@ def open_probe(
             "Run: hisvd calibrate",
         )
     sample = calibration_sample(resolved, source, calibration, reporter)
-    windows = sample.tokens[: resolved.settings.plan.probe_samples]
-    knobs = decomposer_knobs(resolved.settings)
+    knobs = resolved.settings.plan
+    windows = sample.tokens[: knobs.probe_samples]
     decomposer = resolved.settings.compress.decomposer
     method = DECOMPOSERS.get(decomposer)
-    used = accepted(method, knobs)
+    used = accepted(method, decomposer_knobs(resolved.settings))
     dtype = calibrated_dtype(resolved, calibration)
-    knobs_of_plan = resolved.settings.plan
-    chosen = select(anatomy.sublayers, knobs_of_plan.include, knobs_of_plan.exclude)
+    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     return ModelProbe(
         source,
         [s.name for s in chosen],
