@@ -38,7 +38,7 @@ from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
 from hisvd_cli.pipelines.planning.checks import check_knobs, check_planning_memory
 from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs, probe_passes
-from hisvd_cli.pipelines.planning.plans import open_plan
+from hisvd_cli.pipelines.planning.plan_files import open_plan
 from hisvd_cli.pipelines.samples import request_calibration
 from hisvd_cli.utils.progress import Reporter
 

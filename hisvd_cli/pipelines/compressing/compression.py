@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.compression.stage_times import keep_times
-from hisvd_cli.evaluation.perplexity import PerplexityResult
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
 from hisvd_cli.pipelines.compressing.before_and_after import before_and_after, evaluation_text
+from hisvd_cli.pipelines.compressing.outcome import Outcome
 from hisvd_cli.pipelines.compressing.request import check_request
 from hisvd_cli.pipelines.compressing.stage import Stage
 from hisvd_cli.pipelines.compressing.stages import last_stage
@@ -22,62 +19,12 @@ from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.evaluation import check_texts
 from hisvd_cli.pipelines.outputs import check_place_of, output_path, peak_memory
 from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs
-from hisvd_cli.pipelines.planning.plans import make_plans, open_plan
-from hisvd_cli.pipelines.recovering.recovery import check_trains, wants_recovery
+from hisvd_cli.pipelines.planning.plan_files import open_plan
+from hisvd_cli.pipelines.planning.plans import make_plans
+from hisvd_cli.pipelines.recovering.checks import check_trains, wants_recovery
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.files.scratch import clear_beside
 from hisvd_cli.utils.progress import Reporter
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished compression.
-
-    ``perplexity`` is (before, after) where it was measured; ``plan_path`` a file that holds the
-    plan; ``dtype`` that of the forward passes, ``stored_dtype`` that of the weights.
-    """
-
-    output: Path
-    plan: Plan
-    plan_path: Path
-    bytes: int
-    dense_bytes: int
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    perplexity: tuple[PerplexityResult, PerplexityResult] | None
-    dtype: str
-    stored_dtype: str
-
-    @property
-    def dense_parameters(self) -> int | None:
-        """Parameters of the whole model before; None where an old plan does not say."""
-        return self.plan.model_parameters
-
-    @property
-    def parameters(self) -> int | None:
-        """Parameters of the whole model now."""
-        total = self.plan.model_parameters
-        return total and total - self.plan.full_parameters + self.plan.kept_parameters
-
-    def document(self) -> dict[str, Any]:
-        """Return the outcome as JSON data."""
-        perplexity = None
-        if self.perplexity is not None:
-            before, after = self.perplexity
-            perplexity = {"before": before.perplexity, "after": after.perplexity}
-        return {
-            "output": str(self.output),
-            "ratio": self.plan.ratio,
-            "model_ratio": self.plan.model_ratio,
-            "kept_parameters": self.plan.kept_parameters,
-            "bytes": self.bytes,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "plan": str(self.plan_path),
-            "perplexity": perplexity,
-            "dtype": self.dtype,
-            "stored_dtype": self.stored_dtype,
-        }
 
 
 def compress_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.compressing.before_and_after import evaluates
 from hisvd_cli.pipelines.compressing.quantization import check_quantization, quantizes
-from hisvd_cli.pipelines.compressing.stages import check_stages
+from hisvd_cli.pipelines.compressing.stage_corrections import check_stages
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.bounds import check_factoring, check_rounding, check_update
 from hisvd_cli.pipelines.memory.whole_models import check_evaluation
@@ -15,8 +15,8 @@ from hisvd_cli.pipelines.outputs import check_place_of, output_path, refuse_flag
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.checks import check_knobs, check_planning_memory
 from hisvd_cli.pipelines.planning.methods import decomposer_needs
-from hisvd_cli.pipelines.planning.plans import open_plan
-from hisvd_cli.pipelines.recovering.recovery import check_recovery, check_trains, wants_recovery
+from hisvd_cli.pipelines.planning.plan_files import open_plan
+from hisvd_cli.pipelines.recovering.checks import check_recovery, check_trains, wants_recovery
 from hisvd_cli.utils.errors import UsageError
 
 

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from hisvd_cli.allocation.anatomy import Anatomy, dissect
+from hisvd_cli.allocation.anatomy import dissect
 from hisvd_cli.allocation.methods import ALLOCATORS
 from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.linalg.statistics import Need, missing
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
-from hisvd_cli.pipelines.calibration import named_source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import Settings
 from hisvd_cli.pipelines.memory.bounds import check_factoring
 from hisvd_cli.pipelines.memory.whole_models import check_measuring
-from hisvd_cli.pipelines.outputs import check_plan_output
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
 from hisvd_cli.pipelines.planning.methods import measures, method_that_needs, plan_needs
 from hisvd_cli.pipelines.planning.planner import budget_of
 from hisvd_cli.utils.errors import UsageError
-from hisvd_cli.utils.files.text_output import check_text_place, takes_text
-
-
-def check_sublayers(resolved: Resolved, patterns: Sequence[str]) -> None:
-    """Find out before any work whether patterns match planned sublayers. Raises UsageError."""
-    chosen(resolved, dissect(named_source(resolved)), patterns)
-
-
-def chosen(resolved: Resolved, anatomy: Anatomy, patterns: Sequence[str]) -> set[str]:
-    knobs = resolved.settings.plan
-    planned = select(anatomy.sublayers, knobs.include, knobs.exclude)
-    return {s.name for s in select(planned, patterns, [])}
-
-
-def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[str]) -> None:
-    """Refuse a file that a plan cannot go to, before any work.
-
-    Raises:
-        UsageError: several plans for one file, or a name that is no ``.json``.
-        OutputError: something else than a plan stands there.
-    """
-    for given, flag in ((ratios, "ratio"), (allocators, "allocator")):
-        if len(given) > 1:
-            raise UsageError(
-                f"--output takes one plan, but {len(given)} {flag}s were given.",
-                f"Give one --{flag}, or use --json.",
-            )
-    check_text_place(path, "--output")
-    if takes_text(path):
-        return
-    if path.suffix != ".json":
-        raise UsageError(f"--output {path} does not end in .json.", "Name it plan.json, say.")
-    check_plan_output(path, overwrite=True)
 
 
 def check_knobs(resolved: Resolved, source: Source) -> None:
@@ -76,9 +38,9 @@ def check_knobs(resolved: Resolved, source: Source) -> None:
     if (ratio := bytes_ratio(resolved)) is not None:
         byte_scope(ratio, resolved.settings, source, anatomy).check()
         return
-    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
+    _chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     for ratio in knobs.ratio:
-        budget_of(ratio, knobs, chosen, anatomy.size(knobs.include, knobs.exclude))
+        budget_of(ratio, knobs, _chosen, anatomy.size(knobs.include, knobs.exclude))
 
 
 def check_planning_memory(resolved: Resolved, source: Source) -> None:

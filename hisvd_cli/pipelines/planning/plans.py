@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hisvd_cli.allocation.anatomy import dissect
-from hisvd_cli.allocation.plan import Plan, load_plan
-from hisvd_cli.allocation.spectrum import Spectrum
+from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.calibration.store import Calibration
-from hisvd_cli.compression.factorize import check_plan
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
@@ -18,12 +15,7 @@ from hisvd_cli.pipelines.calibration_search import find_calibration, require_cal
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
-from hisvd_cli.pipelines.planning.checks import (
-    check_knobs,
-    check_planning_memory,
-    check_statistics,
-    chosen,
-)
+from hisvd_cli.pipelines.planning.checks import check_knobs, check_planning_memory, check_statistics
 from hisvd_cli.pipelines.planning.planner import Planner
 from hisvd_cli.pipelines.planning.probes import open_probe
 from hisvd_cli.pipelines.planning.spectra import find_roundings, find_spectra
@@ -51,34 +43,6 @@ def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
             f"{source.name} is not calibrated with these settings: planned from its weights alone."
         )
     return make_plans(resolved, source, calibration, reporter)
-
-
-def sublayer_spectra(
-    resolved: Resolved, patterns: Sequence[str], reporter: Reporter
-) -> list[Spectrum]:
-    """Return the spectra that a plan looks at, of the sublayers that match a pattern.
-
-    Raises:
-        UsageError: a pattern that matches nothing.
-    """
-    source = named_source(resolved)
-    anatomy = dissect(source)
-    names = chosen(resolved, anatomy, patterns)
-    calibration = find_calibration(resolved, source, reporter)
-    spectra = find_spectra(resolved, source, anatomy, calibration, reporter)
-    return [s for s in spectra if s.name in names]
-
-
-def open_plan(path: Path, source: Source) -> Plan:
-    """Read a plan that was made for ``source``.
-
-    Raises:
-        SourceError: no plan there.
-        StaleArtifactError: it was made for another model.
-    """
-    plan = load_plan(path)
-    check_plan(plan, source)
-    return plan
 
 
 def make_plans(

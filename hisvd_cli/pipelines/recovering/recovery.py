@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hisvd_cli.calibration.text.tokens import check_seqlen
-from hisvd_cli.finetuning.adaptation import check_peft
 from hisvd_cli.finetuning.recover import Classroom, check_teacher, check_trainable
 from hisvd_cli.finetuning.training_data import Lessons
 from hisvd_cli.inspection.audit import part
@@ -19,21 +17,18 @@ from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import RecoverSettings
-from hisvd_cli.pipelines.memory.whole_models import check_training, check_writing
-from hisvd_cli.pipelines.recovering.texts import (
-    limited,
-    load_text_of,
-    named_text,
-    text_of,
-    training_windows,
+from hisvd_cli.pipelines.memory.whole_models import check_training
+from hisvd_cli.pipelines.recovering.checks import (
+    check_knobs,
+    check_trains,
+    tokens_together,
+    training_dtype,
 )
-from hisvd_cli.pipelines.samples import SELF, stored_dtype
-from hisvd_cli.utils.device import pick_device, pick_dtype
-from hisvd_cli.utils.distributed import world
+from hisvd_cli.pipelines.recovering.texts import text_of, training_windows
+from hisvd_cli.pipelines.samples import SELF
+from hisvd_cli.utils.device import pick_device
 from hisvd_cli.utils.errors import SourceError, UsageError
 from hisvd_cli.utils.progress import Reporter
-
-_TOGETHER = 2048  # tokens that go through the model at once
 
 
 @dataclass(frozen=True)
@@ -58,52 +53,6 @@ class Recovery:
         return self.resolved.settings.recover
 
 
-def wants_recovery(resolved: Resolved) -> bool:
-    """Tell whether a short training was asked for."""
-    return resolved.settings.recover.method != "none"
-
-
-def check_recovery(resolved: Resolved, dense: Source) -> None:
-    """Find out before a compression whether the recovery behind it can begin.
-
-    Raises:
-        UsageError: several processes, or a library is missing.
-        DataError: the text is missing, too short, or lacks a field.
-    """
-    _check_knobs(resolved)
-    check_seqlen(resolved.settings.recover.seqlen, dense)
-    calibrated = resolved.settings.calibration
-    # Where neither names a text, it is that of a calibration which may not be there yet.
-    dataset = named_text(resolved) or SELF
-    if dataset != SELF:
-        limited(load_text_of(dataset, dense, resolved, calibrated.drop), resolved)
-    teacher = dense if resolved.settings.recover.method == "distill" else None
-    dtype = _dtype(resolved, stored_dtype(dense))
-    check_training(resolved, (dense, teacher), dtype, tokens_together(resolved))
-    if dataset == SELF:
-        check_writing(resolved, dense, resolved.settings.recover.seqlen, f"--dataset {SELF}")
-
-
-def check_trains(ranks: Mapping[str, int], resolved: Resolved) -> None:
-    """Raise UsageError where no layer is low-rank, so that there is nothing to train."""
-    if not ranks:
-        raise UsageError(
-            f"--recover {resolved.settings.recover.method} trains low-rank layers, and at this "
-            "ratio every layer stays as it is.",
-            "Lower --ratio, or leave out --recover.",
-        )
-
-
-def _check_knobs(resolved: Resolved) -> None:
-    if world().size > 1:
-        raise UsageError(
-            "--recover runs in one process.",
-            "Compress with several, and recover then: compress --from CHECKPOINT --recover.",
-        )
-    if resolved.settings.recover.method == "lora":
-        check_peft()
-
-
 def prepare_recovery(
     resolved: Resolved, folder: Path, reporter: Reporter, dense: Source | None = None
 ) -> Recovery:
@@ -124,7 +73,7 @@ def prepare_recovery(
     knobs = resolved.settings.recover
     if knobs.method == "none":
         raise UsageError("Nothing is to be done to the checkpoint.", "Give --recover distill.")
-    _check_knobs(resolved)
+    check_knobs(resolved)
     checkpoint = open_checkpoint(folder)
     check_trains(checkpoint.ranks, resolved)
     check_trainable(checkpoint)
@@ -134,28 +83,13 @@ def prepare_recovery(
         check_teacher(student, teacher)
     check_seqlen(knobs.seqlen, student)
     stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
-    dtype = _dtype(resolved, stored)
+    dtype = training_dtype(resolved, stored)
     check_training(
         resolved, (student, teacher), dtype, tokens_together(resolved), _factors(checkpoint)
     )
     room = Classroom(pick_device(resolved.settings.model.device), dtype, knobs.checkpointing)
     lessons = training_windows(resolved, checkpoint, student, teacher, room, reporter)
     return Recovery(resolved, student, teacher, room, lessons)
-
-
-def _dtype(resolved: Resolved, stored: str) -> torch.dtype:
-    """Return the dtype that models run in."""
-    device = pick_device(resolved.settings.model.device)
-    dtype = pick_dtype(resolved.settings.model.dtype, stored, device)
-    if dtype == torch.float16:  # whose gradients vanish
-        return pick_dtype("auto", "bfloat16", device)
-    return dtype
-
-
-def tokens_together(resolved: Resolved) -> tuple[int, int]:
-    """Return how many windows pass a model together, and the tokens in each."""
-    seqlen = resolved.settings.recover.seqlen
-    return max(_TOGETHER // seqlen, 1), seqlen
 
 
 def _factors(checkpoint: Checkpoint) -> int:
