@@ -22,7 +22,7 @@ from hisvd_cli.compression.parts import Factory, block_of
 from hisvd_cli.compression.updating import Update, Updating
 from hisvd_cli.linalg.statistics import Need, missing
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
-from hisvd_cli.modeling.checkpoints.config import (
+from hisvd_cli.modeling.checkpoints.checkpoint_config import (
     FORMAT_VERSION,
     compressed_config,
     untied,

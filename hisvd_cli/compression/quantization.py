@@ -17,7 +17,7 @@ from typing import Any
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.compression.quantized_parts import PartsWriter, Recipe, Text, pair_storage
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, Checkpoint
-from hisvd_cli.modeling.checkpoints.config import compressed_config, write_loader
+from hisvd_cli.modeling.checkpoints.checkpoint_config import compressed_config, write_loader
 from hisvd_cli.modeling.checkpoints.folder_record import Describe, write_record
 from hisvd_cli.modeling.checkpoints.shards import join_parts, parts_left, shard_file, shard_names
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint of integers: what is in no block, and each block, rounded and written."""
+"""Quantizes and writes a checkpoint part by part: each block, and what is outside the blocks."""
 
 from __future__ import annotations
 

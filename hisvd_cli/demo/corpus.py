@@ -1,4 +1,4 @@
-"""The text of the demo model: read by chapters, and cut into four."""
+"""The text of the demo model: read by chapters and split into four parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured results in a checkpoint's model card: ``model-index`` and a table."""
+"""Adds measured results to a model card: its ``model-index`` and a table."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hisvd_cli.export.model_card import write_dense_card
 from hisvd_cli.inspection.pt_files import OWN_TEXTS, PT_FORMAT, PT_VERSION, load_pt, travels
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hisvd_cli.modeling.checkpoints.config import (
+from hisvd_cli.modeling.checkpoints.checkpoint_config import (
     architecture_of,
     compressed_config,
     dense_config,

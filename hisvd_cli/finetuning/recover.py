@@ -22,7 +22,7 @@ from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs, stored_f
 from hisvd_cli.finetuning.trainer import Course, Progress, Trainee, Training
 from hisvd_cli.finetuning.training_data import Lessons
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, Checkpoint
-from hisvd_cli.modeling.checkpoints.config import write_loader
+from hisvd_cli.modeling.checkpoints.checkpoint_config import write_loader
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE, Describe, write_record
 from hisvd_cli.modeling.checkpoints.shards import write_shards
 from hisvd_cli.modeling.decoding import TwoParts

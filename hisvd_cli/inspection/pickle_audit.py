@@ -23,7 +23,7 @@ from hisvd_cli.inspection.audit import (
 )
 from hisvd_cli.inspection.pt_files import check_parts, open_pt, travels
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
-from hisvd_cli.modeling.checkpoints.config import quantization_of
+from hisvd_cli.modeling.checkpoints.checkpoint_config import quantization_of
 from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor, read_foreign
 from hisvd_cli.modeling.pickles.low_rank_pairs import find_pairs
 from hisvd_cli.modeling.sublayers import Sublayer

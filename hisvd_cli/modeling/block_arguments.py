@@ -1,4 +1,4 @@
-"""What a model calls its blocks with, recorded with a stub in the place of each."""
+"""Records the arguments that a model passes to its blocks, with a stub in place of each block."""
 
 from __future__ import annotations
 

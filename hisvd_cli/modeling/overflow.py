@@ -1,4 +1,4 @@
-"""Activations that are not finite: how they are found, and what to do about them."""
+"""Detects activations that are not finite, and says what to do about them."""
 
 from __future__ import annotations
 

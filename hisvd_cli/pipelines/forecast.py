@@ -29,15 +29,15 @@ from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
 from hisvd_cli.pipelines.calibration import named_source
 from hisvd_cli.pipelines.calibration_search import find_calibration, wanted_statistics
+from hisvd_cli.pipelines.compressing.compression_checks import check_request
 from hisvd_cli.pipelines.compressing.quantization import bytes_saved
-from hisvd_cli.pipelines.compressing.request import check_request
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.bounds import factoring_of, fitted, fitted_update, workload
 from hisvd_cli.pipelines.outputs import output_path
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
-from hisvd_cli.pipelines.planning.checks import check_knobs, check_planning_memory
 from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs, probe_passes
+from hisvd_cli.pipelines.planning.plan_checks import check_knobs, check_planning_memory
 from hisvd_cli.pipelines.planning.plan_files import open_plan
 from hisvd_cli.pipelines.samples import request_calibration
 from hisvd_cli.utils.progress import Reporter

@@ -1,1 +1,1 @@
-"""Text by name, as tokens: named datasets, hub ids, local files, chats, generated text."""
+"""Text by name, as token ids: named datasets, hub ids, local files, chats and generated text."""

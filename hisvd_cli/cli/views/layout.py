@@ -1,4 +1,4 @@
-"""Tables and numbers as every view of a result shows them."""
+"""Table layout and number formats that all views share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compressed folders: what is in them, and how they are opened."""
+"""Compressed checkpoint folders: their contents and how they are opened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hisvd_cli.modeling.checkpoints.config import QUANT_METHOD, architecture_of, quantization_of
+from hisvd_cli.modeling.checkpoints.checkpoint_config import (
+    QUANT_METHOD,
+    architecture_of,
+    quantization_of,
+)
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
 from hisvd_cli.modeling.layers.lowrank import Storage
 from hisvd_cli.modeling.sources import adapter_input

@@ -1,4 +1,4 @@
-"""Weight files of a checkpoint: shards, their index, and parts that are joined."""
+"""Weight files of a checkpoint: shards, their index, and joining finished parts."""
 
 from __future__ import annotations
 

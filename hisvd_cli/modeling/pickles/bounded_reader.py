@@ -1,4 +1,4 @@
-"""A file reader that refuses more bytes, longer lines and more inflation than a pickle needs."""
+"""A file reader with limits on bytes, line length and decompressed size."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from hisvd_cli.compression.stage_times import keep_times
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
 from hisvd_cli.pipelines.compressing.before_and_after import before_and_after, evaluation_text
+from hisvd_cli.pipelines.compressing.compression_checks import check_request
 from hisvd_cli.pipelines.compressing.outcome import Outcome
-from hisvd_cli.pipelines.compressing.request import check_request
 from hisvd_cli.pipelines.compressing.stage import Stage
 from hisvd_cli.pipelines.compressing.stages import last_stage
 from hisvd_cli.pipelines.compressing.updates import prepare_update
@@ -21,7 +21,7 @@ from hisvd_cli.pipelines.outputs import check_place_of, output_path, peak_memory
 from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs
 from hisvd_cli.pipelines.planning.plan_files import open_plan
 from hisvd_cli.pipelines.planning.plans import make_plans
-from hisvd_cli.pipelines.recovering.checks import check_trains, wants_recovery
+from hisvd_cli.pipelines.recovering.recovery_checks import check_trains, wants_recovery
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.files.scratch import clear_beside
 from hisvd_cli.utils.progress import Reporter

@@ -18,9 +18,9 @@ from hisvd_cli.pipelines.compressing.stage import RECORDED, Stage, factored
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.outputs import plan_beside
 from hisvd_cli.pipelines.planning.byte_budgets import rounded_by
-from hisvd_cli.pipelines.recovering.checks import wants_recovery
-from hisvd_cli.pipelines.recovering.texts import reads_the_same
-from hisvd_cli.pipelines.recovering.unrecovered import Unmended, mend, unmended
+from hisvd_cli.pipelines.recovering.intermediate_checkpoint import Unmended, mend, unmended
+from hisvd_cli.pipelines.recovering.recovery_checks import wants_recovery
+from hisvd_cli.pipelines.recovering.recovery_texts import reads_the_same
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.progress import Reporter
 

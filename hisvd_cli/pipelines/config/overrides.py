@@ -10,7 +10,7 @@ import tomli
 
 from hisvd_cli.pipelines.config.resolved import Key
 from hisvd_cli.pipelines.config.settings import SECTIONS, kind_of
-from hisvd_cli.pipelines.config.validation import Problems
+from hisvd_cli.pipelines.config.validation_errors import Problems
 from hisvd_cli.utils.errors import suggest
 from hisvd_cli.utils.files.json_files import check_depth
 

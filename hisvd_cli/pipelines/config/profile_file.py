@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from hisvd_cli.pipelines.config.resolved import Key, toml_text
 from hisvd_cli.pipelines.config.settings import SECTIONS, Settings, consent_of
-from hisvd_cli.pipelines.config.validation import Problems, describe
+from hisvd_cli.pipelines.config.validation_errors import Problems, describe
 from hisvd_cli.utils.errors import UsageError, suggest
 from hisvd_cli.utils.files.json_files import check_depth, read_bounded
 

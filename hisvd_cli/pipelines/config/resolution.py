@@ -27,7 +27,7 @@ from hisvd_cli.pipelines.config.profile_file import (
 from hisvd_cli.pipelines.config.profile_search import Search, search_profile
 from hisvd_cli.pipelines.config.resolved import BY_PRESET, PRESET, Key, Resolved
 from hisvd_cli.pipelines.config.settings import SECTIONS, Settings, flag_of
-from hisvd_cli.pipelines.config.validation import Problems, describe
+from hisvd_cli.pipelines.config.validation_errors import Problems, describe
 from hisvd_cli.utils.errors import UsageError
 
 _RATIO_HINT = "The ratio is the share to keep, above 0 and at most 1: 0.6 keeps 60 %."

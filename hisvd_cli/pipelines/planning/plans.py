@@ -15,7 +15,11 @@ from hisvd_cli.pipelines.calibration_search import find_calibration, require_cal
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
-from hisvd_cli.pipelines.planning.checks import check_knobs, check_planning_memory, check_statistics
+from hisvd_cli.pipelines.planning.plan_checks import (
+    check_knobs,
+    check_planning_memory,
+    check_statistics,
+)
 from hisvd_cli.pipelines.planning.planner import Planner
 from hisvd_cli.pipelines.planning.probes import open_probe
 from hisvd_cli.pipelines.planning.spectra import find_roundings, find_spectra

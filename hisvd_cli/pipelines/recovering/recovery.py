@@ -18,13 +18,13 @@ from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import RecoverSettings
 from hisvd_cli.pipelines.memory.whole_models import check_training
-from hisvd_cli.pipelines.recovering.checks import (
+from hisvd_cli.pipelines.recovering.recovery_checks import (
     check_knobs,
     check_trains,
     tokens_together,
     training_dtype,
 )
-from hisvd_cli.pipelines.recovering.texts import text_of, training_windows
+from hisvd_cli.pipelines.recovering.recovery_texts import text_of, training_windows
 from hisvd_cli.pipelines.samples import SELF
 from hisvd_cli.utils.device import pick_device
 from hisvd_cli.utils.errors import SourceError, UsageError

@@ -13,8 +13,8 @@ from hisvd_cli.finetuning.adaptation import Adapter, adapt
 from hisvd_cli.finetuning.recover import Factors, Recovered, distill, recover
 from hisvd_cli.finetuning.trainer import Course, Progress
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
-from hisvd_cli.pipelines.recovering.checks import tokens_together
 from hisvd_cli.pipelines.recovering.recovery import Recovery
+from hisvd_cli.pipelines.recovering.recovery_checks import tokens_together
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.safetensors_header import dtype_name
 from hisvd_cli.utils.progress import Reporter

@@ -1,4 +1,4 @@
-"""``config.json`` of a compressed checkpoint, and of what it is made from and multiplied out to."""
+"""``config.json`` of compressed checkpoints, and of the dense models made from them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hisvd_cli.finetuning.adaptation import check_peft
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.whole_models import check_training, check_writing
-from hisvd_cli.pipelines.recovering.texts import limited, load_text_of, named_text
+from hisvd_cli.pipelines.recovering.recovery_texts import limited, load_text_of, named_text
 from hisvd_cli.pipelines.samples import SELF, stored_dtype
 from hisvd_cli.utils.device import pick_device, pick_dtype
 from hisvd_cli.utils.distributed import world

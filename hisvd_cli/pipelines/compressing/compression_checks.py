@@ -13,10 +13,14 @@ from hisvd_cli.pipelines.memory.bounds import check_factoring, check_rounding, c
 from hisvd_cli.pipelines.memory.whole_models import check_evaluation
 from hisvd_cli.pipelines.outputs import check_place_of, output_path, refuse_flags
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
-from hisvd_cli.pipelines.planning.checks import check_knobs, check_planning_memory
 from hisvd_cli.pipelines.planning.methods import decomposer_needs
+from hisvd_cli.pipelines.planning.plan_checks import check_knobs, check_planning_memory
 from hisvd_cli.pipelines.planning.plan_files import open_plan
-from hisvd_cli.pipelines.recovering.checks import check_recovery, check_trains, wants_recovery
+from hisvd_cli.pipelines.recovering.recovery_checks import (
+    check_recovery,
+    check_trains,
+    wants_recovery,
+)
 from hisvd_cli.utils.errors import UsageError
 
 
