@@ -1,4 +1,4 @@
-"""Settings ─► the calibration that fits them, where it was made before."""
+"""Settings ─► an existing calibration that matches them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that a pickle makes ─► records: the description of a tensor, else an inert node."""
+"""Calls in a pickle ─► inert records: tensor descriptions where torch rebuilds tensors."""
 
 from __future__ import annotations
 

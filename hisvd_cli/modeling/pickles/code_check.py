@@ -1,4 +1,4 @@
-"""Which globals of a pickle run code when other tools load it."""
+"""Finds the globals of a pickle that run code when other tools load it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the tensors of an unpickled model, from the state of its module stand-ins."""
+"""Names the tensors of an unpickled model from the state of its modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The perplexity of a model before and after its compression."""
+"""Perplexity of a model before and after compression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found out before any work: whether a compression can succeed."""
+"""Checks before any work whether a compression can succeed."""
 
 from __future__ import annotations
 

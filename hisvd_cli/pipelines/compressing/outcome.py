@@ -1,4 +1,4 @@
-"""What a finished compression is: its plan, sizes and times."""
+"""The result of a compression: plan, sizes and times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stages correct: whether that can be done, and the corrected weights of one stage."""
+"""Corrects the weights that a stage truncated; checks before any work whether it can."""
 
 from __future__ import annotations
 

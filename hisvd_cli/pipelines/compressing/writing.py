@@ -1,4 +1,4 @@
-"""A stage, a plan and the settings ─► the checkpoint on disk: factored, recovered, quantized."""
+"""A stage and the settings ─► the checkpoint on disk: factored, fine-tuned, quantized."""
 
 from __future__ import annotations
 

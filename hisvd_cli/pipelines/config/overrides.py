@@ -1,4 +1,4 @@
-"""Settings from environment variables and from overrides of the command line."""
+"""Settings from environment variables and ``section.key=value`` overrides."""
 
 from __future__ import annotations
 

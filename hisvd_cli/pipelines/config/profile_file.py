@@ -1,4 +1,4 @@
-"""The profile ``hisvd.toml``: found, read, and validated by itself."""
+"""Reads and validates a profile, ``hisvd.toml``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings, and where each came from."""
+"""Validated settings, and where each came from."""
 
 from __future__ import annotations
 

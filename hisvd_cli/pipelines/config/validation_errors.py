@@ -1,4 +1,4 @@
-"""Findings of pydantic ─► lines that say where a setting came from, and what is wrong with it."""
+"""Turns validation errors of pydantic into lines that name the setting and its origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found out before a plan is made: sublayers, files, options, statistics and memory."""
+"""Checks before a plan is made: options, statistics and memory."""
 
 from __future__ import annotations
 

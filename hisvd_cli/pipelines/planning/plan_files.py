@@ -1,4 +1,4 @@
-"""Plans in files that the user names: read for a model, and checked before one is written."""
+"""Reads plan files, and checks the paths that plans are written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spectra, budget and allocator ─► a plan of one ratio."""
+"""Makes the plan of one allocator at one ratio, or of one byte budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The spectra of sublayers that match a pattern."""
+"""Spectra of the sublayers that match a pattern."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Settings to checkpoints whose low-rank factors are fine-tuned."""
+"""Settings to fine-tuned checkpoints."""

@@ -1,4 +1,4 @@
-"""The checkpoint that a compression leaves to its recovery or rounding, for a run that goes on."""
+"""The compressed checkpoint before recovery or rounding, kept for a run that resumes."""
 
 from __future__ import annotations
 

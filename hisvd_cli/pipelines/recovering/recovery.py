@@ -1,4 +1,4 @@
-"""Settings ─► a recovery that has been checked, with all that its training needs opened."""
+"""Settings ─► a checked recovery: models opened, text loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found out before any work: whether a recovery can begin, and by what it runs."""
+"""Checks before a compression whether the fine-tuning after it can begin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which text a recovery trains on, and its windows."""
+"""Selects and loads the text that a recovery trains on."""
 
 from __future__ import annotations
 

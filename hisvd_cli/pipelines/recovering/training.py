@@ -1,4 +1,4 @@
-"""A recovery that has been checked ─► its training, and the checkpoint that it writes."""
+"""Trains a checked recovery, and writes the recovered checkpoint."""
 
 from __future__ import annotations
 

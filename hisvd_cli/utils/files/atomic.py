@@ -1,4 +1,4 @@
-"""Files written whole or not at all: under a temporary name until they are complete."""
+"""Atomic file writing: a file has a temporary name until it is complete."""
 
 from __future__ import annotations
 
