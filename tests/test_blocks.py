@@ -9,21 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModel
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
 
+from hisvd_cli.modeling.block_arguments import Arguments, run_stubs
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.utils.errors import NumericalError, SourceError, UnsupportedModelError
 from tests.conftest import MakeModel
-from tests.models import (
-    CONFIGS,
-    SLIDING_WINDOW,
-    edit_json,
-    load_dense,
-    random_tokens,
-)
+from tests.models import CONFIGS, SLIDING_WINDOW, edit_json, load_dense, random_tokens
 
 CPU = torch.device("cpu")
 BATCH = 2
@@ -201,13 +196,14 @@ def test_blocks_that_are_given_more_than_the_hidden_state_are_refused(
 ) -> None:
     """As with embeddings per block: replaying one batch's arguments for another would be wrong."""
     walk = BlockWalk(open_source(str(tiny_model("llama"))), CPU, torch.float32, BATCH)
-    original = walk._run_stubs
 
-    def with_embeddings(ids: Tensor, as_tuple: bool) -> tuple[Tensor, list[object]]:
-        state, calls = original(ids, as_tuple)
+    def with_embeddings(
+        model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor, as_tuple: bool
+    ) -> tuple[Tensor, list[Arguments]]:
+        state, calls = run_stubs(model, layers, ids, as_tuple)
         return state, [((), {**kwargs, "per_layer_input": ids}) for _, kwargs in calls]
 
-    monkeypatch.setattr(walk, "_run_stubs", with_embeddings)
+    monkeypatch.setattr("hisvd_cli.modeling.block_walk.run_stubs", with_embeddings)
     with pytest.raises(UnsupportedModelError, match="more than the hidden state"):
         walk.embed(TOKENS)
 

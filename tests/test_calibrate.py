@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from hisvd_cli.calibration import calibrate as module
 from hisvd_cli.calibration.calibrate import STATE_SECONDS, calibrate
 from hisvd_cli.calibration.collector import Collector
+from hisvd_cli.calibration.statistics_files import block_file
 from hisvd_cli.calibration.store import (
     MANIFEST,
     Calibration,
     Sample,
-    block_file,
     calibration_key,
     open_calibration,
 )

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hisvd_cli.calibration.chats import rendered
-from hisvd_cli.calibration.data import load_text, token_ends, tokenize, without
+from hisvd_cli.calibration.text.chats import rendered
+from hisvd_cli.calibration.text.datasets import load_text, without
+from hisvd_cli.calibration.text.tokens import token_ends, tokenize
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.errors import DataError
@@ -207,7 +208,7 @@ def test_a_damaged_packed_file(data: bytes, tmp_path: Path) -> None:
 def test_a_file_that_unpacks_without_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hisvd_cli.calibration.data._UNPACKED_BASE", 1000)
+    monkeypatch.setattr("hisvd_cli.calibration.text.files._UNPACKED_BASE", 1000)
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"x" * 10**6))
     with pytest.raises(DataError, match="unpacks to more than"):
         load_text(str(tmp_path / "t.txt.gz"), "calibration")

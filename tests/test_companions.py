@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 
 from hisvd_cli.inspection.pt_files import load_pt
-from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.companions import companions, is_companion
 from hisvd_cli.utils.errors import SourceError
 from tests.cli_helpers import fail, hisvd, succeed

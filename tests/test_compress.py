@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hisvd_cli.allocation.plan import Plan
-from hisvd_cli.modeling.checkpoint import load_model, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.layers.lowrank import LAYERS
 from hisvd_cli.modeling.sources.weights import Weights
+from hisvd_cli.modeling.whole_model import load_model
 from hisvd_cli.utils.errors import OutputError, SourceError, StaleArtifactError
 from hisvd_cli.utils.files.tensorfile import read_header, write_tensors
 from tests.workbench import Bench, bench, compress_to, plan_at, tree

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hisvd_cli.modeling.checkpoint import load_model, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.layers.lowrank import LAYERS
+from hisvd_cli.modeling.whole_model import load_model
 from hisvd_cli.pipelines.conversion import Target, convert_checkpoint
 from hisvd_cli.utils.errors import OutputError, SourceError, UsageError
 from tests.workbench import bench, compress_to, plan_at, tree

@@ -15,13 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.calibration.data import (
-    NAMED,
-    HubSet,
-    Purpose,
-    Text,
+from hisvd_cli.calibration.text.datasets import NAMED, HubSet, Purpose, Text, load_text
+from hisvd_cli.calibration.text.tokens import (
     check_seqlen,
-    load_text,
     model_positions,
     sample_windows,
     tokenize,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hisvd_cli.calibration.store import block_file
+from hisvd_cli.calibration.statistics_files import block_file
 from hisvd_cli.modeling.hidden_states import StatesHome
 from hisvd_cli.modeling.rows import Checkpoints, RowFiles
 from hisvd_cli.utils.distributed import World, own_gpu, share_by_cost

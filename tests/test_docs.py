@@ -17,7 +17,7 @@ from hisvd_cli.allocation.methods import ALLOCATORS
 from hisvd_cli.cli.app import app
 from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.pipelines.config.presets import PRESETS
-from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import SECTIONS
 from hisvd_cli.utils.registry import Registry
 from tests.allocation import make_budget, make_spectra

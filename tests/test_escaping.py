@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from hisvd_cli.cli.console import Console
 from hisvd_cli.cli.libraries import calm_libraries
-from hisvd_cli.export.model_card import CardResult, update_card
+from hisvd_cli.export.card_results import CardResult, update_card
 from hisvd_cli.utils.errors import HisvdError
 from hisvd_cli.utils.escaping import markdown_code, markdown_text, printable, spreadsheet_cell
 from tests.cli_helpers import SCRIPT, environment, fail, hisvd, script, succeed

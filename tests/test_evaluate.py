@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from hisvd_cli.calibration.data import Text, load_text, token_ends
+from hisvd_cli.calibration.text.datasets import Text, load_text
+from hisvd_cli.calibration.text.tokens import token_ends
 from hisvd_cli.evaluation import measurement
 from hisvd_cli.evaluation.intervals import BLOCK, block_sums
 from hisvd_cli.evaluation.measurement import Measurement, measure

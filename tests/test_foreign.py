@@ -19,13 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-from hisvd_cli.modeling.pickles import foreign, unpickle
-from hisvd_cli.modeling.pickles.foreign import (
-    ForeignCheckpoint,
-    ForeignTensor,
-    find_pairs,
-    read_foreign,
-)
+from hisvd_cli.modeling.pickles import bounded_reader, tensor_names, unpickle
+from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor, read_foreign
+from hisvd_cli.modeling.pickles.low_rank_pairs import find_pairs
 from hisvd_cli.utils.errors import SourceError
 
 # The legacy format wants the classes' source, which those made below do not have.
@@ -724,7 +720,7 @@ def test_tensor_beyond_its_data_and_data_without_tensor(tmp_path: Path) -> None:
 
 
 def test_size_of_the_pickle_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpickle, "MAX_PICKLE_BYTES", 1000)
+    monkeypatch.setattr(bounded_reader, "MAX_PICKLE_BYTES", 1000)
     assert "does not end within" in _refusal(tmp_path / "m.pt", _text("a" * 2000) + b".")
     monkeypatch.setattr(unpickle, "MAX_OPERATIONS", 100)
     assert "instructions" in _refusal(tmp_path / "m.pt", b"N" * 200 + b".")
@@ -751,7 +747,7 @@ def test_shared_values_do_not_multiply(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(_zip_file(keyed + b"."))
     assert read_foreign(path).tensors == {}
 
-    monkeypatch.setattr(foreign, "_MAX_VISITS", 10_000)
+    monkeypatch.setattr(tensor_names, "_MAX_VISITS", 10_000)
     modules = b"".join(_module(i) for i in range(60))
     assert "more than 10,000 objects" in _refusal(path, _dict() + b"q\x00" + modules + b".")
 

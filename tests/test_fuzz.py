@@ -23,16 +23,17 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from torch import nn
 
-from hisvd_cli.calibration.data import load_instructions, load_text
 from hisvd_cli.calibration.store import open_calibration
+from hisvd_cli.calibration.text.datasets import load_instructions, load_text
 from hisvd_cli.evaluation.perplexity import Sums
 from hisvd_cli.evaluation.store import Store
+from hisvd_cli.export.card_results import CardResult, update_card
 from hisvd_cli.export.convert import to_dense
-from hisvd_cli.export.model_card import CardResult, update_card
 from hisvd_cli.inspection.pt_files import load_pt
-from hisvd_cli.modeling.checkpoint import load_model, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.skeleton import build_stored_model
 from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.whole_model import load_model
 from hisvd_cli.utils.errors import HisvdError
 from tests.cli_helpers import hisvd, succeed, text_file
 from tests.conftest import MakeModel

@@ -1,4 +1,4 @@
-"""Who may import whom, and what stays unloaded until it is needed."""
+"""Who may import whom, how much a room, a file and a function hold, and what is loaded late."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ _PLAIN = {
     *("allocation.budget", "allocation.spectrum", "modeling.layers.lowrank", "modeling.sublayers"),
 }
 _MOST_FILES = 12
+_MOST_LINES = 300
+_MOST_CODE_LINES = 40
+"""Of a function, without its docstring, comments and blank lines."""
+_LONG_FILES = {
+    "modeling/layers/transformers_plugin.py": "travels with checkpoints as one file, by that name",
+}
+_LONG_FUNCTIONS = {
+    "cli/commands/compress.py:compress": "its signature is the command's options",
+    "cli/commands/convert.py:convert": "its signature is the command's options",
+    "cli/commands/eval.py:evaluate": "its signature is the command's options",
+    "cli/commands/plan.py:plan": "its signature is the command's options",
+    "compression/factorize.py:compress": "a third of it is its signature",
+    "pipelines/compressing/compression.py:compress_model": "each step of a run, in their order",
+}
 
 
 def sources() -> dict[str, str]:
@@ -76,11 +90,44 @@ def test_modules_import_in_no_circle() -> None:
     TopologicalSorter(graph()).prepare()  # raises CycleError, which names the circle
 
 
-def test_rooms_are_small() -> None:
-    rooms = Counter(
-        str(Path(path).parent) for path in sources() if not path.endswith("__init__.py")
-    )
-    assert [room for room, files in rooms.items() if files > _MOST_FILES] == []
+def functions(code: str) -> Iterator[tuple[str, int]]:
+    """Yield each function's name and its lines of code."""
+    lines = code.splitlines()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            told = node.body[0] if ast.get_docstring(node) else None
+            skipped = range(told.lineno - 1, told.end_lineno or 0) if told else range(0)
+            own = range(node.lineno - 1, node.end_lineno or 0)
+            kept = (lines[n].strip() for n in own if n not in skipped)
+            yield node.name, sum(bool(line) and not line.startswith("#") for line in kept)
+
+
+def listing() -> str:
+    """Return every room with its files and their lines."""
+    rooms: dict[str, list[str]] = {}
+    for path, code in sources().items():
+        if not path.endswith("__init__.py"):
+            file = f"{Path(path).stem} {len(code.splitlines())}"
+            rooms.setdefault(Path(path).parent.as_posix(), []).append(file)
+    return "\n".join(f"{room} ({len(f)}): {', '.join(f)}" for room, f in sorted(rooms.items()))
+
+
+def test_rooms_and_files_are_small() -> None:
+    code = sources()
+    rooms = Counter(str(Path(path).parent) for path in code if not path.endswith("__init__.py"))
+    full = [room for room, files in rooms.items() if files > _MOST_FILES]
+    long = {path for path, text in code.items() if len(text.splitlines()) > _MOST_LINES}
+    assert (full, long) == ([], set(_LONG_FILES)), listing()
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{path}:{name}": lines
+        for path, text in sources().items()
+        for name, lines in functions(text)
+        if lines > _MOST_CODE_LINES
+    }
+    assert long.keys() == _LONG_FUNCTIONS.keys(), f"{long}\n{listing()}"
 
 
 def test_the_maths_imports_torch_and_itself_alone() -> None:

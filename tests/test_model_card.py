@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.evaluation.perplexity import PerplexityResult
-from hisvd_cli.export.model_card import CardResult, update_card, write_card
+from hisvd_cli.export.card_results import CardResult, update_card
+from hisvd_cli.export.model_card import write_card
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.conversion import convert_checkpoint
 from hisvd_cli.pipelines.evaluating.cards import perplexity_results

@@ -15,7 +15,7 @@ from torch import nn
 
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.evaluation.store import Store
-from hisvd_cli.modeling.checkpoint import Checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
 from hisvd_cli.modeling.layers.transformers_plugin import HiSVDConfig
 from hisvd_cli.pipelines.config.settings import SECTIONS, item_of, kind_of
 from hisvd_cli.utils.errors import SourceError

@@ -10,7 +10,7 @@ import pytest
 
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.modeling.sources.opening import open_source
-from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.planning.plans import make_plans
 from hisvd_cli.utils.errors import BudgetError, SourceError, UsageError
 from hisvd_cli.utils.progress import Silent

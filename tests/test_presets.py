@@ -14,7 +14,8 @@ from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.modeling.layers.lowrank import LAYERS
 from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.presets import PRESETS
-from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import (
     ALLOCATOR_NAMES,
     DECOMPOSER_NAMES,

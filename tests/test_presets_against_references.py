@@ -18,7 +18,7 @@ import hisvd_cli  # noqa: F401  (makes from_pretrained read checkpoints of hisvd
 from hisvd_cli.pipelines.compressing.compression import compress_model
 from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.presets import PRESETS
-from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.utils.progress import Silent
 from tests.references import REFERENCES
 from tests.references.asvd import WINDOWS

@@ -9,8 +9,8 @@ import pytest
 import tomli
 
 from hisvd_cli.pipelines.config.commands import Key
-from hisvd_cli.pipelines.config.profile import resolve
 from hisvd_cli.pipelines.config.profile_search import search_profile
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import SECTIONS, Settings
 from hisvd_cli.utils.errors import UsageError
 

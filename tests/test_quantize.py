@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hisvd_cli.compression.quantization import sublayer_names
 from hisvd_cli.inspection.audit import Layout, sublayer_shapes
-from hisvd_cli.modeling.checkpoint import open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.layers.quantized import (
     QuantizedLinear,
     QuantizedLowRankLinear,
@@ -24,7 +24,7 @@ from hisvd_cli.modeling.layers.quantized import (
 )
 from hisvd_cli.modeling.sublayers import Sublayer
 from hisvd_cli.pipelines.compressing.quantization import quantize_checkpoint
-from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.utils.errors import OutputError
 from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.progress import Silent
@@ -303,7 +303,7 @@ def test_the_hidden_states_are_those_of_integers(
         write_tensors(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.compression.quantization.write_tensors", stop_after_two)
+        patch.setattr("hisvd_cli.compression.quantized_parts.write_tensors", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             _quantize(whole, tmp_path / "two")
     assert not (tmp_path / "two").exists()
@@ -329,12 +329,12 @@ def test_an_interrupted_rounding_loses_no_training(
         raise OutputError("The disk is full.", "Free some space.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.pipelines.compressing.compression.quantize_compressed", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.writing.quantize_compressed", stop)
         assert fail(*words, "--output", tmp_path / "two")[0] == "The disk is full."
     assert not (tmp_path / "two").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.pipelines.compressing.compression.mend", stop)
-        patch.setattr("hisvd_cli.pipelines.compressing.compression.factored", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.writing.mend", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.writing.factored", stop)
         succeed(*words, "--output", tmp_path / "two")
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]

@@ -25,12 +25,13 @@ from hisvd_cli.finetuning.training_data import (
     load_lessons,
     windows_of,
 )
-from hisvd_cli.modeling.checkpoint import load_model, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.layers.lowrank import dense_product
 from hisvd_cli.modeling.layers.transformers_plugin import low_rank_layers
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.whole_model import load_model
 from hisvd_cli.utils.errors import NumericalError
 from hisvd_cli.utils.progress import Silent
 from tests.cli_helpers import as_json, digests, fail, running, stop_at, succeed

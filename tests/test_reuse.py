@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hisvd_cli.calibration.self_text import sample_self
+from hisvd_cli.calibration.text.self_text import sample_self
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.weights import INDEX, SINGLE, open_weights
-from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import ALLOCATOR_NAMES, SECTIONS, decides
 from hisvd_cli.utils.files.artifact import partial_path
 from hisvd_cli.utils.progress import Silent
@@ -315,7 +315,7 @@ def test_3_text_that_the_model_writes_is_found_on_another_device(
 ) -> None:
     folder = tiny_model("llama")
     first = drawn(folder)
-    monkeypatch.setattr("hisvd_cli.calibration.self_text.load_source", None)
+    monkeypatch.setattr("hisvd_cli.calibration.text.self_text.load_source", None)
     assert torch.equal(drawn(folder, "meta"), first)
     with pytest.raises(TypeError):  # it is drawn anew, as it would be another text
         drawn(folder, dtype=torch.float64)

@@ -7,13 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.compression.rounding import (
-    metric_of,
-    quantize_compensated,
-    quantize_nearest,
-    round_compensated,
-    round_nearest,
-)
+from hisvd_cli.compression.rounded_sublayers import quantize_compensated, quantize_nearest
+from hisvd_cli.compression.rounding import metric_of, round_compensated, round_nearest
 from hisvd_cli.linalg.pivoting import pivoted
 from hisvd_cli.modeling.layers.lowrank import dense_product
 from hisvd_cli.modeling.layers.quantized import (

@@ -17,10 +17,10 @@ import pytest
 from filelock import FileLock
 
 from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.cache import cache_root
 from hisvd_cli.utils.files.owners import WEEK_SECONDS, is_abandoned, own_tag
 from hisvd_cli.utils.files.scratch import clear_beside, scratch_folder, sweep
-from hisvd_cli.utils.files.tensorfile import write_text
 from tests.cli_helpers import QUICK, fail, running, script, succeed
 
 STATES = "evaluations/states"

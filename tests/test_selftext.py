@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.calibration.self_text import ROWS, sample_self
+from hisvd_cli.calibration.text.self_text import ROWS, sample_self
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.utils.errors import NumericalError
 from hisvd_cli.utils.files.fingerprints import cache_root
@@ -69,7 +69,7 @@ def test_the_cache_spares_the_model(tiny_model: MakeModel, monkeypatch: pytest.M
     folder = tiny_model("llama")
     drawn = sample(folder, samples=ROWS + 3)
     assert len(batches()) == 2
-    monkeypatch.setattr("hisvd_cli.calibration.self_text.load_source", None)
+    monkeypatch.setattr("hisvd_cli.calibration.text.self_text.load_source", None)
     assert torch.equal(sample(folder, samples=ROWS + 3), drawn)
 
 
@@ -113,7 +113,7 @@ def test_a_model_that_overflows_is_an_error(
         model.get_output_embeddings().weight.data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr("hisvd_cli.calibration.self_text.load_source", broken)
+    monkeypatch.setattr("hisvd_cli.calibration.text.self_text.load_source", broken)
     with pytest.raises(NumericalError, match="cannot write text"):
         sample(tiny_model("llama"))
     assert batches() == []

@@ -13,7 +13,7 @@ import tomli
 from hisvd_cli.cli.views.plans import plan_view
 from hisvd_cli.cli.views.profiles import profiles_view
 from hisvd_cli.pipelines.compressing.compression import compress_model
-from hisvd_cli.pipelines.config.profile import resolve
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.shipped import FOLDER, shipped_profiles
 from hisvd_cli.utils.progress import Silent
 from tests.cli_helpers import as_json, fail, succeed, text_file

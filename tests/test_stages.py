@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hisvd_cli.pipelines.compressing.compression import compress_model
-from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.progress import Silent
 from tests import schemas
 from tests.cli_helpers import as_json, digests, fail, running, script, stop_at, succeed, text_file
@@ -114,7 +115,8 @@ def test_gradients_are_those_of_the_whole_truncated_model(
 
 def whole_gradients(folder: Path, command: Command) -> dict[str, Tensor]:
     """Return the gradients of the mean loss on the calibration's tokens, by autograd."""
-    from hisvd_cli.calibration.data import load_text, sample_windows, tokenize
+    from hisvd_cli.calibration.text.datasets import load_text
+    from hisvd_cli.calibration.text.tokens import sample_windows, tokenize
     from hisvd_cli.modeling.sources.opening import open_source
 
     dataset = str(command[command.index("--dataset") + 1])

@@ -15,17 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hisvd_cli.utils.errors import OutputError, SourceError
-from hisvd_cli.utils.files.tensorfile import (
-    join_files,
-    read_header,
-    read_tensors,
-    reason,
-    replacing,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from hisvd_cli.utils.errors import OutputError, SourceError, reason
+from hisvd_cli.utils.files.atomic import replacing, write_text
+from hisvd_cli.utils.files.json_files import write_json
+from hisvd_cli.utils.files.tensorfile import join_files, read_header, read_tensors, write_tensors
 from tests.models import names
 
 TENSORS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hisvd_cli.calibration.token_ids import known_ids
+from hisvd_cli.calibration.text.token_ids import known_ids
 from hisvd_cli.modeling.sources.opening import open_source
 from tests.cli_helpers import as_json, fail, succeed, text_file
 from tests.conftest import MakeModel

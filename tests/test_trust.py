@@ -10,8 +10,8 @@ import pytest
 
 from hisvd_cli.modeling.layers.transformers_plugin import AUTO_MAP
 from hisvd_cli.modeling.sources.source import Source, names_own_loader
-from hisvd_cli.pipelines.config.profile import resolve
 from hisvd_cli.pipelines.config.profile_search import search_profile
+from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import SECTIONS, consent_of
 from tests.cli_helpers import as_json, fail, script, succeed, two_lines
 from tests.conftest import MakeModel

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.compression.updates import CrossMoment, CrossSum, output_error, refitted, transfer
 from hisvd_cli.compression.updating import Update
-from hisvd_cli.modeling.checkpoint import load_model, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.layers.lowrank import dense_product
+from hisvd_cli.modeling.whole_model import load_model
 from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
 from hisvd_cli.pipelines.compressing.compression import compress_model
 from hisvd_cli.pipelines.compressing.updates import prepare_update
-from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.forecast import forecast_compression
 from hisvd_cli.pipelines.memory.bounds import check_update
 from hisvd_cli.pipelines.samples import calibration_sample

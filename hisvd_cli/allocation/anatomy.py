@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hisvd_cli.allocation.plan import ModelSize
+from hisvd_cli.allocation.plan_assembly import ModelSize
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers, select

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from hisvd_cli.allocation.budget import cost, full_rank, is_dense
-from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS, Choice
+from hisvd_cli.allocation.budget import full_rank
+from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS
 from hisvd_cli.allocation.byte_frontier import Point
-from hisvd_cli.allocation.methods import Allocation
-from hisvd_cli.allocation.spectrum import Spectrum, tail_share
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
 from hisvd_cli.modeling.sublayers import Shape
 from hisvd_cli.utils.errors import SourceError
-from hisvd_cli.utils.files.json_files import read_json
-from hisvd_cli.utils.files.tensorfile import json_text
+from hisvd_cli.utils.files.json_files import json_text, read_json
 from hisvd_cli.utils.files.text_output import write_through
 
 FORMAT_VERSION = 1
@@ -233,103 +229,3 @@ def _check_origin(provenance: Mapping[str, Any]) -> None:
         raise ValueError("provenance")
     if calibration is not None and not isinstance(calibration, str):
         raise ValueError("provenance")
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Parameters of the whole model, and of its compressible sublayers."""
-
-    total: int
-    sublayers: int
-
-    def budget(self, ratio: float, ratio_of: str) -> int:
-        """Return what the sublayers may keep so that ``ratio`` of them, or of the model, remains.
-
-        It is negative where the rest of the model alone exceeds the ratio.
-        """
-        if ratio_of == "model":
-            return int(ratio * self.total) - (self.total - self.sublayers)
-        return int(ratio * self.sublayers)
-
-
-def assemble(
-    *,
-    ratio: float,
-    allocator: str,
-    allocation: Allocation,
-    spectra: Sequence[Spectrum],
-    layers: Sequence[int],
-    size: ModelSize,
-    budget_parameters: int,
-    settings: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-) -> Plan:
-    """Put an allocation into rows and totals."""
-    rows = [
-        _row(spectrum, layer, allocation, i, settings["storage"])
-        for i, (spectrum, layer) in enumerate(zip(spectra, layers, strict=True))
-    ]
-    kept = sum(row.parameters for row in rows)
-    return Plan(
-        ratio=ratio,
-        model_ratio=(size.total - size.sublayers + kept) / size.total,
-        allocator=allocator,
-        settings=dict(settings),
-        budget_parameters=budget_parameters,
-        kept_parameters=kept,
-        predicted_loss=sum(row.loss for row in rows),
-        clusters=_cluster_rows(rows, spectra, allocation),
-        sublayers=rows,
-        provenance=dict(provenance),
-    )
-
-
-def by_bytes(plan: Plan, chosen: Sequence[Choice], counted: BytePlan) -> Plan:
-    """Return a plan with the bits of every sublayer, and what all that was chosen counts."""
-    rows = [
-        replace(row, bits=choice.bits, bytes=choice.price, loss=choice.loss)
-        for row, choice in zip(plan.sublayers, chosen, strict=True)
-    ]
-    return replace(plan, sublayers=rows, predicted_loss=sum(c.loss for c in chosen), bytes=counted)
-
-
-def _row(
-    spectrum: Spectrum, layer: int, allocation: Allocation, i: int, storage: Storage
-) -> SublayerPlan:
-    rank = allocation.ranks[i]
-    dense = is_dense(rank, spectrum.shape, storage)
-    return SublayerPlan(
-        name=spectrum.name,
-        layer=layer,
-        cluster=spectrum.cluster,
-        shape=spectrum.shape,
-        density=allocation.densities[i] if allocation.densities else None,
-        baseline_rank=allocation.baselines[i],
-        rank=rank,
-        full_rank=full_rank(spectrum.shape),
-        dense=dense,
-        parameters=int(cost(rank, spectrum.shape, storage)),
-        loss=0.0 if dense else float(spectrum.energy[rank:].sum()),
-    )
-
-
-def _cluster_rows(
-    rows: Sequence[SublayerPlan], spectra: Sequence[Spectrum], allocation: Allocation
-) -> list[ClusterPlan]:
-    table = []
-    for cluster in dict.fromkeys(row.cluster for row in rows):
-        mine = [(r, s) for r, s in zip(rows, spectra, strict=True) if r.cluster == cluster]
-        densities = [row.density for row, _ in mine if row.density is not None]
-        tails = [0.0 if row.dense else tail_share(s.energy, row.rank) for row, s in mine]
-        full = sum(row.shape[0] * row.shape[1] for row, _ in mine)
-        table.append(
-            ClusterPlan(
-                cluster=cluster,
-                sublayers=len(mine),
-                density=fmean(densities) if densities else None,
-                tail_share=allocation.tail_shares.get(cluster, fmean(tails)),
-                factor=allocation.factors.get(cluster),
-                kept_ratio=sum(row.parameters for row, _ in mine) / full,
-            )
-        )
-    return table

@@ -24,8 +24,7 @@ from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.utils.errors import OutputError
 from hisvd_cli.utils.files.checksums import seal, sealed
-from hisvd_cli.utils.files.json_files import read_json
-from hisvd_cli.utils.files.tensorfile import write_json
+from hisvd_cli.utils.files.json_files import read_json, write_json
 from hisvd_cli.utils.progress import Reporter
 
 if TYPE_CHECKING:

@@ -13,25 +13,27 @@ from torch import Tensor, nn
 
 from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.calibration.collector import Collector, TurnSum
+from hisvd_cli.calibration.statistics_files import block_file
 from hisvd_cli.calibration.store import (
     FORMAT_VERSION,
     MANIFEST,
     Calibration,
     Sample,
-    block_file,
     calibration_key,
     open_calibration,
 )
-from hisvd_cli.modeling.block_walk import BlockWalk, overflow_hint
+from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.hidden_states import Place, StatesHome
+from hisvd_cli.modeling.overflow import overflow_hint
 from hisvd_cli.modeling.rows import Checkpoints
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
 from hisvd_cli.utils.distributed import building_together, world
 from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.utils.files.checksums import intact
+from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.files.safetensors_header import dtype_name
-from hisvd_cli.utils.files.tensorfile import write_json, write_tensors
+from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 

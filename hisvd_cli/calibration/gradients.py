@@ -13,15 +13,14 @@ from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.calibration.calibrate import STATE_SECONDS
 from hisvd_cli.calibration.gradient_collector import GradientCollector
 from hisvd_cli.calibration.reverse_walk import ReverseWalk
+from hisvd_cli.calibration.statistics_files import block_file, weights_file
 from hisvd_cli.calibration.store import (
     FORMAT_VERSION,
     GRADIENTS,
     GRADIENTS_MANIFEST,
     Calibration,
     Sample,
-    block_file,
     open_calibration,
-    weights_file,
 )
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.hidden_states import Place, StatesHome
@@ -30,8 +29,9 @@ from hisvd_cli.utils.distributed import building_together, world
 from hisvd_cli.utils.errors import NumericalError
 from hisvd_cli.utils.files.checksums import intact
 from hisvd_cli.utils.files.fingerprints import digest
+from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.files.safetensors_header import dtype_name
-from hisvd_cli.utils.files.tensorfile import write_json, write_tensors
+from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 

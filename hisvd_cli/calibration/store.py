@@ -7,7 +7,7 @@ taken too, is an artifact of the same form.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,29 +16,27 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below 3.12
 
-from hisvd_cli.linalg.moments import Moment, Side
-from hisvd_cli.linalg.statistics import (
-    Channels,
-    Gradient,
-    Need,
-    Statistics,
-    WeightGradients,
-    missing,
+from hisvd_cli.calibration.statistics_files import (
+    AGAIN,
+    block_file,
+    join_gradients,
+    read_stems,
+    side_of,
+    weights_file,
 )
+from hisvd_cli.linalg.moments import Moment
+from hisvd_cli.linalg.statistics import Channels, Need, Statistics, missing
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.errors import SourceError, StaleArtifactError
 from hisvd_cli.utils.files.fingerprints import digest
 from hisvd_cli.utils.files.json_files import parse_json, read_json
-from hisvd_cli.utils.files.tensorfile import read_header, read_tensors
+from hisvd_cli.utils.files.tensorfile import read_header
 
 MANIFEST = "calibration.json"
 GRADIENTS = "gradients"
 """Folder, in that of a calibration, of the gradients; its manifest is ``gradients.json``."""
 GRADIENTS_MANIFEST = "gradients.json"
 FORMAT_VERSION = 2
-WEIGHT_PARTS = ("mean", "output", "input")
-"""Endings of a sublayer's tensors in a file of weight gradients, as in ``WeightGradients``."""
-_AGAIN = "Calibrate again."
 
 
 class _Model(TypedDict):
@@ -159,16 +157,16 @@ class Calibration:
         """
         path = self.folder / block_file(layer)
         owners = {n: keys for n, keys in self._owners(layer).items() if of is None or n in of}
-        tensors = _read(path, device, {key for keys in owners.values() for key in keys})
+        tensors = read_stems(path, device, {key for keys in owners.values() for key in keys})
         try:
-            moments = {key: Moment(tensors[key], _side(key)) for key, _ in owners.values()}
+            moments = {key: Moment(tensors[key], side_of(key)) for key, _ in owners.values()}
             channels = {key: Channels(*tensors[key]) for _, key in owners.values()}
             found = {
                 name: Statistics(moments[moment], channels[channel])
                 for name, (moment, channel) in owners.items()
             }
         except (KeyError, ValueError, AttributeError, TypeError) as error:
-            raise SourceError(f"{path} holds no moments.", _AGAIN) from error
+            raise SourceError(f"{path} holds no moments.", AGAIN) from error
         if "weight-gradients" in needs:
             return self._with_gradients(layer, found, True, device)
         return self._with_gradients(layer, found, False, device) if "gradients" in needs else found
@@ -179,18 +177,18 @@ class Calibration:
         path = self.folder / GRADIENTS / block_file(layer)
         keys = self.moment_keys(layer)
         stems = {*found, *(keys[name] for name in found if name in keys)}
-        tensors = _read(path, device, stems)
+        tensors = read_stems(path, device, stems)
         if weights:
-            sequences = _read(self.folder / GRADIENTS / weights_file(layer), device, stems)
+            sequences = read_stems(self.folder / GRADIENTS / weights_file(layer), device, stems)
             tensors |= {f"sequences.{name}": tensor for name, tensor in sequences.items()}
         try:
             share = self._first_half
             return {
-                name: _join(each, name, keys[name], tensors, share, weights)
+                name: join_gradients(each, name, keys[name], tensors, share, weights)
                 for name, each in found.items()
             }
         except KeyError as error:
-            raise SourceError(f"{path} lacks the gradients of {error}.", _AGAIN) from error
+            raise SourceError(f"{path} lacks the gradients of {error}.", AGAIN) from error
 
     @property
     def _first_half(self) -> float:
@@ -213,9 +211,9 @@ class Calibration:
             owners = parse_json(read_header(path).metadata["block"])["owners"]
             return {name: (moment, channels) for name, (moment, channels) in owners.items()}
         except SourceError as error:
-            raise SourceError(error.message, _AGAIN) from error
+            raise SourceError(error.message, AGAIN) from error
         except (KeyError, ValueError, AttributeError, TypeError) as error:
-            raise SourceError(f"{path} holds no moments.", _AGAIN) from error
+            raise SourceError(f"{path} holds no moments.", AGAIN) from error
 
     def importance(self, layer: int) -> float:
         """Return the angular distance, from 0 to 1, of a block's input and output.
@@ -227,76 +225,7 @@ class Calibration:
         try:
             return float(parse_json(read_header(path).metadata["block"])["importance"])
         except (KeyError, ValueError, TypeError) as error:
-            raise SourceError(f"{path} holds no statistics.", _AGAIN) from error
-
-
-def _read(path: Path, device: torch.device | str, stems: Collection[str]) -> dict[str, Tensor]:
-    """Read the tensors that are named as one of ``stems``, or as one and an ending."""
-
-    def wanted(name: str) -> bool:
-        return name in stems or name.rpartition(".")[0] in stems
-
-    tensors, _ = read_tensors(path, _AGAIN, wanted)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _join(
-    known: Statistics,
-    name: str,
-    key: str,
-    tensors: dict[str, Tensor],
-    share: float,
-    weights: bool,
-) -> Statistics:
-    """Return a sublayer's statistics with its gradients.
-
-    Args:
-        known: moment and channels.
-        name: of the sublayer.
-        key: of its moment.
-        tensors: of the block's gradients.
-        share: of the sequences, those of the first half.
-        weights: whether the weights' gradients are among the tensors.
-    """
-    parts = (tensors[f"sequences.{name}.{part}"] for part in WEIGHT_PARTS)
-    sequences = WeightGradients(*parts) if weights else None
-    side: Side = "output" if f"{name}.output" in tensors else "input"
-    moment = Moment(tensors[f"{name}.{side}"], side)
-    gradient = Gradient(moment, float(tensors[f"{name}.square"]))
-    whole = replace(known, gradient=gradient, weight_gradients=sequences)
-    if share == 1 or known.moment is None:
-        return whole
-    moments = _halves(known.moment, tensors[f"{key}.half"], share)
-    gradients = (
-        Gradient(half, gradient.mean_square)
-        for half in _halves(moment, tensors[f"{name}.half"], share)
-    )
-    one, other = (
-        Statistics(part, known.channels, felt)
-        for part, felt in zip(moments, gradients, strict=True)
-    )
-    return replace(whole, halves=(one, other))
-
-
-def _halves(whole: Moment, first: Tensor, share: float) -> tuple[Moment, Moment]:
-    """Return the moments of both halves from that of the first and of the whole."""
-    wide = first.double()
-    rest = (whole.matrix.double() - share * wide) / (1 - share)
-    return Moment(wide, whole.side), Moment(rest, whole.side)
-
-
-def _side(key: str) -> Side:
-    return "output" if key.endswith(".output") else "input"
-
-
-def block_file(layer: int) -> str:
-    """Return the name of a block's file, of moments or of gradients."""
-    return f"block-{layer:05d}.safetensors"
-
-
-def weights_file(layer: int) -> str:
-    """Return the name of a block's file of weight gradients."""
-    return f"weights-{layer:05d}.safetensors"
+            raise SourceError(f"{path} holds no statistics.", AGAIN) from error
 
 
 def calibration_key(source: Source, sample: Sample, dtype: torch.dtype) -> str:

@@ -32,8 +32,8 @@ from hisvd_cli.utils.errors import (
     OutputError,
     StoppedError,
     UsageError,
+    reason,
 )
-from hisvd_cli.utils.files.tensorfile import reason
 from hisvd_cli.utils.watchdog import end
 
 _MEMORY_HINT = (

@@ -16,7 +16,8 @@ from hisvd_cli.cli.brief_help import show_all
 from hisvd_cli.cli.console import Console
 from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.presets import PRESETS
-from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import (
     SECTIONS,
     Settings,

@@ -7,8 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from hisvd_cli.utils.errors import OutputError
-from hisvd_cli.utils.files.tensorfile import reason
+from hisvd_cli.utils.errors import OutputError, reason
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -21,18 +21,15 @@ from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.compression.parts import Factory, block_of
 from hisvd_cli.compression.updating import Update, Updating
 from hisvd_cli.linalg.statistics import Need, missing
-from hisvd_cli.modeling.checkpoint import (
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.checkpoint_config import (
     FORMAT_VERSION,
-    PLAN_FILE,
     compressed_config,
-    join_parts,
-    parts_left,
-    shard_file,
-    shard_names,
     untied,
     write_loader,
 )
-from hisvd_cli.modeling.folder_record import Describe, write_record
+from hisvd_cli.modeling.checkpoints.folder_record import Describe, write_record
+from hisvd_cli.modeling.checkpoints.shards import join_parts, parts_left, shard_file, shard_names
 from hisvd_cli.modeling.layers.lowrank import Storage, factor_shapes
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, own_head, tensor_names
 from hisvd_cli.modeling.sources.companions import copy_code, copy_companions, warn_of_links
@@ -40,7 +37,8 @@ from hisvd_cli.modeling.sources.source import Source, code_modules
 from hisvd_cli.utils.distributed import World, building_together, share_by_cost, world
 from hisvd_cli.utils.errors import StaleArtifactError
 from hisvd_cli.utils.files.fingerprints import digest
-from hisvd_cli.utils.files.tensorfile import write_json, write_tensors
+from hisvd_cli.utils.files.json_files import write_json
+from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.prefetch import ahead
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.registry import accepted

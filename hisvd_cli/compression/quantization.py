@@ -9,86 +9,27 @@ block by block; what enters a block has passed the blocks before it as they are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import prod
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
-
-import torch
-from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # missing from its __all__
+from typing import Any
 
 from hisvd_cli.allocation.plan import load_plan
-from hisvd_cli.calibration.calibrate import linears_of
-from hisvd_cli.calibration.collector import Collector
-from hisvd_cli.calibration.store import Sample
-from hisvd_cli.compression.parts import block_number
-from hisvd_cli.compression.rounding import Metric, metric_of, quantize_compensated, quantize_nearest
-from hisvd_cli.linalg.moments import exact_device
-from hisvd_cli.modeling.block_walk import BlockWalk
-from hisvd_cli.modeling.checkpoint import (
-    PLAN_FILE,
-    Checkpoint,
-    compressed_config,
-    join_parts,
-    parts_left,
-    shard_file,
-    shard_names,
-    write_loader,
-)
-from hisvd_cli.modeling.folder_record import Describe, write_record
-from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage, factor_shapes
-from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, quantized_shapes, storage_with
-from hisvd_cli.modeling.skeleton import (
-    build_meta_model,
-    build_stored_model,
-    decoder_blocks,
-    tensor_names,
-)
+from hisvd_cli.compression.quantized_parts import PartsWriter, Recipe, Text, pair_storage
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, Checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint_config import compressed_config, write_loader
+from hisvd_cli.modeling.checkpoints.folder_record import Describe, write_record
+from hisvd_cli.modeling.checkpoints.shards import join_parts, parts_left, shard_file, shard_names
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.companions import copy_companions, is_own_file, warn_of_links
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import find_sublayers
-from hisvd_cli.utils.errors import NumericalError, SourceError
 from hisvd_cli.utils.files.artifact import building
 from hisvd_cli.utils.files.fingerprints import digest
+from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.files.safetensors_header import dtype_name
-from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, reason, write_json, write_tensors
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Method = Literal["nearest", "gptq"]
-_OUTSIDE = "outside"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a checkpoint is quantized.
-
-    Attributes:
-        bits: name of a sublayer → 8 or 4; what it does not name, or with 16, stays as it is.
-        group_size: columns that share a scale, with 4 bits.
-        method: how numbers are rounded.
-        damping: gptq: what is added to the diagonal of a moment, as a share of its mean.
-    """
-
-    bits: Mapping[str, int]
-    group_size: int
-    method: Method
-    damping: float
-
-
-@dataclass(frozen=True)
-class Text:
-    """What gptq runs the model on, and how."""
-
-    sample: Sample
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
 
 
 def sublayer_names(checkpoint: Checkpoint) -> list[str]:
@@ -135,7 +76,7 @@ def quantize(
     warn_of_links(checkpoint.folder, reporter)
     recipe = replace(recipe, bits={name: n for name, n in recipe.bits.items() if n != 16})
     source = Source(str(checkpoint.folder), checkpoint.folder)
-    work = _Work(source, checkpoint, recipe, text)
+    work = PartsWriter(source, checkpoint, recipe, text)
     sizes = work.sizes()
     record = _provenance(checkpoint, source, recipe, text, settings)
     record["quantization"] |= {"bytes": sum(sizes.values()), "dense_bytes": work.dense_bytes}
@@ -181,7 +122,7 @@ def _provenance(
     text: Text | None,
     settings: Mapping[str, object],
 ) -> dict[str, Any]:
-    known = {**asdict(recipe), "storage": _storage(checkpoint, recipe)}
+    known = {**asdict(recipe), "storage": pair_storage(checkpoint, recipe)}
     if text is not None:
         samples, seqlen = text.sample.tokens.shape
         known["text"] = {
@@ -197,205 +138,3 @@ def _provenance(
         del known["damping"]
     made_from = {"made_from": source.fingerprint, "settings": settings, "versions": versions()}
     return {**checkpoint.provenance, "quantization": {**known, **made_from}}
-
-
-class _Work:
-    """Makes the parts of a checkpoint of integers: what is in no block, and each block.
-
-    Attributes:
-        stored: part → name → shape of each tensor that it holds.
-        dense_bytes: of the model before compression, in the dtype of the weights now.
-    """
-
-    def __init__(
-        self, source: Source, checkpoint: Checkpoint, recipe: Recipe, text: Text | None
-    ) -> None:
-        self._weights = checkpoint.weights
-        self._recipe = recipe
-        self._text = text
-        self._source = source
-        self._storage = checkpoint.storage
-        self._device = exact_device(text.device) if text else torch.device("cpu")
-        dtype = text.dtype if text else torch.float32
-        self._model = build_stored_model(source, dtype)
-        self._prefix, layers = decoder_blocks(self._model)
-        becoming = build_meta_model(source, dtype, compressed=True)
-        whole = becoming.state_dict()
-        width: int = getattr(torch, self._weights.dtype).itemsize
-        self.dense_bytes = width * sum(whole[n].numel() for n in tensor_names(becoming, source))
-        _replace(becoming, checkpoint, recipe)
-        _, self._integers = decoder_blocks(becoming)
-        self._shapes = {name: info.shape for name, info in checkpoint.weights.infos.items()}
-        if missing := [n for n in recipe.bits if f"{n}.weight" not in self._shapes]:
-            raise SourceError(f"{checkpoint.folder} lacks {missing[0]}.", "Compress again.")
-        self._names: dict[str, list[str]] = {_OUTSIDE: []}
-        self._names |= {self._block(index): [] for index in range(len(layers))}
-        for name in self._shapes:
-            self._names[self._part_of(name)].append(name)
-        self.stored = {part: self._stored(names) for part, names in self._names.items()}
-
-    def _block(self, index: int) -> str:
-        return f"block-{index:05d}"
-
-    def _part_of(self, name: str) -> str:
-        inside = name.startswith(f"{self._prefix}.")
-        index = name[len(self._prefix) + 1 :].partition(".")[0] if inside else ""
-        return self._block(int(index)) if index.isdigit() else _OUTSIDE
-
-    def _stored(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Return the names and shapes of a part's tensors once they are integers."""
-        recipe = self._recipe
-        stored: dict[str, tuple[int, ...]] = {}
-        for sublayer, leaves in _by_sublayer(names).items():
-            shapes = {leaf: self._shapes[f"{sublayer}.{leaf}"] for leaf in leaves}
-            if bits := recipe.bits.get(sublayer):
-                shapes = _as_rounded(shapes, bits, self._storage)
-                shapes = quantized_shapes(shapes, bits, recipe.group_size)
-            stored |= {f"{sublayer}.{leaf}": shape for leaf, shape in shapes.items()}
-        return stored
-
-    def sizes(self) -> dict[str, int]:
-        """Return part → bytes."""
-        return {
-            part: sum(prod(shape) * self._width(name) for name, shape in tensors.items())
-            for part, tensors in self.stored.items()
-        }
-
-    def _width(self, name: str) -> int:
-        """Return the bytes of one element of a tensor that is written."""
-        sublayer, _, leaf = name.rpartition(".")
-        if sublayer in self._recipe.bits and leaf in (*MATRICES, *(x + SCALE for x in MATRICES)):
-            return 2 if leaf.endswith(SCALE) else 1
-        return int(self._weights.infos[name].width)
-
-    def write_parts(self, home: Path, left: Sequence[str], reporter: Reporter) -> None:
-        """Write the parts that are ``left``; the others lie in ``home``."""
-        walk = self._embedded() if self._text and left != [_OUTSIDE] else None
-        with reporter.stage("Quantizing blocks", len(self.stored)) as step:
-            for part in self.stored:
-                path = home / f"{part}.part"
-                if part in left:
-                    moments = self._moments(walk, part) if walk and part != _OUTSIDE else {}
-                    write_tensors(path, self._made(part, moments), {})
-                if walk and part != _OUTSIDE:
-                    self._pass_on(walk, part, path)
-                step()
-
-    def _made(self, part: str, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a part. Raises SourceError, NumericalError."""
-        recipe = self._recipe
-        made: dict[str, Tensor] = {}
-        metric: Metric | None = None
-        for sublayer, leaves in _by_sublayer(self._names[part]).items():
-            tensors = {leaf: self._weights.read(f"{sublayer}.{leaf}") for leaf in leaves}
-            if bits := recipe.bits.get(sublayer):
-                kept = {"bias": tensors.pop("bias")} if "bias" in tensors else {}
-                factors = {leaf: tensor.to(self._device) for leaf, tensor in tensors.items()}
-                metric = self._metric(sublayer, moments, metric)
-                tensors = kept | self._rounded(sublayer, factors, metric, bits)
-            made |= {f"{sublayer}.{leaf}": tensor for leaf, tensor in tensors.items()}
-        return made
-
-    def _metric(
-        self, sublayer: str, moments: Mapping[str, Tensor], last: Metric | None
-    ) -> Metric | None:
-        """Return the metric of a sublayer's input, the last one where it is the same input's; None
-        where nothing is known of it."""
-        moment = moments.get(sublayer)
-        if moment is None:
-            return None
-        same = last is not None and last.moment is moment
-        return last if same else metric_of(moment, self._recipe.damping)
-
-    def _rounded(
-        self, sublayer: str, factors: Mapping[str, Tensor], metric: Metric | None, bits: int
-    ) -> dict[str, Tensor]:
-        recipe = self._recipe
-        try:
-            if metric is None:
-                return quantize_nearest(factors, bits, recipe.group_size)
-            return quantize_compensated(factors, metric, bits, recipe.group_size, recipe.damping)
-        except NumericalError as error:
-            raise NumericalError(f"{sublayer}: {error.message}", error.hint) from error
-        except LinAlgError as error:
-            raise NumericalError(
-                f"{sublayer} cannot be rounded: {reason(error)}",
-                "Raise --damping, or use --quantize-method nearest.",
-            ) from error
-
-    def _embedded(self) -> BlockWalk:
-        text = cast(Text, self._text)
-        source, model = self._source, self._model
-        walk = BlockWalk(source, text.device, text.dtype, text.batch, model=model)
-        walk.embed(text.sample.tokens)
-        return walk
-
-    def _moments(self, walk: BlockWalk, part: str) -> dict[str, Tensor]:
-        """Return the second moment of the input of each sublayer of a block, which stays loaded."""
-        index = block_number(part)
-        walk.load(index)
-        inside = f"{walk.prefix}.{index}."
-        names = [name for name in self._recipe.bits if name.startswith(inside)]
-        collector = Collector(linears_of(walk, names), walk.device, of_inputs=True)
-        with collector.grouping() as groups:
-            walk.probe(index)
-        collector.choose_sides(groups)
-        with collector.summing():
-            walk.observe(index)
-        means = {key: total.mean().to(self._device) for key, total in collector.sums.items()}
-        return {name: means[key] for name, (key, _) in collector.owners.items()}
-
-    def _pass_on(self, walk: BlockWalk, part: str, path: Path) -> None:
-        """Send the hidden states through a block as it has been written."""
-        index = block_number(part)
-        tensors, _ = read_tensors(path, AGAIN)
-        local = {
-            name.removeprefix(f"{walk.prefix}.{index}."): tensor.to(
-                walk.device, walk.dtype if tensor.is_floating_point() else tensor.dtype
-            )
-            for name, tensor in tensors.items()
-        }
-        walk.layers[index] = self._integers[index]
-        walk.layers[index].load_state_dict(local, strict=True, assign=True)
-        walk.advance(index)
-        walk.free(index)
-
-
-def _storage(checkpoint: Checkpoint, recipe: Recipe) -> Storage:
-    """Return the storage of the low-rank sublayers that are left in it, a pair where none are."""
-    pairs = all(recipe.bits.get(name) == 4 for name in checkpoint.ranks)
-    return "pair" if pairs else checkpoint.storage
-
-
-def _replace(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Put the layers of integers, and low-rank ones, into a dense model on the meta device."""
-    from hisvd_cli.modeling.layers.transformers_plugin import (
-        HiSVDConfig,
-        format_version_of,
-        replace_linears,
-    )
-
-    storage = _storage(checkpoint, recipe)
-    version = format_version_of(storage, recipe.bits)
-    config = HiSVDConfig(checkpoint.ranks, version, storage, recipe.bits, recipe.group_size)
-    replace_linears(model, config)
-
-
-def _by_sublayer(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return module → leaves of its tensors."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        module, _, leaf = name.rpartition(".")
-        found.setdefault(module, []).append(leaf)
-    return found
-
-
-def _as_rounded(
-    shapes: Mapping[str, tuple[int, ...]], bits: int, storage: Storage
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a sublayer's tensors in the storage that it gets with ``bits``."""
-    if "weight_u" not in shapes or storage_with(bits, storage) == storage:
-        return dict(shapes)
-    rank, inputs = shapes["weight"]
-    pair = factor_shapes("pair", shapes["weight_order"][0], inputs, rank)
-    return {leaf: shape for leaf, shape in shapes.items() if leaf not in FACTORS[storage]} | pair

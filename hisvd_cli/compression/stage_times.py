@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hisvd_cli.modeling.folder_record import FILES
+from hisvd_cli.modeling.checkpoints.folder_record import FILES
 from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.fingerprints import cache_root, digest
 from hisvd_cli.utils.files.json_files import read_json
-from hisvd_cli.utils.files.tensorfile import write_text
 
 
 def keep_times(record: Mapping[str, Any], seconds: Mapping[str, float]) -> None:

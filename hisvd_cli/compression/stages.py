@@ -14,9 +14,9 @@ from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.calibration.calibrate import STATE_SECONDS
 from hisvd_cli.calibration.gradient_collector import BatchGradients
 from hisvd_cli.calibration.reverse_walk import ReverseWalk
-from hisvd_cli.calibration.store import block_file
+from hisvd_cli.calibration.statistics_files import block_file
 from hisvd_cli.modeling.block_walk import BlockWalk
-from hisvd_cli.modeling.checkpoint import Checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
 from hisvd_cli.modeling.corrected import corrected
 from hisvd_cli.modeling.hidden_states import Place, StatesHome
 from hisvd_cli.modeling.layers.lowrank import FACTORS, dense_product

@@ -17,7 +17,6 @@ import argparse
 import json
 import logging
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -31,11 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hisvd_cli.demo.corpus import read_chapters, split, write_texts
+
 LOG = logging.getLogger("train")
 BOUNDARY = "<|endoftext|>"  # begins and ends a text, and pads a batch
 BOUNDARY_ID = 0
 CONTEXT = 512  # tokens that the model is trained to see at once
-VERSE = re.compile(r"(?P<chapter>[1-3]?[A-Za-z]+\d+):\d+ (?P<text>.+)")
 
 # One key set that transformers 4.57 and 5 both read: 5 turns rope_theta into rope_parameters, and
 # 4.57 knows dtype. There is no pad_token_id, because it would freeze the boundary's embedding.
@@ -79,16 +79,6 @@ TOKENIZER_CONFIG: dict[str, object] = {
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The text, cut by whole chapters; ``calibration`` is part of ``training``, nothing else is."""
-
-    training: str
-    calibration: str
-    validation: str
-    evaluation: str
-
-
-@dataclass(frozen=True)
 class Schedule:
     """How the weights are found.
 
@@ -111,34 +101,6 @@ class Schedule:
         rising = (step + 1) / self.warmup
         falling = (self.steps - step) / max(1, self.steps - self.warmup)
         return self.peak * min(rising, falling)
-
-
-def read_chapters(path: Path) -> list[str]:
-    """Return the chapters of a one-verse-a-line text in order, their verses one a line."""
-    chapters: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        verse = VERSE.fullmatch(line)
-        if verse is None:
-            raise ValueError(f"{path}: not a verse: {line!r}")
-        chapters.setdefault(verse["chapter"], []).append(verse["text"])
-    return ["\n".join(verses) for verses in chapters.values()]
-
-
-def split(chapters: list[str]) -> Corpus:
-    """Cut the chapters into four texts by their position, so that every text sees every book."""
-
-    def join(chosen: list[str]) -> str:
-        return "\n\n".join(chosen) + "\n"
-
-    evaluation = [c for i, c in enumerate(chapters) if i % 26 == 13]
-    validation = [c for i, c in enumerate(chapters) if i % 52 == 0]
-    seen = [(i, c) for i, c in enumerate(chapters) if i % 26 != 13 and i % 52 != 0]
-    return Corpus(
-        training=join([c for _, c in seen]),
-        calibration=join([c for i, c in seen if i % 5 == 2]),
-        validation=join(validation),
-        evaluation=join(evaluation),
-    )
 
 
 def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
@@ -248,12 +210,6 @@ def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> 
     write_json(folder / "generation_config.json", GENERATION_CONFIG)
     write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def write_texts(folder: Path, corpus: Corpus) -> None:
-    """Write the two texts that are shipped with the model."""
-    (folder / "calibration.txt").write_text(corpus.calibration, encoding="utf-8")
-    (folder / "evaluation.txt").write_text(corpus.evaluation, encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:

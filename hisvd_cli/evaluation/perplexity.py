@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.calibration.data import Text, token_ends
+from hisvd_cli.calibration.text.datasets import Text
+from hisvd_cli.calibration.text.tokens import token_ends
 from hisvd_cli.evaluation.intervals import (
     DRAWS,
     LEVEL,

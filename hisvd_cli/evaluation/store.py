@@ -20,10 +20,10 @@ from torch import Tensor
 
 from hisvd_cli.evaluation.perplexity import Sums
 from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.checksums import text_checksum
 from hisvd_cli.utils.files.fingerprints import cache_root
 from hisvd_cli.utils.files.json_files import read_json
-from hisvd_cli.utils.files.tensorfile import write_text
 
 FORMAT_VERSION = 1
 

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hisvd_cli.utils.errors import DataError, HisvdError, UsageError
+from hisvd_cli.utils.errors import DataError, HisvdError, UsageError, reason
 from hisvd_cli.utils.files.fingerprints import digest
-from hisvd_cli.utils.files.tensorfile import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

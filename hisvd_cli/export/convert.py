@@ -11,18 +11,16 @@ from torch import Tensor
 
 from hisvd_cli.export.model_card import write_dense_card
 from hisvd_cli.inspection.pt_files import OWN_TEXTS, PT_FORMAT, PT_VERSION, load_pt, travels
-from hisvd_cli.modeling.checkpoint import (
-    SHARD_BYTES,
-    Checkpoint,
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint_config import (
     architecture_of,
     compressed_config,
     dense_config,
-    open_checkpoint,
     quantization_of,
     write_loader,
-    write_shards,
 )
-from hisvd_cli.modeling.folder_record import write_record
+from hisvd_cli.modeling.checkpoints.folder_record import write_record
+from hisvd_cli.modeling.checkpoints.shards import SHARD_BYTES, write_shards
 from hisvd_cli.modeling.layers.lowrank import FACTORS, dense_product, is_order
 from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, dequantized, storage_with
 from hisvd_cli.modeling.skeleton import build_meta_model
@@ -30,8 +28,10 @@ from hisvd_cli.modeling.sources.companions import companions, copy_companions, i
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.artifact import building
+from hisvd_cli.utils.files.atomic import replacing
 from hisvd_cli.utils.files.fingerprints import digest, file_digest
-from hisvd_cli.utils.files.tensorfile import replacing, serializing, write_json
+from hisvd_cli.utils.files.json_files import write_json
+from hisvd_cli.utils.files.tensorfile import serializing
 
 
 def to_pt(checkpoint: Checkpoint, path: Path) -> None:

@@ -4,35 +4,21 @@ what was kept, and what that cost where it was measured."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from hisvd_cli.allocation.plan import Plan, load_plan
-from hisvd_cli.calibration.data import NAMED
+from hisvd_cli.export.card_results import BEGIN, END, TASK, read_provenance
 from hisvd_cli.inspection.audit import stages_text, told_recovery
-from hisvd_cli.modeling.folder_record import PROVENANCE, content_hash, renew_record
 from hisvd_cli.modeling.sources.companions import CARD, card_metadata, licences
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.escaping import markdown_code, markdown_text
-from hisvd_cli.utils.files.fingerprints import slug
-from hisvd_cli.utils.files.json_files import read_json
-from hisvd_cli.utils.files.tensorfile import reason, write_text
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
+from hisvd_cli.utils.files.atomic import write_text
 
 _PLAN = "plan.json"
-_TASK = "text-generation"
 _CARRIED = ("license", "license_name", "license_link", "language")
-_BEGIN = "<!-- hisvd: results, written again by every evaluation -->"
-_END = "<!-- hisvd: end of results -->"
 _UNMEASURED = "Not measured yet."
-_NOT_FINITE = "not finite"
-_DENSE = "dense"
 
 _BODY = """
 # {name}, {kept:.0%} kept
@@ -97,27 +83,6 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 ```"""
 
 
-@dataclass(frozen=True)
-class CardResult:
-    """One measurement for a card.
-
-    Attributes:
-        dataset: as the user named it, or a task's name; of a path only the file's name is shown.
-        metric: perplexity, accuracy and the like.
-        value: what was measured; None where it is not finite.
-        split: of the dataset.
-        dense: the same of the model before compression, where that was measured.
-        details: how it was measured, such as windows and seqlen.
-    """
-
-    dataset: str
-    metric: str
-    value: float | None
-    split: str | None = None
-    dense: float | None = None
-    details: Mapping[str, str | int | float] = field(default_factory=dict)
-
-
 def write_card(folder: Path, source: Source, plan: Plan, record: Mapping[str, Any]) -> None:
     """Write the model card of a checkpoint from its plan and its provenance record.
 
@@ -159,7 +124,7 @@ def _write_anew(
     known = card_metadata(checkpoint)
     metadata = {key: known[key] for key in (*_CARRIED, "base_model") if key in known}
     plan = load_plan(checkpoint / _PLAN)
-    _write(folder, metadata, plan, record or _record(checkpoint), multiplied=multiplied)
+    _write(folder, metadata, plan, record or read_provenance(checkpoint), multiplied=multiplied)
 
 
 def _write(
@@ -176,9 +141,14 @@ def _write(
     data = ModelCardData(
         **metadata,
         library_name="transformers",
-        pipeline_tag=_TASK,
+        pipeline_tag=TASK,
         tags=["hisvd", "low-rank", "compression"],
     )
+    body = _body(plan, record, multiplied, carries_code)
+    write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n{body}")
+
+
+def _body(plan: Plan, record: Mapping[str, Any], multiplied: bool, carries_code: bool) -> str:
     named = record["model"]["name"]
     # A path says where the model lay on one machine, which is nobody's business.
     model = Path(named).name if Path(named).exists() or Path(named).is_absolute() else named
@@ -187,7 +157,7 @@ def _write(
         integers.get("storage", plan.storage)
     ]
     trained = told_recovery(record)
-    body = _BODY.format(
+    return _BODY.format(
         name=markdown_text(Path(named).name),
         what=(_MULTIPLIED if multiplied else _LOW_RANK).format(
             model=markdown_code(model),
@@ -204,121 +174,10 @@ def _write(
         decomposer=markdown_text(record["decomposer"] + _updated(record.get("update"))),
         stages=f"\n| stages | {markdown_text(stages)} |" if (stages := stages_text(record)) else "",
         calibration=markdown_text(_calibration(record["calibration"])),
-        results=f"{_BEGIN}\n{_UNMEASURED}\n{_END}",
+        results=f"{BEGIN}\n{_UNMEASURED}\n{END}",
         loading=_PLAIN_LOADING if multiplied else _CODE_LOADING if carries_code else _LOADING,
         and_plan="" if multiplied else ", the rank of every sublayer in `plan.json`",
     )
-    write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n{body}")
-
-
-def update_card(folder: Path, results: Sequence[CardResult]) -> None:
-    """Put results into the card of a checkpoint: its ``model-index``, and the table of its text.
-
-    A result replaces that of the same metric, dataset, split and details; all others stay, and so
-    does what the user wrote elsewhere in the card.
-
-    Raises:
-        SourceError: the folder has no card, or its metadata is damaged.
-        OutputError: it cannot be written.
-    """
-    before = content_hash(folder / CARD)
-    card = _load_card(folder / CARD)
-    data = cast("ModelCardData", card.data)
-    kept = {_key(result): result for result in data.eval_results or []}
-    for result in results:
-        made = _eval_result(result)
-        kept[_key(made)] = made
-    data.model_name = data.model_name or _model_name(folder)
-    data.eval_results = list(kept.values())
-    card.text = _with_table(card.text, _table(data.eval_results))
-    write_text(folder / CARD, str(card))
-    renew_record(folder, CARD, before)
-
-
-def _load_card(path: Path) -> ModelCard:
-    import yaml  # comes with huggingface_hub, which reads the metadata with it
-    from huggingface_hub import ModelCard
-
-    if not path.is_file():
-        raise SourceError(f"{path.parent} has no {CARD}.", "Give a folder that hisvd wrote.")
-    try:
-        return ModelCard(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise SourceError(
-            f"The metadata of {path} is damaged: {reason(error)}",
-            "Mend the block between its first two lines of dashes.",
-        ) from error
-
-
-def _model_name(folder: Path) -> str:
-    record = _record(folder)
-    return f"{slug(record['model']['name'])}-{record['ratio']:g}"
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    path = folder / PROVENANCE
-    try:
-        record = read_json(path)
-        known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
-        return {**known, **{key: record.get(key) for key in ("update", "stages", "recovery")}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{path} is missing or damaged.", "Compress again.") from error
-
-
-def _key(result: EvalResult) -> tuple[object, ...]:
-    """Return what tells a result from others: all but its value and the dense model's."""
-    details = {k: v for k, v in (result.metric_args or {}).items() if k != _DENSE}
-    return (*result.unique_identifier, result.metric_type, repr(sorted(details.items())))
-
-
-def _eval_result(result: CardResult) -> EvalResult:
-    from huggingface_hub import EvalResult
-
-    known = NAMED.get(result.dataset)
-    name = Path(result.dataset).name
-    details = dict(result.details)
-    if result.dense is not None:
-        details[_DENSE] = _rounded(result.dense)
-    return EvalResult(
-        task_type=_TASK,
-        dataset_type=known.repo if known else name,
-        dataset_name=name,
-        dataset_config=known.config if known else None,
-        dataset_split=result.split,
-        metric_type=result.metric,
-        metric_name=result.metric,
-        metric_value=_NOT_FINITE if result.value is None else _rounded(result.value),
-        metric_args=details or None,
-    )
-
-
-def _rounded(value: float) -> float:
-    """Return five significant figures: more differ between machines."""
-    return float(f"{value:.5g}")
-
-
-def _table(results: Sequence[EvalResult]) -> str:
-    lines = ["| dataset | metric | before | this model | how |", "|---|---|---|---|---|"]
-    for result in results:
-        details = dict(result.metric_args or {})
-        dense = details.pop(_DENSE, "not measured")
-        digest = details.pop("text_sha256", None)
-        how = ", ".join(f"{name} {value}" for name, value in details.items())
-        how += f", text {str(digest)[:12]}" if digest else ""
-        split = f" ({result.dataset_split})" if result.dataset_split else ""
-        cells = (f"{result.dataset_name}{split}", result.metric_type, dense, result.metric_value)
-        lines.append(f"| {' | '.join(map(markdown_text, (*cells, how)))} |")
-    return "\n".join(lines)
-
-
-def _with_table(text: str, table: str) -> str:
-    """Put the table between its two marks, or behind a text whose marks were removed."""
-    block = f"{_BEGIN}\n{table}\n{_END}"
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if begin and end:
-        return f"{before}{block}{after}"
-    return f"{text.rstrip()}\n\n## What it costs\n\n{block}\n"
 
 
 def _licence(folder: Path) -> dict[str, Any]:

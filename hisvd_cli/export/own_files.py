@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from hisvd_cli.modeling.checkpoint import PLAN_FILE
-from hisvd_cli.modeling.folder_record import (
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.folder_record import (
     PROVENANCE,
     content_hash,
     read_object,

@@ -21,14 +21,14 @@ from hisvd_cli.finetuning.recover import Classroom, Factors, held_out_measures, 
 from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs
 from hisvd_cli.finetuning.trainer import BEST, Course, Progress, Trainee, Training
 from hisvd_cli.finetuning.training_data import Lessons
-from hisvd_cli.modeling.checkpoint import load_model
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.whole_model import load_model
 from hisvd_cli.utils.device import seeded
 from hisvd_cli.utils.errors import SourceError, UsageError
 from hisvd_cli.utils.files.checksums import intact, seal, sealed
-from hisvd_cli.utils.files.json_files import read_json
-from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_json
+from hisvd_cli.utils.files.json_files import read_json, write_json
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors
 from hisvd_cli.utils.progress import Reporter
 
 if TYPE_CHECKING:

@@ -21,25 +21,21 @@ from hisvd_cli.finetuning.teacher import Teacher
 from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs, stored_factors
 from hisvd_cli.finetuning.trainer import Course, Progress, Trainee, Training
 from hisvd_cli.finetuning.training_data import Lessons
-from hisvd_cli.modeling.checkpoint import (
-    PLAN_FILE,
-    Checkpoint,
-    load_model,
-    write_loader,
-    write_shards,
-)
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, Checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint_config import write_loader
+from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE, Describe, write_record
+from hisvd_cli.modeling.checkpoints.shards import write_shards
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.divergence import token_divergences, token_losses
-from hisvd_cli.modeling.folder_record import PROVENANCE, Describe, write_record
 from hisvd_cli.modeling.layers.lowrank import FACTORS
 from hisvd_cli.modeling.sources.companions import copy_companions, is_own_file
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.whole_model import load_source
+from hisvd_cli.modeling.whole_model import load_model, load_source
 from hisvd_cli.utils.errors import NumericalError, SourceError
 from hisvd_cli.utils.files.artifact import building
 from hisvd_cli.utils.files.checksums import intact
 from hisvd_cli.utils.files.fingerprints import digest
-from hisvd_cli.utils.files.tensorfile import write_json
+from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 

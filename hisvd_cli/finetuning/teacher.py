@@ -12,8 +12,7 @@ from xxhash import xxh3_64
 
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.hidden_states import reserve, settle
-from hisvd_cli.utils.errors import OutputError
-from hisvd_cli.utils.files.tensorfile import reason
+from hisvd_cli.utils.errors import OutputError, reason
 
 _KNOWN = "known.bin"
 _STATES = "states.bin"

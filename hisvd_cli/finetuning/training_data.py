@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.calibration.data import (
+from hisvd_cli.calibration.text.datasets import (
     INSTRUCTION,
     Text,
     load_instructions,
     load_text,
-    tokenize,
     without,
 )
-from hisvd_cli.calibration.token_ids import known_ids
+from hisvd_cli.calibration.text.token_ids import known_ids
+from hisvd_cli.calibration.text.tokens import tokenize
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.errors import DataError
 from hisvd_cli.utils.files.fingerprints import digest
@@ -150,7 +150,7 @@ def load_lessons(name: str, source: Source, seqlen: int, drop: str = "") -> Less
     """Load a text or a set of instructions, by name or file, told apart by its fields.
 
     Args:
-        name: as in :func:`hisvd_cli.calibration.data.load_text`.
+        name: as in :func:`hisvd_cli.calibration.text.datasets.load_text`.
         source: the model whose tokenizer reads it.
         seqlen: tokens per window.
         drop: left out of a text wherever it stands, with the space before it.

@@ -22,8 +22,13 @@ from hisvd_cli.inspection.audit import (
     value_problems,
 )
 from hisvd_cli.inspection.pickle_audit import PICKLES, audit_pickle
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, Checkpoint, is_checkpoint, open_checkpoint
-from hisvd_cli.modeling.folder_record import PROVENANCE
+from hisvd_cli.modeling.checkpoints.checkpoint import (
+    PLAN_FILE,
+    Checkpoint,
+    is_checkpoint,
+    open_checkpoint,
+)
+from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tell_notes, tensor_names
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source

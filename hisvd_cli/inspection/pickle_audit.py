@@ -22,13 +22,10 @@ from hisvd_cli.inspection.audit import (
     value_problems,
 )
 from hisvd_cli.inspection.pt_files import check_parts, open_pt, travels
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, quantization_of
-from hisvd_cli.modeling.pickles.foreign import (
-    ForeignCheckpoint,
-    ForeignTensor,
-    find_pairs,
-    read_foreign,
-)
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.checkpoint_config import quantization_of
+from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor, read_foreign
+from hisvd_cli.modeling.pickles.low_rank_pairs import find_pairs
 from hisvd_cli.modeling.sublayers import Sublayer
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.json_files import parse_json

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.modeling.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.modeling.pickles.foreign import read_foreign
 from hisvd_cli.modeling.sources.companions import CARD, is_companion
 from hisvd_cli.modeling.sources.weights import check_plain

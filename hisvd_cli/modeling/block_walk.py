@@ -9,19 +9,27 @@ Legend: S sequences, L tokens each, d hidden width; hidden states ``[S, L, d]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hisvd_cli.modeling.block_arguments import (
+    Arguments,
+    DivertedError,
+    run_stubs,
+    same_arguments,
+    stubbed,
+)
 from hisvd_cli.modeling.hidden_states import StatesHome
+from hisvd_cli.modeling.overflow import all_finite, overflow_hint
 from hisvd_cli.modeling.skeleton import (
     SUPPORTED,
     build_meta_model,
     decoder_blocks,
+    drop_weights,
     read_tensor,
     tensor_names,
 )
@@ -31,12 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hisvd_cli.modeling.sources.source import Source
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _DivertedError(Exception):
-    """A block was given something else than the state that the one before it returned."""
 
 
 class _ReachedError(Exception):
@@ -214,7 +216,7 @@ class BlockWalk:
             passed = state if index == last else args[0] if args else kwargs["hidden_states"]
             return (passed,) if self._as_tuple else passed
 
-        with self._stubbed(stub):
+        with stubbed(self.layers, stub):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
@@ -227,7 +229,7 @@ class BlockWalk:
     @torch.no_grad()
     def _run(self, index: int, part: Tensor) -> Tensor:
         state = self._forward(index, part)
-        if self._refuse_nonfinite and not _all_finite(state):
+        if self._refuse_nonfinite and not all_finite(state):
             raise NumericalError(
                 f"The output of block {index} is NaN or infinite.", overflow_hint(self.dtype)
             )
@@ -279,11 +281,11 @@ class BlockWalk:
         # wrong one the next block gets something else than the state that was passed on.
         for as_tuple in (False, True):
             try:
-                state, calls = self._run_stubs(ids, as_tuple)
-            except _DivertedError:
+                state, calls = run_stubs(self.model, self.layers, ids, as_tuple)
+            except DivertedError:
                 continue
             self._as_tuple = as_tuple
-            if not _same(calls, self._arguments.setdefault(len(ids), calls), set()):
+            if not same_arguments(calls, self._arguments.setdefault(len(ids), calls), set()):
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} gives its blocks more than the hidden state of "
                     "the text, such as embeddings per block.",
@@ -295,72 +297,3 @@ class BlockWalk:
             "state.",
             SUPPORTED,
         )
-
-    def _run_stubs(self, ids: Tensor, as_tuple: bool) -> tuple[Tensor, list[Arguments]]:
-        calls: list[Arguments] = []
-        states: list[Tensor] = []
-
-        def stub(index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            state = args[0] if args else kwargs.pop("hidden_states", None)
-            known = states[0] if states else state
-            if not isinstance(state, Tensor) or state is not known or index != len(calls):
-                raise _DivertedError
-            states.append(state)
-            calls.append((args[1:], kwargs))
-            return (state,) if as_tuple else state
-
-        with self._stubbed(stub):
-            self.model.get_decoder()(input_ids=ids, use_cache=False)
-        if len(calls) != len(self.layers):
-            raise _DivertedError
-        return states[0], calls
-
-    @contextmanager
-    def _stubbed(self, stub: Callable[..., Tensor | tuple[Tensor]]) -> Iterator[None]:
-        """Let ``stub(index, …)`` stand for every block while the body runs."""
-        for index, layer in enumerate(self.layers):
-            layer.forward = partial(stub, index)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
-
-
-def _all_finite(state: Tensor) -> bool:
-    """Tell whether all numbers are finite. Their sum says it in a tenth of the time, unless finite
-    ones add up to more than float32 holds."""
-    return bool(state.sum(dtype=torch.float32).isfinite()) or bool(state.isfinite().all())
-
-
-def overflow_hint(dtype: torch.dtype) -> str:
-    """Say what to do about activations that are not finite."""
-    if dtype == torch.float16:
-        return "Use --dtype bfloat16 or float32; float16 overflows on many models."
-    return "The model itself overflows: try it with 'hisvd eval', or use another checkpoint."
-
-
-def _same(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
-    """Tell whether two calls' arguments are equal; masks that blocks share are compared once."""
-    if one is other or (id(one), id(other)) in seen:
-        return True
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        same = one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    elif isinstance(one, list | tuple):
-        same = len(one) == len(other) and all(map(partial(_same, seen=seen), one, other))
-    elif isinstance(one, dict):
-        same = one.keys() == other.keys() and all(_same(one[k], other[k], seen) for k in one)
-    else:
-        same = bool(one == other)
-    if same:
-        seen.add((id(one), id(other)))
-    return same
-
-
-def drop_weights(module: nn.Module, recurse: bool) -> None:
-    """Send parameters to the meta device; buffers, which no file may hold, stay."""
-    for part in module.modules() if recurse else [module]:
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.errors import OutputError, reason
 from hisvd_cli.utils.files.cache import write_hint
-from hisvd_cli.utils.files.tensorfile import reason, write_parts
+from hisvd_cli.utils.files.tensorfile import write_parts
 
 Place = Literal["device", "host", "file"]
 NAME = "hidden"

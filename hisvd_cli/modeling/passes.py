@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.modeling.block_walk import BlockWalk, drop_weights
-from hisvd_cli.modeling.skeleton import build_stored_model
+from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.modeling.skeleton import build_stored_model, drop_weights
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.utils.errors import UnsupportedModelError

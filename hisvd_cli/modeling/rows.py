@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hisvd_cli.modeling.hidden_states import NAME, StatesHome, chunks
-from hisvd_cli.utils.errors import SourceError
+from hisvd_cli.utils.errors import SourceError, reason
 from hisvd_cli.utils.files.checksums import intact
-from hisvd_cli.utils.files.tensorfile import AGAIN, reason
+from hisvd_cli.utils.files.tensorfile import AGAIN
 
 _SPAN = re.compile(r"(\d+)-(\d+)\.safetensors")
 

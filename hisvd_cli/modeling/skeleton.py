@@ -19,8 +19,7 @@ from hisvd_cli.modeling.sources.stored_names import (
     refuse_unmerged,
     value_head,
 )
-from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
-from hisvd_cli.utils.files.tensorfile import reason
+from hisvd_cli.utils.errors import SourceError, UnsupportedModelError, reason
 from hisvd_cli.utils.library_errors import library_errors
 
 if TYPE_CHECKING:
@@ -220,3 +219,10 @@ def _tied_names(model: PreTrainedModel) -> tuple[str, str] | None:
         return None
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     return names[head], names[embedding]
+
+
+def drop_weights(module: nn.Module, recurse: bool) -> None:
+    """Send parameters to the meta device; buffers, which no file may hold, stay."""
+    for part in module.modules() if recurse else [module]:
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

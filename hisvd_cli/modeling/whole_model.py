@@ -3,16 +3,20 @@ from the same tensors that the walk over blocks reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hisvd_cli.modeling.checkpoint import is_checkpoint, load_model
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
 from hisvd_cli.modeling.skeleton import build_stored_model, own_head, read_tensor, tensor_names
+from hisvd_cli.modeling.sources.source import names_own_loader, read_config
+from hisvd_cli.modeling.sources.weights import open_weights
 from hisvd_cli.utils.errors import SourceError
+from hisvd_cli.utils.library_errors import library_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,3 +83,41 @@ def _configure(model: PreTrainedModel, source: Source) -> None:
 
     if model.can_generate() and (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
+
+
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a dense or compressed folder with transformers, strictly.
+
+    The loader that a compressed folder carries is not run: the installed one does the same.
+
+    Raises:
+        SourceError: tensors are missing, superfluous or misshapen.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import hisvd_cli.modeling.layers.transformers_plugin  # noqa: F401  (registers the loader)
+
+    open_weights(folder)
+    hint = f"Look closer with: hisvd inspect {folder}"
+    with library_errors(lambda why: SourceError(f"transformers cannot load {folder}: {why}", hint)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code and not names_own_loader(read_config(folder)),
+        )
+    _check_loading(folder, loaded[1])
+    model: PreTrainedModel = loaded[0].to(device)
+    model.eval()
+    return model
+
+
+def _check_loading(folder: Path, report: Mapping[str, Sequence[Any]]) -> None:
+    for kind, word in (("missing_keys", "lacks"), ("mismatched_keys", "holds misshapen")):
+        if keys := sorted(str(key) for key in report.get(kind, ())):
+            raise SourceError(
+                f"{folder} {word} {len(keys)} tensors: {', '.join(keys[:3])}.",
+                f"Look closer with: hisvd inspect {folder}",
+            )

@@ -24,23 +24,26 @@ from hisvd_cli.calibration.workload import Workload
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
-from hisvd_cli.pipelines.config.settings import flag_of
+from hisvd_cli.pipelines.calibration_search import (
+    calibration_home,
+    find_calibration,
+    wanted_statistics,
+)
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.bounds import place_states
 from hisvd_cli.pipelines.memory.whole_models import check_writing
 from hisvd_cli.pipelines.output_names import check_place, output_name
 from hisvd_cli.pipelines.samples import (
     SELF,
+    CalibrationRequest,
     calibrated_dtype,
     calibration_sample,
     draw_sample,
-    is_text_of,
     request_calibration,
 )
 from hisvd_cli.utils.distributed import world
-from hisvd_cli.utils.errors import OutputError, SourceError, StaleArtifactError, UsageError
+from hisvd_cli.utils.errors import OutputError, StaleArtifactError, UsageError
 from hisvd_cli.utils.files.checksums import seal, sealed
-from hisvd_cli.utils.files.fingerprints import cache_root, slug
 from hisvd_cli.utils.files.scratch import expire
 from hisvd_cli.utils.progress import Reporter
 
@@ -63,78 +66,6 @@ def named_source(resolved: Resolved) -> Source:
         return found
 
     return world().after_first(fetch)
-
-
-def calibration_home(source: Source) -> Path:
-    """Return the cache folder that holds all calibrations of a model."""
-    return cache_root() / "calibration" / f"{slug(source.name)}-{source.fingerprint[:12]}"
-
-
-def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration | None:
-    """Return a finished calibration that fits the settings, or None.
-
-    The folder named by ``--calibration`` wins; then the one with exactly these settings; then,
-    where the settings ask for nothing in particular, the model's newest.
-
-    Raises:
-        StaleArtifactError: the folder named was made for another model, or of another text than
-            the settings name.
-    """
-    if named := resolved.settings.calibration.path:
-        folder = output_name(Path(named), "--calibration")
-        if not (folder / MANIFEST).is_file():
-            return None
-        found = open_calibration(folder, source)
-        _check_asked(resolved, found)
-        return found
-    exact = calibration_home(source) / request_calibration(resolved, source).key[:16]
-    if (exact / MANIFEST).is_file():
-        return open_calibration(exact, source)
-    if resolved.asked("calibration"):
-        return None
-    return _newest(source, reporter)
-
-
-def _check_asked(resolved: Resolved, found: Calibration) -> None:
-    """Refuse a calibration that differs from what was asked for beside its folder."""
-    data = found.manifest["data"]
-    wanted = found.manifest["settings"].get("calibration", {})
-    made = {"drop": "", **data}
-    made["samples"] = wanted.get("samples") or data["samples"]  # a text may hold fewer
-    for key in resolved.asked("calibration"):
-        asked = resolved.value("calibration", key)
-        same = str(asked) == str(made[key])
-        if key == "dataset":  # a file may be named from another folder than it was at first
-            same = is_text_of(asked, data)
-        if not same:
-            flag, place = flag_of("calibration", key), resolved.place("calibration", key)
-            changed = " as it reads now" if str(asked) == str(made[key]) else ""
-            raise StaleArtifactError(
-                f"{found.folder} was calibrated with {flag} {made[key]}, not {asked}{changed}.",
-                f"Leave out {place}, or name another folder with --calibration.",
-            )
-
-
-def _newest(source: Source, reporter: Reporter) -> Calibration | None:
-    manifests = calibration_home(source).glob(f"[!.]*/{MANIFEST}")
-    made = sorted(manifests, key=lambda path: path.stat().st_mtime)
-    if not made:
-        return None
-    found = open_calibration(made[-1].parent, source)
-    data = found.manifest["data"]
-    reporter.warn(
-        f"No calibration settings given: using the newest calibration of {source.name}, "
-        f"{data['samples']} × {data['seqlen']} tokens of {data['dataset']}."
-    )
-    return found
-
-
-def wanted_statistics(resolved: Resolved) -> frozenset[Need]:
-    """Return what the settings ask a calibration to hold."""
-    calibration = resolved.settings.calibration
-    if calibration.weight_gradients:
-        return frozenset({"moments", "gradients", "weight-gradients"})
-    return frozenset({"moments", "gradients"} if calibration.gradients else {"moments"})
 
 
 def ensure_calibration(
@@ -186,28 +117,7 @@ def _calibrate(
         if named
         else calibration_home(source) / request.key[:16]
     )
-    dtype: torch.dtype = getattr(torch, request.dtype)
-
-    def look() -> Calibration | tuple[Sample, Workload]:
-        """Return the calibration that is there already, or what one is to be made from."""
-        if not named and (folder / MANIFEST).is_file():
-            return open_calibration(folder, source)
-        present = _present(folder, source)
-        if present is None and named:  # the cache says by itself what to do
-            check_place(folder, "--calibration")
-        if request.dataset == SELF:
-            check_writing(resolved, source, request.seqlen, f"--dataset {SELF}")
-        work = place_states(resolved, source, wanted, reporter)
-        sample = draw_sample(request, source, reporter)
-        _warn_of_few(source, sample, reporter)
-        if present is not None and present.key != calibration_key(source, sample, dtype):
-            raise StaleArtifactError(
-                f"{folder} holds a calibration of other data or settings.",
-                "Name another folder with --calibration, or remove that one.",
-            )
-        return present or (sample, work)
-
-    found = world().agreed(look)
+    found = world().agreed(lambda: _look(resolved, source, request, folder, wanted, reporter))
     if isinstance(found, Calibration):
         return found
     sample, work = found
@@ -216,13 +126,42 @@ def _calibrate(
         sample,
         folder,
         device=torch.device(request.device),
-        dtype=dtype,
+        dtype=getattr(torch, request.dtype),
         batch=work.batch,
         settings=resolved.recorded("model", "calibration"),
         reporter=reporter,
         keep_inputs=set(wanted) != {"moments"},
         place=work.place,
     )
+
+
+def _look(
+    resolved: Resolved,
+    source: Source,
+    request: CalibrationRequest,
+    folder: Path,
+    wanted: Collection[Need],
+    reporter: Reporter,
+) -> Calibration | tuple[Sample, Workload]:
+    """Return the calibration that is there already, or what one is to be made from."""
+    named = resolved.settings.calibration.path
+    if not named and (folder / MANIFEST).is_file():
+        return open_calibration(folder, source)
+    present = _present(folder, source)
+    if present is None and named:  # the cache says by itself what to do
+        check_place(folder, "--calibration")
+    if request.dataset == SELF:
+        check_writing(resolved, source, request.seqlen, f"--dataset {SELF}")
+    work = place_states(resolved, source, wanted, reporter)
+    sample = draw_sample(request, source, reporter)
+    _warn_of_few(source, sample, reporter)
+    dtype: torch.dtype = getattr(torch, request.dtype)
+    if present is not None and present.key != calibration_key(source, sample, dtype):
+        raise StaleArtifactError(
+            f"{folder} holds a calibration of other data or settings.",
+            "Name another folder with --calibration, or remove that one.",
+        )
+    return present or (sample, work)
 
 
 def _warn_of_few(source: Source, sample: Sample, reporter: Reporter) -> None:
@@ -330,14 +269,3 @@ def _present(folder: Path, source: Source) -> Calibration | None:
             "Name another folder with --calibration.",
         )
     return None
-
-
-def require_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration:
-    """Return the calibration named by the settings. Raises SourceError where it does not exist."""
-    found = find_calibration(resolved, source, reporter)
-    if found is None:
-        raise SourceError(
-            f"There is no calibration at '{resolved.settings.calibration.path}'.",
-            "Run: hisvd calibrate --calibration with that folder.",
-        )
-    return found

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from hisvd_cli.export.convert import from_pt, repack, to_dense, to_pt, unpacked
-from hisvd_cli.modeling.checkpoint import Checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.modeling.sources.companions import warn_of_links
 from hisvd_cli.pipelines.compressing.quantization import check_quantization, quantize_checkpoint
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.output_names import inputs_of
 from hisvd_cli.pipelines.outputs import check_output
 from hisvd_cli.utils.errors import SourceError, UsageError

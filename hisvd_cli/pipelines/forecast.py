@@ -27,16 +27,18 @@ from hisvd_cli.compression.factorize import lay_out
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
-from hisvd_cli.pipelines.calibration import find_calibration, named_source, wanted_statistics
-from hisvd_cli.pipelines.compressing.compression import check_request
+from hisvd_cli.pipelines.calibration import named_source
+from hisvd_cli.pipelines.calibration_search import find_calibration, wanted_statistics
+from hisvd_cli.pipelines.compressing.compression_checks import check_request
 from hisvd_cli.pipelines.compressing.quantization import bytes_saved
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.bounds import factoring_of, fitted, fitted_update, workload
 from hisvd_cli.pipelines.outputs import output_path
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
 from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs, probe_passes
-from hisvd_cli.pipelines.planning.plans import check_knobs, check_planning_memory, open_plan
+from hisvd_cli.pipelines.planning.plan_checks import check_knobs, check_planning_memory
+from hisvd_cli.pipelines.planning.plan_files import open_plan
 from hisvd_cli.pipelines.samples import request_calibration
 from hisvd_cli.utils.progress import Reporter
 
@@ -128,9 +130,7 @@ def forecast_compression(
     plan = open_plan(plan_file, source) if plan_file else None
     anatomy = dissect(source)
     found = find_calibration(resolved, source, reporter)
-    needs = decomposer_needs(resolved.settings.compress) | wanted_statistics(resolved)
-    if plan is None:
-        needs |= plan_needs(resolved.settings)
+    needs = _needs(resolved, plan)
     found = found if found and needs <= found.holds else None
     calibrating, work = _calibration(resolved, source, anatomy, needs)
     factoring = factoring_of(resolved, source, anatomy)
@@ -158,6 +158,11 @@ def forecast_compression(
         "stages": stages,
         "seconds": sum(stages.values()),
     }
+
+
+def _needs(resolved: Resolved, plan: Plan | None) -> frozenset[Need]:
+    needs = decomposer_needs(resolved.settings.compress) | wanted_statistics(resolved)
+    return needs | plan_needs(resolved.settings) if plan is None else needs
 
 
 def _update(

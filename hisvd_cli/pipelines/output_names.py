@@ -7,11 +7,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from hisvd_cli.pipelines.config.profile import Resolved
-from hisvd_cli.utils.errors import OutputError, UsageError
+from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.utils.errors import OutputError, UsageError, reason
 from hisvd_cli.utils.files.cache import expanded
 from hisvd_cli.utils.files.scratch import BUILDING, WORK
-from hisvd_cli.utils.files.tensorfile import reason
 
 _SIBLING_BYTES = 56
 """Longest addition to a name: temporary files and unfinished folders stand beside an output."""

@@ -13,10 +13,10 @@ import torch
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.export.own_files import foreign_files, is_own_folder
 from hisvd_cli.inspection.pt_files import load_pt
-from hisvd_cli.modeling.checkpoint import PLAN_FILE
-from hisvd_cli.modeling.folder_record import read_record, recorded
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.folder_record import read_record, recorded
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
 from hisvd_cli.pipelines.output_names import check_place, inputs_of, refuse_inputs
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio

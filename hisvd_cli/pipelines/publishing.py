@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hisvd_cli.export.own_files import written_files
-from hisvd_cli.modeling.checkpoint import is_checkpoint, open_checkpoint
-from hisvd_cli.modeling.folder_record import PROVENANCE
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
 from hisvd_cli.modeling.sources.companions import companions, is_own_file
 from hisvd_cli.modeling.sources.weights import open_weights
-from hisvd_cli.utils.errors import OutputError, SourceError, UsageError
-from hisvd_cli.utils.files.tensorfile import TEMPORARY, reason
+from hisvd_cli.utils.errors import OutputError, SourceError, UsageError, reason
+from hisvd_cli.utils.files.atomic import TEMPORARY
 from hisvd_cli.utils.progress import Reporter
 
 if TYPE_CHECKING:

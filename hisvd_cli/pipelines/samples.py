@@ -10,25 +10,22 @@ from typing import Any
 
 import torch
 
-from hisvd_cli.calibration.data import (
-    FILE,
-    Text,
+from hisvd_cli.calibration.store import FORMAT_VERSION, Calibration, Sample
+from hisvd_cli.calibration.text.datasets import FILE, Text, load_text, without
+from hisvd_cli.calibration.text.self_text import sample_self
+from hisvd_cli.calibration.text.tokens import (
     check_seqlen,
-    load_text,
     model_positions,
     sample_windows,
     tokenize,
-    without,
 )
-from hisvd_cli.calibration.self_text import sample_self
-from hisvd_cli.calibration.store import FORMAT_VERSION, Calibration, Sample
 from hisvd_cli.modeling.sources.source import DEMO, Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.device import pick_device, pick_dtype
 from hisvd_cli.utils.errors import OutputError, StaleArtifactError, UsageError
+from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.fingerprints import cache_root, digest, expanded, file_digest
 from hisvd_cli.utils.files.safetensors_header import dtype_name
-from hisvd_cli.utils.files.tensorfile import write_text
 from hisvd_cli.utils.progress import Reporter
 
 DEFAULT_SEQLEN = 2048

@@ -17,9 +17,8 @@ from torch import Tensor
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.errors import OutputError
 from hisvd_cli.utils.files.fingerprints import cache_root, digest
-from hisvd_cli.utils.files.json_files import read_json
+from hisvd_cli.utils.files.json_files import read_json, write_json
 from hisvd_cli.utils.files.safetensors_header import dtype_name
-from hisvd_cli.utils.files.tensorfile import write_json
 
 _RUNS = 3
 _HOPELESS = 4.0  # so many times slower in the first run: no further run changes the answer

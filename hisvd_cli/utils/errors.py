@@ -83,3 +83,10 @@ def suggest(value: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.6)
     near = near or [name for name in names if value and name.startswith(value)]
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line what an error of the operating system or of a library says."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    line = str(text).splitlines()[0].strip()
+    return line if line.endswith((".", "!", "?", ":")) else f"{line}."

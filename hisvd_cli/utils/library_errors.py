@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hisvd_cli.utils.errors import HisvdError
-from hisvd_cli.utils.files.tensorfile import reason
+from hisvd_cli.utils.errors import HisvdError, reason
 
 
 @contextmanager

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from hisvd_cli.calibration.data import load_text
+from hisvd_cli.calibration.text.datasets import load_text
 from hisvd_cli.evaluation.perplexity import evaluation_windows
-from hisvd_cli.modeling.checkpoint import load_model
 from hisvd_cli.modeling.divergence import token_losses
 from hisvd_cli.modeling.passes import Resident
 from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.whole_model import load_model
 
 
 def by_hand(model: Any, ids: torch.Tensor) -> float:

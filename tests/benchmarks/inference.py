@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hisvd_cli.evaluation.efficiency import take_turn
-from hisvd_cli.modeling.checkpoint import load_model
+from hisvd_cli.modeling.whole_model import load_model
 
 
 def parsed() -> argparse.Namespace:

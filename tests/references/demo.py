@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hisvd_cli.calibration.data import load_text, sample_windows, tokenize
+from hisvd_cli.calibration.text.datasets import load_text
+from hisvd_cli.calibration.text.tokens import sample_windows, tokenize
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import DEMO
 from tests.references.common import Study

@@ -89,10 +89,7 @@ def _recover(
     run: Run, checkpoint: Path, output: Path | None, overwrite: bool, dry_run: bool
 ) -> None:
     from hisvd_cli.cli.views.results import recovered_view, recovery_forecast_view
-    from hisvd_cli.pipelines.compressing.from_checkpoint import (
-        forecast_recovery,
-        recover_checkpoint,
-    )
+    from hisvd_cli.pipelines.recovering.from_checkpoint import forecast_recovery, recover_checkpoint
 
     if dry_run:
         forecast = forecast_recovery(run.resolved, checkpoint, output, overwrite, run.console)

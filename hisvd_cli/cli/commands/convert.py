@@ -57,7 +57,7 @@ def convert(
 
     hisvd convert demo-0.6 --push-to-hub me/demo-0.6
     """
-    from hisvd_cli.cli.views.results import size_text
+    from hisvd_cli.cli.views.layout import size_text
     from hisvd_cli.pipelines.conversion import write_form
     from hisvd_cli.pipelines.output_names import output_name
     from hisvd_cli.pipelines.publishing import Hub, check_request, publish

@@ -56,22 +56,24 @@ def plan(
     from hisvd_cli.pipelines.forecast import forecast_plan
     from hisvd_cli.pipelines.output_names import output_name
     from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
-    from hisvd_cli.pipelines.planning.plans import check_plan_file, check_sublayers, plan_model
+    from hisvd_cli.pipelines.planning.plan_files import check_plan_file
+    from hisvd_cli.pipelines.planning.plans import plan_model
+    from hisvd_cli.pipelines.planning.sublayer_spectra import check_sublayers
 
     if dry_run:
         forecast = forecast_plan(run.resolved)
         run.console.show(plan_forecast_view(forecast))
         run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
         return
-    chosen = run.settings.plan
+    _chosen = run.settings.plan
     if output is not None:
         output = output_name(output)
-        ratios = chosen.ratio if bytes_ratio(run.resolved) is None else chosen.ratio[:1]
-        check_plan_file(output, ratios, chosen.allocator)
+        ratios = _chosen.ratio if bytes_ratio(run.resolved) is None else _chosen.ratio[:1]
+        check_plan_file(output, ratios, _chosen.allocator)
     if spectrum_of:
         check_sublayers(run.resolved, spectrum_of)
     plans = plan_model(run.resolved, run.console)
-    compared = len(chosen.allocator) > 1
+    compared = len(_chosen.allocator) > 1
     for made in plans if tables or not compared else ():
         run.console.show(plan_view(made, run.console.width, run.console.verbose))
     if compared:
@@ -99,7 +101,7 @@ def _list_profiles(run: Run) -> None:
 def _show_spectra(run: Run, plans: Sequence[Plan], patterns: list[str]) -> list[dict[str, Any]]:
     """Draw the spectra that match; return them as JSON data."""
     from hisvd_cli.cli.views.plans import spectra_view
-    from hisvd_cli.pipelines.planning.plans import sublayer_spectra
+    from hisvd_cli.pipelines.planning.sublayer_spectra import sublayer_spectra
     from hisvd_cli.utils.progress import Silent
 
     spectra = sublayer_spectra(run.resolved, patterns, Silent())  # the plan has told all of it

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS
 from hisvd_cli.cli.views.charts import HeatMap
-from hisvd_cli.cli.views.results import make_table, rank_table, size_text
+from hisvd_cli.cli.views.layout import make_table, size_text
+from hisvd_cli.cli.views.results import rank_table
 from hisvd_cli.pipelines.planning.tables import rank_span
 
 if TYPE_CHECKING:

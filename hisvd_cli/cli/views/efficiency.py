@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hisvd_cli.cli.views.results import size_text
+from hisvd_cli.cli.views.layout import size_text
 
 if TYPE_CHECKING:
     from hisvd_cli.evaluation.efficiency import Phase, Timing

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hisvd_cli.cli.views.efficiency import speed_view, tasks_view
-from hisvd_cli.cli.views.results import perplexity_text, times_text
+from hisvd_cli.cli.views.layout import perplexity_text, times_text
 
 if TYPE_CHECKING:
     from hisvd_cli.evaluation.grid import Grid

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hisvd_cli.cli.views.results import make_table
+from hisvd_cli.cli.views.layout import make_table
 
 if TYPE_CHECKING:
     from hisvd_cli.pipelines.config.shipped import ShippedProfile

@@ -14,30 +14,24 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import IO, Any, cast
 
-MAX_PICKLE_BYTES = 1 << 30
+from hisvd_cli.modeling.pickles.bounded_reader import BoundedReader
+from hisvd_cli.modeling.pickles.calls import MAX_COUNT, add_states, called, kind_of
+from hisvd_cli.modeling.pickles.records import (
+    ITEM_SIZES,
+    Global,
+    Node,
+    RefusedError,
+    Storage,
+    Tensor,
+    clean,
+)
+
 MAX_OPERATIONS = 10_000_000  # a pickled mixture of 37 000 linears takes about 6 million
-# What a small file may take, and how that grows with its size: one byte of a pickle can become an
-# object of 80, and one of an archive a thousand bytes of a pickle.
-_FREE_BYTES = 1 << 24
+# What a small file may take, and how that grows with its size: one byte can become an object of 80.
 _FREE_OPERATIONS = 200_000
 _BYTES_PER_OPERATION = 4
-MAX_LINE_BYTES = 1 << 20
-MAX_NAME_CHARACTERS = 300
-_MAX_DIMENSIONS = 64
-_MAX_COUNT = 1 << 62
-
-_ITEM_SIZES = {
-    **dict.fromkeys(("bool", "int8", "uint8"), 1),
-    **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"), 1),
-    **dict.fromkeys(("float8_e8m0fnu", "float4_e2m1fn_x2"), 1),
-    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
-    **dict.fromkeys(("float32", "int32", "uint32", "complex32"), 4),
-    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
-    "complex128": 16,
-}
 
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64",
@@ -54,108 +48,6 @@ _STORAGE_DTYPES = {
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
 }
-
-_RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocol 2 writes them
-
-
-class RefusedError(ValueError):
-    """A pickle that is damaged, over a bound, or holds what `torch.save` never writes."""
-
-
-def clean(text: str) -> str:
-    """Return text from a file as something that a terminal can show: short, no control codes."""
-    short = text if len(text) <= MAX_NAME_CHARACTERS else text[: MAX_NAME_CHARACTERS - 1] + "…"
-    return short if short.isprintable() else short.encode("unicode_escape").decode("ascii")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Global:
-    """What the file names as a class or function: two strings, never the thing itself."""
-
-    module: str
-    name: str
-    path: str
-
-    @classmethod
-    def named(cls, module: str, name: str) -> Global:
-        """Build one with its name for display."""
-        module = _RENAMED_MODULES.get(module, module)
-        return cls(module, name, clean(f"{module}.{name}"))
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """An inert object: a container, an instance, or the result of a call that was not made."""
-
-    kind: str
-    args: tuple[object, ...] = ()
-    items: list[object] | None = None  # None until needed: a crafted file holds millions of nodes
-    entries: list[tuple[object, object]] | None = None
-    states: list[object] | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Storage:
-    """The description of a block of tensor data; the data is not read."""
-
-    key: str
-    dtype: str
-    nbytes: int
-
-
-@dataclass(slots=True, eq=False)
-class Tensor:
-    """The description of a tensor."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    states: list[object] | None = None
-
-    @property
-    def item_size(self) -> int:
-        """Bytes of one element."""
-        return _ITEM_SIZES[self.dtype]
-
-
-def check_inflated(size: int, file_bytes: int) -> None:
-    """Raise RefusedError where a compressed pickle unpacks to more than its file accounts for."""
-    if size > _FREE_BYTES + file_bytes:
-        raise RefusedError(f"its pickle unpacks to {size:,} bytes, from a file of {file_bytes:,}")
-
-
-class BoundedReader:
-    """The part of a binary file that `genops` needs, with a limit on what it reads."""
-
-    def __init__(self, stream: IO[bytes], limit: int) -> None:
-        self._stream = stream
-        self._limit = min(limit, MAX_PICKLE_BYTES)
-        self._position = 0
-
-    def read(self, count: int) -> bytes:
-        """Read up to `count` bytes."""
-        if count > self._limit - self._position:
-            raise RefusedError(f"the pickle does not end within its {self._limit:,} bytes")
-        return self._advance(self._stream.read(count))
-
-    def readline(self) -> bytes:
-        """Read one line of a text opcode."""
-        line = self._stream.readline(MAX_LINE_BYTES + 1)
-        if len(line) > min(MAX_LINE_BYTES, self._limit - self._position):
-            raise RefusedError("a text line of the pickle is too long")
-        if b"\\" in line:  # genops would unescape it, which a loader does not
-            raise RefusedError("a global's name holds a backslash")
-        return self._advance(line)
-
-    def tell(self) -> int:
-        """Bytes read so far."""
-        return self._position
-
-    def _advance(self, data: bytes) -> bytes:
-        self._position += len(data)
-        return data
 
 
 class Machine:
@@ -221,7 +113,7 @@ class Machine:
     def _top_node(self) -> Node:
         node = self._top()
         if not isinstance(node, Node):
-            raise RefusedError(f"the pickle adds items to a {_kind(node)}")
+            raise RefusedError(f"the pickle adds items to a {kind_of(node)}")
         return node
 
     def _mark(self, _: Any) -> None:
@@ -292,7 +184,7 @@ class Machine:
     def _name(self, module: object, name: object) -> Global:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise RefusedError(
-                f"the pickle names a global by a {_kind(module)} and a {_kind(name)}"
+                f"the pickle names a global by a {kind_of(module)} and a {kind_of(name)}"
             )
         return self.globals.setdefault((module, name), Global.named(module, name))
 
@@ -306,26 +198,26 @@ class Machine:
 
     def _reduce(self, _: Any) -> None:
         args, function = self._pop(), self._pop()
-        self._stack.append(_call(function, args))
+        self._stack.append(called(function, args))
 
     def _new_object(self, _: Any) -> None:
         args, cls = self._pop(), self._pop()
-        self._stack.append(_call(cls, args))
+        self._stack.append(called(cls, args))
 
     def _new_object_with_keywords(self, _: Any) -> None:
         keywords, args, cls = self._pop(), self._pop(), self._pop()
         if not isinstance(args, tuple):
-            raise RefusedError(f"the pickle calls with a {_kind(args)} of arguments")
-        self._stack.append(_call(cls, (*args, keywords)))
+            raise RefusedError(f"the pickle calls with a {kind_of(args)} of arguments")
+        self._stack.append(called(cls, (*args, keywords)))
 
     def _build(self, _: Any) -> None:
         state, target = self._pop(), self._top()
         if isinstance(target, Node | Tensor):
-            _add_states(target, [state])
+            add_states(target, [state])
         elif isinstance(target, Global):
             self.altered[target.path] = target
         else:
-            raise RefusedError(f"the pickle sets the state of a {_kind(target)}")
+            raise RefusedError(f"the pickle sets the state of a {kind_of(target)}")
 
     def _persistent(self, _: Any) -> None:
         match self._pop():
@@ -340,102 +232,13 @@ class Machine:
         dtype = _STORAGE_DTYPES.get(cls.name.rpartition(".")[2])
         if dtype is None or cls.module.partition(".")[0] != "torch":
             raise RefusedError(f"`{cls.path}` is no known type of tensor storage")
-        if not 0 <= count <= _MAX_COUNT:
+        if not 0 <= count <= MAX_COUNT:
             raise RefusedError("a storage has an impossible number of elements")
         if view and view[0] is not None:
             raise RefusedError("storage views, a format from before torch 0.4, are not read")
-        storage = Storage(clean(key), dtype, count * _ITEM_SIZES[dtype])
+        storage = Storage(clean(key), dtype, count * ITEM_SIZES[dtype])
         return self.storages.setdefault(storage.key, storage)
 
-
-def _kind(value: object) -> str:
-    return value.kind if isinstance(value, Node) else type(value).__name__
-
-
-def _add_states(target: Node | Tensor, states: list[object]) -> None:
-    target.states = target.states or []
-    target.states += states
-
-
-def _call(function: object, args: object) -> object:
-    """Return the record of a call: a tensor's description where it is one, else a `Node`."""
-    if not isinstance(args, tuple):
-        raise RefusedError(f"the pickle calls with a {_kind(args)} of arguments")
-    if not isinstance(function, Global):
-        return Node("call of an object", (function, *args))
-    rebuild = _REBUILDERS.get(function.path)
-    if rebuild is not None:
-        return rebuild(args)
-    # The helpers that make an instance take its class as their first argument.
-    if function.path in _CONSTRUCTORS and args and isinstance(args[0], Global):
-        return Node(args[0].path, args[1:])
-    return Node(function.path, args)
-
-
-def _counts(value: object, what: str) -> tuple[int, ...]:
-    """Return a tensor's sizes or strides, checked."""
-    if not isinstance(value, tuple) or len(value) > _MAX_DIMENSIONS:
-        raise RefusedError(f"a tensor's {what} is not a short tuple")
-    counts = tuple(count for count in value if isinstance(count, int) and 0 <= count <= _MAX_COUNT)
-    if len(counts) != len(value):
-        raise RefusedError(f"a tensor's {what} holds something else than counts")
-    return counts
-
-
-def _described(
-    storage: Storage, offset: object, size: object, stride: object, dtype: str
-) -> Tensor:
-    shape, strides = _counts(size, "shape"), _counts(stride, "strides")
-    (start,) = _counts((offset,), "offset")
-    if len(shape) != len(strides):
-        raise RefusedError(f"a tensor has {len(shape)} sizes and {len(strides)} strides")
-    if dtype not in _ITEM_SIZES:
-        raise RefusedError(f"a tensor has the unknown dtype {clean(dtype)}")
-    return Tensor(storage, start, shape, strides, dtype)
-
-
-def _tensor(args: tuple[object, ...]) -> Tensor:
-    match args:
-        case (Storage() as storage, offset, size, stride, _, _, Global() as dtype, *_):
-            return _described(storage, offset, size, stride, dtype.name)
-        case (Storage() as storage, offset, size, stride, *_):
-            return _described(storage, offset, size, stride, storage.dtype)
-    raise RefusedError("a tensor's description is not one that torch writes")
-
-
-def _parameter(args: tuple[object, ...]) -> object:
-    match args:
-        case (Tensor() as tensor, _, _, *states):
-            _add_states(tensor, states)
-            return tensor
-    return Node("torch.nn.parameter.Parameter", args)
-
-
-def _tensor_with_attributes(args: tuple[object, ...]) -> object:
-    match args:  # the tensor's rebuild function, its type, that function's arguments, attributes
-        case (Global() as function, _, tuple() as inner, *states):
-            if _REBUILDERS.get(function.path) is _tensor:
-                tensor = _tensor(inner)
-                _add_states(tensor, states)
-                return tensor
-    return Node("torch._tensor._rebuild_from_type_v2", args)
-
-
-def _size(args: tuple[object, ...]) -> object:
-    return args[0] if len(args) == 1 and isinstance(args[0], tuple) else Node("torch.Size", args)
-
-
-_REBUILDERS: dict[str, Callable[[tuple[object, ...]], object]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
-    "torch.Size": _size,
-}
-
-_CONSTRUCTORS = frozenset({"copyreg.__newobj__", "copyreg.__newobj_ex__", "copyreg._reconstructor"})
 
 # Their argument is the value.
 _VALUE_OPCODES = frozenset(

@@ -5,26 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources import adapter_input
 from hisvd_cli.modeling.sources.adapter_input import Adapter, check_adapter, open_adapter
 from hisvd_cli.modeling.sources.quantized_input import files_say, refusal
-from hisvd_cli.modeling.sources.weights import (
-    LAYOUTS,
-    has_weights,
-    shard_files,
-)
-from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
-from hisvd_cli.utils.files.fingerprints import expanded
-from hisvd_cli.utils.files.tensorfile import reason
-
-if TYPE_CHECKING:
-    pass
-
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.source import DEMO, DEMO_FOLDER, Source, read_config
+from hisvd_cli.modeling.sources.weights import LAYOUTS, has_weights, shard_files
 from hisvd_cli.modeling.sublayers import find_sublayers
+from hisvd_cli.utils.errors import SourceError, UnsupportedModelError, reason
+from hisvd_cli.utils.files.fingerprints import expanded
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.py", "*.md", "LICENSE*"]

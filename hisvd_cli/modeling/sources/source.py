@@ -9,17 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hisvd_cli.modeling.pickles.unpickle import clean
+from hisvd_cli.modeling.pickles.records import clean
 from hisvd_cli.modeling.sources import adapter_input
 from hisvd_cli.modeling.sources.adapter_input import Adapter, open_adapter
 from hisvd_cli.modeling.sources.model_config import check_dtype, plain_config
 from hisvd_cli.modeling.sources.plain_weights import dequantized
 from hisvd_cli.modeling.sources.quantized_input import FILES as QUANTIZATION_FILES
 from hisvd_cli.modeling.sources.quantized_input import OWN, config_says
-from hisvd_cli.modeling.sources.weights import (
-    Weights,
-    open_weights,
-)
+from hisvd_cli.modeling.sources.weights import Weights, open_weights
 from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
 from hisvd_cli.utils.files.fingerprints import digest, file_digest
 from hisvd_cli.utils.files.json_files import read_json

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hisvd_cli.utils.errors import NumericalError, SourceError
+from hisvd_cli.utils.errors import NumericalError, SourceError, reason
 from hisvd_cli.utils.files.json_files import read_json
 from hisvd_cli.utils.files.safetensors_header import TensorInfo, dtype_name
-from hisvd_cli.utils.files.tensorfile import read_header, reason
+from hisvd_cli.utils.files.tensorfile import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,8 @@ from hisvd_cli.pipelines.api.names import (
     keyword_of,
 )
 from hisvd_cli.pipelines.config.commands import SETTINGS, Key
-from hisvd_cli.pipelines.config.profile import Resolved, resolve
+from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import SECTIONS
 from hisvd_cli.utils.errors import UsageError, suggest
 from hisvd_cli.utils.files.cache import expanded

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing_extensions import Unpack
 
 from hisvd_cli.allocation.plan import load_plan
-from hisvd_cli.modeling.checkpoint import is_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.pipelines.api.arguments import Given, Run, function, path_of, run_of
 from hisvd_cli.pipelines.api.keywords import (
@@ -22,11 +22,12 @@ from hisvd_cli.pipelines.api.keywords import (
 from hisvd_cli.pipelines.api.results import Calibration, Checkpoint, Plan
 from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
 from hisvd_cli.pipelines.compressing.compression import compress_model
-from hisvd_cli.pipelines.compressing.from_checkpoint import recover_checkpoint
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.planning.methods import plan_needs
-from hisvd_cli.pipelines.planning.plans import check_knobs, plan_model
+from hisvd_cli.pipelines.planning.plan_checks import check_knobs
+from hisvd_cli.pipelines.planning.plans import plan_model
+from hisvd_cli.pipelines.recovering.from_checkpoint import recover_checkpoint
 from hisvd_cli.utils.files.scratch import scratch_folder
 
 

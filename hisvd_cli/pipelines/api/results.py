@@ -17,15 +17,15 @@ from hisvd_cli.evaluation.grid import Failure, Grid
 from hisvd_cli.evaluation.perplexity import PerplexityResult
 from hisvd_cli.evaluation.report_tables import FIGURES, figure_text
 from hisvd_cli.inspection.audit import Audit as AuditData
-from hisvd_cli.modeling.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.pipelines.api import html
 from hisvd_cli.pipelines.api.arguments import Given, path_of
 from hisvd_cli.pipelines.api.keywords import LoadKeywords, PathText
 from hisvd_cli.pipelines.api.loading import load
 from hisvd_cli.pipelines.api.names import errors_in_python
-from hisvd_cli.pipelines.compressing.compression import Outcome
+from hisvd_cli.pipelines.compressing.outcome import Outcome
 from hisvd_cli.pipelines.output_names import output_name
-from hisvd_cli.pipelines.planning.plans import check_plan_file
+from hisvd_cli.pipelines.planning.plan_files import check_plan_file
 from hisvd_cli.pipelines.planning.tables import CLUSTER_COLUMNS, cluster_rows
 from hisvd_cli.utils.escaping import printable
 

@@ -12,17 +12,21 @@ from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.evaluation.grid import Failure
 from hisvd_cli.inspection.audit import part
 from hisvd_cli.linalg.statistics import Need
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.calibration import ensure_calibration, find_calibration, named_source
-from hisvd_cli.pipelines.compressing.compression import Outcome, check_request, compress_model
-from hisvd_cli.pipelines.compressing.recovery import reads_the_same, wants_recovery
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
+from hisvd_cli.pipelines.calibration_search import find_calibration
+from hisvd_cli.pipelines.compressing.compression import compress_model
+from hisvd_cli.pipelines.compressing.compression_checks import check_request
+from hisvd_cli.pipelines.compressing.outcome import Outcome
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.evaluation import tolerated
 from hisvd_cli.pipelines.forecast import forecast_compression
 from hisvd_cli.pipelines.output_names import check_form
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs
+from hisvd_cli.pipelines.recovering.recovery_checks import wants_recovery
+from hisvd_cli.pipelines.recovering.recovery_texts import reads_the_same
 from hisvd_cli.pipelines.samples import is_text_of
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.errors import OutputError, UsageError

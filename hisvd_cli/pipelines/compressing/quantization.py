@@ -12,12 +12,13 @@ import torch
 
 from hisvd_cli.calibration.store import Calibration, Sample
 from hisvd_cli.compression.factorize import Compressed
-from hisvd_cli.compression.quantization import Recipe, Text, quantize, sublayer_names
+from hisvd_cli.compression.quantization import quantize, sublayer_names
+from hisvd_cli.compression.quantized_parts import Recipe, Text
 from hisvd_cli.export.model_card import rewrite_card
-from hisvd_cli.modeling.checkpoint import Checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.modeling.layers.quantized import dequantize
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import flag_of
 from hisvd_cli.pipelines.samples import (
     calibration_sample,

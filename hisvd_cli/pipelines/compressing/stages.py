@@ -12,124 +12,30 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hisvd_cli.allocation.anatomy import dissect
 from hisvd_cli.allocation.plan import Plan, load_plan
 from hisvd_cli.calibration.store import Calibration, Sample
-from hisvd_cli.compression.corrections import BY_GRADIENT, correction
-from hisvd_cli.compression.factorize import Compressed, compress
-from hisvd_cli.compression.stages import (
-    Running,
-    Truncated,
-    truncated_folder,
-    write_by_gradients,
-    write_weights,
-)
-from hisvd_cli.compression.updating import Update
-from hisvd_cli.export.model_card import write_card
-from hisvd_cli.linalg.moments import exact_device
-from hisvd_cli.linalg.statistics import Need
-from hisvd_cli.modeling.checkpoint import open_checkpoint
 from hisvd_cli.modeling.corrected import corrected
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.calibration import calibrate_again
-from hisvd_cli.pipelines.config.profile import Resolved
-from hisvd_cli.pipelines.config.settings import CompressSettings, flag_of
-from hisvd_cli.pipelines.memory.bounds import fitted, place_states, workload
-from hisvd_cli.pipelines.planning.methods import decomposer_knobs, decomposer_needs, plan_needs
+from hisvd_cli.pipelines.compressing.stage import Stage, factored
+from hisvd_cli.pipelines.compressing.stage_corrections import correct, seal_folder
+from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.planning.methods import decomposer_needs, plan_needs
 from hisvd_cli.pipelines.planning.plans import make_plans
 from hisvd_cli.pipelines.samples import calibrated_dtype, calibration_sample
-from hisvd_cli.utils.device import pick_device
 from hisvd_cli.utils.distributed import building_together, world
-from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.checksums import seal, sealed
 from hisvd_cli.utils.files.fingerprints import digest
 from hisvd_cli.utils.progress import Reporter
 
 Seconds = dict[str, float]
-RECORDED = ("model", "calibration", "plan", "compress", "quantize")
-"""Sections of the settings that decide what a checkpoint is, but for its training."""
 _PLAN = "plan.json"
-_GRADIENTS: frozenset[Need] = frozenset({"moments", "gradients", "weight-gradients"})
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one truncation works on.
-
-    Attributes:
-        source: the model, from the second stage on with corrected weights.
-        calibration: its statistics.
-        plan: its ranks.
-        history: what the provenance says of the stages before, see :func:`compress`.
-    """
-
-    source: Source
-    calibration: Calibration
-    plan: Plan
-    history: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def original_key(self) -> str:
-        """Key of the calibration that the provenance names: the original's."""
-        return str(self.history.get("calibration", self.calibration.manifest)["key"])
-
-
-def check_stages(resolved: Resolved, source: Source) -> None:
-    """Find out before any work whether stages can be run.
-
-    Raises:
-        UsageError: flags of corrections, but one stage.
-        MemoryLimitError: a bound on memory that the gradients of corrections cannot keep to.
-    """
-    knobs = resolved.settings.compress
-    if knobs.stages > 1:
-        if knobs.correction in BY_GRADIENT:
-            fitted(resolved, workload(resolved, source, dissect(source)), _GRADIENTS)
-        return
-    for key in CompressSettings.model_fields:
-        if key.startswith("correction") and resolved.is_flag("compress", key):
-            flag = flag_of("compress", key)
-            raise UsageError(
-                f"{flag} corrects between stages, but there is one stage.",
-                f"Give --stages 2, or leave out {flag}.",
-            )
-
-
-def factored(
-    resolved: Resolved,
-    stage: Stage,
-    folder: Path,
-    reporter: Reporter,
-    update: Update | None = None,
-) -> Compressed:
-    """Truncate the model of a stage into a checkpoint folder, by the settings; an update is for the
-    last one."""
-    knobs = resolved.settings.compress
-    return compress(
-        stage.source,
-        stage.plan,
-        stage.calibration,
-        folder,
-        decomposer=knobs.decomposer,
-        knobs=decomposer_knobs(resolved.settings, stage.plan.settings),
-        needs=decomposer_needs(knobs),
-        device=exact_device(pick_device(resolved.settings.model.device)),
-        shard_bytes=int(knobs.max_shard_size * 1e9),
-        settings=resolved.recorded(*RECORDED),
-        describe=lambda home, record: write_card(home, stage.source, stage.plan, record),
-        reporter=reporter,
-        history=stage.history,
-        update=update,
-    )
 
 
 @contextmanager
@@ -262,56 +168,15 @@ class _Stages:
         if world().agreed(lambda: sealed(folder)):
             return
         made = factored(self.resolved, stage, folder, self.reporter)
-        _seal(folder)
+        seal_folder(folder)
         self.seconds["decompose"] += made.decompose_seconds
         self.seconds["write"] += made.write_seconds
 
     def _correct(self, number: int, stage: Stage, sample: Sample) -> None:
-        knobs, started = self.resolved.settings.compress, time.monotonic()
-        method = partial(
-            correction, knobs.correction, alpha=knobs.correction_alpha, step=knobs.correction_step
-        )
-        teacher, folder = self.first.source, self._corrected(number)
-        layers: dict[int, list[str]] = {}
-        for s in stage.plan.sublayers:
-            if not s.dense:
-                layers.setdefault(s.layer, []).append(s.name)
-        checkpoint = open_checkpoint(self._folder(number) / "checkpoint")
-        truncated = Truncated(teacher, checkpoint, dissect(teacher).names, layers)
-        if knobs.correction not in BY_GRADIENT:
-            write_weights(truncated, folder, method, self.reporter)
-        else:
-            plain = truncated_folder(folder)
-            if not world().agreed(lambda: sealed(plain)):
-                write_weights(truncated, plain, None, self.reporter)
-                _seal(plain)
-            running = self._running(number, sample)
-            write_by_gradients(truncated, folder, method, running, self.reporter)
-        _seal(folder)
+        started = time.monotonic()
+        checkpoint, folder = self._folder(number) / "checkpoint", self._corrected(number)
+        correct(self.resolved, self.first, stage, checkpoint, folder, number, sample, self.reporter)
         self.seconds["calibrate"] += time.monotonic() - started
-
-    def _running(self, number: int, sample: Sample) -> Running:
-        """Return how gradients are taken: on windows that are drawn anew for every stage."""
-        knobs, tokens = self.resolved.settings.compress, sample.tokens
-        if 0 < knobs.correction_samples < len(tokens):
-            generator = torch.Generator().manual_seed(sample.seed + number)
-            drawn = torch.randperm(len(tokens), generator=generator)[: knobs.correction_samples]
-            tokens = tokens[drawn.sort().values]
-        work = place_states(
-            self.resolved,
-            self.first.source,
-            _GRADIENTS,
-            self.reporter,
-            (len(tokens), tokens.shape[1]),
-        )
-        return Running(
-            tokens=tokens,
-            batches=min(knobs.correction_batches, len(tokens)),
-            device=work.device,
-            dtype=calibrated_dtype(self.resolved, self.first.calibration),
-            batch=work.batch,
-            place=work.place,
-        )
 
     def _tidy(self, number: int) -> None:
         """Remove what nothing needs once the weights of a stage are corrected."""
@@ -341,10 +206,3 @@ class _Stages:
                 for number, plan in enumerate(plans, 1)
             ],
         }
-
-
-def _seal(folder: Path) -> None:
-    """Have a run that goes on here notice where a finished folder was damaged."""
-    if world().first:
-        seal(folder)
-    world().wait()

@@ -7,7 +7,7 @@ import torch
 from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.compression.updating import Update
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.bounds import place_update
 from hisvd_cli.pipelines.samples import calibrated_dtype, calibration_sample
 from hisvd_cli.utils.distributed import world

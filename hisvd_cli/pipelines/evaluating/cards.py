@@ -8,8 +8,8 @@ from pathlib import Path
 from hisvd_cli.evaluation.grid import Evaluation, Grid
 from hisvd_cli.evaluation.perplexity import PerplexityResult
 from hisvd_cli.evaluation.zero_shot import Score
-from hisvd_cli.export.model_card import CardResult, update_card
-from hisvd_cli.modeling.checkpoint import is_checkpoint
+from hisvd_cli.export.card_results import CardResult, update_card
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
 from hisvd_cli.utils.files.fingerprints import expanded
 
 

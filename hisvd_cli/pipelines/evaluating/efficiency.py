@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from hisvd_cli.calibration.data import model_positions
+from hisvd_cli.calibration.text.tokens import model_positions
 from hisvd_cli.evaluation.efficiency import Runner, TimedWork, time_in_turns
 from hisvd_cli.evaluation.speed import Race, Speed
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import Settings
 from hisvd_cli.pipelines.samples import stored_dtype
 from hisvd_cli.utils.device import pick_device, pick_dtype

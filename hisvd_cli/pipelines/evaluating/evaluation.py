@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from hisvd_cli.calibration.data import Text, load_text
+from hisvd_cli.calibration.text.datasets import Text, load_text
 from hisvd_cli.evaluation.grid import Evaluation, Failure, Grid
 from hisvd_cli.evaluation.perplexity import Comparison, PerplexityResult, compare, result_of
 from hisvd_cli.evaluation.speed import Speed
 from hisvd_cli.evaluation.zero_shot import Score
 from hisvd_cli.export.convert import unpacked
 from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoint import is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint, open_checkpoint
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import DEMO, Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.efficiency import Track
 from hisvd_cli.pipelines.evaluating.measuring import Bench, Measured
 from hisvd_cli.pipelines.evaluating.tasks import Examination

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from hisvd_cli.calibration.data import Text
+from hisvd_cli.calibration.text.datasets import Text
 from hisvd_cli.evaluation.measurement import Measurement, Reference, measure
 from hisvd_cli.evaluation.perplexity import Sums, Windows, evaluation_windows
 from hisvd_cli.evaluation.store import open_store
 from hisvd_cli.modeling.passes import FinalStates, Head, Placement, open_head, open_pass
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.whole_models import streamed_states
 from hisvd_cli.pipelines.samples import stored_dtype
 from hisvd_cli.utils.device import free_memory, pick_device, pick_dtype

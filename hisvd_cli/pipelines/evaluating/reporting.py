@@ -12,8 +12,8 @@ from hisvd_cli.evaluation.report.content import ModelFacts, Report, Spectra
 from hisvd_cli.evaluation.report.page import check_libraries, render
 from hisvd_cli.evaluation.report_tables import check_report_path, write_reports
 from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.cards import update_cards
 from hisvd_cli.pipelines.evaluating.evaluation import evaluate_models, open_target
 from hisvd_cli.pipelines.output_names import output_name

@@ -9,7 +9,7 @@ from hisvd_cli.evaluation.store import Store, open_store
 from hisvd_cli.evaluation.zero_shot import NamedTask, Score, open_tasks, score
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.samples import stored_dtype, tokenizer_digest
 from hisvd_cli.utils.device import pick_device, pick_dtype
 from hisvd_cli.utils.files.fingerprints import digest, expanded

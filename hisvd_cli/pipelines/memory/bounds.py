@@ -21,7 +21,7 @@ from hisvd_cli.calibration.workload import (
 from hisvd_cli.linalg.moments import exact_device
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.placement import excess, fit
 from hisvd_cli.pipelines.samples import request_calibration, stored_dtype
 from hisvd_cli.utils.device import pick_device

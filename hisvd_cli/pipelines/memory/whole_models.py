@@ -9,11 +9,11 @@ import torch
 
 from hisvd_cli.calibration.workload import Peak, parameters
 from hisvd_cli.linalg.moments import exact_device
-from hisvd_cli.modeling.checkpoint import is_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.bounds import memory_bounds
 from hisvd_cli.pipelines.memory.placement import excess
 from hisvd_cli.pipelines.memory.whole_model_peaks import (

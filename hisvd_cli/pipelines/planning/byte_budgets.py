@@ -15,7 +15,7 @@ from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Shape, Sublayer, select
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import PlanSettings, QuantizeSettings, Settings
 from hisvd_cli.utils.errors import BudgetError, UsageError
 

@@ -15,7 +15,7 @@ from hisvd_cli.linalg.statistics import Statistics
 from hisvd_cli.linalg.truncation import decomposing
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.planning.methods import decomposer_knobs, decomposer_needs, measures
 from hisvd_cli.pipelines.samples import calibrated_dtype, calibration_sample
 from hisvd_cli.utils.device import pick_device
@@ -52,14 +52,13 @@ def open_probe(
             "Run: hisvd calibrate",
         )
     sample = calibration_sample(resolved, source, calibration, reporter)
-    windows = sample.tokens[: resolved.settings.plan.probe_samples]
-    knobs = decomposer_knobs(resolved.settings)
+    knobs = resolved.settings.plan
+    windows = sample.tokens[: knobs.probe_samples]
     decomposer = resolved.settings.compress.decomposer
     method = DECOMPOSERS.get(decomposer)
-    used = accepted(method, knobs)
+    used = accepted(method, decomposer_knobs(resolved.settings))
     dtype = calibrated_dtype(resolved, calibration)
-    knobs_of_plan = resolved.settings.plan
-    chosen = select(anatomy.sublayers, knobs_of_plan.include, knobs_of_plan.exclude)
+    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     return ModelProbe(
         source,
         [s.name for s in chosen],

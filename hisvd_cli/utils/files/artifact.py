@@ -11,10 +11,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.errors import OutputError, reason
+from hisvd_cli.utils.files.atomic import TEMPORARY, write_text
 from hisvd_cli.utils.files.cache import write_hint
 from hisvd_cli.utils.files.fingerprints import digest
-from hisvd_cli.utils.files.tensorfile import TEMPORARY, reason, write_text
 from hisvd_cli.utils.versions import versions
 
 # With the name of the tool in them: a user may keep '.api.key' or '.config.old' beside an output.

@@ -7,9 +7,9 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from hisvd_cli.utils.errors import OutputError, SourceError
+from hisvd_cli.utils.errors import OutputError, SourceError, reason
+from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.cache import cache_root, expanded
-from hisvd_cli.utils.files.tensorfile import reason, write_text
 
 __all__ = ["cache_root", "digest", "expanded", "file_digest", "ratio_name", "slug"]
 

@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hisvd_cli.utils.files.atomic import write_text
+
 MAX_BYTES = 100_000_000
 """Largest JSON document that is read; the header of a safetensors file has the same bound."""
 _MAX_DEPTH = 100
@@ -115,3 +117,13 @@ def check_depth(document: object) -> None:
 
 def _items(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write an indented JSON document whole or not at all. Raises OutputError."""
+    write_text(path, json_text(document))
+
+
+def json_text(document: object) -> str:
+    """Return a document as indented JSON."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.errors import OutputError, reason
 from hisvd_cli.utils.files.cache import cache_root, expanded
 from hisvd_cli.utils.files.owners import TAG, is_abandoned, own_tag, untouched
-from hisvd_cli.utils.files.tensorfile import reason
 
 _OWNED = re.compile(rf"hisvd-({TAG})-\w+")
 WORK = "folder|whole|unmended|stages"

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from xxhash import xxh3_64
 
-from hisvd_cli.utils.errors import OutputError, SourceError
+from hisvd_cli.utils.errors import OutputError, SourceError, reason
+from hisvd_cli.utils.files.atomic import replacing
 from hisvd_cli.utils.files.cache import write_hint
 from hisvd_cli.utils.files.checksums import BLANK, KEY, PLACE, remember
 from hisvd_cli.utils.files.json_files import MAX_BYTES
-from hisvd_cli.utils.files.owners import TAG, is_abandoned, own_tag
 from hisvd_cli.utils.files.safetensors_header import (
     DTYPE_NAMES,
     Header,
@@ -37,19 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AGAIN = "Run the same command again: it makes anew what is damaged."
-TEMPORARY = ".*.tmp"
-"""Matches what a killed run may leave of a file that it was writing."""
-_OWNED = re.compile(rf"\..+\.({TAG})\.tmp")
 
 _CHUNK = 1 << 20
 _DAMAGED = "Fetch or write the file again; it is damaged or was not written to its end."
-
-
-def reason(error: BaseException) -> str:
-    """Return in one line what an error of the operating system or of a library says."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    line = str(text).splitlines()[0].strip()
-    return line if line.endswith((".", "!", "?", ":")) else f"{line}."
 
 
 def read_header(path: Path) -> Header:
@@ -174,62 +161,6 @@ def serializing(path: Path) -> Iterator[None]:
         system = error.__context__
         why = reason(system) if isinstance(system, OSError) else "not all bytes were taken."
         raise OutputError(f"Cannot write {path}: {why}", write_hint(path)) from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its name once the body has succeeded.
-
-    Raises:
-        OutputError: the operating system refuses the write.
-    """
-    # Two processes may write the same file of a cache: each has a temporary name of its own.
-    temporary = path.with_name(f".{path.name}.{own_tag()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path.parent.absolute())
-        yield temporary
-        with temporary.open("rb+") as file:  # Windows flushes what is open for writing
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner reads
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
-    finally:
-        with suppress(OSError):  # a path that cannot be written may be one that cannot be looked at
-            temporary.unlink()
-
-
-@cache
-def _remove_abandoned(folder: Path) -> None:
-    """Remove, once for each folder, what processes that were killed had begun to write there."""
-    for path in folder.glob(TEMPORARY):
-        owned = _OWNED.fullmatch(path.name)
-        if owned and is_abandoned(owned[1], path):
-            path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    # The only portable way to read the umask is to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises OutputError."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, document: object) -> None:
-    """Write an indented JSON document whole or not at all. Raises OutputError."""
-    write_text(path, json_text(document))
-
-
-def json_text(document: object) -> str:
-    """Return a document as indented JSON."""
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:

@@ -7,9 +7,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from hisvd_cli.utils.errors import OutputError
+from hisvd_cli.utils.errors import OutputError, reason
+from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.cache import write_hint
-from hisvd_cli.utils.files.tensorfile import reason, write_text
 
 
 def takes_text(path: Path) -> bool:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from hisvd_cli.calibration.token_ids import known_ids
+from hisvd_cli.calibration.text.token_ids import known_ids
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.utils.device import seeded
-from hisvd_cli.utils.errors import NumericalError, OutputError
+from hisvd_cli.utils.errors import NumericalError, OutputError, reason
 from hisvd_cli.utils.files.checksums import intact
 from hisvd_cli.utils.files.fingerprints import cache_root, digest
-from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, reason, write_tensors
+from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_tensors
 from hisvd_cli.utils.progress import Reporter
 
 if TYPE_CHECKING:

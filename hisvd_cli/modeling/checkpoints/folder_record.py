@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hisvd_cli.utils.files.json_files import read_bounded, read_json
-from hisvd_cli.utils.files.tensorfile import write_json
+from hisvd_cli.utils.files.json_files import read_bounded, read_json, write_json
 
 PROVENANCE = "hisvd.json"
 Describe = Callable[[Path, Mapping[str, Any]], None]

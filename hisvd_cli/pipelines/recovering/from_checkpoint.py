@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoint import open_checkpoint
-from hisvd_cli.pipelines.compressing.recovery import course_of, prepare_recovery, run_recovery
-from hisvd_cli.pipelines.config.profile import Resolved
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.output_names import inputs_of
 from hisvd_cli.pipelines.outputs import check_output, peak_memory, refuse_flags
+from hisvd_cli.pipelines.recovering.recovery import prepare_recovery
+from hisvd_cli.pipelines.recovering.training import course_of, run_recovery
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.progress import Reporter
 

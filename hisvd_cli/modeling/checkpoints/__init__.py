@@ -1,0 +1,1 @@
+"""Checkpoint folders: config, weight files, and the record of small files."""

@@ -1,0 +1,79 @@
+"""Inert records that stand for the classes, calls and tensors that a pickle names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_NAME_CHARACTERS = 300
+ITEM_SIZES = {
+    **dict.fromkeys(("bool", "int8", "uint8"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"), 1),
+    **dict.fromkeys(("float8_e8m0fnu", "float4_e2m1fn_x2"), 1),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
+    **dict.fromkeys(("float32", "int32", "uint32", "complex32"), 4),
+    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
+    "complex128": 16,
+}
+_RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocol 2 writes them
+
+
+class RefusedError(ValueError):
+    """A pickle that is damaged, over a bound, or holds what `torch.save` never writes."""
+
+
+def clean(text: str) -> str:
+    """Return text from a file as something that a terminal can show: short, no control codes."""
+    short = text if len(text) <= MAX_NAME_CHARACTERS else text[: MAX_NAME_CHARACTERS - 1] + "…"
+    return short if short.isprintable() else short.encode("unicode_escape").decode("ascii")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Global:
+    """What the file names as a class or function: two strings, never the thing itself."""
+
+    module: str
+    name: str
+    path: str
+
+    @classmethod
+    def named(cls, module: str, name: str) -> Global:
+        """Build one with its name for display."""
+        module = _RENAMED_MODULES.get(module, module)
+        return cls(module, name, clean(f"{module}.{name}"))
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """An inert object: a container, an instance, or the result of a call that was not made."""
+
+    kind: str
+    args: tuple[object, ...] = ()
+    items: list[object] | None = None  # None until needed: a crafted file holds millions of nodes
+    entries: list[tuple[object, object]] | None = None
+    states: list[object] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """The description of a block of tensor data; the data is not read."""
+
+    key: str
+    dtype: str
+    nbytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Tensor:
+    """The description of a tensor."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    states: list[object] | None = None
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of one element."""
+        return ITEM_SIZES[self.dtype]

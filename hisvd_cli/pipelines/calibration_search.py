@@ -1,0 +1,99 @@
+"""Settings ─► an existing calibration that matches them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hisvd_cli.calibration.store import MANIFEST, Calibration, open_calibration
+from hisvd_cli.linalg.statistics import Need
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.config.settings import flag_of
+from hisvd_cli.pipelines.output_names import output_name
+from hisvd_cli.pipelines.samples import is_text_of, request_calibration
+from hisvd_cli.utils.errors import SourceError, StaleArtifactError
+from hisvd_cli.utils.files.fingerprints import cache_root, slug
+from hisvd_cli.utils.progress import Reporter
+
+
+def calibration_home(source: Source) -> Path:
+    """Return the cache folder that holds all calibrations of a model."""
+    return cache_root() / "calibration" / f"{slug(source.name)}-{source.fingerprint[:12]}"
+
+
+def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration | None:
+    """Return a finished calibration that fits the settings, or None.
+
+    The folder named by ``--calibration`` wins; then the one with exactly these settings; then,
+    where the settings ask for nothing in particular, the model's newest.
+
+    Raises:
+        StaleArtifactError: the folder named was made for another model, or of another text than
+            the settings name.
+    """
+    if named := resolved.settings.calibration.path:
+        folder = output_name(Path(named), "--calibration")
+        if not (folder / MANIFEST).is_file():
+            return None
+        found = open_calibration(folder, source)
+        _check_asked(resolved, found)
+        return found
+    exact = calibration_home(source) / request_calibration(resolved, source).key[:16]
+    if (exact / MANIFEST).is_file():
+        return open_calibration(exact, source)
+    if resolved.asked("calibration"):
+        return None
+    return _newest(source, reporter)
+
+
+def _check_asked(resolved: Resolved, found: Calibration) -> None:
+    """Refuse a calibration that differs from what was asked for beside its folder."""
+    data = found.manifest["data"]
+    wanted = found.manifest["settings"].get("calibration", {})
+    made = {"drop": "", **data}
+    made["samples"] = wanted.get("samples") or data["samples"]  # a text may hold fewer
+    for key in resolved.asked("calibration"):
+        asked = resolved.value("calibration", key)
+        same = str(asked) == str(made[key])
+        if key == "dataset":  # a file may be named from another folder than it was at first
+            same = is_text_of(asked, data)
+        if not same:
+            flag, place = flag_of("calibration", key), resolved.place("calibration", key)
+            changed = " as it reads now" if str(asked) == str(made[key]) else ""
+            raise StaleArtifactError(
+                f"{found.folder} was calibrated with {flag} {made[key]}, not {asked}{changed}.",
+                f"Leave out {place}, or name another folder with --calibration.",
+            )
+
+
+def _newest(source: Source, reporter: Reporter) -> Calibration | None:
+    manifests = calibration_home(source).glob(f"[!.]*/{MANIFEST}")
+    made = sorted(manifests, key=lambda path: path.stat().st_mtime)
+    if not made:
+        return None
+    found = open_calibration(made[-1].parent, source)
+    data = found.manifest["data"]
+    reporter.warn(
+        f"No calibration settings given: using the newest calibration of {source.name}, "
+        f"{data['samples']} × {data['seqlen']} tokens of {data['dataset']}."
+    )
+    return found
+
+
+def wanted_statistics(resolved: Resolved) -> frozenset[Need]:
+    """Return what the settings ask a calibration to hold."""
+    calibration = resolved.settings.calibration
+    if calibration.weight_gradients:
+        return frozenset({"moments", "gradients", "weight-gradients"})
+    return frozenset({"moments", "gradients"} if calibration.gradients else {"moments"})
+
+
+def require_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration:
+    """Return the calibration named by the settings. Raises SourceError where it does not exist."""
+    found = find_calibration(resolved, source, reporter)
+    if found is None:
+        raise SourceError(
+            f"There is no calibration at '{resolved.settings.calibration.path}'.",
+            "Run: hisvd calibrate --calibration with that folder.",
+        )
+    return found

@@ -1,0 +1,132 @@
+"""Corrects the weights that a stage truncated; checks before any work whether it can."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hisvd_cli.allocation.anatomy import dissect
+from hisvd_cli.calibration.store import Sample
+from hisvd_cli.compression.corrections import BY_GRADIENT, correction
+from hisvd_cli.compression.stages import (
+    Running,
+    Truncated,
+    truncated_folder,
+    write_by_gradients,
+    write_weights,
+)
+from hisvd_cli.linalg.statistics import Need
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.compressing.stage import Stage
+from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.config.settings import CompressSettings, flag_of
+from hisvd_cli.pipelines.memory.bounds import fitted, place_states, workload
+from hisvd_cli.pipelines.samples import calibrated_dtype
+from hisvd_cli.utils.distributed import world
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.files.checksums import seal, sealed
+from hisvd_cli.utils.progress import Reporter
+
+_GRADIENTS: frozenset[Need] = frozenset({"moments", "gradients", "weight-gradients"})
+
+
+def check_stages(resolved: Resolved, source: Source) -> None:
+    """Find out before any work whether stages can be run.
+
+    Raises:
+        UsageError: flags of corrections, but one stage.
+        MemoryLimitError: a bound on memory that the gradients of corrections cannot keep to.
+    """
+    knobs = resolved.settings.compress
+    if knobs.stages > 1:
+        if knobs.correction in BY_GRADIENT:
+            fitted(resolved, workload(resolved, source, dissect(source)), _GRADIENTS)
+        return
+    for key in CompressSettings.model_fields:
+        if key.startswith("correction") and resolved.is_flag("compress", key):
+            flag = flag_of("compress", key)
+            raise UsageError(
+                f"{flag} corrects between stages, but there is one stage.",
+                f"Give --stages 2, or leave out {flag}.",
+            )
+
+
+def correct(
+    resolved: Resolved,
+    first: Stage,
+    stage: Stage,
+    made: Path,
+    folder: Path,
+    number: int,
+    sample: Sample,
+    reporter: Reporter,
+) -> None:
+    """Write the corrected weights of a stage to ``folder``, and seal it.
+
+    Args:
+        resolved: the settings.
+        first: the first stage, with the original model.
+        stage: the one that was truncated.
+        made: its checkpoint.
+        folder: where the weights go.
+        number: of the stage, from 1 on.
+        sample: the tokens of the calibration.
+        reporter: told of progress.
+    """
+    knobs = resolved.settings.compress
+    method = partial(
+        correction, knobs.correction, alpha=knobs.correction_alpha, step=knobs.correction_step
+    )
+    teacher = first.source
+    layers: dict[int, list[str]] = {}
+    for s in stage.plan.sublayers:
+        if not s.dense:
+            layers.setdefault(s.layer, []).append(s.name)
+    checkpoint = open_checkpoint(made)
+    truncated = Truncated(teacher, checkpoint, dissect(teacher).names, layers)
+    if knobs.correction not in BY_GRADIENT:
+        write_weights(truncated, folder, method, reporter)
+    else:
+        plain = truncated_folder(folder)
+        if not world().agreed(lambda: sealed(plain)):
+            write_weights(truncated, plain, None, reporter)
+            seal_folder(plain)
+        running = _running(resolved, first, number, sample, reporter)
+        write_by_gradients(truncated, folder, method, running, reporter)
+    seal_folder(folder)
+
+
+def _running(
+    resolved: Resolved, first: Stage, number: int, sample: Sample, reporter: Reporter
+) -> Running:
+    """Return how gradients are taken: on windows that are drawn anew for every stage."""
+    knobs, tokens = resolved.settings.compress, sample.tokens
+    if 0 < knobs.correction_samples < len(tokens):
+        generator = torch.Generator().manual_seed(sample.seed + number)
+        drawn = torch.randperm(len(tokens), generator=generator)[: knobs.correction_samples]
+        tokens = tokens[drawn.sort().values]
+    work = place_states(
+        resolved,
+        first.source,
+        _GRADIENTS,
+        reporter,
+        (len(tokens), tokens.shape[1]),
+    )
+    return Running(
+        tokens=tokens,
+        batches=min(knobs.correction_batches, len(tokens)),
+        device=work.device,
+        dtype=calibrated_dtype(resolved, first.calibration),
+        batch=work.batch,
+        place=work.place,
+    )
+
+
+def seal_folder(folder: Path) -> None:
+    """Have a run that goes on here notice where a finished folder was damaged."""
+    if world().first:
+        seal(folder)
+    world().wait()

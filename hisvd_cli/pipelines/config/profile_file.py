@@ -1,0 +1,89 @@
+"""Reads and validates a profile, ``hisvd.toml``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli
+from pydantic import ValidationError
+
+from hisvd_cli.pipelines.config.commands import Key
+from hisvd_cli.pipelines.config.resolved import toml_text
+from hisvd_cli.pipelines.config.settings import SECTIONS, Settings, consent_of
+from hisvd_cli.pipelines.config.validation_errors import Problems, describe
+from hisvd_cli.utils.errors import UsageError, suggest
+from hisvd_cli.utils.files.json_files import check_depth, read_bounded
+
+_MAX_BYTES = 1 << 20
+SHIPPED = Path(__file__).parent / "profiles"
+"""Where the profiles lie that hisvd brings."""
+UNASKED = "which only a flag, the environment or --profile may ask for."
+
+
+def shipped_or_file(profile: Path) -> Path:
+    """Return the file of a profile: a path that exists wins, then a bare name means one that hisvd
+    brings. Raises UsageError for a name that is neither."""
+    if profile.exists() or profile.name != str(profile) or profile.suffix == ".toml":
+        return profile
+    known = {path.stem: path for path in SHIPPED.glob("*.toml")}
+    if str(profile) not in known:
+        raise UsageError(
+            f"No profile '{profile}': no such file, and none that hisvd brings.",
+            suggest(str(profile), known),
+        )
+    return known[str(profile)]
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """Parse a profile. Raises UsageError where it is missing or no TOML."""
+    try:
+        document = tomli.loads(read_bounded(path, _MAX_BYTES).decode("utf-8"))
+        check_depth(document)
+        return document
+    except OSError as error:
+        raise UsageError(
+            f"Cannot read the profile {path}: {error.strerror}.", "Check the path."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
+        reason = "it is nested too deep" if deep else " ".join(str(error).split())
+        raise UsageError(f"{path} is no valid TOML: {reason}.", "Mend that line.") from error
+
+
+def flatten(document: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
+    for section, values in document.items():
+        if section in SECTIONS and isinstance(values, dict):
+            for key, value in values.items():
+                if key in SECTIONS[section].model_fields:
+                    yield (section, key), value
+
+
+def profile_problems(document: Mapping[str, Any], profile: str) -> Problems:
+    """Validate a profile by itself, and strictly: "0.6" in quotes is a text, not a number."""
+    try:
+        Settings.model_validate(document, strict=True)
+    except ValidationError as error:
+        return [describe(detail, {}, profile) for detail in error.errors()]
+    return []
+
+
+def unasked(document: Mapping[str, Any], profile: str, told: Problems) -> Problems:
+    """Return what a profile that was only found may not set: what needs somebody's consent.
+
+    Such a profile may lie in a folder that was fetched from anywhere. A default harms nobody, so
+    that what ``--show-profile`` prints can be kept as a profile.
+    """
+    known = {key for key, _ in told}
+    return [
+        (
+            (section, key),
+            f"{profile}: {section}.{key} = {toml_text(value)} {consent_of(section, key)}, "
+            f"{UNASKED}",
+        )
+        for (section, key), value in flatten(document)
+        if consent_of(section, key)
+        and value != SECTIONS[section].model_fields[key].default
+        and (section, key) not in known
+    ]

@@ -1,0 +1,67 @@
+"""Checks before a plan is made: options, statistics and memory."""
+
+from __future__ import annotations
+
+from hisvd_cli.allocation.anatomy import dissect
+from hisvd_cli.allocation.methods import ALLOCATORS
+from hisvd_cli.calibration.store import Calibration
+from hisvd_cli.linalg.statistics import Need, missing
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.sublayers import select
+from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.config.settings import Settings
+from hisvd_cli.pipelines.memory.bounds import check_factoring
+from hisvd_cli.pipelines.memory.whole_models import check_measuring
+from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
+from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
+from hisvd_cli.pipelines.planning.methods import measures, method_that_needs, plan_needs
+from hisvd_cli.pipelines.planning.planner import budget_of
+from hisvd_cli.utils.errors import UsageError
+
+
+def check_knobs(resolved: Resolved, source: Source) -> None:
+    """Find out before any work whether the settings can be planned at all.
+
+    Raises:
+        UsageError: several presets, an unknown allocator, or a pattern that matches nothing.
+        BudgetError: a ratio that cannot be met.
+    """
+    knobs = resolved.settings.plan
+    if resolved.variants:
+        raise UsageError(
+            f"Several presets are set: {', '.join(knobs.preset)}; only compress makes several.",
+            "Give one --preset, or several --allocator.",
+        )
+    for name in knobs.allocator:
+        ALLOCATORS.get(name)
+    anatomy = dissect(source)
+    if (ratio := bytes_ratio(resolved)) is not None:
+        byte_scope(ratio, resolved.settings, source, anatomy).check()
+        return
+    _chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
+    for ratio in knobs.ratio:
+        budget_of(ratio, knobs, _chosen, anatomy.size(knobs.include, knobs.exclude))
+
+
+def check_planning_memory(resolved: Resolved, source: Source) -> None:
+    """Find out before any work whether spectra, and what allocators measure, fit into the bound.
+
+    Raises:
+        UsageError, MemoryLimitError: as of :mod:`hisvd_cli.pipelines.memory.bounds`.
+    """
+    check_factoring(resolved, source)
+    for name in filter(measures, resolved.settings.plan.allocator):
+        check_measuring(resolved, source, name)
+
+
+def check_statistics(settings: Settings, calibration: Calibration | None) -> None:
+    """Refuse to plan by methods whose statistics were not taken; from the weights alone, whitened
+    means weight.
+
+    Raises:
+        SourceError: names the method and the command.
+        UsageError: an unknown allocator.
+    """
+    holds = calibration.holds if calibration else frozenset[Need]({"moments"})
+    for need in plan_needs(settings) - holds:
+        raise missing(method_that_needs(settings, need), need)

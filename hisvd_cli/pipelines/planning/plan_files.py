@@ -1,0 +1,46 @@
+"""Reads plan files, and checks the paths that plans are written to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hisvd_cli.allocation.plan import Plan, load_plan
+from hisvd_cli.compression.factorize import check_plan
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.outputs import check_plan_output
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.files.text_output import check_text_place, takes_text
+
+
+def open_plan(path: Path, source: Source) -> Plan:
+    """Read a plan that was made for ``source``.
+
+    Raises:
+        SourceError: no plan there.
+        StaleArtifactError: it was made for another model.
+    """
+    plan = load_plan(path)
+    check_plan(plan, source)
+    return plan
+
+
+def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[str]) -> None:
+    """Refuse a file that a plan cannot go to, before any work.
+
+    Raises:
+        UsageError: several plans for one file, or a name that is no ``.json``.
+        OutputError: something else than a plan stands there.
+    """
+    for given, flag in ((ratios, "ratio"), (allocators, "allocator")):
+        if len(given) > 1:
+            raise UsageError(
+                f"--output takes one plan, but {len(given)} {flag}s were given.",
+                f"Give one --{flag}, or use --json.",
+            )
+    check_text_place(path, "--output")
+    if takes_text(path):
+        return
+    if path.suffix != ".json":
+        raise UsageError(f"--output {path} does not end in .json.", "Name it plan.json, say.")
+    check_plan_output(path, overwrite=True)

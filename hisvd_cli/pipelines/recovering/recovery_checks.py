@@ -1,0 +1,81 @@
+"""Checks before a compression whether the fine-tuning after it can begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from hisvd_cli.calibration.text.tokens import check_seqlen
+from hisvd_cli.finetuning.adaptation import check_peft
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.memory.whole_models import check_training, check_writing
+from hisvd_cli.pipelines.recovering.recovery_texts import limited, load_text_of, named_text
+from hisvd_cli.pipelines.samples import SELF, stored_dtype
+from hisvd_cli.utils.device import pick_device, pick_dtype
+from hisvd_cli.utils.distributed import world
+from hisvd_cli.utils.errors import UsageError
+
+_TOGETHER = 2048  # tokens that go through the model at once
+
+
+def wants_recovery(resolved: Resolved) -> bool:
+    """Tell whether a short training was asked for."""
+    return resolved.settings.recover.method != "none"
+
+
+def check_recovery(resolved: Resolved, dense: Source) -> None:
+    """Find out before a compression whether the recovery behind it can begin.
+
+    Raises:
+        UsageError: several processes, or a library is missing.
+        DataError: the text is missing, too short, or lacks a field.
+    """
+    check_knobs(resolved)
+    check_seqlen(resolved.settings.recover.seqlen, dense)
+    calibrated = resolved.settings.calibration
+    # Where neither names a text, it is that of a calibration which may not be there yet.
+    dataset = named_text(resolved) or SELF
+    if dataset != SELF:
+        limited(load_text_of(dataset, dense, resolved, calibrated.drop), resolved)
+    teacher = dense if resolved.settings.recover.method == "distill" else None
+    dtype = training_dtype(resolved, stored_dtype(dense))
+    check_training(resolved, (dense, teacher), dtype, tokens_together(resolved))
+    if dataset == SELF:
+        check_writing(resolved, dense, resolved.settings.recover.seqlen, f"--dataset {SELF}")
+
+
+def check_trains(ranks: Mapping[str, int], resolved: Resolved) -> None:
+    """Raise UsageError where no layer is low-rank, so that there is nothing to train."""
+    if not ranks:
+        raise UsageError(
+            f"--recover {resolved.settings.recover.method} trains low-rank layers, and at this "
+            "ratio every layer stays as it is.",
+            "Lower --ratio, or leave out --recover.",
+        )
+
+
+def check_knobs(resolved: Resolved) -> None:
+    if world().size > 1:
+        raise UsageError(
+            "--recover runs in one process.",
+            "Compress with several, and recover then: compress --from CHECKPOINT --recover.",
+        )
+    if resolved.settings.recover.method == "lora":
+        check_peft()
+
+
+def training_dtype(resolved: Resolved, stored: str) -> torch.dtype:
+    """Return the dtype that models run in."""
+    device = pick_device(resolved.settings.model.device)
+    dtype = pick_dtype(resolved.settings.model.dtype, stored, device)
+    if dtype == torch.float16:  # whose gradients vanish
+        return pick_dtype("auto", "bfloat16", device)
+    return dtype
+
+
+def tokens_together(resolved: Resolved) -> tuple[int, int]:
+    """Return how many windows pass a model together, and the tokens in each."""
+    seqlen = resolved.settings.recover.seqlen
+    return max(_TOGETHER // seqlen, 1), seqlen

@@ -1,0 +1,105 @@
+"""Trains a checked recovery, and writes the recovered checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hisvd_cli.export.model_card import rewrite_card
+from hisvd_cli.finetuning.adaptation import Adapter, adapt
+from hisvd_cli.finetuning.recover import Factors, Recovered, distill, recover
+from hisvd_cli.finetuning.trainer import Course, Progress
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
+from hisvd_cli.pipelines.recovering.recovery import Recovery
+from hisvd_cli.pipelines.recovering.recovery_checks import tokens_together
+from hisvd_cli.utils.errors import UsageError
+from hisvd_cli.utils.files.safetensors_header import dtype_name
+from hisvd_cli.utils.progress import Reporter
+
+_MINUTES = 20.0
+_RATES = {"distill": 3e-4, "lora": 1e-4}
+_BATCHES = {"distill": 4, "lora": 64}
+
+
+def run_recovery(recovery: Recovery, output: Path, reporter: Reporter) -> Recovered:
+    """Train, and write the checkpoint ``output``. Raises HisvdError: see :func:`recover`."""
+    resolved = recovery.resolved
+    checkpoint = open_checkpoint(recovery.student.folder)
+    return recover(
+        checkpoint,
+        lambda home: _train(recovery, home, reporter),
+        output,
+        record=_record(recovery),
+        shard_bytes=int(resolved.settings.compress.max_shard_size * 1e9),
+        describe=partial(rewrite_card, checkpoint.folder),
+    )
+
+
+def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors, Progress]:
+    knobs, course = recovery.knobs, course_of(recovery)
+    if recovery.knobs.method == "lora":
+        adapter = Adapter(knobs.lora_rank, knobs.lora_alpha, knobs.lora_dropout)
+        return adapt(
+            recovery.student, recovery.lessons, course, recovery.room, adapter, home, reporter
+        )
+    if recovery.teacher is None:
+        raise UsageError("There is no dense model to learn from.", "Name it with --model.")
+    return distill(
+        recovery.student,
+        recovery.teacher,
+        recovery.lessons,
+        course,
+        recovery.room,
+        knobs.temperature,
+        home,
+        reporter,
+    )
+
+
+def course_of(recovery: Recovery) -> Course:
+    """Return how long and how a training is; of lora, each of its two."""
+    knobs, lessons = recovery.knobs, recovery.lessons
+    minutes, tokens = knobs.minutes, knobs.tokens
+    if minutes is None and tokens is None:
+        if knobs.method == "distill":
+            minutes = _MINUTES
+        else:
+            trained = lessons.rows(0, len(lessons.ids) - lessons.held_out())
+            tokens = 2 * int(knobs.lora_epochs * trained.tokens)
+    parts = 2 if knobs.method == "lora" else 1
+    return Course(
+        seconds=None if minutes is None else 60 * minutes / parts,
+        tokens=None if tokens is None else max(tokens // parts, 1),
+        learning_rate=knobs.learning_rate or _RATES[knobs.method],
+        batch=knobs.batch or _BATCHES[knobs.method],
+        together=tokens_together(recovery.resolved)[0],
+        seed=knobs.seed,
+    )
+
+
+def _record(recovery: Recovery) -> Mapping[str, Any]:
+    """Return what decides the result, for the provenance."""
+    lessons, teacher = recovery.lessons, recovery.teacher
+    course = asdict(course_of(recovery))
+    for unrecorded in ("state_seconds", "together"):
+        del course[unrecorded]
+    return {
+        "method": recovery.knobs.method,
+        "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint} if teacher else None,
+        "checkpoint": recovery.student.fingerprint,
+        "data": {
+            "dataset": lessons.dataset,
+            "kind": lessons.kind,
+            "sha256": lessons.key,
+            "windows": len(lessons.ids),
+            "held_out_windows": lessons.held_out(),
+            "seqlen": lessons.ids.shape[1],
+            "tokens": lessons.tokens,
+        },
+        "course": course,
+        "dtype": dtype_name(recovery.room.dtype),
+        "settings": recovery.resolved.recorded("model", "recover"),
+    }

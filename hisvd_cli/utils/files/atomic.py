@@ -1,0 +1,64 @@
+"""Atomic file writing: a file has a temporary name until it is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from hisvd_cli.utils.errors import OutputError, reason
+from hisvd_cli.utils.files.cache import write_hint
+from hisvd_cli.utils.files.owners import TAG, is_abandoned, own_tag
+
+TEMPORARY = ".*.tmp"
+"""Matches what a killed run may leave of a file that it was writing."""
+_OWNED = re.compile(rf"\..+\.({TAG})\.tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its name once the body has succeeded.
+
+    Raises:
+        OutputError: the operating system refuses the write.
+    """
+    # Two processes may write the same file of a cache: each has a temporary name of its own.
+    temporary = path.with_name(f".{path.name}.{own_tag()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent.absolute())
+        yield temporary
+        with temporary.open("rb+") as file:  # Windows flushes what is open for writing
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner reads
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
+    finally:
+        with suppress(OSError):  # a path that cannot be written may be one that cannot be looked at
+            temporary.unlink()
+
+
+@cache
+def _remove_abandoned(folder: Path) -> None:
+    """Remove, once for each folder, what processes that were killed had begun to write there."""
+    for path in folder.glob(TEMPORARY):
+        owned = _OWNED.fullmatch(path.name)
+        if owned and is_abandoned(owned[1], path):
+            path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # The only portable way to read the umask is to set it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises OutputError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
