@@ -175,7 +175,7 @@ def test_a_calibration_that_is_not_there(quick: tuple[object, ...], here: Path) 
     (here / "mine" / "notes.txt").write_text("keep")
     for command in ("calibrate", "compress"):
         message, _ = fail(command, *quick, "--calibration", "mine")
-        assert "mine holds something that is no calibration" in message
+        assert "mine holds something that is not a calibration" in message
     assert digests(here).keys() == {"mine/notes.txt"}
 
 
@@ -204,7 +204,7 @@ def test_too_few_tokens_for_a_window(
     [
         ("blank.txt", b" \n\t\n", "holds no text"),
         ("empty.jsonl", b"", "holds no text"),
-        ("latin.txt", b"caf\xe9", "no UTF-8"),
+        ("latin.txt", b"caf\xe9", "not UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2"),
         ("other.jsonl", b'{"id": 3}\n', "no text column; it has id"),
         ("broken.parquet", b"PAR1", "broken.parquet"),
@@ -260,7 +260,7 @@ def test_an_output_that_is_in_the_way(quick: tuple[object, ...], here: Path) -> 
         assert "Calibrating" not in result.stderr
         assert told in two_lines(result.stderr)[0]
     message, _ = fail("plan", *quick, "--output", "beside.plan.json")
-    assert "beside.plan.json exists, and is no plan" in message
+    assert "beside.plan.json exists and is not a plan" in message
     assert digests(here) == before
 
 
@@ -288,7 +288,7 @@ def test_a_plan_for_another_model(
     assert message == "--ratio cannot change the given plan."
     plan.write_text("{}")
     message, _ = fail("compress", *quick, "--plan", plan)
-    assert "is no plan" in message
+    assert "is not a plan" in message
     assert nothing_made(here)
 
 
@@ -342,7 +342,7 @@ def broken_config(folder: Path) -> None:
         (widen, "on disk"),
         (no_tokenizer, "no tokenizer that loads"),
         (no_config, "no config.json"),
-        (broken_config, "no valid JSON"),
+        (broken_config, "not valid JSON"),
     ],
 )
 def test_a_damaged_model(

@@ -696,7 +696,7 @@ def _tensor(kind: str, count: int, size: tuple[object, ...]) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "count", "size", "told"),
     [
-        ("Popen", 1, (1,), "no known type of tensor storage"),
+        ("Popen", 1, (1,), "not a known type of tensor storage"),
         ("FloatStorage", -1, (1,), "impossible number"),
         ("FloatStorage", 1 << 70, (1,), "impossible number"),
         ("FloatStorage", 1, (-1,), "something else than counts"),

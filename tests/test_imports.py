@@ -34,8 +34,8 @@ _LONG_FILES = {
 _LONG_FUNCTIONS = {
     "cli/commands/compress.py:compress": "its signature is the command's options",
     "cli/commands/convert.py:convert": "its signature is the command's options",
-    "cli/commands/eval.py:evaluate": "its signature is the command's options",
     "cli/commands/plan.py:plan": "its signature is the command's options",
+    "cli/options.py:_take_common": "its signature is the options of every command",
     "compression/factorize.py:compress": "a third of it is its signature",
     "pipelines/compressing/compression.py:compress_model": "each step of a run, in their order",
 }

@@ -155,7 +155,7 @@ def test_an_order_of_rows_that_is_none(checkpoint: Path, tmp_path: Path) -> None
     if name not in load_file(checkpoint / "model.safetensors"):
         pytest.skip("plain pairs have no order")
     rewrite(checkpoint, lambda tensors: tensors[name].fill_(2))
-    assert problems_of(checkpoint) == [f"{name}: is no order of rows."]
+    assert problems_of(checkpoint) == [f"{name}: is not a permutation of rows."]
     message, _ = fail("convert", checkpoint, "--to", "dense", "--output", tmp_path / "dense")
     assert name in message
     assert not (tmp_path / "dense").exists()
@@ -170,7 +170,8 @@ def test_a_rank_that_disagrees_with_the_config(checkpoint: Path) -> None:
     pivoted = "storage" in config["quantization_config"]
     rows = (48 - rank, 48 - rank - 1) if pivoted else (48, 48)
     assert problems_of(checkpoint) == [
-        "model.layers.9.mlp.up_proj: config.json gives a rank, but it is no sublayer.",
+        "model.layers.9.mlp.up_proj: config.json gives a rank, but it is not a linear layer of the "
+        "model.",
         f"{UP}.weight: [{rank}, 32] on disk, [{rank + 1}, 32] by config.json.",
         f"{UP}.weight_u: [{rows[0]}, {rank}] on disk, [{rows[1]}, {rank + 1}] by config.json.",
         f"{UP}: rank {rank + 1}, but the plan says rank {rank}.",

@@ -83,7 +83,7 @@ def test_lines_of_text_with_a_surrogate_deep_or_huge_values(
     path = tmp_path / f"text.{suffix}"
     path.write_text('{"text": "words"}\n{"text": ' + value + "}\n")
     message, _ = fail("calibrate", "--model", model, "--dataset", path)
-    assert f"{path} is no JSON in line 2" in message
+    assert f"{path} is not JSON in line 2" in message
 
 
 @pytest.mark.parametrize(
@@ -225,15 +225,15 @@ def test_a_plan_with_odd_values(path: tuple[Any, ...], value: object, checkpoint
         node = node[key]
     node[path[-1]] = value
     (checkpoint / "plan.json").write_text(json.dumps(document))
-    with pytest.raises(SourceError, match=r"plan\.json is no plan"):
+    with pytest.raises(SourceError, match=r"plan\.json is not a plan"):
         load_plan(checkpoint / "plan.json")
-    assert "no plan" in fail("inspect", checkpoint / "plan.json")[0]
+    assert "is not a plan" in fail("inspect", checkpoint / "plan.json")[0]
 
 
 @pytest.mark.parametrize("text", ['{"ratio": NaN}', DEEP, '{"ratio": 1e999}', '["\\ud800"]'])
 def test_a_provenance_with_odd_values(text: str, checkpoint: Path) -> None:
     (checkpoint / "hisvd.json").write_text(text)
-    assert "hisvd.json is no valid JSON" in fail("inspect", checkpoint)[0]
+    assert "hisvd.json is not valid JSON" in fail("inspect", checkpoint)[0]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_an_index_that_leads_out_of_its_folder(name: str, model: Path) -> None:
 def test_an_index_of_wrong_types(weight_map: object, model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (model / "model.safetensors").rename(model / "shard.safetensors")  # it would win
-    assert "no valid index of shards" in fail("inspect", model)[0]
+    assert "not a valid shard index" in fail("inspect", model)[0]
 
 
 @pytest.mark.parametrize(

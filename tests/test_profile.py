@@ -153,7 +153,7 @@ def test_a_misspelt_variable(variable: str, meant: str, tmp_path: Path) -> None:
             "seqlen = 1",
             "seqlen: no such setting. It belongs to [calibration] or [recover] or [eval].",
         ),
-        ("plan = 3", "plan = 3 is no table: write [plan] above its keys."),
+        ("plan = 3", "plan = 3 is not a table: write [plan] above its keys."),
         ("[model]\nname = 3", "model.name = 3 must be a text."),
         (
             '[model]\ntrust_remote_code = "yes"',
@@ -198,7 +198,7 @@ def test_all_layers_are_checked_at_once(tmp_path: Path) -> None:
 
 
 def test_a_profile_that_cannot_be_read(tmp_path: Path) -> None:
-    for text, told in ((b"[plan\n", "is no valid TOML"), (b"\xff", "is no valid TOML")):
+    for text, told in ((b"[plan\n", "is not valid TOML"), (b"\xff", "is not valid TOML")):
         (tmp_path / "hisvd.toml").write_bytes(text)
         with pytest.raises(UsageError, match=told) as caught:
             resolve({}, environ={}, start=tmp_path)

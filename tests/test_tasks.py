@@ -139,7 +139,7 @@ def test_tasks_that_cannot_be_asked(compressed: Path, tmp_path: Path) -> None:
     assert "data of task 'endings' cannot be read" in message
     assert "--task-path" in hint
     message, _ = fail(*command, "--tasks", "x", "--task-path", compressed / "absent", code=2)
-    assert "is no folder" in message
+    assert "is not a folder" in message
 
 
 def test_lm_eval_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def test_a_shard_that_is_cut_after_it_was_opened(tmp_path: Path) -> None:
 )
 def test_a_damaged_index_is_named(index: str, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(index)
-    with pytest.raises(SourceError, match=f"{INDEX} is no valid index"):
+    with pytest.raises(SourceError, match=f"{INDEX} is not a valid shard index"):
         open_weights(tmp_path)
 
 

@@ -185,7 +185,7 @@ def load_plan(path: Path) -> Plan:
         return plan_from(document)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
-            f"{path} is no plan of this version of hisvd.",
+            f"{path} is not a plan of this version of hisvd.",
             "Make one with: hisvd plan --output plan.json",
         ) from error
 

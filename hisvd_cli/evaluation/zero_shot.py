@@ -97,7 +97,9 @@ def open_tasks(
         DataError: a task's data cannot be had.
     """
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"--task-path {folder} is no folder.", "Name one that holds YAML files.")
+        raise UsageError(
+            f"--task-path {folder} is not a folder.", "Name one that holds YAML files."
+        )
     manager = _manager(folder, names)
     for name in names:
         if name not in manager.all_tasks:

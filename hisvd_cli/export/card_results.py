@@ -82,7 +82,7 @@ def _load_card(path: Path) -> ModelCard:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise SourceError(
             f"The metadata of {path} is damaged: {reason(error)}",
-            "Mend the block between its first two lines of dashes.",
+            "Fix the block between its first two lines of dashes.",
         ) from error
 
 

@@ -118,7 +118,7 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
             return read(name)
         stored = {leaf: read(full) for leaf, full in factors[name].items()}
         if "weight_order" in stored and not is_order(stored["weight_order"]):
-            raise SourceError(f"{name}_order is no order of rows.", "Compress again.")
+            raise SourceError(f"{name}_order is not a permutation of rows.", "Compress again.")
         plain = dequantized(stored, shapes[name][1], checkpoint.group_size)
         weight = dense_product(plain) if "weight_u" in plain else plain["weight"]
         return weight.to(dtype)

@@ -223,7 +223,7 @@ def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         if not bool(numbers.isfinite().all()):
             problems.append(f"{name}: holds values that are NaN or infinite.")
         elif name.endswith(".weight_order") and not is_order(tensor):
-            problems.append(f"{name}: is no order of rows.")
+            problems.append(f"{name}: is not a permutation of rows.")
     return problems
 
 

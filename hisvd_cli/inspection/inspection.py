@@ -205,7 +205,7 @@ def _name_problems(
     """Find ranks and tensors that belong to nothing."""
     known = {s.name for s in sublayers}
     problems = [
-        f"{name}: config.json gives a rank, but it is no sublayer."
+        f"{name}: config.json gives a rank, but it is not a linear layer of the model."
         for name in ranks
         if name not in known
     ]

@@ -49,12 +49,12 @@ def load_pt(path: Path) -> dict[str, Any]:
 def open_pt(path: Path) -> dict[str, Any]:
     """Read one of our ``.pt`` files; its parts may be anything. Raises SourceError for others."""
     hint = f"Look at it safely with: hisvd inspect {path}"
-    damaged = SourceError(f"{path} is no .pt file of hisvd, or it is damaged.", hint)
+    damaged = SourceError(f"{path} is not a .pt file of hisvd, or it is damaged.", hint)
     read_foreign(path)  # first: it holds what it declares, which torch would believe
     with library_errors(lambda _: damaged):
         document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not is_own_pt(document) or document.get("format_version") != PT_VERSION:
-        raise SourceError(f"{path} is no .pt file of this version of hisvd.", hint)
+        raise SourceError(f"{path} is not a .pt file of this version of hisvd.", hint)
     loaded: dict[str, Any] = document
     return loaded
 

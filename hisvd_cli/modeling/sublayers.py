@@ -88,7 +88,7 @@ def _check_matrices(block: str, layer: nn.Module) -> None:
             if parameter.ndim == 2 and not isinstance(module, nn.Linear):
                 raise UnsupportedModelError(
                     f"{_join(block, name, parameter_name)} is a matrix of a "
-                    f"{type(module).__name__}, which is no torch.nn.Linear.",
+                    f"{type(module).__name__}, which is not a torch.nn.Linear.",
                     _HINT,
                 )
 

@@ -265,7 +265,7 @@ def _present(folder: Path, source: Source) -> Calibration | None:
         return open_calibration(folder, source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
-            f"{folder} holds something that is no calibration.",
+            f"{folder} holds something that is not a calibration.",
             "Name another folder with --calibration.",
         )
     return None

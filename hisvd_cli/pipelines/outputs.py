@@ -120,7 +120,7 @@ def check_plan_output(path: Path, overwrite: bool) -> None:
         load_plan(path)
     except SourceError as error:
         raise OutputError(
-            f"{path} exists, and is no plan.", "Name another --output, or remove it yourself."
+            f"{path} exists and is not a plan.", "Name another --output, or remove it yourself."
         ) from error
     file = path.resolve()
     if file.name == PLAN_FILE and is_own_folder(file.parent):

@@ -76,12 +76,12 @@ def _check_publishable(folder: Path) -> None:
     weight file is missing."""
     if not folder.is_dir():
         raise SourceError(
-            f"'{folder}' is no folder, and the hub takes folders.",
+            f"'{folder}' is not a folder, and only folders can be uploaded.",
             "Give a checkpoint folder, or write one with --to hf --output FOLDER.",
         )
     if not is_checkpoint(folder) and not (folder / PROVENANCE).is_file():
         raise SourceError(
-            f"{folder} is no checkpoint of hisvd.", "Give a folder that 'hisvd compress' wrote."
+            f"{folder} is not a checkpoint of hisvd.", "Give a folder that 'hisvd compress' wrote."
         )
     open_weights(folder)
 
@@ -166,7 +166,7 @@ def _tell_left(folder: Path, files: Collection[str], reporter: Reporter) -> None
     left = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _LEFTOVERS))
     if left:
         shown = ", ".join(left[:_SHOWN]) + f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN)
-        reporter.warn(f"Not uploaded, as it is no part of a model: {shown}.")
+        reporter.warn(f"Not uploaded, as it is not part of a model: {shown}.")
 
 
 @contextmanager

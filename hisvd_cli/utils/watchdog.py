@@ -79,7 +79,9 @@ def _who_is_missing(store: Store, size: int) -> LostProcessError:
     if not missing:
         return LostProcessError("The run was ended from outside (SIGTERM).")
     ranks = f"Rank {missing[0]}" if len(missing) == 1 else f"Ranks {', '.join(map(str, missing))}"
-    return LostProcessError(f"{ranks} of {size} died without a word: killed, or out of memory.")
+    return LostProcessError(
+        f"{ranks} of {size} exited without an error message: killed, or out of memory."
+    )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def read_plain(path: Path) -> str:
         data = _unpacked(path) if path.suffix == PACKED else path.read_bytes()
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text.", "Convert the file to UTF-8.") from error
+        raise DataError(f"{path} is not UTF-8 text.", "Convert the file to UTF-8.") from error
     except OSError as error:
         raise DataError(
             f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
@@ -47,7 +47,7 @@ def _unpacked(path: Path) -> bytes:
             data = file.read(limit + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path} is no readable gzip file: {reason(error)}", "Write or fetch it again."
+            f"{path} is not a readable gzip file: {reason(error)}", "Write or fetch it again."
         ) from error
     if len(data) > limit:
         raise DataError(
@@ -61,7 +61,9 @@ def parquet_rows(path: Path) -> Iterator[object]:
     from pyarrow import RecordBatch, parquet  # type: ignore[import-untyped]
 
     def unreadable(why: str) -> DataError:
-        return DataError(f"{path} is no readable parquet file: {why}", "Write or fetch it again.")
+        return DataError(
+            f"{path} is not a readable parquet file: {why}", "Write or fetch it again."
+        )
 
     limit = _UNPACKED_BASE + _UNPACKED_RATIO * path.stat().st_size
     with library_errors(unreadable), parquet.ParquetFile(path) as file:
@@ -107,6 +109,6 @@ def _parse(path: Path, text: str, line: int) -> Any:
         if isinstance(error, json.JSONDecodeError):
             line, why = line + error.lineno - 1, error.msg
         raise DataError(
-            f"{path} is no JSON in line {line}: {why}.",
+            f"{path} is not JSON in line {line}: {why}.",
             "It must hold an object per line, or one list of objects.",
         ) from error

@@ -102,7 +102,7 @@ class Checkpoint:
         try:
             document = read_json(path)
         except (OSError, ValueError) as error:
-            raise SourceError(f"{path} is no valid JSON file.", "Compress again.") from error
+            raise SourceError(f"{path} is not valid JSON.", "Compress again.") from error
         return document if isinstance(document, dict) else {}
 
     @cached_property
@@ -123,7 +123,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a compressed folder. Raises SourceError where it is none."""
     if not is_checkpoint(folder):
         raise SourceError(
-            f"{folder} is no compressed model.", "Give a folder that 'hisvd compress' wrote."
+            f"{folder} is not a compressed model.", "Give a folder that 'hisvd compress' wrote."
         )
     if (folder / adapter_input.CONFIG).is_file():
         raise UnsupportedModelError(*adapter_input.on_compressed(str(folder)))

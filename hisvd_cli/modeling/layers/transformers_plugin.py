@@ -81,7 +81,7 @@ class HiSVDConfig(QuantizationConfigMixin):
         kwargs: what transformers hands back from ``config.json``; not used.
 
     Raises:
-        ValueError: an unknown format version or storage, a rank that is no positive integer, or
+        ValueError: an unknown format version or storage, a rank that is not a positive integer, or
             bits or a group that there are not.
     """
 
@@ -109,7 +109,9 @@ class HiSVDConfig(QuantizationConfigMixin):
         self.storage = cast(Storage, storage)
         self.bits = _checked("bits", bits, f"none of {BITS}", _is_width)
         if not _is_positive(group_size):
-            raise ValueError(f"quantization_config.group_size is no positive integer: {group_size}")
+            raise ValueError(
+                f"quantization_config.group_size is not a positive integer: {group_size}"
+            )
         self.group_size = group_size
 
     def to_dict(self) -> dict[str, Any]:
@@ -354,7 +356,7 @@ def replace_linears(model: PreTrainedModel, config: HiSVDConfig) -> None:
             wrong.append(name)
     if wrong:
         raise ValueError(
-            f"quantization_config names what is no nn.Linear of {type(model).__name__}: "
+            f"quantization_config names modules that are not nn.Linear in {type(model).__name__}: "
             f"{_listed(wrong)}."
         )
 
@@ -514,7 +516,9 @@ def _refuse_disordered(model: nn.Module) -> None:
         and not is_order(layer.weight_order)
     ]
     if wrong:
-        raise RuntimeError(f"The checkpoint has outputs in no order: {_listed(wrong)}.")
+        raise RuntimeError(
+            f"The checkpoint has a weight_order that is not a permutation: {_listed(wrong)}."
+        )
 
 
 def _refuse_nonfinite(model: nn.Module) -> None:

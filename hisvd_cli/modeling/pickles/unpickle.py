@@ -226,12 +226,12 @@ class Machine:
             case ("module", Global() as cls, *_):  # the legacy format adds the class's source
                 self._stack.append(cls)
             case _:
-                raise RefusedError("the pickle refers to outside data that is no tensor storage")
+                raise RefusedError("the pickle refers to outside data that is not tensor storage")
 
     def _storage(self, cls: Global, key: str, count: int, view: list[object]) -> Storage:
         dtype = _STORAGE_DTYPES.get(cls.name.rpartition(".")[2])
         if dtype is None or cls.module.partition(".")[0] != "torch":
-            raise RefusedError(f"`{cls.path}` is no known type of tensor storage")
+            raise RefusedError(f"`{cls.path}` is not a known type of tensor storage")
         if not 0 <= count <= MAX_COUNT:
             raise RefusedError("a storage has an impossible number of elements")
         if view and view[0] is not None:

@@ -52,7 +52,7 @@ def open_source(
         return Source(name, DEMO_FOLDER)
     if not _HUB_ID.fullmatch(name) or path.suffix in {".gguf", ".pt", ".safetensors"}:
         raise SourceError(
-            f"No model at '{name}': it is no folder, no .gguf file and no hub id.",
+            f"No model at '{name}': it is not a folder, a .gguf file or a Hub id.",
             "Check the path, or give a hub id such as 'HuggingFaceTB/SmolLM2-135M', or 'demo'.",
         )
     return _from_hub(name, revision, trust_remote_code, compressible)
@@ -163,6 +163,6 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise SourceError(
-            f"'{name}' is no folder here, and cannot be fetched from the hub: {reason(error)}",
+            f"'{name}' is neither a local folder nor reachable on the Hub: {reason(error)}",
             "Check the name and the network, or give the path of a downloaded model.",
         ) from error

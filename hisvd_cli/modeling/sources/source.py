@@ -253,7 +253,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise SourceError(
                 f"{path} names code of the hub as {key}: '{value}'.",
-                f"Remove the line from the file; {key} is no part of a model.",
+                f"Remove the line from the file; {key} is not part of a model.",
             )
     return config
 
@@ -274,11 +274,11 @@ def _read_object(path: Path) -> dict[str, Any]:
         document = read_json(path, strict=False)
     except FileNotFoundError as error:
         raise SourceError(
-            f"{path.parent} holds no {path.name}, so it is no Hugging Face model.",
+            f"{path.parent} holds no {path.name}, so it is not a Hugging Face model.",
             "Give the folder that holds config.json and the weights.",
         ) from error
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path} is no valid JSON file.", "Fetch the model again.") from error
+        raise SourceError(f"{path} is not valid JSON.", "Fetch the model again.") from error
     if not isinstance(document, dict):
         raise SourceError(f"{path} holds no JSON object.", "Fetch the model again.")
     return document

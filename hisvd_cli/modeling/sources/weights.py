@@ -178,7 +178,7 @@ def shard_files(index: Path) -> list[str]:
     try:
         names = {Path(name).as_posix() for name in read_json(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{index} is no valid index of shards.", "Fetch it again.") from error
+        raise SourceError(f"{index} is not a valid shard index.", "Fetch it again.") from error
     for name in sorted(names):
         # A name from a file must not lead out of the folder.
         path = Path(name)
@@ -236,7 +236,7 @@ def check_plain(path: Path, tensors: Mapping[str, Tensor], hint: str) -> None:
     for name, tensor in tensors.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_quantized or type(tensor) is not torch.Tensor:
-            raise SourceError(f"{name} in {path} is no plain tensor.", hint)
+            raise SourceError(f"{name} in {path} is not a plain tensor.", hint)
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise SourceError(f"{name} in {path} has more numbers than the file.", hint)
 

@@ -49,7 +49,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         deep = isinstance(error, RecursionError)
         reason = "it is nested too deep" if deep else " ".join(str(error).split())
-        raise UsageError(f"{path} is no valid TOML: {reason}.", "Mend that line.") from error
+        raise UsageError(f"{path} is not valid TOML: {reason}.", "Fix that line.") from error
 
 
 def flatten(document: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:

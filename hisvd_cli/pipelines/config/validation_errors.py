@@ -45,7 +45,7 @@ def _reason(detail: ErrorDetails, section: str, key: str) -> str:
     """Say what a value must be."""
     kind, value = detail["type"], detail["input"]
     if not key:
-        return f"is no table: write [{section}] above its keys."
+        return f"is not a table: write [{section}] above its keys."
     if key in ("ratio", "bytes_ratio") and kind in ("greater_than", "less_than_equal"):
         return "must be above 0 and at most 1."
     if kind == "literal_error":

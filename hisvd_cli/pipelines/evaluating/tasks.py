@@ -60,7 +60,7 @@ class Examination:
         device = pick_device(self._settings.model.device)
         dtype = pick_dtype(self._settings.model.dtype, stored_dtype(source), device)
         model = load_source(source, device, dtype)
-        label = f"Asking {Path(source.name).name}"
+        label = f"Running lm-eval on {Path(source.name).name}"
         filled = list(found)
         with self._reporter.stage(label, sum(each is None for each in found)) as step:
             for i, task in enumerate(self._tasks):

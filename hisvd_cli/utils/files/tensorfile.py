@@ -59,7 +59,7 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_BYTES
     if length > min(MAX_BYTES, size - 8):
-        raise SourceError(f"{path} is no complete safetensors file ({size} bytes).", _DAMAGED)
+        raise SourceError(f"{path} is not a complete safetensors file ({size} bytes).", _DAMAGED)
     try:
         header = parse_header(file.read(length), 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
