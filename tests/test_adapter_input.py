@@ -247,3 +247,22 @@ def test_an_adapter_on_a_compressed_checkpoint(tiny_model: MakeModel, tmp_path: 
     edit_json(folder / "config.json", quantization_config=said)
     for words in (("eval", folder), ("convert", folder, "--to", "pt", "-o", tmp_path / "x.pt")):
         assert "is a compressed checkpoint with a LoRA adapter" in fail(*words)[0]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"lora_alpha": 10**308},
+        {"lora_alpha": "1e400"},
+        {"alpha_pattern": {"(.+)+!": 8}},
+        {"alpha_pattern": {".*" * 60 + "!": 8}},
+        {"alpha_pattern": {"q_proj": 10**308}},
+    ],
+)
+def test_5_a_scale_that_cannot_be_used_is_refused_soon(
+    said: dict[str, Any], tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    folder, _ = both(tiny_model("llama_untied"), tmp_path, target_modules=["q_proj"])
+    edit_json(folder / "adapter_config.json", **said)
+    message, _ = fail("plan", "--model", folder)
+    assert "alpha" in message

@@ -19,6 +19,7 @@ from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import DEMO_FOLDER
 from hisvd_cli.pipelines.samples import tokenizer_digest
 from hisvd_cli.utils.errors import SourceError, UnsupportedModelError
+from tests.cli_helpers import fail
 from tests.conftest import MakeModel
 from tests.models import edit_json, load_dense
 
@@ -332,3 +333,16 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "\n" not in e.value.message
     assert "network" in e.value.hint
     assert isinstance(e.value.__cause__, LocalEntryNotFoundError)
+
+
+@pytest.mark.parametrize("shape", [(1, 48, 32), (1536,), (), (0, 32), (32, 48), (47, 32)])
+def test_a_plan_finds_weights_of_another_shape(
+    shape: tuple[int, ...], tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_model("llama"), tmp_path / "model")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors[name].shape == (48, 32)
+    save_file({**tensors, name: torch.zeros(shape)}, folder / "model.safetensors", {"format": "pt"})
+    message, _ = fail("plan", "--model", folder)
+    assert message == f"{name} is {list(shape)} on disk where the config asks for [48, 32]."

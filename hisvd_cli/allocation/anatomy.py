@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hisvd_cli.allocation.plan_assembly import ModelSize
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tensor_names
+from hisvd_cli.modeling.skeleton import (
+    build_meta_model,
+    check_shape,
+    decoder_blocks,
+    tensor_names,
+)
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers, select
 
@@ -28,10 +33,14 @@ class Anatomy:
 
 
 def dissect(source: Source) -> Anatomy:
-    """Find the sublayers of a model without reading a weight. Raises UnsupportedModelError.
+    """Find the sublayers of a model without reading a weight.
 
     What is found is kept with the source, as its cached properties are: building a large model
     takes a second, and a run asks several times.
+
+    Raises:
+        UnsupportedModelError: its structure is not one that can be factored.
+        SourceError: a tensor is missing, or has another shape than the config asks for.
     """
     kept = vars(source)
     if _KEPT not in kept:
@@ -45,5 +54,8 @@ def _dissected(source: Source) -> Anatomy:
     prefix, layers = decoder_blocks(model)
     names = tensor_names(model, source)
     shapes = model.state_dict()
+    infos = source.weights.infos
+    for name, stored in names.items():
+        check_shape(name, infos[stored].shape, shapes[name].shape)
     total = sum(shapes[name].numel() for name in names)
     return Anatomy(find_sublayers(prefix, list(layers)), total, names)

@@ -48,7 +48,7 @@ def foreign_files(folder: Path) -> Iterator[Path]:
         if path.name in (PROVENANCE, *weights):
             return True
         if files:
-            return files.get(path.name) == content_hash(path)
+            return bool(files.get(path.name)) and files[path.name] == content_hash(path)
         return path.name in before or is_companion(path.name)
 
     before = {*written_files(), *_carried_code(folder)}  # of a record without hashes

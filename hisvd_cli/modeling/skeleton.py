@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -184,12 +184,17 @@ def read_tensor(
         SourceError, NumericalError: it cannot be read, is misshapen or not finite.
     """
     tensor = source.weights.read(stored)
-    if tensor.shape != expected:
+    check_shape(name, tensor.shape, expected)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise SourceError where a tensor on disk has not the shape that the config asks for."""
+    if tuple(found) != tuple(expected):
         raise SourceError(
-            f"{name} is {list(tensor.shape)} on disk where the config asks for {list(expected)}.",
+            f"{name} is {list(found)} on disk where the config asks for {list(expected)}.",
             "Config and weights belong to different models: fetch both again.",
         )
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _untie(

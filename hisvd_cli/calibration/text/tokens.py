@@ -119,11 +119,11 @@ def model_positions(source: Source) -> int | None:
     return int(limit) if limit else None
 
 
-def check_seqlen(seqlen: int, source: Source) -> None:
-    """Raise DataError where ``seqlen`` is longer than the model's positions."""
+def check_seqlen(seqlen: int, source: Source, flag: str = "--seqlen") -> None:
+    """Raise DataError where ``seqlen``, which a flag sets, is longer than the model's positions."""
     limit = model_positions(source)
     if limit is not None and seqlen > limit:
         raise DataError(
-            f"--seqlen {seqlen} is longer than the {limit} positions of {source.name}.",
-            f"Use --seqlen {limit} or less.",
+            f"{flag} {seqlen} is longer than the {limit} positions of {source.name}.",
+            f"Use {flag} {limit} or less.",
         )

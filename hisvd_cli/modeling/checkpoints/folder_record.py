@@ -5,12 +5,12 @@ A checkpoint's small files have common names: a user puts a ``LICENSE`` there, o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hisvd_cli.utils.files.json_files import read_bounded, read_json, write_json
+from hisvd_cli.utils.files.fingerprints import content_digest
+from hisvd_cli.utils.files.json_files import read_json, write_json
 
 PROVENANCE = "hisvd.json"
 Describe = Callable[[Path, Mapping[str, Any]], None]
@@ -65,10 +65,12 @@ def recorded(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def content_hash(path: Path) -> str:
-    """Return the sha256 of a small file, '' where it cannot be read."""
+    """Return the sha256 of a file, '' where it cannot be read."""
     try:
-        return hashlib.sha256(read_bounded(path)).hexdigest()
-    except (OSError, ValueError):
+        if not path.is_file():  # a pipe would never end
+            return ""
+        return content_digest(path)
+    except OSError:
         return ""
 
 

@@ -27,6 +27,8 @@ CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _HALF = re.compile(r"\.(lora_[AB])\.(?:default\.)?weight$")
+_LARGEST_SCALE = 1e30
+_LONGEST_PATTERN, _MOST_REPEATS = 500, 4
 _OTHER = re.compile(r"\.lora_|\.token_adapter\.")
 _HINT = (
     "Merge it with PEFT (merge_and_unload, then save_pretrained), or remove its files to work on "
@@ -204,22 +206,36 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
     patterns = adapter.config.get("alpha_pattern") or {}
     try:
         for key, value in patterns.items():
-            if re.match(rf"(.*\.)?({key})$", module):
+            if _matches(key, module):
                 alpha = value
                 break
         stabilised = adapter.config.get("use_rslora")
         scale = float(alpha) / (math.sqrt(rank) if stabilised else rank)
-    except (AttributeError, TypeError, ValueError, re.error, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, re.error, ArithmeticError) as error:
         raise SourceError(
             f"{adapter.folder / CONFIG} holds no usable lora_alpha for {module}.",
             "Fetch the adapter again.",
         ) from error
-    if not math.isfinite(scale):
+    if not abs(scale) < _LARGEST_SCALE:
         raise SourceError(
             f"{adapter.folder / CONFIG} gives {module} the alpha {alpha}.",
             "Fetch the adapter again.",
         )
     return scale
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Tell whether a pattern of names, as PEFT takes it, names a module.
+
+    Raises:
+        ValueError: it could take a regular expression's worst case, which nobody waits for.
+    """
+    repeats = re.sub(r"\\.", "", pattern)
+    if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]", repeats):
+        raise ValueError(f"the pattern {pattern[:_LONGEST_PATTERN]} repeats a group")
+    if len(re.findall(r"[*+{]", repeats)) > _MOST_REPEATS:
+        raise ValueError(f"the pattern {pattern} repeats too often")
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _stored_name(adapter: Adapter, wanted: str, weights: Weights) -> str:

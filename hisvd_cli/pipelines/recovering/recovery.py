@@ -81,7 +81,7 @@ def prepare_recovery(
     teacher = dense or _teacher(resolved, checkpoint)
     if teacher is not None:
         check_teacher(student, teacher)
-    check_seqlen(knobs.seqlen, student)
+    check_seqlen(knobs.seqlen, student, "--recover-seqlen")
     stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
     dtype = training_dtype(resolved, stored)
     check_training(

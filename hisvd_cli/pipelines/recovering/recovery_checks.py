@@ -33,7 +33,7 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
         DataError: the text is missing, too short, or lacks a field.
     """
     check_knobs(resolved)
-    check_seqlen(resolved.settings.recover.seqlen, dense)
+    check_seqlen(resolved.settings.recover.seqlen, dense, "--recover-seqlen")
     calibrated = resolved.settings.calibration
     # Where neither names a text, it is that of a calibration which may not be there yet.
     dataset = named_text(resolved) or SELF

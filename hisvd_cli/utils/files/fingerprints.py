@@ -11,7 +11,15 @@ from hisvd_cli.utils.errors import OutputError, SourceError, reason
 from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.cache import cache_root, expanded
 
-__all__ = ["cache_root", "digest", "expanded", "file_digest", "ratio_name", "slug"]
+__all__ = [
+    "cache_root",
+    "content_digest",
+    "digest",
+    "expanded",
+    "file_digest",
+    "ratio_name",
+    "slug",
+]
 
 _CHUNK = 1 << 20
 _SLUG = 100  # characters, so that what stands before and behind it fits into a name too
@@ -51,16 +59,22 @@ def file_digest(path: Path) -> str:
         with suppress(OSError):  # not there, or not readable
             if _DIGEST.fullmatch(known := record.read_bytes()):
                 return known.decode()
-        state = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                state.update(chunk)
+        found = content_digest(path)
     except OSError as error:
         raise SourceError(
             f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
         ) from error
     with suppress(OutputError):  # without a record it is read again the next time
-        write_text(record, state.hexdigest())
+        write_text(record, found)
+    return found
+
+
+def content_digest(path: Path) -> str:
+    """Return the sha256 of a regular file, read now. Raises OSError."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
     return state.hexdigest()
 
 

@@ -46,6 +46,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_MOST_DIMENSIONS = 64
+"""As many as torch has."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a header says of one tensor; ``start`` and ``end`` are absolute byte positions."""
@@ -109,6 +113,8 @@ def _entry(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
     stored, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(stored, str) or not all(type(n) is int and n >= 0 for n in (*shape, start)):
         raise ValueError(f"{name} has no dtype, shape or place")
+    if len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{name} has {len(shape)} dimensions")
     if type(end) is not int or end < start:
         raise ValueError(f"{name} ends before it starts")
     width = _WIDTHS.get(stored)
