@@ -72,7 +72,7 @@ def test_round_trip_through_a_file(made: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{}", "[]", "not json", '{"kind": "plan", "format_version": 99}'])
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(SourceError, match="no plan"):
+    with pytest.raises(SourceError, match="not a plan"):
         load_plan(tmp_path / "plan.json")
 
 
@@ -85,7 +85,7 @@ def test_a_plan_edited_by_hand_is_checked(
     document = plan_at(made, 0.6).document()
     document["sublayers"][3][key] = value
     (tmp_path / "plan.json").write_text(json.dumps(document))
-    with pytest.raises(SourceError, match="no plan"):
+    with pytest.raises(SourceError, match="not a plan"):
         load_plan(tmp_path / "plan.json")
 
 

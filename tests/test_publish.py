@@ -105,9 +105,9 @@ def test_no_network(made: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_no_checkpoint(made: Path, hub: FakeHub, here: Path) -> None:
     (here / "photos").mkdir()
-    assert "no checkpoint" in fail("convert", "photos", "--push-to-hub", "me/x")[0]
+    assert "not a checkpoint" in fail("convert", "photos", "--push-to-hub", "me/x")[0]
     (here / "x.pt").write_bytes(b"x")
-    assert "no folder" in fail("convert", "x.pt", "--push-to-hub", "me/x")[0]
+    assert "not a folder" in fail("convert", "x.pt", "--push-to-hub", "me/x")[0]
     (here / "half").mkdir()
     (here / "half" / "config.json").write_bytes((made / "config.json").read_bytes())
     fail("convert", "half", "--push-to-hub", "me/x")  # its weights are missing

@@ -419,7 +419,7 @@ def test_a_teacher_with_another_tokenizer(made: dict[str, Path], here: Path) -> 
 def test_a_dense_folder(here: Path) -> None:
     save_model("llama", here / "dense")
     message, _ = fail("compress", "--from", "dense", "--recover", "distill")
-    assert "no compressed model" in message
+    assert "not a compressed model" in message
 
 
 @pytest.mark.parametrize("flag", ["--recover-tokens", "--recover-minutes"])
