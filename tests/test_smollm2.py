@@ -27,7 +27,7 @@ THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.smollm2,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(2400),
     pytest.mark.xdist_group("smollm2"),
     pytest.mark.skipif(not Path(GGUF).is_file(), reason="HISVD_SMOLLM2 names no .gguf file"),
     pytest.mark.skipif(not DATA.is_dir(), reason="the shared WikiText-2 is not here"),
