@@ -400,7 +400,9 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), state_seconds=float(sys.argv[4]))
 """
 
 
-@pytest.mark.parametrize("state_seconds", [0.0, STATE_SECONDS])
+@pytest.mark.parametrize(
+    "state_seconds", [0.0, pytest.param(STATE_SECONDS, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(
     state_seconds: float, tiny_model: MakeModel, tmp_path: Path
 ) -> None:

@@ -337,6 +337,7 @@ def test_baseline_and_model_are_measured_alike(quick: tuple[object, ...], tmp_pa
     assert "1.00 ×" in shown
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(here: Path) -> None:
     words = ("calibrate", "--model", "demo", "--samples", 96, "--seqlen", 256)
     with running(*words, "--calibration", "made", cwd=here) as process:
@@ -367,7 +368,8 @@ def test_an_interrupt_that_native_code_swallows(monkeypatch: pytest.MonkeyPatch)
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("mode", ["", pytest.param("--json", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["", "--json"])
 def test_nobody_reads_the_end(mode: str, quick: tuple[object, ...]) -> None:
     succeed("plan", *quick, "--output", "plan.json")
     line = f"set -o pipefail; {shlex.quote(SCRIPT)} inspect {mode} plan.json | true"

@@ -423,9 +423,10 @@ def test_convert_refuses_what_it_cannot_write(quick: tuple[object, ...], here: P
     assert {path.name for path in here.iterdir()} == {"made"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limit",
-    [50_000, pytest.param(2_000_000, marks=pytest.mark.slow)],
+    [50_000, 2_000_000],
     ids=["calibration", "checkpoint"],
 )
 def test_a_full_disk(limit: int, here: Path) -> None:

@@ -363,6 +363,7 @@ def test_a_report_to_stdout_keeps_what_stdout_holds(here: Path) -> None:
     assert lines[-1].replace(".", "").isdigit()
 
 
+@pytest.mark.slow
 def test_a_plan_to_stdout_is_a_plan(here: Path) -> None:
     command = 'exec "$0" plan --model demo --quiet --output /dev/stdout > out.txt'
     done = subprocess.run(["sh", "-c", command, SCRIPT], check=False, capture_output=True)

@@ -170,6 +170,7 @@ def test_dense_models_are_adapted_as_before() -> None:
     assert type(layer) is peft.tuners.lora.layer.Linear
 
 
+@pytest.mark.slow
 def test_without_hisvd_the_code_of_the_folder_does_it(folder: Callable[[str], Path]) -> None:
     code = (
         "import sys; sys.modules['hisvd_cli'] = None\n"

@@ -605,6 +605,7 @@ assert not heavy, heavy
     python(script, cache=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

@@ -47,6 +47,7 @@ def test_a_conversion_is_uploaded_to_a_branch(made: Path, hub: FakeHub, here: Pa
     assert (hub.commits, hub.branches) == (["dense"], ["dense"])
 
 
+@pytest.mark.slow
 def test_the_installed_script_uploads_and_tells_no_token(made: Path, here: Path) -> None:
     with fake_hub() as server:
         env = {

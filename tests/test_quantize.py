@@ -220,6 +220,7 @@ assert "hisvd_cli" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_without_hisvd_the_folder_brings_its_code(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

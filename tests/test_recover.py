@@ -325,6 +325,7 @@ def test_compressing_and_recovering_at_once_is_the_same(made: dict[str, Path], h
     assert names(here) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_a_killed_recovery_goes_on(made: dict[str, Path], here: Path) -> None:
     flags = ("--recover", "distill", "--recover-tokens", "1500", *SHORT)
     command = ("compress", "--from", made["pair"], *flags, "--output", "out", "-q")

@@ -101,6 +101,7 @@ def test_characters_that_a_terminal_lacks_are_replaced(
     assert b"Unforeseen" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_system_without_posix_modules_imports_the_command_line() -> None:
     """Windows has none of these modules."""
     code = (
