@@ -103,6 +103,7 @@ def test_plans_of_several_allocators_stand_side_by_side(here: Path) -> None:
     assert "3 allocators" in wrong
 
 
+@pytest.mark.slow
 def test_a_plan_is_carried_out_in_the_metric_that_it_counted_with(here: Path) -> None:
     succeed("calibrate", *QUICK, *FOLDER, "--gradients")
     best = ("--preset", "best", "--ratio", 0.6, "--set", "plan.output_shrinkage=0.5")
@@ -114,6 +115,7 @@ def test_a_plan_is_carried_out_in_the_metric_that_it_counted_with(here: Path) ->
     assert (here / "planned" / weights).read_bytes() == (here / "direct" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_text_of_the_model_itself(here: Path) -> None:
     made = as_json("calibrate", *QUICK, "--dataset", "self", *FOLDER)
     assert made["data"]["dataset"] == "self"

@@ -121,7 +121,12 @@ CASES: dict[str, tuple[Words, str, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICKEST = ("calibration", "factors", "trained factors")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICKEST else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_3_a_bit_flip_in_what_a_killed_run_left_is_made_again(
     case: str,
     text: Words,

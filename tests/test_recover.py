@@ -312,6 +312,7 @@ def test_checkpointed_activations_give_the_same_training(
         torch.testing.assert_close(factors[1][name][1], v)
 
 
+@pytest.mark.slow
 def test_compressing_and_recovering_at_once_is_the_same(made: dict[str, Path], here: Path) -> None:
     flags = ("--recover", "distill", "--recover-tokens", "500", *SHORT)
     two = as_json("compress", "--from", made["pair"], *flags, "--output", here / "two")

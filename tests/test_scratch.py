@@ -202,6 +202,7 @@ def unwritable(path: Path) -> Iterator[None]:
         path.unlink()
 
 
+@pytest.mark.slow
 def test_optional_records_of_an_unwritable_cache_are_skipped(
     single: Path, cache: Path, tmp_path: Path
 ) -> None:
