@@ -21,26 +21,26 @@ class BriefHelp(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, of all options where ``--help-all`` asks for it."""
-        rare = [] if ctx.meta.get(_ALL) else [p for p in self.params if _is_rare(str(p.name))]
-        if rare:
-            command = ctx.command_path
-            options = [p for p in self.get_params(ctx) if p.param_type_name == "option"]
-            self.epilog = f"All {len(options)} options: {command} --help-all"
-        with _hidden(rare):
+        if ctx.meta.get(_ALL):
+            super().format_help(ctx, formatter)
+            return
+        count = sum(p.param_type_name == "option" for p in self.get_params(ctx))
+        with self._brief(f"All {count} options: {ctx.command_path} --help-all"):
             super().format_help(ctx, formatter)
 
-
-@contextmanager
-def _hidden(options: list[Any]) -> Iterator[None]:
-    """Leave options out of the help in the body; completion still offers them."""
-    known = [option for option in options if isinstance(option, TyperOption)]
-    for option in known:
-        option.hidden = True
-    try:
-        yield
-    finally:
-        for option in known:
-            option.hidden = False
+    @contextmanager
+    def _brief(self, epilog: str) -> Iterator[None]:
+        """Leave rare options out of the help in the body; completion still offers them."""
+        rare = [p for p in self.params if isinstance(p, TyperOption) and _is_rare(str(p.name))]
+        self.epilog = epilog
+        for option in rare:
+            option.hidden = True
+        try:
+            yield
+        finally:
+            self.epilog = None
+            for option in rare:
+                option.hidden = False
 
 
 def _is_rare(name: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
@@ -41,20 +42,23 @@ def written_files() -> list[str]:
 def foreign_files(folder: Path) -> Iterator[Path]:
     """Yield what hisvd did not write among the entries of a checkpoint's folder; of weights, all
     but those that its index lists."""
+    always = {PROVENANCE, *_weight_files(folder)}
     files = recorded(read_record(folder))
-    weights = _weight_files(folder)
-
-    def known(path: Path) -> bool:
-        if path.name in (PROVENANCE, *weights):
-            return True
-        if files:
-            return bool(files.get(path.name)) and files[path.name] == content_hash(path)
-        return path.name in before or is_companion(path.name)
-
-    before = {*written_files(), *_carried_code(folder)}  # of a record without hashes
+    is_ours = partial(_is_recorded, files) if files else _by_name(folder)
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() or not path.is_file() or not known(path):
+        regular = path.is_file() and not path.is_symlink()
+        if not regular or not (path.name in always or is_ours(path)):
             yield path
+
+
+def _is_recorded(files: Mapping[str, str], path: Path) -> bool:
+    return bool(files.get(path.name)) and files[path.name] == content_hash(path)
+
+
+def _by_name(folder: Path) -> Callable[[Path], bool]:
+    """Return what tells our files by their names: all that a record without hashes allows."""
+    names = {*written_files(), *_carried_code(folder)}
+    return lambda path: path.name in names or is_companion(path.name)
 
 
 def _weight_files(folder: Path) -> list[str]:

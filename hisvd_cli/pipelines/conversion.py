@@ -32,11 +32,12 @@ def write_form(
     """Write a checkpoint in another form, as integers where that is asked for; return the bytes.
 
     Raises:
-        HisvdError: see :func:`convert_checkpoint` and :func:`quantize_to`.
+        UsageError: a dense model of integers is asked for.
+        HisvdError: see :func:`convert_checkpoint` and :func:`quantize_checkpoint`.
     """
     check_quantization(resolved)
-    if asks_to_quantize(resolved):
-        return quantize_to(resolved, checkpoint, to, output, overwrite, reporter)
+    if _asks_to_quantize(resolved):
+        return _quantize_to(resolved, checkpoint, to, output, overwrite, reporter)
     if checkpoint.is_dir():
         warn_of_links(checkpoint, reporter)
     shard_bytes = int(resolved.settings.compress.max_shard_size * 1e9)
@@ -76,12 +77,12 @@ def convert_checkpoint(
     return _bytes_of(output)
 
 
-def asks_to_quantize(resolved: Resolved) -> bool:
+def _asks_to_quantize(resolved: Resolved) -> bool:
     """Tell whether a flag asks for integers: what a profile says is meant for compress."""
     return resolved.is_flag("quantize", "bits") and resolved.settings.quantize.bits != "none"
 
 
-def quantize_to(
+def _quantize_to(
     resolved: Resolved,
     checkpoint: Path,
     to: Target,
@@ -89,19 +90,13 @@ def quantize_to(
     overwrite: bool,
     reporter: Reporter,
 ) -> int:
-    """Write a checkpoint folder or ``.pt`` file as integers; return the bytes written.
-
-    Raises:
-        UsageError: a dense model is to be made.
-        HisvdError: see :func:`convert_checkpoint` and :func:`quantize_checkpoint`.
-    """
+    """Write a checkpoint folder or ``.pt`` file as integers; return the bytes written."""
     if to == "dense":
         raise UsageError(
             "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
             "Leave out --to dense, or --quantize.",
         )
     _check_paths(checkpoint, to, output, overwrite, inputs_of(resolved))
-    check_quantization(resolved)
     scratch = resolved.settings.model.scratch
     with _opened(checkpoint, scratch) as opened:
         if to == "hf":

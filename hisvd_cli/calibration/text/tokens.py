@@ -17,8 +17,8 @@ from hisvd_cli.utils.files.fingerprints import file_digest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hisvd_cli.calibration.text.datasets import Text
     from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.calibration.text.datasets import Text
 
 
 def tokenize(text: Text, source: Source) -> Tensor:
@@ -32,7 +32,8 @@ def tokenize(text: Text, source: Source) -> Tensor:
 
 _Encoded: TypeAlias = "tuple[Tensor, Tensor | None]"
 _RECENT: dict[tuple[object, ...], _Encoded] = {}
-_MOST_RECENT = 4
+_MOST_RECENT, _MOST_TOKENS = 4, 1 << 22
+"""Of how many texts tokens are kept, and of how long ones: 32 MB each, and as much for places."""
 
 
 def _encoded(text: Text, source: Source, places: bool) -> _Encoded:
@@ -41,12 +42,14 @@ def _encoded(text: Text, source: Source, places: bool) -> _Encoded:
     files = [(path.name, file_digest(path)) for path in companions(source.folder)]
     home = "" if files and not source.runs_code else str(source.folder)
     key = (text.digest, bool(text.chats), places, home, *files)
-    if key not in _RECENT:
-        made = _encode(text, source, places)
+    if key in _RECENT:
+        return _RECENT[key]
+    made = _encode(text, source, places)
+    if len(made[0]) <= _MOST_TOKENS:
         while len(_RECENT) >= _MOST_RECENT:
             del _RECENT[next(iter(_RECENT))]
         _RECENT[key] = made
-    return _RECENT[key]
+    return made
 
 
 def _encode(text: Text, source: Source, places: bool) -> _Encoded:

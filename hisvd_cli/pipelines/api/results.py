@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,12 @@ if TYPE_CHECKING:
 _MAX_PROBLEMS = 20
 
 
-class Result:
+class Result(ABC):
     """Something with facts: a line of them as text, a table of them in a notebook."""
 
+    @abstractmethod
     def _facts(self) -> dict[str, object]:
-        raise NotImplementedError
+        """Return what there is to say of it, by name."""
 
     def _tables(self) -> Sequence[str]:
         """Return more tables for a notebook, as HTML."""
