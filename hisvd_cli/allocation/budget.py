@@ -14,12 +14,15 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from hisvd_cli.modeling.layers.lowrank import Storage
-from hisvd_cli.modeling.sublayers import Shape
 from hisvd_cli.utils.errors import BudgetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hisvd_cli.modeling.layers.lowrank import Storage
+    from hisvd_cli.modeling.sublayers import Shape
 
 _ALMOST = 1e-9
 """Ranks this near to the next one count as that one: they come of arithmetic that rounds."""

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hisvd_cli.allocation.estimate import decomposition_cost
-from hisvd_cli.allocation.rounding_noise import Round, Rounding, diagonals, rounding
-from hisvd_cli.allocation.spectrum import (
-    Spectrum,
+from hisvd_cli.allocation.energies import (
     component_changes,
     fisher_energy,
     held_out_fisher_energy,
     weight_energy,
     whitened_energy,
 )
+from hisvd_cli.allocation.estimate import decomposition_cost
+from hisvd_cli.allocation.rounding_noise import Round, Rounding, diagonals, rounding
+from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.calibration.store import GRADIENTS, Calibration
 from hisvd_cli.linalg.statistics import Need, Statistics, missing, required
 from hisvd_cli.linalg.truncation import decomposing

@@ -41,7 +41,6 @@ from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.prefetch import ahead
 from hisvd_cli.utils.progress import Reporter
-from hisvd_cli.utils.registry import accepted
 from hisvd_cli.utils.versions import versions
 
 _OUTSIDE = "outside"
@@ -191,8 +190,7 @@ def compress(
         if calibration is None or need not in calibration.holds:
             raise missing(decomposer, need)
     layout = lay_out(source, plan.ranks, plan.storage)
-    method = DECOMPOSERS.get(decomposer)
-    prepared = partial(method, **accepted(method, knobs))
+    prepared = partial(DECOMPOSERS.get(decomposer), **DECOMPOSERS.arguments(decomposer, knobs))
     factory = Factory(source, layout.parts, plan, calibration, prepared, needs, device)
     record = _provenance(plan, calibration, decomposer, needs, settings, update)
     record |= history or {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.pipelines.config.settings.fields import MANY, Counts, Names, Section, Words, setting
+from hisvd_cli.pipelines.config.settings.fields import Counts, Names, Section, Words, setting
+from hisvd_cli.utils.registry import MANY
 
 _TASKS = "Tasks (lm-eval)"
 _EFFICIENCY = "Efficiency"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, MANY, Memory, Section, setting
+from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, Memory, Section, setting
+from hisvd_cli.utils.registry import MANY
 
 
 class ModelSettings(Section):

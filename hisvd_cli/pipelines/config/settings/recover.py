@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, MANY, Section, setting
+from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, Section, setting
+from hisvd_cli.utils.registry import MANY
 
 _LORA = "Recovery with LoRA"
 
