@@ -154,7 +154,7 @@ def test_a_misspelt_variable(variable: str, meant: str, tmp_path: Path) -> None:
             "seqlen: no such setting. It belongs to [calibration] or [recover] or [eval].",
         ),
         ("plan = 3", "plan = 3 is not a table: write [plan] above its keys."),
-        ("[model]\nname = 3", "model.name = 3 must be a text."),
+        ("[model]\nname = 3", "model.name = 3 must be text."),
         (
             '[model]\ntrust_remote_code = "yes"',
             'model.trust_remote_code = "yes" must be true or false, without quotes.',

@@ -1,4 +1,4 @@
-"""How quality and speed are measured."""
+"""Settings of evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EFFICIENCY = "Efficiency"
 
 
 class EvalSettings(Section):
-    """``[eval]``: how quality is measured."""
+    """``[eval]``: evaluation of quality and speed."""
 
     dataset: Names = setting(
         [],
@@ -33,7 +33,7 @@ class EvalSettings(Section):
     batch: int = setting(1, "Windows per forward pass.", ge=1, le=MANY)
     baseline: str | None = setting(
         None,
-        "Model to compare with, named as for --model: adds KL divergence and agreement.",
+        "Model to compare with, named as for `model.name`: adds KL divergence and agreement.",
         basic=True,
     )
     stream: Literal["auto", "on", "off"] = setting(

@@ -146,5 +146,5 @@ class Section(Options):
     def _plain_text(cls, value: object) -> object:
         """Reject NUL, which no file name can contain, and bytes that are not UTF-8."""
         if any(_UNWRITABLE.search(item) for item in _as_items(value) if isinstance(item, str)):
-            raise PydanticCustomError("unwritable", "a text of UTF-8, without NUL")
+            raise PydanticCustomError("unwritable", "UTF-8 text without NUL")
         return value

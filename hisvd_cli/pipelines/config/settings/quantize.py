@@ -1,4 +1,4 @@
-"""Whether and how what is compressed becomes integers."""
+"""Settings of quantization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hisvd_cli.utils.registry import MANY
 
 
 class QuantizeSettings(Section):
-    """``[quantize]``: whether and how what is compressed becomes integers."""
+    """``[quantize]``: quantization of the compressed layers."""
 
     bits: Literal["none", "int8", "int4"] = setting(
         "none",
