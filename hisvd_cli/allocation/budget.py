@@ -110,8 +110,8 @@ class Budget:
     def scaled(self, baselines: Sequence[float]) -> list[float]:
         """Return ranks ``clip(λ·baseline, floor, k*)`` with the λ that spends the budget.
 
-        Baselines and ranks are real-valued, baselines positive. The cost is continuous in λ, because a pair at
-        break-even costs the same as the dense matrix.
+        Baselines are positive, and real-valued as the ranks are. The cost is continuous in λ,
+        because a pair at break-even costs the same as the dense matrix.
         """
         limits = [break_even(shape) for shape in self.shapes]
         floors = [self._plain(*each) for each in zip(self.floors, self.shapes, strict=True)]
