@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hisvd_cli.modeling.divergence import kl_divergence
+
 Head = Callable[[Tensor], Tensor]
 """Hidden states ``[T, d]`` ─► logits ``[T, V]``."""
 Criterion = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -83,10 +85,9 @@ def divergence_from(reference: Tensor, head: Head, temperature: float = 1.0) -> 
         with torch.no_grad():
             log_p = head(reference[span]).float().div_(temperature).log_softmax(-1)
         log_q = logits.div_(temperature).log_softmax(-1)
-        p = log_p.exp()
-        value = log_p.sub_(log_q).mul_(p).sum(-1).double().sum() * temperature**2
+        value = kl_divergence(log_p, log_q).double().sum() * temperature**2
         # d/dz of τ² KL(p ‖ softmax(z/τ)) is τ (q − p).
-        return value, log_q.exp_().sub_(p).mul_(temperature)
+        return value, log_q.exp_().sub_(log_p.exp_()).mul_(temperature)
 
     return criterion
 
