@@ -200,7 +200,7 @@ def test_reports_replace_nothing_but_reports(flag: str, own: Path) -> None:
     words = ("eval", "demo", "--windows", 1, "--seqlen", 16, flag)
     for name in ("dense/config.json", "ck.pt", "dense/README.md"):
         message, _ = untouched(own, *words, name)
-        assert "not such a report" in message
+        assert "not a report of this kind" in message
     succeed(*words, "mine")
     succeed(*words, "mine")
 
