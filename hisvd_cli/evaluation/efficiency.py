@@ -36,8 +36,8 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class TimedWork:
-    """The workload of a timing: ``batch`` prompts of ``prompt`` tokens with ``new`` generated tokens
-    each, ``turns`` times after one warm-up."""
+    """The workload of a timing: ``batch`` prompts of ``prompt`` tokens, each followed by ``new``
+    generated tokens, ``turns`` times after one warm-up."""
 
     batch: int
     prompt: int

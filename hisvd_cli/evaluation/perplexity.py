@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.calibration.text.datasets import Text
-from hisvd_cli.calibration.text.tokens import token_ends
+from hisvd_cli.calibration.text.tokens import count_windows, token_ends
 from hisvd_cli.evaluation.intervals import (
     DRAWS,
     LEVEL,
@@ -39,7 +39,6 @@ from hisvd_cli.evaluation.intervals import (
     units,
 )
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.utils.errors import DataError
 from hisvd_cli.utils.files.fingerprints import digest
 
 _LARGEST = 700.0  # nats; exp of more overflows
@@ -157,12 +156,7 @@ def evaluation_windows(text: Text, source: Source, seqlen: int, windows: int) ->
         DataError: the text is shorter than one window.
     """
     tokens, ends = token_ends(text, source)
-    available = len(tokens) // seqlen
-    if available == 0:
-        raise DataError(
-            f"'{text.name}' has {len(tokens):,} tokens, fewer than one window of {seqlen}.",
-            f"Lower `eval.seqlen` to {len(tokens)} or less, or give a longer text.",
-        )
+    available = count_windows(tokens, seqlen, text.name, "eval.seqlen")
     count = min(windows, available) if windows else available
     ids = tokens[: count * seqlen].view(count, seqlen)
     spans = None if ends is None else ends[: count * seqlen].view(count, seqlen).diff()
