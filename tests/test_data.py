@@ -303,7 +303,9 @@ def test_a_short_text_gives_all_its_windows() -> None:
     assert sorted(windows_of(tokens, sample_windows(tokens, 256, 10, 0, "x"))) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("count", "hint"), [(9, "Lower --seqlen to 9"), (1, "Give a longer text")])
+@pytest.mark.parametrize(
+    ("count", "hint"), [(9, "Lower `calibration.seqlen` to 9"), (1, "Give a longer text")]
+)
 def test_too_few_tokens(count: int, hint: str) -> None:
     expected = f"'x' has {count} tokens, fewer than one window of 10"
     with pytest.raises(DataError, match=expected) as caught:
