@@ -109,7 +109,7 @@ def test_demo_texts_do_not_overlap() -> None:
             "x.jsonl",
             b'{"text": "a"}\n{"text"\n',
             "is not valid JSON in line 2",
-            "an object per line",
+            "one object per line",
         ),
         (
             "x.json",

@@ -281,7 +281,7 @@ def test_names_that_cannot_be_are_found_before_the_work(
     name = NAMES[kind](here)
     result = hisvd(*words, name + (".json" if words[0] == "plan" and len(name) > 99 else ""))
     assert result.exit_code in (1, 2)
-    assert "Unforeseen" not in result.stderr
+    assert "Internal error" not in result.stderr
     assert "Calibrating" not in result.stderr
     assert "Evaluating" not in result.stderr
 

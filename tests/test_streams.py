@@ -98,7 +98,7 @@ def test_characters_that_a_terminal_lacks_are_replaced(
     assert done.returncode == 0, done.stderr
     assert b"?" in done.stdout
     assert b"whole model" in done.stdout
-    assert b"Unforeseen" not in done.stderr
+    assert b"Internal error" not in done.stderr
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_an_id_beyond_the_vocabulary_is_named_before_the_work(
     }
     message, hint = fail(*words[command])
     assert f"returns id {VOCABULARY + 2} ('{token}')" in message
-    assert f"with {VOCABULARY + 3} tokens" in message
+    assert f"({VOCABULARY + 3} tokens)" in message
     assert f"has {VOCABULARY} embeddings" in message
     assert "tokenizer" in hint
 

@@ -9,6 +9,7 @@ import typer
 
 from hisvd_cli.cli.options import Run, option, with_settings
 from hisvd_cli.pipelines.config.commands import SETTINGS
+from hisvd_cli.pipelines.config.mentions import in_flags
 from hisvd_cli.utils.errors import HisvdError
 
 
@@ -49,12 +50,15 @@ def evaluate(
     from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 
     files = {"--markdown": markdown, "--csv": csv, "--report": report}
-    named = targets or [run.settings.model.name]
+    models = targets or [run.settings.model.name]
     grid = evaluate_into(
-        run.resolved, named, files, run.console, fresh=fresh, update_card=update_card
+        run.resolved, models, files, run.console, fresh=fresh, update_card=update_card
     )
     run.console.show(grid_view(grid))
-    run.console.result(grid.document(), grid.line())
+    document = grid.document()
+    for failure in document.get("failures", []):
+        failure["message"] = in_flags(failure["message"])
+    run.console.result(document, grid.line())
     if grid.failures:
-        told = [f"{each.model}: {each.message}" for each in grid.failures]
-        raise HisvdError("\n".join(told), grid.failures[0].hint)
+        lines = [f"{each.model}: {each.message}" for each in grid.failures]
+        raise HisvdError("\n".join(lines), grid.failures[0].hint)

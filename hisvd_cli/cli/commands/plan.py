@@ -99,24 +99,24 @@ def _list_profiles(run: Run) -> None:
 
 
 def _show_spectra(run: Run, plans: Sequence[Plan], patterns: list[str]) -> list[dict[str, Any]]:
-    """Draw the spectra that match; return them as JSON data."""
+    """Show the matching spectra and return them as JSON data."""
     from hisvd_cli.cli.views.plans import spectra_view
     from hisvd_cli.pipelines.planning.sublayer_spectra import sublayer_spectra
     from hisvd_cli.utils.progress import Silent
 
-    spectra = sublayer_spectra(run.resolved, patterns, Silent())  # the plan has told all of it
+    spectra = sublayer_spectra(run.resolved, patterns, Silent())  # notes were shown by the plan
     for made in plans:
         run.console.show(spectra_view(spectra, made, run.console.width))
     return [{"name": s.name, "energy": s.energy.tolist()} for s in spectra]
 
 
 def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
-    """Return the command that compresses by a plan: by its file, or by what it was made from."""
+    """Return the command that compresses by a plan, given its file or its settings."""
     from hisvd_cli.utils.files.fingerprints import ratio_name
 
     flags = run.resolved.flags("model", "calibration")
     if output is not None and output.is_file():
-        # The file holds what a preset says of planning, and compress takes no such flag beside it.
+        # The file includes the plan settings of a preset, which compress does not accept with it.
         factoring = run.resolved.flags("compress", expanded=True)
         return f"hisvd compress {flags} --plan {shlex.quote(str(output))} {factoring}"
     one_each = [("plan", "ratio"), ("plan", "allocator")]

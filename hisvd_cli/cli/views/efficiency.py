@@ -1,4 +1,4 @@
-"""What speed and tasks look like in a terminal."""
+"""Renders speeds and task scores."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _NAME_COLUMNS = 24
 
 
 def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[RenderableType]:
-    """Show each task's scores, model below model; nothing where no task was asked.
+    """Return a table of task scores; nothing if no tasks were run.
 
     Args:
-        rows: what was measured, the baseline first.
-        names: of the models, as they are shown.
+        rows: the evaluations, the baseline first.
+        names: display names of the models.
     """
     if not any(row.scores for row in rows):
         return []
@@ -44,7 +44,7 @@ def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[Rendera
 
 
 def speed_view(name: str, speed: Speed) -> list[RenderableType]:
-    """Show a model's speed beside the baseline's, and say where it is not faster."""
+    """Return the speed of a model compared with the baseline."""
     compared = speed.baseline_weight_bytes is not None
     table = Table(box=None, padding=(0, 1), header_style="bold")
     columns = ["batch", "phase", "tokens/s", *(["baseline", "speed"] if compared else [])]
@@ -95,11 +95,11 @@ def _memory_line(speed: Speed) -> str:
     largest = speed.races[-1]
     other = largest.baseline.peak_memory if largest.baseline else None
     peak = beside(largest.own.peak_memory, other)
-    return f"Weights {weights}; at batch {largest.batch} at most {peak}."
+    return f"Weights {weights}; peak memory at batch {largest.batch}: {peak}."
 
 
 def _verdict(speed: Speed) -> Text:
     slow = speed.not_faster()
     if not slow:
-        return Text("Faster than the baseline everywhere, in every turn.", "green")
+        return Text("Faster than the baseline at every batch size, in every repetition.", "green")
     return Text(f"Not faster than the baseline: {', '.join(slow)}.", "yellow")
