@@ -318,7 +318,7 @@ def test_windows_longer_than_the_models_positions(tiny_model: MakeModel) -> None
     assert model_positions(source) == 128
     check_seqlen(128, source)
     with pytest.raises(
-        DataError, match="`calibration.seqlen` 129 exceeds the maximum length"
+        DataError, match=r"`calibration\.seqlen` 129 exceeds the maximum length"
     ) as caught:
         check_seqlen(129, source)
     assert caught.value.hint == "Set `calibration.seqlen` to 128 or less."

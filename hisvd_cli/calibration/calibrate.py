@@ -78,7 +78,10 @@ def calibrate(
         The calibration.
 
     Raises:
-        SourceError, UnsupportedModelError, NumericalError, OutputError: see each.
+        SourceError: weights are missing or damaged.
+        UnsupportedModelError: the model cannot be run block by block.
+        NumericalError: activations are not finite.
+        OutputError: files cannot be written.
     """
     key = calibration_key(source, sample, dtype)
     with building_together(folder, key) as partial:

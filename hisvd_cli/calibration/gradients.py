@@ -71,7 +71,9 @@ def measure_gradients(
         The calibration with gradients.
 
     Raises:
-        SourceError, NumericalError, OutputError: see each.
+        SourceError: weights or stored block inputs are missing or damaged.
+        NumericalError: the loss or a gradient is not finite.
+        OutputError: files cannot be written.
     """
     precise = torch.float32 if dtype == torch.float16 else dtype
     key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))

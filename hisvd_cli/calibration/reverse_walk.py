@@ -93,7 +93,9 @@ class ReverseWalk:
             write: writes the statistics of a block; called on the first process.
 
         Raises:
-            SourceError, NumericalError, OutputError: see each.
+            SourceError: weights or stored block inputs are missing or damaged.
+            NumericalError: the loss or a gradient is not finite.
+            OutputError: files cannot be written.
         """
         here, count = world(), len(self.walk.layers)
         left = here.agreed(lambda: [i for i in range(count) if not is_done(i)])

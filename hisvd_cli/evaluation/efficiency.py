@@ -155,12 +155,12 @@ class Runner:
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             take_turn(self.model, ids, work.new)
-            beside = torch.cuda.max_memory_allocated(device) - before
+            peak = torch.cuda.max_memory_allocated(device) - before
         else:
             with AliveBytes() as alive:
                 take_turn(self.model, ids, work.new)
-            beside = alive.peak
-        return self.weight_bytes + beside
+            peak = alive.peak
+        return self.weight_bytes + peak
 
 
 def time_in_turns(

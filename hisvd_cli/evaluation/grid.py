@@ -34,13 +34,13 @@ class Evaluation:
         return {
             "model": self.model,
             "results": [result.document() for result in self.results],
-            "baseline": baseline.beside() if baseline else None,
+            "baseline": baseline.baseline_document() if baseline else None,
             "comparisons": [each.document() for each in self.comparisons],
             "efficiency": self.speed.document() if self.speed else None,
             "tasks": self._tasks(),
         }
 
-    def beside(self) -> dict[str, Any]:
+    def baseline_document(self) -> dict[str, Any]:
         """Return model, results and tasks as JSON data, for a baseline."""
         return {
             "model": self.model,
@@ -85,7 +85,7 @@ class Grid:
             return self.evaluations[0].document(self.baseline)
         return {
             "evaluations": [each.document(self.baseline) for each in self.evaluations],
-            "baseline": self.baseline.beside() if self.baseline else None,
+            "baseline": self.baseline.baseline_document() if self.baseline else None,
             "comparisons": [each.document() for each in self.comparisons],
             "failures": [{"model": each.model, "message": each.message} for each in self.failures],
         }

@@ -83,7 +83,7 @@ def recover(
 
     Raises:
         NumericalError: a trained factor overflows in the dtype on disk.
-        OutputError, SourceError: see each.
+        OutputError, SourceError: files cannot be written or read.
     """
     checkpoint.refuse_own_code()
     started = time.monotonic()

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from hisvd_cli.allocation.byte_frontier import Point
     from hisvd_cli.allocation.plan import BytePlan, Plan, SublayerPlan
 
-_SEEN = 5e-4
+_VISIBLE = 5e-4
 """File sizes are shown if they exceed the budget by this share of the bytes of the model."""
 
 
 @dataclass(frozen=True)
-class _Held:
+class _ByteShare:
     """A layer of the heat map, with bytes in place of parameters."""
 
     layer: int
@@ -42,7 +42,7 @@ def byte_choices(plan: Plan, counted: BytePlan, width: int, ranks: bool) -> list
     number = counted.full / plan.full_parameters  # bytes per parameter of the model
     parts: list[RenderableType] = [
         Text(title, style="bold"),
-        HeatMap([_held(row, number) for row in plan.sublayers]),
+        HeatMap([_byte_share(row, number) for row in plan.sublayers]),
         Text(),
         _types(plan, number),
     ]
@@ -52,9 +52,9 @@ def byte_choices(plan: Plan, counted: BytePlan, width: int, ranks: bool) -> list
     return [*parts, Text(), *_frontier(counted.frontier)]
 
 
-def _held(row: SublayerPlan, number: float) -> _Held:
+def _byte_share(row: SublayerPlan, number: float) -> _ByteShare:
     whole = row.dense and row.bits == FULL_BITS
-    return _Held(row.layer, row.cluster, row.shape, round((row.bytes or 0) / number), whole)
+    return _ByteShare(row.layer, row.cluster, row.shape, round((row.bytes or 0) / number), whole)
 
 
 def _cell(row: SublayerPlan) -> Text:
@@ -87,7 +87,7 @@ def _frontier(points: Sequence[Point]) -> list[RenderableType]:
         own = {p.budget: p for p in points if p.method == method}
         losses = (f"{own[r].predicted_loss:.4g}" if r in own else "-" for r in ratios)
         table.add_row(method, *losses)
-        if any(r is not None and p.bytes_ratio > r + _SEEN for r, p in own.items()):
+        if any(r is not None and p.bytes_ratio > r + _VISIBLE for r, p in own.items()):
             taken = (f"{own[r].bytes_ratio:.3f}" if r in own else "-" for r in ratios)
             table.add_row("  actual bytes ratio", *taken, style="dim")
     fixed = [

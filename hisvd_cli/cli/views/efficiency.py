@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from hisvd_cli.cli.views.layout import size_text
+from hisvd_cli.cli.views.layout import make_table, size_text
 
 if TYPE_CHECKING:
     from hisvd_cli.evaluation.efficiency import Phase, Timing
@@ -28,9 +27,7 @@ def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[Rendera
     """
     if not any(row.scores for row in rows):
         return []
-    table = _table("task", "metric", "model")
-    for column in ("value", "± stderr"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = make_table("task", "metric", "model", "value", "± stderr", left=3, fold=_NAME_COLUMNS)
     labels = dict.fromkeys((s.task, s.measure) for row in rows for s in row.scores or ())
     for label in labels:
         head = label
@@ -46,10 +43,9 @@ def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[Rendera
 def speed_view(name: str, speed: Speed) -> list[RenderableType]:
     """Return the speed of a model compared with the baseline."""
     compared = speed.baseline_weight_bytes is not None
-    table = Table(box=None, padding=(0, 1), header_style="bold")
     columns = ["batch", "phase", "tokens/s", *(["baseline", "speed"] if compared else [])]
-    for column in [*columns, "ms: p50", "p90", "p99"]:
-        table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=True)
+    table = make_table(*columns, "ms: p50", "p90", "p99", left=0)
+    table.columns[columns.index("phase")].justify = "left"
     for race in speed.races:
         for row in _race_rows(race):
             table.add_row(*row)
@@ -61,13 +57,6 @@ def speed_view(name: str, speed: Speed) -> list[RenderableType]:
     if compared:
         lines.append(_verdict(speed))
     return [Text(f"Speed of {name}", style="bold"), Group(*lines), Text()]
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", max_width=_NAME_COLUMNS)
-    return table
 
 
 def _race_rows(race: Race) -> list[list[str]]:
@@ -88,13 +77,13 @@ def _rate(timing: Timing, phase: Phase) -> str:
 
 
 def _memory_line(speed: Speed) -> str:
-    def beside(own: int, other: int | None) -> str:
+    def compared(own: int, other: int | None) -> str:
         return size_text(own) + ("" if other is None else f" (baseline {size_text(other)})")
 
-    weights = beside(speed.weight_bytes, speed.baseline_weight_bytes)
+    weights = compared(speed.weight_bytes, speed.baseline_weight_bytes)
     largest = speed.races[-1]
     other = largest.baseline.peak_memory if largest.baseline else None
-    peak = beside(largest.own.peak_memory, other)
+    peak = compared(largest.own.peak_memory, other)
     return f"Weights {weights}; peak memory at batch {largest.batch}: {peak}."
 
 

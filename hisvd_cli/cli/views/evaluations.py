@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hisvd_cli.cli.views.efficiency import speed_view, tasks_view
-from hisvd_cli.cli.views.layout import perplexity_text, times_text
+from hisvd_cli.cli.views.layout import make_table, perplexity_text, times_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from hisvd_cli.evaluation.grid import Grid
     from hisvd_cli.evaluation.perplexity import Comparison, PerplexityResult
 
@@ -46,12 +47,10 @@ def grid_view(grid: Grid) -> RenderableType:
 
 
 def _table(grid: Grid, results: Sequence[PerplexityResult]) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("model", overflow="fold", max_width=_NAME_COLUMNS)
     compared = grid.baseline is not None
     columns = ["perplexity", *(["ratio"] if compared else []), "bits/byte"]
-    for column in [*columns, *(["KL", "agreement"] if compared else [])]:
-        table.add_column(column, justify="right", no_wrap=True)
+    columns += ["KL", "agreement"] if compared else []
+    table = make_table("model", *columns, fold=_NAME_COLUMNS)
     names = _short_names([row.model for row in grid.rows()])
     for i, (name, result) in enumerate(zip(names, results, strict=True)):
         cells = _cells(result, results[0] if compared else None)

@@ -33,11 +33,20 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def make_table(*columns: str, left: int = 1) -> Table:
-    """Return an empty table; all columns but the first ``left`` are right-aligned."""
+def make_table(*columns: str, left: int = 1, fold: int | None = None) -> Table:
+    """Return an empty table.
+
+    Args:
+        columns: headings.
+        left: number of columns that are left-aligned; the others are right-aligned.
+        fold: maximum width of the left-aligned columns, which wrap; None for no wrapping.
+    """
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+        if i < left and fold is not None:
+            table.add_column(column, overflow="fold", max_width=fold)
+        else:
+            table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     return table
 
 

@@ -47,7 +47,7 @@ def calibration_view(calibration: Calibration, seconds: float) -> RenderableType
             "text": f"{data['dataset']} ({data['split']})",
             "tokens": f"{data['samples']} × {data['seqlen']} = {data['tokens']:,}",
             "precision": f"forward passes in {calibration.manifest['dtype']}",
-            "holds": ", ".join(sorted(calibration.holds)).replace("-", " "),
+            "contains": ", ".join(sorted(calibration.holds)).replace("-", " "),
             "time": duration_text(seconds),
         }
     )
