@@ -233,8 +233,8 @@ def test_tables_of_32_layers_fit_80_columns(
     shown = succeed("plan", "--model", folder, "--ratio", 0.6, env={"COLUMNS": "80"}).stdout
     lines = [line.rstrip() for line in shown.splitlines()]
     assert max(map(len, lines)) <= 80
-    header = next(i for i, line in enumerate(lines) if line.split()[:1] == ["L"])
-    assert lines[header].split() == 2 * ["L", "q", "k", "v", "o", "gate", "up", "down"]
+    header = next(i for i, line in enumerate(lines) if line.split()[:1] == ["B"])
+    assert lines[header].split() == 2 * ["B", "q", "k", "v", "o", "gate", "up", "down"]
     rows = [line.split()[0] for line in lines[header + 1 : header + 17]]
     assert [int(row) for row in rows] == list(range(16))
     kept = [line for line in lines if line.startswith(" q_proj")]
@@ -244,8 +244,8 @@ def test_tables_of_32_layers_fit_80_columns(
 def test_a_narrow_terminal_gets_several_tables(quick: tuple[object, ...]) -> None:
     shown = succeed("plan", *quick, "--verbose", env={"COLUMNS": "30"}).stdout
     lines = [line.rstrip() for line in shown.splitlines()]
-    assert sum(line.split()[:1] == ["L"] for line in lines) > 1
-    assert sum(line.split()[:1] == ["layer"] for line in lines) > 1
+    assert sum(line.split()[:1] == ["B"] for line in lines) > 1
+    assert sum(line.split()[:1] == ["block"] for line in lines) > 1
 
 
 def test_spectra_are_drawn_and_given_as_numbers(quick: tuple[object, ...]) -> None:

@@ -195,7 +195,7 @@ def test_too_few_tokens_for_a_window(
     assert "fewer than one window of 64" in message
     message, hint = fail("calibrate", *words[:2], "--dataset", short, "--seqlen", 4096)
     assert "128 tokens" in message
-    assert "--seqlen 128" in hint
+    assert "--seqlen to 128" in hint
     assert nothing_made(here)
 
 

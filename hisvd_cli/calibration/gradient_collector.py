@@ -12,7 +12,29 @@ from hisvd_cli.calibration.collector import Hook, hooked
 from hisvd_cli.linalg.moments import AddUp, MomentSum, Side, add_up_count
 
 
-class GradientCollector:
+class _ChunkCollector:
+    """Collects from linear layers while chunks of sequences run forward and backward."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self._linears = linears
+        self._start = 0
+
+    @contextmanager
+    def summing(self, start: int) -> Iterator[None]:
+        """Sum the gradients of all layers while the body runs one chunk forward and backward.
+
+        Args:
+            start: index of the first sequence of the chunk.
+        """
+        self._start = start
+        with hooked(self._linears, self._hook):
+            yield
+
+    def _hook(self, name: str) -> Hook:
+        raise NotImplementedError
+
+
+class GradientCollector(_ChunkCollector):
     """Sums the second moment of the gradient of each linear layer, and optionally weight gradients.
 
     With g the gradient at the output, the moment is H = E[g gᵀ] ``[m, m]``, or, if the input is
@@ -37,10 +59,9 @@ class GradientCollector:
         seqlen: int,
         weights: bool,
     ) -> None:
-        self._linears = linears
+        super().__init__(linears)
         self._keys = keys
         self._seqlen = seqlen
-        self._start = 0
         self._halves: dict[str, MomentSum] = {}
         for name, linear in linears.items():
             tall = keys[name].endswith(".output")
@@ -50,17 +71,6 @@ class GradientCollector:
         self._squares = {name: MeanSquare() for name in linears}
         self._sums = {n: MomentSum(min(m.weight.shape), device) for n, m in linears.items()}
         self._weights = {n: WeightSum(m, device) for n, m in linears.items()} if weights else {}
-
-    @contextmanager
-    def summing(self, start: int) -> Iterator[None]:
-        """Sum the gradients of all layers while the body runs one chunk forward and backward.
-
-        Args:
-            start: index of the first sequence of the chunk.
-        """
-        self._start = start
-        with hooked(self._linears, self._hook):
-            yield
 
     def _hook(self, name: str) -> Hook:
         def watch(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -194,7 +204,7 @@ class WeightSum:
         return {part: (total / self._sequences).cpu() for part, total in sums.items()}
 
 
-class BatchGradients:
+class BatchGradients(_ChunkCollector):
     """Sums the weight gradient Σ_t g xᵀ ``[m, n]`` per linear layer and batch, in float32.
 
     Args:
@@ -214,25 +224,13 @@ class BatchGradients:
         seqlen: int,
         batches: int,
     ) -> None:
-        self._linears = linears
+        super().__init__(linears)
         self._seqlen = seqlen
         self._batch_of = [i * batches // samples for i in range(samples)]
-        self._start = 0
         self._sums = {
             name: [torch.zeros(m.weight.shape, device=device) for _ in range(batches)]
             for name, m in linears.items()
         }
-
-    @contextmanager
-    def summing(self, start: int) -> Iterator[None]:
-        """Sum the gradients of all layers while the body runs one chunk forward and backward.
-
-        Args:
-            start: index of the first sequence of the chunk.
-        """
-        self._start = start
-        with hooked(self._linears, self._hook):
-            yield
 
     def _hook(self, name: str) -> Hook:
         def watch(_module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:

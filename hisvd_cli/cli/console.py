@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -17,7 +18,16 @@ from hisvd_cli.utils.errors import HisvdError
 from hisvd_cli.utils.escaping import printable
 from hisvd_cli.utils.progress import SafeConsole, StderrReporter
 
+if TYPE_CHECKING:
+    from hisvd_cli.evaluation.grid import Failure
+
 _UNBOUNDED = 500  # columns when stdout is a file or a pipe
+
+
+def joint_error(failures: Sequence[Failure]) -> HisvdError:
+    """Return one error for several models that failed, with the hint of the first."""
+    lines = (f"{each.model}: {each.message}" for each in failures)
+    return HisvdError("\n".join(lines), failures[0].hint)
 
 
 class Console(StderrReporter):

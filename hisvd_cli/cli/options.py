@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import typer
 
@@ -29,6 +29,9 @@ from hisvd_cli.pipelines.config.settings import (
 )
 from hisvd_cli.utils.distributed import joining, launched, launched_rank, leave
 from hisvd_cli.utils.files.scratch import sweep
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Command = Callable[..., None]
 
@@ -52,6 +55,14 @@ class Run:
     def first(self) -> bool:
         """Whether this is the process that writes."""
         return not self.console.muted
+
+    def show_forecast(
+        self, forecast: Mapping[str, Any], view: RenderableType, line: str = ""
+    ) -> None:
+        """Print the result of a dry run; by default its time in seconds with --quiet."""
+        self.console.show(view)
+        document = {"dry_run": True, **forecast}
+        self.console.result(document, line or f"{forecast['seconds']:.0f} s")
 
 
 def option(*flags: str, text: str, metavar: str = "", panel: str | None = None) -> Any:

@@ -179,8 +179,7 @@ def _trainee(
     run: Classroom,
 ) -> Trainee:
     student = TwoParts(model, run.dtype)
-    kept = len(data.ids) - data.held_out()
-    held = torch.arange(kept, len(data.ids))
+    count, held_out = data.split()
 
     def loss(rows: Tensor) -> tuple[Tensor, int]:
         counted = data.counted[rows].to(run.device)
@@ -192,9 +191,9 @@ def _trainee(
 
     return Trainee(
         parameters,
-        kept,
+        count,
         loss,
-        lambda: held_out_measures(student, data, held, course.together, None),
+        lambda: held_out_measures(student, data, held_out, course.together, None),
     )
 
 

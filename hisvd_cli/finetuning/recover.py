@@ -228,7 +228,7 @@ def distill(
     dense.requires_grad_(False)
     width = teacher.config.get_text_config().hidden_size
     targets = Teacher(TwoParts(dense, run.dtype), data.ids, width, home / "teacher")
-    kept = len(data.ids) - data.held_out()
+    count, held_out = data.split()
 
     def loss(rows: Tensor) -> tuple[Tensor, int]:
         counted = data.counted[rows].to(run.device)
@@ -237,12 +237,11 @@ def distill(
         criterion = divergence_from(reference, targets.head, temperature)
         return summed_loss(states, trained.head, criterion), len(states)
 
-    held = torch.arange(kept, len(data.ids))
     trainee = Trainee(
         parameters_of(pairs),
-        kept,
+        count,
         loss,
-        lambda: held_out_measures(trained, data, held, course.together, targets),
+        lambda: held_out_measures(trained, data, held_out, course.together, targets),
     )
     best, progress = Training(trainee, course, home, run.device, reporter).run()
     return {name: (best[f"{name}.u"], best[f"{name}.v"]) for name in pairs}, progress

@@ -76,6 +76,13 @@ class Lessons:
             )
         return max(1, min(HELD_OUT_TOKENS // length, total // 16))
 
+    def split(self) -> tuple[int, Tensor]:
+        """Return the number of windows to train on and the indices of the held-out ones, which
+        follow. Raises DataError."""
+        total = len(self.ids)
+        trained = total - self.held_out()
+        return trained, torch.arange(trained, total)
+
 
 def text_lessons(text: Text, source: Source, seqlen: int) -> Lessons:
     """Return the non-overlapping windows of a text. Raises DataError if there are none."""

@@ -6,10 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
+from hisvd_cli.cli.console import joint_error
 from hisvd_cli.cli.options import DryRun, Run, option, with_settings
 from hisvd_cli.pipelines.config.commands import SETTINGS
 from hisvd_cli.pipelines.config.mentions import in_flags
-from hisvd_cli.utils.errors import HisvdError, UsageError
+from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.cache import expanded
 
 
@@ -77,8 +78,7 @@ def compress(
         return
     if dry_run:
         forecast = forecast_compression(run.resolved, output, plan, overwrite, run.console)
-        run.console.show(forecast_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        run.show_forecast(forecast, forecast_view(forecast))
         return
     outcome = compress_model(run.resolved, output, plan, overwrite, run.console)
     run.console.show(compressed_view(outcome))
@@ -97,8 +97,7 @@ def _recover(
 
     if dry_run:
         forecast = forecast_recovery(run.resolved, checkpoint, output, overwrite, run.console)
-        run.console.show(recovery_forecast_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, forecast["output"])
+        run.show_forecast(forecast, recovery_forecast_view(forecast), forecast["output"])
         return
     made = recover_checkpoint(run.resolved, checkpoint, output, overwrite, run.console)
     run.console.show(recovered_view(made))
@@ -113,8 +112,7 @@ def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool
 
     if dry_run:
         forecast = forecast_grid(run.resolved, output, overwrite, run.console)
-        run.console.show(forecast_grid_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        run.show_forecast(forecast, forecast_grid_view(forecast))
         return
     cells = compress_grid(run.resolved, output, overwrite, run.console)
     run.console.show(compressed_grid_view(cells))
@@ -125,7 +123,6 @@ def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool
     run.console.result({"cells": documents}, " ".join(made))
     failures = [cell.failure for cell in cells if cell.failure]
     if failures:
-        lines = [f"{each.model}: {each.message}" for each in failures]
-        raise HisvdError("\n".join(lines), failures[0].hint)
+        raise joint_error(failures)
     baseline = shlex.quote(run.settings.model.name)
     run.console.next_command(f"hisvd eval {shlex.join(made)} --baseline {baseline}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hisvd_cli.cli.console import joint_error
 from hisvd_cli.cli.options import Run, option, with_settings
 from hisvd_cli.pipelines.config.commands import SETTINGS
 from hisvd_cli.pipelines.config.mentions import in_flags
-from hisvd_cli.utils.errors import HisvdError
+
+if TYPE_CHECKING:
+    from hisvd_cli.evaluation.grid import Grid
 
 
 @with_settings(SETTINGS["evaluate"])
@@ -55,10 +58,13 @@ def evaluate(
         run.resolved, models, files, run.console, fresh=fresh, update_card=update_card
     )
     run.console.show(grid_view(grid))
+    run.console.result(_document(grid), grid.line())
+    if grid.failures:
+        raise joint_error(grid.failures)
+
+
+def _document(grid: Grid) -> dict[str, Any]:
     document = grid.document()
     for failure in document.get("failures", []):
         failure["message"] = in_flags(failure["message"])
-    run.console.result(document, grid.line())
-    if grid.failures:
-        lines = [f"{each.model}: {each.message}" for each in grid.failures]
-        raise HisvdError("\n".join(lines), grid.failures[0].hint)
+    return document

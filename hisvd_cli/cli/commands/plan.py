@@ -62,8 +62,7 @@ def plan(
 
     if dry_run:
         forecast = forecast_plan(run.resolved)
-        run.console.show(plan_forecast_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        run.show_forecast(forecast, plan_forecast_view(forecast))
         return
     _chosen = run.settings.plan
     if output is not None:
