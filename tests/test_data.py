@@ -138,7 +138,7 @@ def test_files_that_cannot_be_used(
 def test_a_folder_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="'a/b' is a folder"):
+    with pytest.raises(DataError, match="no file 'a/b', only a folder"):
         load_text("a/b", "calibration")
 
 

@@ -149,7 +149,7 @@ def load_text(name: str, purpose: Purpose) -> Text:
         text = Text(name, purpose, content)
     elif kind_of_file(path) in FILE_KINDS or _is_folder(name) or name.startswith((".", "/", "~")):
         raise DataError(
-            f"'{name}' is a folder." if _is_folder(name) else f"There is no file '{name}'.",
+            f"There is no file '{name}'{', only a folder' if _is_folder(name) else ''}.",
             f"Give the path of a {', '.join(FILE_KINDS)} file; text may be compressed ({PACKED}).",
         )
     elif name in NAMED or "/" in name:
