@@ -141,8 +141,8 @@ def _prompt(row: Mapping[str, Any], dataset: str, number: int) -> tuple[str, str
     lacking = [name for name in _FIELDS if not isinstance(row.get(name), str)]
     if lacking:
         raise DataError(
-            f"Row {number} of '{dataset}' has no text under {' and '.join(lacking)}; it has "
-            f"{', '.join(map(str, row)) or 'nothing'}.",
+            f"Row {number} of '{dataset}' has no text in {' and '.join(lacking)}; its fields are "
+            f"{', '.join(map(str, row)) or 'none'}.",
             "Each row needs instruction and output, and may have input.",
         )
     template = _WITH_INPUT if row.get("input") else _WITHOUT_INPUT

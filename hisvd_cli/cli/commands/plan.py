@@ -64,15 +64,15 @@ def plan(
         forecast = forecast_plan(run.resolved)
         run.show_forecast(forecast, plan_forecast_view(forecast))
         return
-    _chosen = run.settings.plan
+    chosen = run.settings.plan
     if output is not None:
         output = output_name(output)
-        ratios = _chosen.ratio if bytes_ratio(run.resolved) is None else _chosen.ratio[:1]
-        check_plan_file(output, ratios, _chosen.allocator)
+        ratios = chosen.ratio if bytes_ratio(run.resolved) is None else chosen.ratio[:1]
+        check_plan_file(output, ratios, chosen.allocator)
     if spectrum_of:
         check_sublayers(run.resolved, spectrum_of)
     plans = plan_model(run.resolved, run.console)
-    compared = len(_chosen.allocator) > 1
+    compared = len(chosen.allocator) > 1
     for made in plans if tables or not compared else ():
         run.console.show(plan_view(made, run.console.width, run.console.verbose))
     if compared:
@@ -121,8 +121,8 @@ def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
     one_each = [("plan", "ratio"), ("plan", "allocator")]
     several = run.settings.plan.allocator[1:]
     dropped = one_each if several else one_each[:1]
-    knobs = run.resolved.flags("plan", "compress", "quantize", without=dropped)
+    options = run.resolved.flags("plan", "compress", "quantize", without=dropped)
     if plan.bytes is not None:
-        return f"hisvd compress {flags} {knobs}"
+        return f"hisvd compress {flags} {options}"
     allocator = f"--allocator {shlex.quote(plan.allocator)} " if several else ""
-    return f"hisvd compress {flags} --ratio {ratio_name(plan.ratio)} {allocator}{knobs}"
+    return f"hisvd compress {flags} --ratio {ratio_name(plan.ratio)} {allocator}{options}"
