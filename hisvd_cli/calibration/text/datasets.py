@@ -133,7 +133,7 @@ def load_text(name: str, purpose: Purpose) -> Text:
     """Load a text from an existing file, a named dataset or a Hub id, in this order.
 
     Args:
-        name: path of a .txt, .jsonl, .json or .parquet file (all but Parquet also as .gz);
+        name: path of a .txt, .jsonl, .json or .parquet file (all but Parquet also compressed);
             wikitext2, c4, ptb or demo; or a Hub id, optionally with ``:configuration``. Rows
             contain text, or conversations for the chat template of the model.
         purpose: selects the split: train for calibration, test for evaluation.
@@ -150,7 +150,8 @@ def load_text(name: str, purpose: Purpose) -> Text:
     elif kind_of_file(path) in FILE_KINDS or _is_folder(name) or name.startswith((".", "/", "~")):
         raise DataError(
             f"There is no file '{name}'{', only a folder' if _is_folder(name) else ''}.",
-            f"Give the path of a {', '.join(FILE_KINDS)} file; text may be compressed ({PACKED}).",
+            f"Give the path of a {', '.join(FILE_KINDS)} file; text may be compressed "
+            f"({', '.join(PACKED)}).",
         )
     elif name in NAMED or "/" in name:
         text = _load_hub(name, NAMED.get(name) or _custom(name), purpose)
