@@ -75,7 +75,8 @@ def _joined(parts: list[Any]) -> str | list[Any]:
     with parts of other types are returned unchanged."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     plain = all(not isinstance(part, dict) or part.get("type") == "text" for part in parts)
-    return "".join(texts) if plain and all(isinstance(t, str) for t in texts) else parts
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if plain and len(known) == len(texts) else parts
 
 
 _DAY = datetime(2024, 7, 26)  # the default of the Llama 3 templates

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from hisvd_cli.utils.errors import DataError, reason
 from hisvd_cli.utils.files.json_files import parse_json
@@ -63,10 +63,10 @@ def _unpacked(path: Path) -> bytes:
 
 def _decompressor(suffix: str, packed: IO[bytes]) -> AbstractContextManager[IO[bytes]]:
     if suffix == ".gz":
-        return gzip.open(packed)
+        return cast(AbstractContextManager[IO[bytes]], gzip.open(packed))
     if suffix == ".bz2":
         return bz2.open(packed)
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
 
     stream: AbstractContextManager[IO[bytes]] = pyarrow.CompressedInputStream(packed, "zstd")
     return stream
@@ -75,7 +75,7 @@ def _decompressor(suffix: str, packed: IO[bytes]) -> AbstractContextManager[IO[b
 def parquet_rows(path: Path) -> Iterator[object]:
     """Yield the rows of a Parquet file. Raises DataError."""
     # pyarrow is a dependency of datasets.
-    from pyarrow import RecordBatch, parquet  # type: ignore[import-untyped]
+    from pyarrow import RecordBatch, parquet
 
     def unreadable(why: str) -> DataError:
         return DataError(
