@@ -176,7 +176,7 @@ def _before_and_after(outcome: Outcome) -> Table:
 
 def compressed_grid_view(cells: Sequence[Cell]) -> RenderableType:
     """Return the status and size of each checkpoint of a grid."""
-    table = make_table("checkpoint", "", "size", "model kept", "perplexity", left=2)
+    table = make_table("checkpoint", "", "size", "model ratio", "perplexity", left=2)
     table.columns[0].no_wrap = False
     table.columns[0].overflow = "fold"
     for cell in cells:
