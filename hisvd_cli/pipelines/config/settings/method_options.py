@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, create_model
 
@@ -45,7 +45,7 @@ def with_options(
     )
     made = create_model(
         section.__name__,
-        __base__=(*reversed(bases), section),
+        __base__=cast(tuple[type[S], ...], (*reversed(bases), section)),
         __module__=section.__module__,
         __doc__=section.__doc__,
     )
