@@ -230,7 +230,7 @@ def test_reports_that_cannot_be_written_stop_before_the_work(
     (here / "folder").mkdir()
     for flag in ("--csv", "--markdown"):
         message, _ = fail("eval", models / "good", *words, flag, here / "file" / "x")
-        assert "takes no files" in message
+        assert "is not writable" in message
         message, _ = fail("eval", models / "good", *words, flag, here / "folder")
         assert "is a folder" in message
     assert opened == []

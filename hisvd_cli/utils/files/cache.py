@@ -1,16 +1,17 @@
-"""Where hisvd keeps what it makes when the user names no place."""
+"""The cache folder, and hints for paths that cannot be written."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-_SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
+_SPACE_HINT = (
+    "Free some space or choose another folder; a rerun resumes after the last completed block."
+)
 
 
 def expanded(name: str) -> Path:
-    """Return a path with ``~`` and ``~user`` replaced; as shells do, a user that there is not stays
-    a plain name."""
+    """Return a path with ``~`` and ``~user`` expanded; unknown users are kept as in shells."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -18,7 +19,7 @@ def expanded(name: str) -> Path:
 
 
 def cache_root() -> Path:
-    """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return ``$HISVD_CACHE``, or else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if named := os.environ.get("HISVD_CACHE"):
         return expanded(named)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -26,8 +27,8 @@ def cache_root() -> Path:
 
 
 def write_hint(path: Path) -> str:
-    """Say what to do where ``path`` cannot be written."""
+    """Return a hint for the case that ``path`` cannot be written."""
     root = cache_root().absolute()
     if path.absolute() == root or root in path.absolute().parents:
-        return f"Free some space in {root}, or name another folder in HISVD_CACHE."
+        return f"Free some space in {root}, or set HISVD_CACHE to another folder."
     return _SPACE_HINT
