@@ -123,7 +123,7 @@ def test_a_classifier_is_not_called_damaged(tiny_model: MakeModel, tmp_path: Pat
     options = ("--dataset", text_file(tmp_path, 200), "--seqlen", 32)
     for stream in ("on", "off"):
         message, hint = fail("eval", folder, *options, "--stream", stream)
-        assert "has a value or classification head (score.weight) and lacks lm_head" in message
+        assert "has a value or classification head (score.weight) and no lm_head" in message
         assert "trained from" in hint
 
 

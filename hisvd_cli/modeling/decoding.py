@@ -1,4 +1,4 @@
-"""A causal language model taken in two: its decoder, and the head behind it."""
+"""A causal language model split into its decoder and its head."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 
 class TwoParts:
-    """Runs the decoder of a model, and makes logits of what it returned, with gradients.
+    """Runs the decoder and the head of a model separately, with gradients.
 
     Args:
         model: the whole model.
-        dtype: in which products are made; parameters may be wider.
+        dtype: precision of products; parameters may have a wider dtype.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -32,8 +32,8 @@ class TwoParts:
         return states
 
     def head(self, states: Tensor) -> Tensor:
-        """Return the logits ``[T, V]`` of the decoder's output ``[T, d]``, by whatever the model
-        does with it: bias, scale and soft cap included."""
+        """Return the logits ``[T, V]`` for decoder outputs ``[T, d]``, through the model's own
+        forward pass, including bias, scale and soft cap."""
 
         def stub(*_args: Any, **_kwargs: Any) -> Given:
             return Given(last_hidden_state=states[None])
@@ -49,5 +49,5 @@ class TwoParts:
 
     def _precision(self) -> torch.autocast:
         narrow = self._dtype != torch.float32
-        # float16 needs a scaled loss, which nothing here has: bfloat16 stands for it.
+        # bfloat16 also replaces float16, which would need loss scaling.
         return torch.autocast(self._device.type, torch.bfloat16, enabled=narrow)
