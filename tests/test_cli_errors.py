@@ -340,7 +340,7 @@ def broken_config(folder: Path) -> None:
         (no_number, "up_proj.weight in model.safetensors holds 1 values that are NaN"),
         (lose, "lacks the tensor model.layers.1.mlp.up_proj.weight"),
         (widen, "on disk"),
-        (no_tokenizer, "no tokenizer that loads"),
+        (no_tokenizer, "cannot be loaded"),
         (no_config, "no config.json"),
         (broken_config, "not valid JSON"),
     ],

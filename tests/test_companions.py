@@ -60,7 +60,7 @@ def made(tiny_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.setenv("HISVD_CACHE", str(root / "cache"))
         words = ("compress", "--model", model, "--ratio", 0.6, *QUICK, "--output", low)
         told = succeed(*words).stderr
-    assert f"{model}/LICENSE links to a file outside its folder, so it is not copied." in told
+    assert f"{model}/LICENSE links to a file outside its folder and is not copied." in told
     assert lies_there(low) == WRITTEN | LOADER | TRAVELS
     plant(low)
     return low

@@ -187,7 +187,7 @@ def test_a_failing_model_leaves_the_others(
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 2
     message, _ = fail("eval", broken, *words)
-    assert "holds no weights" in message
+    assert "has no weights" in message
 
 
 def test_another_tokenizer_gives_no_divergence(

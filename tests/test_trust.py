@@ -249,7 +249,7 @@ def test_a_config_names_no_code_of_the_hub(
     edit_json(folder / "config.json", **changes)
     for words in (["inspect", folder], ["eval", folder, *EVALUATED]):
         message, hint = fail(*words)
-        assert "names code of the hub as" in message
+        assert "names Hub code as" in message
         assert "Remove" in hint
 
 
