@@ -68,7 +68,7 @@ def test_unknown_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return
     with pytest.raises(SourceError, match=f"No model at '{name}'") as caught:
         open_source(name)
-    assert "hub id" in caught.value.hint
+    assert "Hub id" in caught.value.hint
 
 
 def test_files_that_are_no_gguf(tmp_path: Path) -> None:

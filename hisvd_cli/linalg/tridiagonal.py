@@ -45,19 +45,23 @@ def leading_part(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     size = len(gram)
     (reduce,) = get_lapack_funcs(("sytrd",), (gram.numpy(),))
     # LAPACK is column-major: the transpose, which is the same matrix, is passed without a copy.
-    packed, diagonal, beside, scales, failed = reduce(gram.numpy().T, lower=1, lwork=64 * size)
+    packed, diagonal, off_diagonal, scales, failed = reduce(
+        gram.numpy().T, lower=1, lwork=64 * size
+    )
     if failed:
         return None
-    diagonal, beside = diagonal.astype("float64"), beside.astype("float64")
+    diagonal, off_diagonal = diagonal.astype("float64"), off_diagonal.astype("float64")
     try:
-        values = eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")[::-1][:rank]
+        values = eigvalsh_tridiagonal(diagonal, off_diagonal, lapack_driver="sterf")[::-1][:rank]
     except (LinAlgError, ValueError):  # no convergence, or non-finite values
         return None
     vectors, together = gram.new_empty(size, rank), max(1, _ARRAY_BYTES // (8 * size))
     reflections = torch.from_numpy(packed)[1:, :-1], torch.from_numpy(scales)
 
     def twisted(span: slice) -> Tensor:
-        return torch.from_numpy(_twisted_vectors(diagonal, beside, values[span])).to(gram.dtype)
+        return torch.from_numpy(_twisted_vectors(diagonal, off_diagonal, values[span])).to(
+            gram.dtype
+        )
 
     spans = [slice(start, start + together) for start in range(0, rank, together)]
     for span, inner in ahead(twisted, spans):
@@ -73,7 +77,7 @@ def leading_part(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     return torch.from_numpy(values.copy()).to(gram.dtype), vectors
 
 
-def _twisted_vectors(diagonal: Any, beside: Any, values: Any) -> Any:
+def _twisted_vectors(diagonal: Any, off_diagonal: Any, values: Any) -> Any:
     """Return unit eigenvectors of T, one per column, for given eigenvalues.
 
     For each λ, ``T − λI`` is factored from both ends, D⁺ downward and D⁻ upward. At the index with
@@ -82,12 +86,12 @@ def _twisted_vectors(diagonal: Any, beside: Any, values: Any) -> Any:
 
     Args:
         diagonal: diagonal of T ``[p]``, numpy float64 like the other arrays.
-        beside: off-diagonal of T ``[p − 1]``.
+        off_diagonal: off-diagonal of T ``[p − 1]``.
         values: λ ``[k]``.
     """
     import numpy as np
 
-    size, squares, step = len(diagonal), beside**2, np.empty(len(values))
+    size, squares, step = len(diagonal), off_diagonal**2, np.empty(len(values))
     down = diagonal[:, None] - values
     up = down.copy()
     # A zero pivot makes the next one infinite; the one after that is regular again.
@@ -107,7 +111,7 @@ def _twisted_vectors(diagonal: Any, beside: Any, values: Any) -> Any:
         vectors[twist, np.arange(len(values))] = 1
         rows = np.arange(size)[:, None]
         for pivots, beyond in ((down[:-1], rows[:-1] >= twist), (up[1:], rows[1:] <= twist)):
-            np.divide(beside[:, None], pivots, out=pivots)
+            np.divide(off_diagonal[:, None], pivots, out=pivots)
             pivots[beyond] = 0
         for i in range(size - 2, -1, -1):
             vectors[i] -= np.multiply(down[i], vectors[i + 1], out=step)

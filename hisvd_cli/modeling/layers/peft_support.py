@@ -73,7 +73,7 @@ def _check(config: Any) -> None:
 
 
 def _adapted_class() -> type[nn.Module]:
-    """Return peft's layer of adapters, with a merge for factors."""
+    """Return the subclass of peft's LoRA layer for low-rank and quantized layers."""
     try:
         from peft.tuners.lora.layer import Linear
         from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -81,7 +81,7 @@ def _adapted_class() -> type[nn.Module]:
         raise
 
     class LowRankLora(Linear):
-        """Adapters of a layer whose weight is a product, or made of integers."""
+        """LoRA adapters on a low-rank or quantized layer."""
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             """Merge the adapters into the base layer.
@@ -96,7 +96,7 @@ def _adapted_class() -> type[nn.Module]:
                 base = self.get_base_layer()
                 merged = _merged(base, *self._matrices(name))
                 if safe_merge and not all(bool(p.isfinite().all()) for p in merged.parameters()):
-                    raise ValueError(f"The adapter {name} is not finite.")
+                    raise ValueError(f"Merging the adapter {name} gives non-finite values.")
                 # Bypasses nn.Module, which would register it as a submodule.
                 self.__dict__.setdefault("_plain", base)
                 self.base_layer = merged

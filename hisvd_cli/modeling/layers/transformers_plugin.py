@@ -220,7 +220,7 @@ class HiSVDQuantizer(HfQuantizer):
         absent = [name for name, layer in layers.items() if layer.weight.is_meta]
         if absent:
             raise ValueError(
-                f"Cannot multiply factors that are offloaded: {_listed(absent)}. Load the model "
+                f"Cannot dequantize layers that are offloaded: {_listed(absent)}. Load the model "
                 "with a device_map that keeps them in memory."
             )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
