@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -77,6 +78,12 @@ def test_files_that_are_no_gguf(tmp_path: Path) -> None:
         open_source(str(tmp_path / "x.bin"))
 
 
+def test_a_pipe_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="neither a folder nor a regular file"):
+        open_source(str(tmp_path / "pipe"))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [(None, "has no config.json"), ("{", "is not valid JSON"), ("[1]", "is not a JSON object")],
@@ -108,7 +115,7 @@ def test_an_unknown_type(tiny_model: MakeModel, tmp_path: Path) -> None:
     edit_json(folder / "config.json", model_type="never_heard_of")
     with pytest.raises(UnsupportedModelError, match="never_heard_of") as caught:
         _ = open_source(str(folder)).config
-    assert "--trust-remote-code" in caught.value.hint
+    assert "`model.trust_remote_code`" in caught.value.hint
 
 
 def test_code_of_a_model_runs_only_when_trusted(tiny_model: MakeModel, tmp_path: Path) -> None:

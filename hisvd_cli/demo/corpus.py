@@ -11,7 +11,11 @@ VERSE = re.compile(r"(?P<chapter>[1-3]?[A-Za-z]+\d+):\d+ (?P<text>.+)")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Disjoint parts of the text, except that ``calibration`` is a part of ``training``."""
+    """Disjoint parts of the text, except that ``calibration`` is a part of ``training``.
+
+    Two thirds of the chapters held out for evaluation are unused, so that an evaluation takes
+    seconds.
+    """
 
     training: str
     calibration: str
@@ -36,7 +40,7 @@ def split(chapters: list[str]) -> Corpus:
     def join(chosen: list[str]) -> str:
         return "\n\n".join(chosen) + "\n"
 
-    evaluation = [c for i, c in enumerate(chapters) if i % 26 == 13]
+    evaluation = [c for i, c in enumerate(chapters) if i % 78 == 13]
     validation = [c for i, c in enumerate(chapters) if i % 52 == 0]
     training = [(i, c) for i, c in enumerate(chapters) if i % 26 != 13 and i % 52 != 0]
     return Corpus(

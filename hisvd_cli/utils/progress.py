@@ -113,19 +113,23 @@ class StderrReporter:
         self.muted = muted
         self._err = SafeConsole(stderr=True)
 
+    def worded(self, message: str) -> str:
+        """Return a message as it is shown; subclasses replace the names of settings."""
+        return message
+
     def note(self, message: str) -> None:
         """Print additional information, if verbose."""
         if self.verbose:
-            self._tell(Text(message, style="dim"))
+            self._tell(Text(self.worded(message), style="dim"))
 
     def warn(self, message: str) -> None:
         """Print something that may change a result."""
-        self._tell(Text.assemble(("Warning: ", "yellow"), message))
+        self._tell(Text.assemble(("Warning: ", "yellow"), self.worded(message)))
 
     def suggest(self, message: str) -> None:
         """Print a suggestion, unless quiet."""
         if not self.quiet:
-            self._tell(Text.assemble(("Note: ", "dim"), message))
+            self._tell(Text.assemble(("Note: ", "dim"), self.worded(message)))
 
     def _tell(self, text: Text) -> None:
         # The terminal wraps lines, so that a command in a message can be copied.
