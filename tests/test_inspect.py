@@ -146,7 +146,7 @@ def test_an_extra_tensor(checkpoint: Path) -> None:
 def test_values_that_are_no_numbers(checkpoint: Path) -> None:
     rewrite(checkpoint, lambda tensors: tensors[f"{UP}.weight"].fill_(float("nan")))
     (problem,) = problems_of(checkpoint)
-    assert problem.startswith(f"{UP}.weight in model.safetensors holds")
+    assert problem.startswith(f"{UP}.weight in model.safetensors contains")
     assert problems_of(checkpoint, "--no-check-values") == []
 
 

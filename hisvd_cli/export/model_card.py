@@ -72,8 +72,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```"""
 _MULTIPLIED = """\
 {model}, compressed with hisvd: the linear layers of its decoder blocks are truncated to
-low rank, {training}, and converted back to dense weights
-of the original size."""
+low rank, {training}, and converted back to dense weights of the original size."""
 _PLAIN_LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM
