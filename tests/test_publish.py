@@ -121,7 +121,7 @@ def test_what_is_no_checkpoint(made: Path, hub: FakeHub, here: Path) -> None:
         ((), "Nothing says what to convert to."),
         (("--to", "dense"), "--to without --output."),
         (("--output", "x", "--push-to-hub", "me/x"), "--output without --to."),
-        (("--private",), "--private and --revision say how to upload."),
+        (("--private",), "--private and --revision need --push-to-hub."),
         (("--to", "pt", "-o", "x.pt", "--push-to-hub", "me/x"), "--push-to-hub takes folders"),
         (("--push-to-hub", "a/b/c"), "--push-to-hub a/b/c: no name of a repository."),
     ],
