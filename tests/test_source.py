@@ -106,7 +106,7 @@ def test_a_missing_tokenizer(tiny_model: MakeModel, tmp_path: Path) -> None:
     folder = copy_of(tiny_model("llama"), tmp_path / "model")
     for path in folder.glob("*token*"):
         path.unlink()
-    with pytest.raises(SourceError, match="tokenizer of .* cannot be loaded"):
+    with pytest.raises(SourceError, match=r"tokenizer of .* cannot be loaded"):
         _ = open_source(str(folder)).tokenizer
 
 
