@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+import psutil
 import torch
 
 from hisvd_cli.utils.distributed import own_gpu
@@ -64,14 +63,11 @@ def pick_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the free memory of a device in bytes; None if it is unknown."""
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    known = Path("/proc/meminfo")
-    if known.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", known.read_text())):
-        return int(found[1]) * 1024
-    return None
+    return int(psutil.virtual_memory().available)
 
 
 @contextmanager

@@ -5,6 +5,10 @@ file names. `Machine` interprets the instructions without importing or calling: 
 `Global` (two strings), a call becomes a `Node` with function and arguments, and state is stored in
 a list instead of being set as attributes. Keys of dicts in the file are not hashed.
 
+`pickle.Unpickler` with an inert `find_class` would not do: a pickle of 1 MB, a tuple nested a
+million times as the key of a dict, overflows its C stack and ends the process, and one of 9 bytes
+makes its memo allocate gigabytes.
+
 The bytes are parsed by the standard library's `pickletools.genops`. The number of bytes, the number
 of instructions and the length of text lines are limited.
 """
