@@ -251,7 +251,9 @@ def test_a_command_that_reuses_a_mutated_file(
     file: str, mutate: Mutate, command: str, real: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(real / "calibration", tmp_path / "calibration")
-    words = ("--model", real / "model", "--calibration", tmp_path / "calibration", "--ratio", 0.5)
+    calibration = tmp_path / "calibration"
+    words: tuple[object, ...] = ("--model", real / "model", "--calibration", calibration)
+    words = (*words, "--ratio", 0.5)
     if command == "compress":
         shutil.copytree(real / "made", tmp_path / "grid" / "model-0.6")
         words = (*words, "--ratio", 0.6, "--output", tmp_path / "grid", "--no-evaluate")

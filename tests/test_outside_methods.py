@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from hisvd_cli.cli.app import app
+from hisvd_cli.pipelines.config.settings import RESERVED, SECTIONS, flag_of
 from tests.cli_helpers import QUICK, environment, script, two_lines
 
 REPOSITORY = Path(__file__).parents[1]
@@ -153,6 +156,14 @@ def test_help_shows_methods_and_their_options(site: Path, here: Path) -> None:
     assert power in found["Decomposer options"]
     assert "taper" in found["Plan"].partition("--allocator")[2].partition("--metric")[0]
     assert "a flag that calibration.seed has" not in " ".join(found.values())
+
+
+def test_names_that_options_cannot_have() -> None:
+    group: Any = typer.main.get_command(app)
+    settings = {flag_of(s, key) for s, model in SECTIONS.items() for key in model.model_fields}
+    for command in ("plan", "compress"):
+        flags = {p.opts[0] for p in group.commands[command].params if p.opts[0].startswith("--")}
+        assert flags - settings <= {f"--{name}" for name in RESERVED}
 
 
 def test_options_are_settings(site: Path, here: Path) -> None:

@@ -25,7 +25,7 @@ from hisvd_cli.utils.errors import SourceError
 some = settings(max_examples=100, derandomize=True, database=None, deadline=None)
 
 SHAPE = st.tuples(st.integers(2, 60), st.integers(2, 60))
-STORAGE = st.sampled_from(list(LAYERS))
+STORAGE: st.SearchStrategy[Storage] = st.sampled_from(list(LAYERS))
 
 
 @some
@@ -150,11 +150,9 @@ def test_the_strongest_source_of_each_setting_decides(
 @given(st.data(), st.integers(1, 12))
 def test_rows_come_back_however_they_were_divided(data: st.DataObject, count: int) -> None:
     rows = torch.rand(count, 3, generator=torch.Generator().manual_seed(count))
-    spans = data.draw(
-        st.lists(st.tuples(st.integers(0, count), st.integers(0, count)).map(sorted), max_size=5)
-    )
-    spans = [(first, end) for first, end in spans if first < end]
-    start, end = sorted(data.draw(st.tuples(st.integers(0, count), st.integers(0, count))))
+    span = st.tuples(st.integers(0, count), st.integers(0, count)).map(sorted)
+    spans = [each for each in data.draw(st.lists(span, max_size=5)) if each[0] < each[1]]
+    start, end = data.draw(span)
     assume(start < end)
     covered = {row for first, last in spans for row in range(first, last)}
     with TemporaryDirectory() as folder:

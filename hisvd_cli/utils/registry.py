@@ -86,7 +86,7 @@ class Registry(Generic[F]):
         def add(function: F) -> F:
             method = _Method(function, options, needs)
             if self._methods.setdefault(name, method).function is not function:
-                raise ValueError(f"Two {self._kind}s are called '{name}'.")
+                raise ValueError(f"Two {self._kind}s are named '{name}'.")
             return function
 
         return add

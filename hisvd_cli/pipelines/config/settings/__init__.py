@@ -39,6 +39,7 @@ __all__ = [
     "ALLOCATOR_NAMES",
     "ARGUMENTS",
     "DECOMPOSER_NAMES",
+    "RESERVED",
     "SECTIONS",
     "CalibrationSettings",
     "CompressSettings",
@@ -66,10 +67,12 @@ ARGUMENTS = (
     *("markdown", "csv", "report", "fresh", "update-card"),
 )
 """Arguments of commands that are not settings."""
-_OTHER_ARGUMENTS = (
+RESERVED = (
+    *ARGUMENTS,
     *("set", "show-profile", "list-profiles", "spectrum-of", "dry-run", "json", "quiet"),
     *("verbose", "help", "help-all", "source", "progress"),
 )
+"""Names that options of methods cannot have, besides those of settings."""
 
 
 def _flags(*sections: type[BaseModel]) -> Iterable[str]:
@@ -88,11 +91,12 @@ def _attributes(field: FieldInfo) -> dict[str, Any]:
 
 
 if not TYPE_CHECKING:
+    # Another package's allocator must not take the name of a built-in decomposer's option.
     _BUILT_IN = (
         m for m in DECOMPOSERS.declared().values() if m.__module__.startswith("hisvd_cli.")
     )
     _TAKEN = {
-        *(f"--{name}" for name in (*ARGUMENTS, *_OTHER_ARGUMENTS)),
+        *(f"--{name}" for name in RESERVED),
         *_flags(
             ModelSettings, CalibrationSettings, RecoverSettings, QuantizeSettings, EvalSettings
         ),
