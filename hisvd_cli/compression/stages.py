@@ -97,12 +97,12 @@ def write_weights(
         layers = list(truncated.layers) if world().first else []
         with reporter.stage(
             "Correcting blocks" if step else "Multiplying out", len(layers)
-        ) as tell:
+        ) as advance:
             for layer in layers:
                 if not intact(home / block_file(layer)):
                     tensors = truncated.block(layer, step, _none)
                     write_tensors(home / block_file(layer), tensors, {})
-                tell()
+                advance()
 
 
 @dataclass(frozen=True)
