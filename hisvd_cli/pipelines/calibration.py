@@ -56,7 +56,8 @@ def named_source(resolved: Resolved) -> Source:
     model = resolved.settings.model
     if not model.name:
         raise UsageError(
-            "No model is named.", "Give --model with a hub id, a folder, a .gguf file, or 'demo'."
+            "No model is named.",
+            "Give `model.name` with a Hub id, a folder, a .gguf file, or 'demo'.",
         )
 
     def fetch() -> Source:
@@ -113,7 +114,7 @@ def _calibrate(
     request = request_calibration(resolved, source)
     named = resolved.settings.calibration.path
     folder = (
-        output_name(Path(named), "--calibration")
+        output_name(Path(named), "calibration.path")
         if named
         else calibration_home(source) / request.key[:16]
     )
@@ -149,17 +150,17 @@ def _look(
         return open_calibration(folder, source)
     present = _present(folder, source)
     if present is None and named:  # the cache says by itself what to do
-        check_place(folder, "--calibration")
+        check_place(folder, "calibration.path")
     if request.dataset == SELF:
-        check_writing(resolved, source, request.seqlen, f"--dataset {SELF}")
+        check_writing(resolved, source, request.seqlen, f"`calibration.dataset` {SELF}")
     work = place_states(resolved, source, wanted, reporter)
     sample = draw_sample(request, source, reporter)
     _warn_of_few(source, sample, reporter)
     dtype: torch.dtype = getattr(torch, request.dtype)
     if present is not None and present.key != calibration_key(source, sample, dtype):
         raise StaleArtifactError(
-            f"{folder} holds a calibration of other data or settings.",
-            "Name another folder with --calibration, or remove that one.",
+            f"{folder} holds a calibration with other data or settings.",
+            "Name another folder with `calibration.path`, or remove this one.",
         )
     return present or (sample, work)
 
@@ -169,9 +170,9 @@ def _warn_of_few(source: Source, sample: Sample, reporter: Reporter) -> None:
     width = source.config.get_text_config().hidden_size
     if sample.tokens.numel() < TOKENS_PER_CHANNEL * width:
         reporter.warn(
-            f"{sample.tokens.numel():,} tokens are few for a model of width {width}: below "
-            f"{TOKENS_PER_CHANNEL * width:,}, results depend on which text they come from. Raise "
-            "--samples or --seqlen."
+            f"{sample.tokens.numel():,} tokens are few for a model of hidden size {width}: below "
+            f"{TOKENS_PER_CHANNEL * width:,}, results depend on the choice of text. Raise "
+            "`calibration.samples` or `calibration.seqlen`."
         )
 
 
@@ -266,6 +267,6 @@ def _present(folder: Path, source: Source) -> Calibration | None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
             f"{folder} holds something that is not a calibration.",
-            "Name another folder with --calibration.",
+            "Name another folder with `calibration.path`.",
         )
     return None

@@ -8,7 +8,6 @@ from hisvd_cli.calibration.store import MANIFEST, Calibration, open_calibration
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import flag_of
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.samples import is_text_of, request_calibration
 from hisvd_cli.utils.errors import SourceError, StaleArtifactError
@@ -32,7 +31,7 @@ def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> 
             the settings name.
     """
     if named := resolved.settings.calibration.path:
-        folder = output_name(Path(named), "--calibration")
+        folder = output_name(Path(named), "calibration.path")
         if not (folder / MANIFEST).is_file():
             return None
         found = open_calibration(folder, source)
@@ -58,11 +57,13 @@ def _check_asked(resolved: Resolved, found: Calibration) -> None:
         if key == "dataset":  # a file may be named from another folder than it was at first
             same = is_text_of(asked, data)
         if not same:
-            flag, place = flag_of("calibration", key), resolved.place("calibration", key)
-            changed = " as it reads now" if str(asked) == str(made[key]) else ""
+            setting, place = f"`calibration.{key}`", resolved.place("calibration", key)
+            if resolved.is_flag("calibration", key):
+                place = setting
+            changed = " as it is now" if str(asked) == str(made[key]) else ""
             raise StaleArtifactError(
-                f"{found.folder} was calibrated with {flag} {made[key]}, not {asked}{changed}.",
-                f"Leave out {place}, or name another folder with --calibration.",
+                f"{found.folder} was calibrated with {setting} {made[key]}, not {asked}{changed}.",
+                f"Leave out {place}, or name another folder with `calibration.path`.",
             )
 
 
@@ -94,6 +95,6 @@ def require_calibration(resolved: Resolved, source: Source, reporter: Reporter) 
     if found is None:
         raise SourceError(
             f"There is no calibration at '{resolved.settings.calibration.path}'.",
-            "Run: hisvd calibrate --calibration with that folder.",
+            "Create it with: hisvd calibrate --calibration PATH",
         )
     return found

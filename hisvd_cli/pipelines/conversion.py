@@ -93,8 +93,8 @@ def _quantize_to(
     """Write a checkpoint folder or ``.pt`` file as integers; return the bytes written."""
     if to == "dense":
         raise UsageError(
-            "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
-            "Leave out --to dense, or --quantize.",
+            "`quantize.bits` writes a quantized low-rank checkpoint, and `to` dense a plain model.",
+            "Leave out `to` dense, or `quantize.bits`.",
         )
     _check_paths(checkpoint, to, output, overwrite, inputs_of(resolved))
     scratch = resolved.settings.model.scratch
@@ -116,7 +116,7 @@ def _check_paths(
         raise SourceError(f"There is no checkpoint '{checkpoint}'.", "Check the path.")
     if (output.suffix == ".pt") != (to == "pt"):
         raise UsageError(
-            f"--to {to} cannot write '{output}'.",
+            f"`to` {to} cannot write '{output}'.",
             "A single file ends in .pt; every other form is a folder.",
         )
     check_output(output, overwrite, [checkpoint, *inputs])

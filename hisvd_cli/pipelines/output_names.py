@@ -26,72 +26,76 @@ _FILES = {
 }
 
 
-def output_name(path: Path, flag: str = "--output") -> Path:
+def output_name(path: Path, setting: str = "output") -> Path:
     """Return a path as it was given on the command line, ``~`` expanded.
 
     Raises:
         OutputError: no file or folder can be called so.
     """
-    name_another = f"Give another path with {flag}."
+    name_another = f"Give another path with `{setting}`."
     try:
         named = path.expanduser()
         resolved = named.resolve()
         if resolved.is_symlink():  # resolving stops without an error at a loop, from Python 3.13 on
-            raise OutputError(f"{flag} {path} is a loop of symbolic links.", name_another)
+            raise OutputError(f"`{setting}` {path} is a loop of symbolic links.", name_another)
         resolved.exists()
     except OSError as error:
-        raise OutputError(f"{flag} {path} cannot be used: {reason(error)}", name_another) from error
+        raise OutputError(
+            f"`{setting}` {path} cannot be used: {reason(error)}", name_another
+        ) from error
     except (RuntimeError, ValueError) as error:  # no such user, a loop of links, a NUL
-        raise OutputError(f"{flag} {path} cannot be used: {reason(error)}", name_another) from error
+        raise OutputError(
+            f"`{setting}` {path} cannot be used: {reason(error)}", name_another
+        ) from error
     if not resolved.name:
-        raise OutputError(f"{flag} {path} is the root of the file system.", name_another)
+        raise OutputError(f"`{setting}` {path} is the root of the file system.", name_another)
     size, most = len(os.fsencode(resolved.name)), _NAME_BYTES - _SIBLING_BYTES
     if size > most:
         raise OutputError(
-            f"The name of {flag} {resolved.name[:20]}… has {size} bytes; at most {most} fit beside "
-            "its temporary files.",
-            f"Give a shorter name with {flag}.",
+            f"The name of `{setting}` {resolved.name[:20]}… has {size} bytes; at most {most} fit "
+            "beside its temporary files.",
+            f"Give a shorter name with `{setting}`.",
         )
     if len(os.fsencode(resolved)) > _PATH_BYTES - _SIBLING_BYTES - _INNER_BYTES:
-        raise OutputError(f"The path of {flag} {path.name} is too long.", name_another)
+        raise OutputError(f"The path of `{setting}` {path.name} is too long.", name_another)
     return named
 
 
-def check_place(path: Path, flag: str = "--output") -> None:
+def check_place(path: Path, setting: str = "output") -> None:
     """Refuse a place where no folder of weights, or file of them, can take its name at the end.
 
     Raises:
         UsageError: the name of another kind of file.
         OutputError: no such name can be, it is in use, or nothing can be written there.
     """
-    output_name(path, flag)  # a name that the user did not give may be too long as well
-    check_form(path, flag)
-    target, another = path.resolve(), f"Give another path with {flag}."
+    output_name(path, setting)  # a name that the user did not give may be too long as well
+    check_form(path, setting)
+    target, another = path.resolve(), f"Give another path with `{setting}`."
     here = Path.cwd()
     if target in (here, *here.parents):
         what = "is the current folder" if target == here else "holds the current folder"
-        raise OutputError(f"{flag} {path} {what}, which cannot be replaced.", another)
+        raise OutputError(f"`{setting}` {path} {what}, which cannot be replaced.", another)
     if os.path.ismount(target):
         raise OutputError(
-            f"{flag} {path} is a mount point, which cannot be replaced.",
-            f"Name a folder in it with {flag}.",
+            f"`{setting}` {path} is a mount point, which cannot be replaced.",
+            f"Name a folder in it with `{setting}`.",
         )
     home = next(folder for folder in target.parents if folder.exists())
     if not (home.is_dir() and os.access(home, os.W_OK)):
         raise OutputError(f"Cannot write into {home}.", another)
 
 
-def check_form(path: Path, flag: str = "--output") -> None:
+def check_form(path: Path, setting: str = "output") -> None:
     """Refuse the name of a file for a folder of weights.
 
     Raises:
-        UsageError: a name that ends like a file's, and is not ``.pt`` as an ``--output`` may be.
+        UsageError: a name that ends like a file's, and is not ``.pt`` as an ``output`` may be.
     """
-    single = path.suffix == ".pt" and flag == "--output"
+    single = path.suffix == ".pt" and setting == "output"
     if not single and path.suffix.lower() in _FILES and not path.is_dir():
-        form = ", or one file that ends in .pt" if flag == "--output" else ""
+        form = ", or one file that ends in .pt" if setting == "output" else ""
         raise UsageError(
-            f"{flag} {path} ends in {path.suffix}, but is to be a folder.",
+            f"`{setting}` {path} ends in {path.suffix}, but must be a folder.",
             f"Give a folder{form}.",
         )
 
@@ -119,7 +123,7 @@ def _existing(name: str) -> Path | None:
         return None
 
 
-def refuse_inputs(output: Path, inputs: Iterable[Path], flag: str = "--output") -> None:
+def refuse_inputs(output: Path, inputs: Iterable[Path], setting: str = "output") -> None:
     """Refuse an output that is an input, lies in one, or holds one; links are followed.
 
     Raises:
@@ -140,10 +144,10 @@ def refuse_inputs(output: Path, inputs: Iterable[Path], flag: str = "--output") 
             beside.fullmatch(each.name) and _same(each.parent, target.parent)
             for each in (read, *read.parents)
         ):
-            where = "is built where it would replace"
+            where = "has temporary files that would replace"
         if where:
             raise OutputError(
-                f"{flag} {output} {where} the input {path}.", "Give a path outside of the input."
+                f"`{setting}` {output} {where} the input {path}.", "Give a path outside the input."
             )
 
 

@@ -17,7 +17,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.modeling.checkpoints.folder_record import read_record, recorded
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
+from hisvd_cli.pipelines.config.settings import SECTIONS
 from hisvd_cli.pipelines.output_names import check_place, inputs_of, refuse_inputs
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.utils.errors import OutputError, SourceError, UsageError
@@ -69,15 +69,15 @@ def _check_file(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not path.is_file():
-        raise OutputError(f"{path} is not a regular file.", "Name another --output.")
+        raise OutputError(f"{path} is not a regular file.", "Name another `output`.")
     if not overwrite:
-        raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+        raise OutputError(f"{path} exists.", "Pass `overwrite`, or name another `output`.")
     try:
         load_pt(path)
     except SourceError as error:
         raise OutputError(
             f"{path} holds something that hisvd did not write.",
-            "Name another --output, or remove the file yourself.",
+            "Name another `output`, or remove the file yourself.",
         ) from error
 
 
@@ -90,19 +90,19 @@ def _check_folder(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(
-            f"The folder {path} is not empty.", "Pass --overwrite, or name another --output."
+            f"The folder {path} is not empty.", "Pass `overwrite`, or name another `output`."
         )
     if not is_own_folder(stands):
         raise OutputError(
             f"The folder {path} holds something that hisvd did not write.",
-            "Name another --output, or remove the folder yourself.",
+            "Name another `output`, or remove the folder yourself.",
         )
     if other := next(foreign_files(stands), None):
         changed = other.name in recorded(read_record(stands))
         how = "was changed since hisvd wrote it" if changed else "hisvd did not write"
         raise OutputError(
-            f"The folder {path} also holds {other.name}, which {how}.",
-            "Move it elsewhere, or name another --output.",
+            f"The folder {path} also contains {other.name}, which {how}.",
+            "Move it elsewhere, or name another `output`.",
         )
 
 
@@ -115,17 +115,17 @@ def check_plan_output(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+        raise OutputError(f"{path} exists.", "Pass `overwrite`, or name another `output`.")
     try:
         load_plan(path)
     except SourceError as error:
         raise OutputError(
-            f"{path} exists and is not a plan.", "Name another --output, or remove it yourself."
+            f"{path} exists and is not a plan.", "Name another `output`, or remove it yourself."
         ) from error
     file = path.resolve()
     if file.name == PLAN_FILE and is_own_folder(file.parent):
         raise OutputError(
-            f"{path} is the plan of the checkpoint {file.parent}.", "Name another --output."
+            f"{path} is the plan of the checkpoint {file.parent}.", "Name another `output`."
         )
 
 
@@ -163,10 +163,11 @@ def refuse_flags(
     """
     for key in SECTIONS[section].model_fields:
         if key not in but and resolved.is_flag(section, key):
-            flag = flag_of(section, key)
-            if getattr(getattr(resolved.settings, section), key) is False:
-                flag = flag.replace("--", "--no-", 1)
-            raise UsageError(f"{flag} cannot change {decided}.", f"Leave out {flag}, or {instead}.")
+            opposite = "no " if resolved.value(section, key) is False else ""
+            setting = f"`{opposite}{section}.{key}`"
+            raise UsageError(
+                f"{setting} cannot change {decided}.", f"Leave out {setting}, or {instead}."
+            )
 
 
 def peak_memory() -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # What a run that was killed, or an editor, may have left there.
 _LEFTOVERS = [TEMPORARY, "*.part", "*.lock", ".*.partial*", "__pycache__"]
 _SHOWN = 5
-_LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that may write."
+_LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that has write access."
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,16 @@ def check_request(
         OutputError: no token, a wrong one, or no network.
     """
     if (to is None) != (output is None):
-        given, lacking = ("--output", "--to") if to is None else ("--to", "--output")
+        given, lacking = ("`output`", "`to`") if to is None else ("`to`", "`output`")
         raise UsageError(f"{given} without {lacking}.", f"Add {lacking}, or leave out {given}.")
     if hub is None:
         if to is None:
-            raise UsageError(
-                "Nothing says what to convert to.",
-                "Add --to FORM --output PATH, or --push-to-hub REPO.",
-            )
+            raise UsageError("No target is given.", "Add `to` and `output`, or `push-to-hub`.")
         return
     if to == "pt":
         raise UsageError(
-            "--push-to-hub takes folders, and --to pt writes a file.", "Use --to hf or --to dense."
+            "`push-to-hub` uploads folders, but `to` pt writes a file.",
+            "Use `to` hf or `to` dense.",
         )
     if to is None:
         _check_publishable(checkpoint)
@@ -77,11 +75,11 @@ def _check_publishable(folder: Path) -> None:
     if not folder.is_dir():
         raise SourceError(
             f"'{folder}' is not a folder, and only folders can be uploaded.",
-            "Give a checkpoint folder, or write one with --to hf --output FOLDER.",
+            "Give a checkpoint folder, or write one with `to` hf and `output`.",
         )
     if not is_checkpoint(folder) and not (folder / PROVENANCE).is_file():
         raise SourceError(
-            f"{folder} is not a checkpoint of hisvd.", "Give a folder that 'hisvd compress' wrote."
+            f"{folder} is not an hisvd checkpoint.", "Give a folder that 'hisvd compress' wrote."
         )
     open_weights(folder)
 
@@ -102,10 +100,10 @@ def _check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(
-            f"--push-to-hub {repo}: no name of a repository.", "Write OWNER/NAME or NAME."
+            f"`push-to-hub` {repo} is not a valid repository name.", "Write OWNER/NAME or NAME."
         ) from error
     if not get_token():
-        raise OutputError("There is no token for the hub.", _LOGIN)
+        raise OutputError("There is no token for the Hub.", _LOGIN)
     with _hub_errors(repo):
         HfApi().whoami()
 
@@ -166,7 +164,7 @@ def _tell_left(folder: Path, files: Collection[str], reporter: Reporter) -> None
     left = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _LEFTOVERS))
     if left:
         shown = ", ".join(left[:_SHOWN]) + f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN)
-        reporter.warn(f"Not uploaded, as it is not part of a model: {shown}.")
+        reporter.warn(f"Not uploaded, because not part of a model: {shown}.")
 
 
 @contextmanager
@@ -180,13 +178,13 @@ def _hub_errors(repo: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise OutputError(
-            "HF_HUB_OFFLINE is set, so nothing is uploaded.", "Unset it, and try again."
+            "HF_HUB_OFFLINE is set, so nothing is uploaded.", "Unset it and try again."
         ) from error
     except HfHubHTTPError as error:
         raise _refusal(error, repo) from error
     except (WireError, OSError) as error:
         raise OutputError(
-            f"The hub cannot be reached: {reason(error)}", "Check the network, and try again."
+            f"The Hub cannot be reached: {reason(error)}", "Check the network and try again."
         ) from error
 
 
@@ -194,12 +192,12 @@ def _refusal(error: OSError, repo: str) -> OutputError:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status == 401:
-        return OutputError("The hub does not know the token that it was given.", _LOGIN)
+        return OutputError("The Hub rejected the token.", _LOGIN)
     if status == 403:
         return OutputError(
-            f"The hub does not let this token write to {repo}.",
-            "Check the owner's name, and give a token that may write there.",
+            f"The Hub does not allow this token to write to {repo}.",
+            "Check the owner's name, and use a token with write access to it.",
         )
     return OutputError(
-        f"The hub refused {repo} ({status}): {reason(error)}", "Check the name, and try again."
+        f"The Hub rejected {repo} ({status}): {reason(error)}", "Check the name and try again."
     )

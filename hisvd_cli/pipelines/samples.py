@@ -93,9 +93,9 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
     dataset = default_dataset(source) if wanted.dataset == "auto" else wanted.dataset
     if wanted.drop and dataset == SELF:
         raise UsageError(
-            f"--drop {wanted.drop!r} leaves a word out of a text that is read, but with --dataset "
-            f"{SELF} the model writes it.",
-            "Leave one of them out.",
+            f"`calibration.drop` {wanted.drop!r} removes a string from a text that is read, but "
+            f"with `calibration.dataset` {SELF} the model generates the text.",
+            "Leave out one of them.",
         )
     samples = wanted.samples or default_samples(dataset)
     seqlen = window_length(wanted.seqlen, source)
@@ -191,8 +191,9 @@ def calibration_sample(
     sample = _drawn_again(request_of(resolved, found), data, source, reporter)
     if sample.key != data["tokens_sha256"]:
         raise StaleArtifactError(
-            f"The text '{data['dataset']}' is not what {found.folder} was calibrated on.",
-            "Bring the text back, or calibrate anew into another folder.",
+            f"The text '{data['dataset']}' differs from the one that {found.folder} was calibrated "
+            "on.",
+            "Restore the text, or calibrate again into another folder.",
         )
     return sample
 

@@ -45,7 +45,7 @@ def check_request(
     if plan_file is None:
         check_quantization(resolved, planned=bytes_ratio(resolved) is not None)
         if len(resolved.settings.plan.allocator) > 1:
-            raise UsageError("compress takes one --allocator.", "Run it once per allocator.")
+            raise UsageError("compress takes one `plan.allocator`.", "Run it once per allocator.")
         check_knobs(resolved, source)
         check_planning_memory(resolved, source)
     else:
@@ -70,8 +70,8 @@ def _check_given_plan(resolved: Resolved, source: Source, plan_file: Path) -> No
     refuse_flags(resolved, "plan", *given)
     if resolved.variants:
         raise UsageError(
-            "Several presets are set, but --plan names one plan.",
-            "Leave out --plan, or set one preset.",
+            "Several presets are set, but `plan` names one plan.",
+            "Leave out `plan`, or set one preset.",
         )
     by_bytes = open_plan(plan_file, source).bytes is not None
     if by_bytes:

@@ -33,7 +33,7 @@ from hisvd_cli.utils.errors import OutputError, UsageError
 from hisvd_cli.utils.files.fingerprints import expanded, ratio_name, slug
 from hisvd_cli.utils.progress import Reporter
 
-_MEMORY_HINT = "Give --max-memory, or a preset that runs no model; the same command goes on."
+_MEMORY_HINT = "Give `model.max_memory` or a preset that runs no model; the same command resumes."
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def grid_cells(resolved: Resolved, output: Path | None) -> list[Cell]:
     """
     if output is not None and output.suffix == ".pt":
         raise UsageError(
-            f"--output {output} takes one checkpoint, but several were asked for.",
+            f"`output` {output} is a single file, but several checkpoints were requested.",
             "Name a folder for all of them.",
         )
     if output is not None:
@@ -204,7 +204,7 @@ def _left(
     for cell in cells:
         if not overwrite and is_checkpoint(cell.output):
             _check_same(cell, source, calibration)
-            reporter.note(f"{cell.output} is there already.")
+            reporter.note(f"{cell.output} exists already.")
             continue
         check_request(cell.resolved, source, cell.output, None, overwrite)
         left.append(cell)
@@ -235,8 +235,8 @@ def _check_same(cell: Cell, source: Source, calibration: Calibration | None) -> 
     differs += _changed_texts(cell, source, record)
     if differs:
         raise OutputError(
-            f"{cell.output} was made from other settings: {', '.join(differs)}.",
-            "Pass --overwrite, or name another --output.",
+            f"{cell.output} was made with other settings: {', '.join(differs)}.",
+            "Pass `overwrite`, or name another `output`.",
         )
 
 
@@ -251,5 +251,5 @@ def _changed_texts(cell: Cell, source: Source, record: Mapping[str, Any]) -> lis
     if expanded(dataset).is_file() and not is_text_of(dataset, part(data, "data")):
         changed.append(f"the text of {dataset}")
     if wants_recovery(cell.resolved) and not reads_the_same(cell.resolved, source, record):
-        changed.append("the text of the recovery")
+        changed.append("the training text")
     return changed

@@ -19,7 +19,6 @@ from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from hisvd_cli.modeling.layers.quantized import dequantize
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import flag_of
 from hisvd_cli.pipelines.samples import (
     calibration_sample,
     draw_sample,
@@ -67,9 +66,9 @@ def check_quantization(resolved: Resolved, planned: bool = False) -> None:
     if planned:
         if quantizes(resolved):
             raise UsageError(
-                f"{flag_of('quantize', 'bits')} {knobs.bits} meets a plan by bytes, which chooses "
-                "the bits of every sublayer.",
-                f"Leave out {flag_of('quantize', 'bits')}, or --bytes-ratio.",
+                f"`quantize.bits` {knobs.bits} conflicts with a plan by bytes, which chooses the "
+                "bits of every layer.",
+                "Leave out `quantize.bits`, or `plan.bytes_ratio`.",
             )
         _check_device(resolved, "int4")
         return
@@ -77,8 +76,8 @@ def check_quantization(resolved: Resolved, planned: bool = False) -> None:
         for key in ("method", "dense", "group_size", "damping"):
             if resolved.is_flag("quantize", key):
                 raise UsageError(
-                    f"{flag_of('quantize', key)} says how to quantize, but nothing is quantized.",
-                    f"Add {flag_of('quantize', 'bits')} int8 or int4.",
+                    f"`quantize.{key}` sets how to quantize, but nothing is quantized.",
+                    "Add `quantize.bits` int8 or int4.",
                 )
         return
     _check_device(resolved, knobs.bits)
@@ -93,7 +92,7 @@ def _check_device(resolved: Resolved, bits: str) -> None:
         dequantize(codes, scales, 2, 2, torch.float32)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UsageError(
-            f"The device {device} cannot run {bits}.", "Use another --device, or int8."
+            f"The device {device} cannot run {bits}.", "Use another `model.device`, or int8."
         ) from error
 
 
@@ -135,8 +134,8 @@ def quantize_checkpoint(
         text = Text(sample, device, dtype, settings.calibration.batch)
     elif knobs.bits == "int4" or checkpoint.storage == "pivoted":
         reporter.suggest(
-            "Rounding to the nearest costs much with int4, and with pivoted pairs: "
-            "--quantize-method gptq loses several times less."
+            "Rounding to nearest loses much accuracy with int4 and with pivoted pairs; "
+            "`quantize.method` gptq loses several times less."
         )
     bits = bits or _bits(resolved, checkpoint)
     recipe = Recipe(bits, knobs.group_size, knobs.method, knobs.damping)

@@ -22,7 +22,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.compressing.stage import Stage
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import CompressSettings, flag_of
+from hisvd_cli.pipelines.config.settings import CompressSettings
 from hisvd_cli.pipelines.memory.bounds import fitted, place_states, workload
 from hisvd_cli.pipelines.samples import calibrated_dtype
 from hisvd_cli.utils.distributed import world
@@ -47,10 +47,9 @@ def check_stages(resolved: Resolved, source: Source) -> None:
         return
     for key in CompressSettings.model_fields:
         if key.startswith("correction") and resolved.is_flag("compress", key):
-            flag = flag_of("compress", key)
             raise UsageError(
-                f"{flag} corrects between stages, but there is one stage.",
-                f"Give --stages 2, or leave out {flag}.",
+                f"`compress.{key}` applies between stages, but there is only one stage.",
+                f"Give `compress.stages` 2, or leave out `compress.{key}`.",
             )
 
 

@@ -32,8 +32,9 @@ def prepare_update(
     samples, seqlen = sample.tokens.shape
     if knobs.update_damping is None and samples < 2:
         raise UsageError(
-            "--update chooses its damping on windows that are held back, and there is one window.",
-            "Give --update-damping, or calibrate with more --samples.",
+            "`compress.update` chooses its damping on held-out windows, but there is only one "
+            "window.",
+            "Give `compress.update_damping`, or calibrate with more `calibration.samples`.",
         )
     work = place_update(resolved, source, reporter, (samples, seqlen))
     return Update(

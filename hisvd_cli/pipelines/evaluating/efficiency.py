@@ -107,10 +107,10 @@ def workload(settings: Settings, sources: Sequence[Source]) -> TimedWork:
         if limit is None or prompt + new <= limit:
             continue
         if asked is not None or new >= limit:
-            shown = f"--prompt-tokens {asked} and " if asked is not None else ""
+            shown = f"`eval.prompt_tokens` {asked} and " if asked is not None else ""
             raise UsageError(
-                f"{shown}--new-tokens {new} are more than the {limit} positions of {source.name}.",
-                f"Keep both together at {limit} or less.",
+                f"{shown}`eval.new_tokens` {new} exceed the {limit} positions of {source.name}.",
+                f"Keep prompt and new tokens together at {limit} or less.",
             )
         prompt = limit - new
     return TimedWork(1, prompt, new, settings.eval.turns)

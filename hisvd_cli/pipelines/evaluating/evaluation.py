@@ -30,7 +30,7 @@ from hisvd_cli.utils.files.fingerprints import expanded
 from hisvd_cli.utils.files.scratch import scratch_folder
 from hisvd_cli.utils.progress import Reporter
 
-_MEMORY_HINT = "Pass --stream on, or lower --batch."
+_MEMORY_HINT = "Give `eval.stream` on, or lower `eval.batch`."
 
 
 def evaluate_models(
@@ -191,8 +191,8 @@ def check_texts(texts: Sequence[Text], calibration: dict[str, Any], model: str) 
     for text in texts:
         if part(calibration, "data").get("text_sha256") == text.digest:
             raise DataError(
-                f"{model} is calibrated on '{text.name}' itself: its perplexity there says "
-                "nothing.",
+                f"{model} was calibrated on '{text.name}' itself, so its perplexity there is "
+                "meaningless.",
                 "Evaluate on another text or split.",
             )
 

@@ -132,7 +132,9 @@ class Bench:
             free = free_memory(device)
             streamed = free is not None and _weight_bytes(source, dtype) > _SHARE * free
             if streamed:
-                self._reporter.note(f"{source.name} does not fit: one block at a time.")
+                self._reporter.note(
+                    f"{source.name} does not fit in memory: running one block at a time."
+                )
         return Placement(device, dtype, self._settings.eval.batch, streamed)
 
     def _comparable(self, wanted: Measurement, dense: Measurement) -> bool:
@@ -140,8 +142,8 @@ class Bench:
         if wanted.windows.key == dense.windows.key and _vocabulary(wanted) == _vocabulary(dense):
             return True
         self._reporter.warn(
-            f"{wanted.source.name} has another tokenizer than its baseline {dense.source.name}: no "
-            "KL, no agreement, and perplexities do not compare; bits per byte do."
+            f"{wanted.source.name} and its baseline {dense.source.name} have different tokenizers: "
+            "no KL and no agreement; compare bits per byte, not perplexities."
         )
         return False
 
@@ -212,7 +214,7 @@ class Bench:
 
 
 def _lost(measurement: Measurement) -> Sums:
-    raise RuntimeError(f"{measurement.store.path(measurement.key)} was removed meanwhile.")
+    raise RuntimeError(f"{measurement.store.path(measurement.key)} was removed during the run.")
 
 
 def _vocabulary(measurement: Measurement) -> int:

@@ -45,8 +45,8 @@ def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
     for name in bounds.devices:
         if name != device:
             raise UsageError(
-                f"--max-memory {model.max_memory} bounds {name}, but blocks run on {device}.",
-                f"Leave out {name}=, or use --device {name}.",
+                f"`model.max_memory` {model.max_memory} limits {name}, but blocks run on {device}.",
+                f"Leave out {name}=, or use `model.device` {name}.",
             )
     return bounds
 
@@ -155,8 +155,8 @@ def check_update(resolved: Resolved, source: Source) -> None:
     if resolved.settings.compress.update != "none":
         if world().size > 1:
             raise UsageError(
-                "--update is made by one process, and torchrun started several.",
-                "Run hisvd without torchrun, or leave out --update.",
+                "`compress.update` runs in one process, but torchrun started several.",
+                "Run hisvd without torchrun, or leave out `compress.update`.",
             )
         fitted_update(resolved, workload(resolved, source, dissect(source)))
 
@@ -166,11 +166,11 @@ def _tell(work: Workload, found: Workload, states: int, reporter: Reporter) -> N
     if found.place != work.place:
         where = "in a file" if found.place == "file" else "in host memory"
         size = f"{states / 1e6:,.0f} MB"
-        reporter.note(f"--max-memory: hidden states ({size}) are kept {where}.")
+        reporter.note(f"`model.max_memory`: hidden states ({size}) are kept {where}.")
     if found.batch < min(work.batch, work.samples):
         reporter.warn(
-            f"--max-memory: only {found.batch} windows pass a block at a time, not {work.batch}; "
-            "results may differ in their last digits."
+            f"`model.max_memory`: {found.batch} windows pass through a block at a time instead of "
+            f"{work.batch}; results may differ in their last digits."
         )
 
 
@@ -187,8 +187,9 @@ def check_factoring(resolved: Resolved, source: Source) -> None:
     peak = factoring_of(resolved, source, dissect(source))
     if found := excess(peak, bounds, pick_device(resolved.settings.model.device).type):
         raise MemoryLimitError(
-            f"Factoring the largest sublayer takes {found}.",
-            "Raise --max-memory; --samples, --seqlen and --batch make no difference to it.",
+            f"Factoring the largest layer takes {found}.",
+            "Raise `model.max_memory`; `calibration.samples`, `calibration.seqlen` and "
+            "`calibration.batch` make no difference.",
         )
 
 
@@ -212,7 +213,7 @@ def check_rounding(resolved: Resolved, source: Source) -> None:
     work = workload(resolved, source, dissect(source))
     if found := excess(quantization_peak(work), bounds, work.device.type):
         raise MemoryLimitError(
-            f"--quantize-method gptq takes {found}.",
-            "Raise --max-memory, lower --samples, --seqlen or --batch, or use --quantize-method "
-            "nearest.",
+            f"`quantize.method` gptq takes {found}.",
+            "Raise `model.max_memory`, lower `calibration.samples`, `calibration.seqlen` or "
+            "`calibration.batch`, or use `quantize.method` nearest.",
         )

@@ -36,8 +36,9 @@ def fit(
     found = excess(peak(least), bounds, least.device.type)
     raise MemoryLimitError(
         f"{what} with windows of {work.seqlen} tokens takes {found}.",
-        "Raise --max-memory, or lower --seqlen; windows would pass a block one by one, their "
-        "hidden states in a file, so that --batch and --samples make no difference.",
+        "Raise `model.max_memory`, or lower `calibration.seqlen`. `calibration.batch` and "
+        "`calibration.samples` make no difference: this is for one window at a time, with hidden "
+        "states in a file.",
     )
 
 
@@ -67,7 +68,9 @@ def excess(peak: Peak, bounds: MemoryBounds, device: str) -> str:
         (device, peak.device, bounds.devices.get(device)),
     ):
         if bound is not None and taken > bound:
-            return f"{_size(taken)} of {name} memory, above --max-memory {name}={_size(bound)}"
+            return (
+                f"{_size(taken)} of {name} memory, above `model.max_memory` {name}={_size(bound)}"
+            )
     return ""
 
 

@@ -64,13 +64,14 @@ def _sublayers(source: Source, width: int) -> list[Sublayer]:
         return [Sublayer("", 0, "", (4 * width, width))]
 
 
-def check_fits(resolved: Resolved, peak: Peak, reason: str) -> None:
+def check_fits(resolved: Resolved, peak: Peak, reason: str, instead: str = "") -> None:
     """Find out whether work fits into the bound.
 
     Args:
         resolved: the settings.
         peak: what it takes.
-        reason: the setting that asks for it.
+        reason: the setting that causes it, or what the work is.
+        instead: what to do other than raising the limit; by default, to leave out ``reason``.
 
     Raises:
         UsageError: a bound of a device that is not used.
@@ -81,8 +82,8 @@ def check_fits(resolved: Resolved, peak: Peak, reason: str) -> None:
         return
     if found := excess(peak, bounds, pick_device(resolved.settings.model.device).type):
         raise MemoryLimitError(
-            f"{reason} loads the whole model, and takes {found}.",
-            f"Raise --max-memory, or do without {reason}.",
+            f"{reason} loads the whole model and takes {found}.",
+            f"Raise `model.max_memory`, or {instead or f'leave out {reason}'}.",
         )
 
 
@@ -95,7 +96,7 @@ def check_measuring(resolved: Resolved, source: Source, allocator: str) -> None:
     samples = min(resolved.settings.plan.probe_samples, request.samples)
     taken = learning_peak if allocator == "learned" else probing_peak
     peak = taken(model, samples, request.seqlen, exact_device(model.device))
-    check_fits(resolved, peak, f"--allocator {allocator}")
+    check_fits(resolved, peak, f"`plan.allocator` {allocator}")
 
 
 def check_writing(resolved: Resolved, source: Source, seqlen: int, reason: str) -> None:
@@ -136,7 +137,7 @@ def check_training(
         adapters = knobs.lora_rank * sum(sum(s.shape) for s in student.sublayers)
     work = Training(factors, adapters, shape[0] * shape[1], shape[1], knobs.checkpointing)
     teacher = whole_model(resolved, models[1], dtype) if models[1] else None
-    check_fits(resolved, training_peak(student, teacher, work), f"--recover {knobs.method}")
+    check_fits(resolved, training_peak(student, teacher, work), f"`recover.method` {knobs.method}")
 
 
 def streamed_states(
@@ -162,13 +163,15 @@ def streamed_states(
     whole = evaluation_peak(model, knobs.batch, seqlen, head)
     device = model.device.type
     if knobs.stream == "off" or (knobs.stream == "auto" and not excess(whole, bounds, device)):
-        check_fits(resolved, whole, f"Evaluating {Path(source.name).name}")
+        check_fits(
+            resolved, whole, f"Evaluating {Path(source.name).name}", "give `eval.stream` auto"
+        )
         return None
     least = streaming_peak(model, knobs.batch, seqlen, head)
     if found := excess(least, bounds, device):
         raise MemoryLimitError(
             f"Evaluating {Path(source.name).name} a block at a time takes {found}.",
-            "Raise --max-memory, or lower --batch or --seqlen.",
+            "Raise `model.max_memory`, or lower `eval.batch` or `eval.seqlen`.",
         )
     free = _STATES_BYTES if bounds.host is None else bounds.host - least.host
     return min(_STATES_BYTES, free)

@@ -39,9 +39,9 @@ def bytes_ratio(resolved: Resolved) -> float | None:
         flags = resolved.is_flag("plan", "ratio"), resolved.is_flag("plan", "bytes_ratio")
         if flags[0] == flags[1]:
             raise UsageError(
-                f"--ratio {knobs.ratio[0]:g} counts parameters and --bytes-ratio "
-                f"{knobs.bytes_ratio:g} bytes: a plan keeps to one of them.",
-                "Leave one of them out.",
+                f"`plan.ratio` {knobs.ratio[0]:g} limits parameters and `plan.bytes_ratio` "
+                f"{knobs.bytes_ratio:g} limits bytes; a plan has one limit.",
+                "Leave out one of them.",
             )
         if flags[0]:
             return None
@@ -53,20 +53,21 @@ def _check_methods(resolved: Resolved) -> None:
     knobs = resolved.settings.plan
     if resolved.variants:
         raise UsageError(
-            f"--bytes-ratio makes one plan, but presets are several: {', '.join(knobs.preset)}.",
-            "Give one --preset, or none.",
+            "`plan.bytes_ratio` makes one plan, but several presets are given: "
+            f"{', '.join(knobs.preset)}.",
+            "Give one `plan.preset`, or none.",
         )
     if ("plan", "allocator") in resolved.origins and knobs.allocator != [ALLOCATOR]:
         raise UsageError(
-            f"--allocator {knobs.allocator[0]} knows what ranks lose, not bits: it cannot share "
-            "bytes.",
-            f"Leave it out, or use --allocator {ALLOCATOR} (that of --preset best).",
+            f"`plan.allocator` {knobs.allocator[0]} chooses ranks only, so it cannot share a "
+            "budget of bytes.",
+            f"Leave it out, or use `plan.allocator` {ALLOCATOR} (as `plan.preset` best does).",
         )
     if resolved.is_flag("plan", "storage") and knobs.storage != "pair":
         raise UsageError(
-            f"--storage {knobs.storage} cannot be rounded to few bits: rows that are made of "
-            "others multiply the noise.",
-            "Leave it out: --bytes-ratio stores plain pairs.",
+            f"`plan.storage` {knobs.storage} cannot be quantized to few bits: rows computed from "
+            "other rows amplify the rounding error.",
+            "Leave it out: `plan.bytes_ratio` stores plain pairs.",
         )
 
 
@@ -140,8 +141,8 @@ class ByteScope:
             share = (least + self.rest) / (self.full + self.rest)
             raise BudgetError(
                 f"Bytes ratio {self.ratio:g} cannot be met: the smallest ranks at 4 bits"
-                f"{' and what stays as it is' if self.rest else ''} take {share:.3f}.",
-                "Raise --bytes-ratio, or lower --min-rank-ratio or --multiple-of.",
+                f"{' and the uncompressed weights' if self.rest else ''} take {share:.3f}.",
+                "Raise `plan.bytes_ratio`, or lower `plan.min_rank_ratio` or `plan.multiple_of`.",
             )
 
     def candidates(

@@ -29,8 +29,8 @@ def check_knobs(resolved: Resolved, source: Source) -> None:
     knobs = resolved.settings.plan
     if resolved.variants:
         raise UsageError(
-            f"Several presets are set: {', '.join(knobs.preset)}; only compress makes several.",
-            "Give one --preset, or several --allocator.",
+            f"Several presets are set: {', '.join(knobs.preset)}. Only compress takes several.",
+            "Give one `plan.preset`, or several `plan.allocator`.",
         )
     for name in knobs.allocator:
         ALLOCATORS.get(name)

@@ -32,15 +32,17 @@ def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[st
         UsageError: several plans for one file, or a name that is no ``.json``.
         OutputError: something else than a plan stands there.
     """
-    for given, flag in ((ratios, "ratio"), (allocators, "allocator")):
+    for given, key in ((ratios, "ratio"), (allocators, "allocator")):
         if len(given) > 1:
             raise UsageError(
-                f"--output takes one plan, but {len(given)} {flag}s were given.",
-                f"Give one --{flag}, or use --json.",
+                f"`output` takes one plan, but {len(given)} {key}s were given.",
+                f"Give one `plan.{key}`, or leave out `output`.",
             )
-    check_text_place(path, "--output")
+    check_text_place(path, "`output`")
     if takes_text(path):
         return
     if path.suffix != ".json":
-        raise UsageError(f"--output {path} does not end in .json.", "Name it plan.json, say.")
+        raise UsageError(
+            f"`output` {path} does not end in .json.", "Name it plan.json, for example."
+        )
     check_plan_output(path, overwrite=True)

@@ -108,9 +108,9 @@ def budget_of(
     if parameters <= 0:
         rest = (size.total - size.sublayers) / size.total
         raise BudgetError(
-            f"Ratio {ratio:g} of the whole model cannot be met: {rest:.1%} of it are embeddings "
-            "and other parameters that stay.",
-            f"Use a ratio above {rest:.2f}, or --ratio-of sublayers.",
+            f"Ratio {ratio:g} of the whole model cannot be met: {rest:.1%} of its parameters are "
+            "embeddings and others that are not compressed.",
+            f"Use a ratio above {rest:.2f}, or `plan.ratio_of` sublayers.",
         )
     step, share = knobs.multiple_of, parameters / size.sublayers
     floors = []

@@ -44,7 +44,8 @@ def plan_model(resolved: Resolved, reporter: Reporter) -> list[Plan]:
     calibration = world().agreed(lambda: find(resolved, source, reporter))
     if calibration is None:
         reporter.warn(
-            f"{source.name} is not calibrated with these settings: planned from its weights alone."
+            f"{source.name} has no calibration with these settings: planning from its weights "
+            "alone."
         )
     return make_plans(resolved, source, calibration, reporter)
 
@@ -65,7 +66,7 @@ def make_plans(
     """
     check_statistics(resolved.settings, calibration)
     if calibration and "gradients" in calibration.holds and resolved.uses_defaults("plan"):
-        reporter.suggest("This calibration holds gradients; --preset best makes use of them.")
+        reporter.suggest("This calibration contains gradients; `plan.preset` best uses them.")
     anatomy = dissect(source)
     knobs = resolved.settings.plan
     share = bytes_ratio(resolved)

@@ -48,7 +48,7 @@ def open_probe(
         return None
     if calibration is None:
         raise SourceError(
-            f"'{names[0]}' measures a calibrated model, and this one is not calibrated.",
+            f"The allocator '{names[0]}' needs a calibration, and there is none.",
             "Run: hisvd calibrate",
         )
     sample = calibration_sample(resolved, source, calibration, reporter)

@@ -63,16 +63,16 @@ def forecast_recovery(
 
 def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overwrite: bool) -> Path:
     """Return where a recovered checkpoint goes. Raises UsageError, OutputError."""
-    given = "the checkpoint that --from names"
-    refuse_flags(resolved, "plan", given, "compress the model anew")
-    refuse_flags(resolved, "compress", given, "compress the model anew", but=("max_shard_size",))
-    refuse_flags(resolved, "quantize", given, "round what comes out with: hisvd convert")
+    given = "the checkpoint that `from` names"
+    refuse_flags(resolved, "plan", given, "compress the model again")
+    refuse_flags(resolved, "compress", given, "compress the model again", but=("max_shard_size",))
+    refuse_flags(resolved, "quantize", given, "quantize the result with: hisvd convert")
     named = folder if folder.name not in ("", "..") else folder.resolve()
     path = output or named.with_name(f"{named.name}-{resolved.settings.recover.method}")
     if path.suffix == ".pt":
         raise UsageError(
-            f"--from writes a folder, not the file {path}.",
-            "Name a folder, and make one file of it with: hisvd convert.",
+            f"`from` writes a folder, not the file {path}.",
+            "Name a folder, then make a single file of it with: hisvd convert",
         )
     check_output(path, overwrite, _inputs(resolved, folder))
     return path

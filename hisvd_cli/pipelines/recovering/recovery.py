@@ -72,7 +72,9 @@ def prepare_recovery(
     """
     knobs = resolved.settings.recover
     if knobs.method == "none":
-        raise UsageError("Nothing is to be done to the checkpoint.", "Give --recover distill.")
+        raise UsageError(
+            "Nothing is to be done with the checkpoint.", "Give `recover.method` distill."
+        )
     check_knobs(resolved)
     checkpoint = open_checkpoint(folder)
     check_trains(checkpoint.ranks, resolved)
@@ -81,7 +83,7 @@ def prepare_recovery(
     teacher = dense or _teacher(resolved, checkpoint)
     if teacher is not None:
         check_teacher(student, teacher)
-    check_seqlen(knobs.seqlen, student, "--recover-seqlen")
+    check_seqlen(knobs.seqlen, student, "`recover.seqlen`")
     stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
     dtype = training_dtype(resolved, stored)
     check_training(
@@ -100,7 +102,7 @@ def _factors(checkpoint: Checkpoint) -> int:
 
 
 def _teacher(resolved: Resolved, checkpoint: Checkpoint) -> Source | None:
-    """Open the dense model: as --model names it, else as the provenance does."""
+    """Open the dense model: as the settings name it, else as the provenance does."""
     knobs, model = resolved.settings.recover, resolved.settings.model
     if knobs.method == "lora" and text_of(resolved, checkpoint) != SELF:
         return None
@@ -109,7 +111,7 @@ def _teacher(resolved: Resolved, checkpoint: Checkpoint) -> Source | None:
     if not name:
         raise SourceError(
             f"{checkpoint.folder} does not say which model it was made from.",
-            "Name the dense model with --model.",
+            "Name the dense model with `model.name`.",
         )
     if model.name and not model.revision and model.name != made.get("name"):
         revision = None

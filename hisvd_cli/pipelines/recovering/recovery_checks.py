@@ -33,7 +33,7 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
         DataError: the text is missing, too short, or lacks a field.
     """
     check_knobs(resolved)
-    check_seqlen(resolved.settings.recover.seqlen, dense, "--recover-seqlen")
+    check_seqlen(resolved.settings.recover.seqlen, dense, "`recover.seqlen`")
     calibrated = resolved.settings.calibration
     # Where neither names a text, it is that of a calibration which may not be there yet.
     dataset = named_text(resolved) or SELF
@@ -43,24 +43,27 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
     dtype = training_dtype(resolved, stored_dtype(dense))
     check_training(resolved, (dense, teacher), dtype, tokens_together(resolved))
     if dataset == SELF:
-        check_writing(resolved, dense, resolved.settings.recover.seqlen, f"--dataset {SELF}")
+        section = "calibration" if resolved.settings.recover.dataset == "auto" else "recover"
+        reason = f"`{section}.dataset` {SELF}"
+        check_writing(resolved, dense, resolved.settings.recover.seqlen, reason)
 
 
 def check_trains(ranks: Mapping[str, int], resolved: Resolved) -> None:
     """Raise UsageError where no layer is low-rank, so that there is nothing to train."""
     if not ranks:
         raise UsageError(
-            f"--recover {resolved.settings.recover.method} trains low-rank layers, and at this "
-            "ratio every layer stays as it is.",
-            "Lower --ratio, or leave out --recover.",
+            f"`recover.method` {resolved.settings.recover.method} trains low-rank layers, but at "
+            "this ratio every layer stays dense.",
+            "Lower `plan.ratio`, or leave out `recover.method`.",
         )
 
 
 def check_knobs(resolved: Resolved) -> None:
     if world().size > 1:
         raise UsageError(
-            "--recover runs in one process.",
-            "Compress with several, and recover then: compress --from CHECKPOINT --recover.",
+            "`recover.method` runs in one process only.",
+            "Compress with several processes, then run in one: "
+            "hisvd compress --from CHECKPOINT --recover distill",
         )
     if resolved.settings.recover.method == "lora":
         check_peft()

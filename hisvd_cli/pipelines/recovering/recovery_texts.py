@@ -80,9 +80,9 @@ def training_windows(
         name = located(data)
     if name is None:
         raise StaleArtifactError(
-            f"The text '{dataset}' that {checkpoint.folder} was calibrated on is not there, or "
-            "reads otherwise now.",
-            "Bring it back, or name a text with --recover-dataset.",
+            f"The text '{dataset}' that {checkpoint.folder} was calibrated on is missing or has "
+            "changed.",
+            "Restore it, or name a text with `recover.dataset`.",
         )
     return limited(
         replace(load_text_of(name, student, resolved, calibrated), dataset=dataset), resolved

@@ -46,7 +46,7 @@ def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors,
             recovery.student, recovery.lessons, course, recovery.room, adapter, home, reporter
         )
     if recovery.teacher is None:
-        raise UsageError("There is no dense model to learn from.", "Name it with --model.")
+        raise UsageError("Distillation needs the dense model.", "Name it with `model.name`.")
     return distill(
         recovery.student,
         recovery.teacher,
