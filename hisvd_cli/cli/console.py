@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from hisvd_cli.pipelines.config.mentions import in_flags
 from hisvd_cli.utils.errors import HisvdError
 from hisvd_cli.utils.escaping import printable
 from hisvd_cli.utils.progress import SafeConsole, StderrReporter
@@ -80,6 +81,10 @@ class Console(StderrReporter):
         if not self.as_json:
             super().suggest(message)
 
+    def worded(self, message: str) -> str:
+        """Return a message with flags in place of the settings that it mentions."""
+        return in_flags(message)
+
     def next_command(self, command: str) -> None:
         """End with what a user would run next."""
         if not (self.quiet or self.as_json):
@@ -95,7 +100,7 @@ class Console(StderrReporter):
         if cause is not None:
             for line in "".join(traceback.format_exception(cause)).rstrip().splitlines():
                 self._tell(Text(line))
-        for line in error.message.splitlines():
+        for line in in_flags(error.message).splitlines():
             self._tell(Text.assemble(("Error: ", "bold red"), line))
         if error.hint:
-            self._tell(Text.assemble(("Hint: ", "cyan"), error.hint))
+            self._tell(Text.assemble(("Hint: ", "cyan"), in_flags(error.hint)))

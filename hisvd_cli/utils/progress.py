@@ -114,19 +114,23 @@ class StderrReporter:
         self.muted = muted
         self._err = SafeConsole(stderr=True)
 
+    def worded(self, message: str) -> str:
+        """Return a message as it is shown; subclasses name the settings in it their own way."""
+        return message
+
     def note(self, message: str) -> None:
         """Tell something worth knowing (--verbose)."""
         if self.verbose:
-            self._tell(Text(message, style="dim"))
+            self._tell(Text(self.worded(message), style="dim"))
 
     def warn(self, message: str) -> None:
         """Tell something that may change a result."""
-        self._tell(Text.assemble(("Warning: ", "yellow"), message))
+        self._tell(Text.assemble(("Warning: ", "yellow"), self.worded(message)))
 
     def suggest(self, message: str) -> None:
         """Tell of something better that the user could do."""
         if not self.quiet:
-            self._tell(Text.assemble(("Note: ", "dim"), message))
+            self._tell(Text.assemble(("Note: ", "dim"), self.worded(message)))
 
     def _tell(self, text: Text) -> None:
         # Lines are left to the terminal to break, so that a command in them can be copied.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hisvd_cli.pipelines.config.commands import Key
+from hisvd_cli.pipelines.config.mentions import ARGUMENTS, replace
 from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
 from hisvd_cli.utils.errors import HisvdError
 from hisvd_cli.utils.progress import StderrReporter
@@ -21,10 +22,7 @@ def _python_name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-_OWN_FLAGS = (
-    *("--output", "--overwrite", "--plan", "--profile", "--to", "--push-to-hub", "--private"),
-    *("--markdown", "--csv", "--report", "--fresh", "--update-card"),
-)
+_OWN_FLAGS = tuple(f"--{name}" for name in ARGUMENTS)
 _PYTHON = {
     flag: _python_name(flag)
     for flag in (*_OWN_FLAGS, *(flag_of(s, k) for s, m in SECTIONS.items() for k in m.model_fields))
@@ -38,7 +36,12 @@ _GIVEN = re.compile(r"(?m)^(--[\w-]+) (?=.* must )")
 
 def in_python(text: str) -> str:
     """Return a message with keywords in the place of flags."""
-    return _FLAG.sub(_named, _GIVEN.sub(r"\1=", text))
+    return _FLAG.sub(_named, _GIVEN.sub(r"\1=", replace(text, _keyword)))
+
+
+def _keyword(flag: str, off: bool) -> str:
+    keyword = _PYTHON.get(flag, _python_name(flag))
+    return f"{keyword}=False" if off else keyword
 
 
 def _named(found: re.Match[str]) -> str:
@@ -62,14 +65,6 @@ def errors_in_python() -> Iterator[None]:
 class PythonReporter(StderrReporter):
     """Reports on stderr, with keywords in the place of flags."""
 
-    def note(self, message: str) -> None:
-        """Report something worth knowing."""
-        super().note(in_python(message))
-
-    def suggest(self, message: str) -> None:
-        """Report something better that the caller could do."""
-        super().suggest(in_python(message))
-
-    def warn(self, message: str) -> None:
-        """Report something that may change a result."""
-        super().warn(in_python(message))
+    def worded(self, message: str) -> str:
+        """Return a message with keywords in place of the settings that it mentions."""
+        return in_python(message)
