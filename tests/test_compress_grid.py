@@ -101,7 +101,7 @@ def test_a_checkpoint_of_other_settings_stands_in_the_way(
     succeed(*command, "--preset", "svd-llm", "--ratio", 0.5, "--multiple-of", 4, "-o", CELLS[3])
     before = digests(here)
     message, hint = fail(*command, *GRID)
-    assert message == f"{CELLS[3]} was made from other settings: plan.multiple_of."
+    assert message == f"{CELLS[3]} was made with other settings: plan.multiple_of."
     assert hint == "Pass --overwrite, or name another --output."
     assert digests(here) == before  # found out before any work
     assert statuses(grid(*command, *GRID, "--overwrite")) == ["made"] * 4
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_other_settings_stands_in_the_way(
     (here / CELLS[0]).rename(here / "qwen2-hisvd-0.8")
     (here / CELLS[1]).rename(here / "qwen2-hisvd-0.5")
     other = ("compress", "--model", tiny_model("qwen2"), *command[3:], *GRID[:2], *GRID[4:])
-    assert "from other settings: model." in fail(*other)[0]
+    assert "with other settings: model." in fail(*other)[0]
 
 
 def test_all_cells_are_of_one_calibration(
@@ -119,7 +119,7 @@ def test_all_cells_are_of_one_calibration(
     succeed(*command, *GRID[:2], "--ratio", 0.8, "--output", CELLS[0])
     text = text_file(tmp_path)
     text_file(tmp_path, seed=1).rename(text)
-    assert f"from other settings: the text of {text}." in fail(*command, *GRID)[0]
+    assert f"with other settings: the text of {text}." in fail(*command, *GRID)[0]
     assert names(here) == [CELLS[0]]
 
 

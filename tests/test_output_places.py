@@ -138,7 +138,7 @@ def test_what_a_killed_run_was_about_to_replace_counts_as_standing_there(own: Pa
     assert "ck is not empty" in message
     (own / ".ck.hisvd.old" / "notes").write_text("mine")
     message, _ = untouched(own, *COMPRESS, "--output", "ck", "--overwrite")
-    assert "also holds notes" in message
+    assert "also contains notes" in message
 
 
 @pytest.mark.parametrize("moment", ["old", "new", "removal"])
@@ -196,7 +196,7 @@ def test_what_comes_to_stand_at_the_output_during_the_calibration_is_kept(
 def test_weights_that_the_index_does_not_list_are_not_ours(own: Path) -> None:
     (own / "ck" / "model-00001-of-00002.safetensors").write_bytes(b"mine")
     message, _ = untouched(own, *COMPRESS, "--output", "ck", "--overwrite")
-    assert "also holds model-00001-of-00002.safetensors" in message
+    assert "also contains model-00001-of-00002.safetensors" in message
 
 
 def test_a_checkpoint_in_shards_is_replaced(own: Path) -> None:
