@@ -82,7 +82,7 @@ def test_the_dense_model_of_a_recovered_checkpoint_is_an_input(own: Path) -> Non
     assert digests(own / "dense") == before
 
 
-@pytest.mark.parametrize("name", [".out.partial", ".out.unmended", ".out.hisvd.old"])
+@pytest.mark.parametrize("name", [".out.partial", ".out.hisvd.work", ".out.hisvd.old"])
 def test_a_folder_that_a_killed_run_left_is_an_input_too(name: str, own: Path) -> None:
     (own / "ck").rename(own / name)
     message, _ = untouched(own, "convert", name, "--to", "hf", "--output", "out")
@@ -187,7 +187,7 @@ def test_what_comes_to_stand_at_the_output_during_the_calibration_is_kept(
         (here / "out" / "mine").write_text("1")
         return ensure_calibration(*words, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("hisvd_cli.pipelines.compressing.compression.ensure_calibration", calibrate)
+    monkeypatch.setattr("hisvd_cli.pipelines.compressing.first_stage.ensure_calibration", calibrate)
     message, _ = fail(*COMPRESS, "--output", "out")
     assert "out is not empty" in message
     assert names(here / "out") == ["mine"]

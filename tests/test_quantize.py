@@ -334,7 +334,7 @@ def test_an_interrupted_rounding_loses_no_training(
         assert fail(*words, "--output", tmp_path / "two")[0] == "The disk is full."
     assert not (tmp_path / "two").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.pipelines.compressing.writing.mend", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.writing.fine_tune", stop)
         patch.setattr("hisvd_cli.pipelines.compressing.writing.factored", stop)
         succeed(*words, "--output", tmp_path / "two")
     assert tree(tmp_path / "two") == tree(tmp_path / "one")

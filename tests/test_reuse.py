@@ -405,7 +405,7 @@ def test_3_a_checkpoint_left_before_its_training_is_not_that_of_another_calibrat
     recover = ("--recover", "distill", "--recover-tokens", 300, "--recover-seqlen", 16)
     words = ("compress", *model, *text, "--plan", "first/plan.json", *recover, "--output")
     killed((*words, "made"), "best.safetensors", 1, here)
-    assert (here / ".made.unmended").is_dir()
+    assert (here / ".made.hisvd.work" / "untrained").is_dir()
     text_file(tmp_path, seed=1).rename(str(text[1]))
     succeed(*words, "made")
     succeed(*words, "wanted")

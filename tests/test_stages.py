@@ -275,7 +275,7 @@ def test_killed_in_the_second_stage(here: Path) -> None:
     with running(*words, "--output", "made", cwd=here) as process:
         stop_at(process, "*.part", making, 10, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert names(here / "..made.stages.partial" / "stage-1") == [
+    assert names(here / ".made.hisvd.work" / ".stages.partial" / "stage-1") == [
         ".plan.json.seal",
         "corrected",
         "plan.json",

@@ -23,9 +23,9 @@ FIGURES = {
 }
 """Figure → its title and its form in a table."""
 _REPORTS = {
-    "--markdown": rb"\| model \| dataset \| perplexity \| bits/byte \| KL \| agreement \|",
-    "--csv": rb"model,dataset,perplexity,perplexity_low,perplexity_high,bits_per_byte,",
-    "--report": rb"<!DOCTYPE html>\n(?s:.*)\n<title>hisvd: ",
+    "markdown": rb"\| model \| dataset \| perplexity \| bits/byte \| KL \| agreement \|",
+    "csv": rb"model,dataset,perplexity,perplexity_low,perplexity_high,bits_per_byte,",
+    "report": rb"<!DOCTYPE html>\n(?s:.*)\n<title>hisvd: ",
 }
 """Flag of a report → how such reports begin, those of earlier versions too."""
 _BEGINNING = 1000
@@ -47,7 +47,7 @@ def check_report_path(path: Path, flag: str) -> None:
     if path.is_file() and not takes_text(path):
         with path.open("rb") as file:
             beginning = file.read(_BEGINNING)
-        if beginning and not re.match(_REPORTS[flag], beginning):
+        if beginning and not re.match(_REPORTS[flag.strip("-`")], beginning):
             raise OutputError(
                 f"{flag} {path} holds something that is not such a report.",
                 "Name another file, or remove it yourself.",

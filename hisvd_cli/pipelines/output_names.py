@@ -10,7 +10,7 @@ from pathlib import Path
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.errors import OutputError, UsageError, reason
 from hisvd_cli.utils.files.cache import expanded
-from hisvd_cli.utils.files.scratch import BUILDING, WORK
+from hisvd_cli.utils.files.scratch import BUILDING
 
 _SIBLING_BYTES = 56
 """Longest addition to a name: temporary files and unfinished folders stand beside an output."""
@@ -130,7 +130,7 @@ def refuse_inputs(output: Path, inputs: Iterable[Path], setting: str = "output")
         OutputError: it is; or an input is a temporary folder of the output.
     """
     target = output.resolve()
-    beside = re.compile(rf"\.+{re.escape(target.name)}(\.({WORK}|{BUILDING}))+")
+    beside = re.compile(rf"\.{re.escape(target.name)}\.({BUILDING})")
     for path in inputs:
         read = path.resolve()
         where = ""

@@ -1,4 +1,4 @@
-"""What every run that writes a checkpoint asks: what may stand there, and what it took."""
+"""Checks of output paths, and the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from hisvd_cli.utils.files.fingerprints import ratio_name, slug
 
 
 def output_path(resolved: Resolved, output: Path | None, plan_file: Path | None) -> Path:
-    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder, of a
-    bytes ratio ``MODEL-bytes-RATIO``; the ratio is that of the plan where one is given.
+    """Return the path of the checkpoint: the named one, or else ``MODEL-RATIO`` in the current
+    folder, for a bytes ratio ``MODEL-bytes-RATIO``. A given plan decides the ratio.
 
     Raises:
-        SourceError: there is no plan in ``plan_file``.
+        SourceError: ``plan_file`` is not a plan.
     """
     if output is not None:
         return output
@@ -44,18 +44,17 @@ def output_path(resolved: Resolved, output: Path | None, plan_file: Path | None)
 
 
 def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output that is in the way, before any work.
-
-    ``--overwrite`` only ever replaces what hisvd wrote.
+    """Check before any work that a checkpoint can be written to a path. Only files that hisvd
+    wrote are ever overwritten.
 
     Args:
         path: a folder, or a file that ends in ``.pt``.
-        overwrite: whether a checkpoint that stands there may be replaced.
-        inputs: what the run reads.
+        overwrite: whether an existing checkpoint may be replaced.
+        inputs: the files and folders that the run reads.
 
     Raises:
-        UsageError: the name of another kind of file.
-        OutputError: something stands there, it is an input, or nothing can be written there.
+        UsageError: the name is that of another kind of file.
+        OutputError: the path exists, is an input, or cannot be written.
     """
     refuse_inputs(path, inputs)
     check_place(path)
@@ -107,10 +106,11 @@ def _check_folder(path: Path, overwrite: bool) -> None:
 
 
 def check_plan_output(path: Path, overwrite: bool) -> None:
-    """Refuse a place for a plan where anything but a plan stands, or one of a checkpoint.
+    """Check that a plan can be written to a path. Only plans that are not part of a checkpoint
+    are overwritten.
 
     Raises:
-        OutputError: it may not be replaced.
+        OutputError: the path exists and may not be replaced.
     """
     if not path.exists():
         return
@@ -132,7 +132,7 @@ def check_plan_output(path: Path, overwrite: bool) -> None:
 def check_place_of(
     resolved: Resolved, source: Source, path: Path, plan_file: Path | None, overwrite: bool
 ) -> None:
-    """Refuse to write a checkpoint to ``path`` where that would lose anything.
+    """Check that writing a checkpoint to ``path`` overwrites nothing else.
 
     Raises:
         UsageError, OutputError: see :func:`check_output`.
@@ -145,21 +145,26 @@ def check_place_of(
 
 
 def plan_beside(path: Path) -> Path:
-    """Return where the plan of a single-file checkpoint goes."""
+    """Return the path of the plan of a single-file checkpoint."""
     return path.with_suffix(".plan.json")
+
+
+def plan_of(path: Path) -> Path:
+    """Return the path of the plan of a checkpoint, in its folder or beside its file."""
+    return plan_beside(path) if path.suffix == ".pt" else path / PLAN_FILE
 
 
 def refuse_flags(
     resolved: Resolved, section: str, decided: str, instead: str, but: Collection[str] = ()
 ) -> None:
-    """Raise UsageError for a flag of a section that something else has decided already.
+    """Raise UsageError if a flag of a section is given that has no effect.
 
     Args:
         resolved: the settings.
-        section: whose flags.
-        decided: what a flag cannot change.
-        instead: what to do to have it changed.
-        but: keys that may be set.
+        section: the section.
+        decided: what the flag cannot change, for the error.
+        instead: what to do to change it, for the hint.
+        but: keys that may be given.
     """
     for key in SECTIONS[section].model_fields:
         if key not in but and resolved.is_flag(section, key):
@@ -171,7 +176,7 @@ def refuse_flags(
 
 
 def peak_memory() -> int:
-    """Return the process's peak memory in bytes: resident, plus what CUDA allocated."""
+    """Return the peak memory of the process in bytes: resident, plus CUDA allocations."""
     return _peak_resident() + (
         torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     )
@@ -179,12 +184,12 @@ def peak_memory() -> int:
 
 def _peak_resident() -> int:
     status = Path("/proc/self/status")
-    # What getrusage reports on Linux includes the process that started this one.
+    # On Linux, getrusage includes the process that started this one.
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    import resource  # which Windows lacks
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux

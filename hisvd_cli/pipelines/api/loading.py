@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.pipelines.api.arguments import function, run_of
 from hisvd_cli.pipelines.api.keywords import LoadKeywords, PathText
-from hisvd_cli.pipelines.evaluating.evaluation import open_target
+from hisvd_cli.pipelines.evaluating.targets import open_target
 from hisvd_cli.utils.device import pick_device, pick_dtype
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from hisvd_cli.pipelines.api.keywords import (
     InspectKeywords,
     PathText,
 )
-from hisvd_cli.pipelines.api.results import Audit, Checkpoint, Evaluation
+from hisvd_cli.pipelines.api.reports import Audit, Evaluation
+from hisvd_cli.pipelines.api.results import Checkpoint
 from hisvd_cli.pipelines.conversion import Target, write_form
 from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 from hisvd_cli.pipelines.output_names import output_name
@@ -54,8 +55,8 @@ def evaluate(
         HisvdError: the text, the baseline or the only model cannot be used.
     """
     run = run_of("evaluate", settings, profile, progress)
-    named = {"--markdown": markdown, "--csv": csv, "--report": report}
-    files = {flag: None if path is None else path_of(path) for flag, path in named.items()}
+    named = {"markdown": markdown, "csv": csv, "report": report}
+    files = {name: None if path is None else path_of(path) for name, path in named.items()}
     targets = [os.fspath(model) for model in models]
     grid = evaluate_into(
         run.resolved, targets, files, run.reporter, fresh=fresh, update_card=update_card

@@ -1,58 +1,34 @@
-"""What the functions of the Python API return: data with a readable form in a notebook."""
+"""Results of ``calibrate``, ``plan``, ``compress`` and ``convert``."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
 from hisvd_cli.allocation.plan import Plan as PlanData
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.calibration.store import Calibration as CalibrationData
-from hisvd_cli.evaluation.grid import Evaluation as Evaluated
-from hisvd_cli.evaluation.grid import Failure, Grid
 from hisvd_cli.evaluation.perplexity import PerplexityResult
-from hisvd_cli.evaluation.report_tables import FIGURES, figure_text
-from hisvd_cli.inspection.audit import Audit as AuditData
+from hisvd_cli.evaluation.report_tables import figure_text
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.pipelines.api import html
 from hisvd_cli.pipelines.api.arguments import Given, path_of
 from hisvd_cli.pipelines.api.keywords import LoadKeywords, PathText
 from hisvd_cli.pipelines.api.loading import load
 from hisvd_cli.pipelines.api.names import errors_in_python
+from hisvd_cli.pipelines.api.result import Result
 from hisvd_cli.pipelines.compressing.outcome import Outcome
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.planning.plan_files import check_plan_file
 from hisvd_cli.pipelines.planning.tables import CLUSTER_COLUMNS, cluster_rows
-from hisvd_cli.utils.escaping import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_MAX_PROBLEMS = 20
-
-
-class Result(ABC):
-    """Something with facts: a line of them as text, a table of them in a notebook."""
-
-    @abstractmethod
-    def _facts(self) -> dict[str, object]:
-        """Return what there is to say of it, by name."""
-
-    def _tables(self) -> Sequence[str]:
-        """Return more tables for a notebook, as HTML."""
-        return ()
-
-    def __repr__(self) -> str:
-        facts = "; ".join(f"{name}: {value}" for name, value in self._facts().items())
-        return f"<{type(self).__name__} {' '.join(printable(facts).split())}>"
-
-    def _repr_html_(self) -> str:
-        return "".join([html.facts(type(self).__name__, self._facts()), *self._tables()])
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,86 +168,10 @@ class Checkpoint(Result):
         return {**found, "uploaded to": self.url} if self.url else found
 
 
-@dataclass(frozen=True, repr=False)
-class Evaluation(Result):
-    """What was measured of models.
-
-    Attributes:
-        grid: all figures, with intervals and comparisons.
-    """
-
-    grid: Grid
-
-    @property
-    def perplexity(self) -> dict[str, float | None]:
-        """Model → perplexity on the first text; None where it is not finite."""
-        return {each.model: each.results[0].perplexity for each in self.grid.evaluations}
-
-    @property
-    def baseline(self) -> Evaluated | None:
-        """What the models were compared with."""
-        return self.grid.baseline
-
-    @property
-    def failures(self) -> list[Failure]:
-        """Models that could not be evaluated, and why."""
-        return self.grid.failures
-
-    def document(self) -> dict[str, Any]:
-        """Return everything as JSON data."""
-        return self.grid.document()
-
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        for model in self.grid.rows():
-            for found in model.results:
-                cells = (figure_text(found, name, form) for name, (_, form) in FIGURES.items())
-                yield (model.model, f"{found.dataset} ({found.split})", *cells)
-
-    def _facts(self) -> dict[str, object]:
-        found: dict[str, object] = {
-            f"{model}, {text}": f"perplexity {perplexity}"
-            for model, text, perplexity, *_ in self._rows()
-        }
-        return found | {f"{each.model} failed": each.message for each in self.failures}
-
-    def _tables(self) -> Sequence[str]:
-        columns = ("model", "text", *(title for title, _ in FIGURES.values()))
-        scores = [
-            (model.model, each.task, each.metric, each.value)
-            for model in self.grid.rows()
-            for each in model.scores or ()
-        ]
-        tasks = [html.table(("model", "task", "metric", "value"), scores)] if scores else []
-        return [html.table(columns, self._rows()), *tasks]
-
-
-@dataclass(frozen=True, repr=False)
-class Audit(Result):
-    """What ``inspect`` found.
-
-    Attributes:
-        data: all of it.
-    """
-
-    data: AuditData
-
-    @property
-    def problems(self) -> list[str]:
-        """What is wrong, a line each."""
-        return self.data.problems
-
-    def document(self) -> dict[str, Any]:
-        """Return everything as JSON data."""
-        return self.data.document()
-
-    def _facts(self) -> dict[str, object]:
-        data = self.data
-        found: dict[str, object] = {"what": data.kind, "target": data.target, **data.table}
-        if data.model_ratio is not None:
-            found["kept"] = f"{data.model_ratio:.2%} of the model"
-        return {**found, "size": f"{data.bytes:,} bytes", "problems": len(data.problems)}
-
-    def _tables(self) -> Sequence[str]:
-        if not self.problems:
-            return ()
-        return [html.table(["problem"], ([line] for line in self.problems[:_MAX_PROBLEMS]))]
+def given_with(source: Plan | Calibration | Checkpoint | PathText) -> Given:
+    """Return the settings that what a function works on brings along."""
+    if isinstance(source, Calibration):
+        return {**source.given, ("calibration", "path"): str(source.folder)}
+    if isinstance(source, Plan):
+        return source.given
+    return {} if isinstance(source, Checkpoint) else {("model", "name"): os.fspath(source)}

@@ -1,4 +1,4 @@
-"""Settings ─► how fast models run, in turns with the baseline."""
+"""Measures the speed of models, alternating with the baseline."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from hisvd_cli.utils.progress import Reporter
 DEFAULT_PROMPT = 512
 
 
-class Track:
-    """Where models are timed, each in turns with the baseline.
+class SpeedRunner:
+    """Times models, each alternating with the baseline.
 
-    The baseline stays in memory as long as the track, and one model beside it at a time.
+    The baseline stays in memory, with one other model at a time.
 
     Args:
         resolved: the settings.
-        sources: all models, the baseline among them: prompts fit the positions of each.
-        baseline: what the others are held against, if anything.
-        reporter: told of each turn.
+        sources: all models, with the baseline; prompts fit into the positions of each.
+        baseline: the model to compare with, if any.
+        reporter: receives progress.
 
     Raises:
-        UsageError: prompts are longer than the positions of a model.
+        UsageError: prompt and new tokens exceed the positions of a model.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Track:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is to be timed."""
+        """Whether the settings request timing."""
         return self._settings.eval.efficiency
 
     def time(self, source: Source) -> Speed | None:
-        """Time a model; None where that is not asked for.
+        """Time a model; None if timing is not requested.
 
         Raises:
             HisvdError: it cannot be loaded or compiled.
@@ -95,10 +95,10 @@ class Track:
 
 
 def workload(settings: Settings, sources: Sequence[Source]) -> TimedWork:
-    """Return what all models are timed on, of one sequence.
+    """Return the workload that all models are timed on, at batch size 1.
 
     Raises:
-        UsageError: prompt and new tokens are more than the positions of a model.
+        UsageError: prompt and new tokens exceed the positions of a model.
     """
     asked, new = settings.eval.prompt_tokens, settings.eval.new_tokens
     prompt = asked or DEFAULT_PROMPT

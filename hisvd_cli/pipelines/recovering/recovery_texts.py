@@ -1,4 +1,4 @@
-"""Selects and loads the text that a recovery trains on."""
+"""Selects and loads the training text of a recovery."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SELF_WINDOWS = 256
 
 
 def named_text(resolved: Resolved) -> str | None:
-    """Return which text the settings name, if any."""
+    """Return the name of the text in the settings, if any."""
     named = (resolved.settings.recover.dataset, resolved.settings.calibration.dataset)
     return next((name for name in named if name != "auto"), None)
 
 
 def text_of(resolved: Resolved, checkpoint: Checkpoint) -> str:
-    """Return which text: as named, else that of the calibration, else the model's own default."""
+    """Return the name of the text: of the settings, the calibration, or the model's default."""
     if named := named_text(resolved):
         return named
     data = part(part(checkpoint.provenance, "calibration"), "data")
@@ -36,9 +36,9 @@ def text_of(resolved: Resolved, checkpoint: Checkpoint) -> str:
     return str(data.get("dataset") or default_dataset(Source(made, checkpoint.folder)))
 
 
-def reads_the_same(resolved: Resolved, dense: Source, record: Mapping[str, Any]) -> bool:
-    """Tell whether the text that the settings name is that of the recovery in a checkpoint's
-    ``record``: what a file holds may have changed. Only files are read.
+def is_same_text(resolved: Resolved, dense: Source, record: Mapping[str, Any]) -> bool:
+    """Return whether the text of the settings is the training text in the provenance ``record``.
+    The content of files is compared; other texts count as unchanged.
 
     Raises:
         DataError: see :func:`hisvd_cli.finetuning.training_data.load_lessons`.
@@ -52,6 +52,20 @@ def reads_the_same(resolved: Resolved, dense: Source, record: Mapping[str, Any])
     return bool(load_text_of(dataset, dense, resolved, calibrated).key == trained.get("sha256"))
 
 
+def is_same_recovery(resolved: Resolved, dense: Source, record: Mapping[str, Any]) -> bool:
+    """Return whether the provenance ``record`` has the recovery of the settings, on the same text;
+    without a recovery in the settings, whether it has none.
+
+    Raises:
+        DataError: see :func:`hisvd_cli.finetuning.training_data.load_lessons`.
+    """
+    trained = part(record, "recovery").get("settings")
+    if resolved.settings.recover.method == "none":
+        return trained is None
+    wanted = resolved.recorded("model", "recover")
+    return bool(trained == wanted) and is_same_text(resolved, dense, record)
+
+
 def training_windows(
     resolved: Resolved,
     checkpoint: Checkpoint,
@@ -60,6 +74,12 @@ def training_windows(
     room: Classroom,
     reporter: Reporter,
 ) -> Lessons:
+    """Return the training windows of a checkpoint, sampled from the dense model or from a text.
+
+    Raises:
+        StaleArtifactError: the text of the calibration is missing or has changed.
+        DataError: the text is too short, or lacks a field.
+    """
     knobs = resolved.settings.recover
     dataset = text_of(resolved, checkpoint)
     if dataset == SELF and teacher is not None:
@@ -90,14 +110,14 @@ def training_windows(
 
 
 def load_text_of(dataset: str, source: Source, resolved: Resolved, calibrated: str) -> Lessons:
-    """Load a text; ``calibrated`` is what the calibration left out of its own."""
+    """Load a text; ``calibrated`` is the string that the calibration removed from its text."""
     knobs = resolved.settings.recover
     drop = calibrated if knobs.drop is None else knobs.drop
     return load_lessons(dataset, source, knobs.seqlen, drop)
 
 
 def limited(lessons: Lessons, resolved: Resolved) -> Lessons:
-    """Return the lessons that were asked for. Raises DataError: too few."""
+    """Return the requested number of windows. Raises DataError: there are too few."""
     wanted = resolved.settings.recover.samples or len(lessons.ids)
     lessons = lessons.rows(0, wanted)
     lessons.held_out()

@@ -1,4 +1,4 @@
-"""Trains a checked recovery, and writes the recovered checkpoint."""
+"""Fine-tunes a checkpoint after all checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hisvd_cli.finetuning.adaptation import Adapter, adapt
 from hisvd_cli.finetuning.recover import Factors, Recovered, distill, recover
 from hisvd_cli.finetuning.trainer import Course, Progress
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
-from hisvd_cli.pipelines.recovering.recovery import Recovery
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.recovering.recovery import Recovery, prepare_recovery
 from hisvd_cli.pipelines.recovering.recovery_checks import tokens_together
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.safetensors_header import dtype_name
@@ -22,6 +24,15 @@ from hisvd_cli.utils.progress import Reporter
 _MINUTES = 20.0
 _RATES = {"distill": 3e-4, "lora": 1e-4}
 _BATCHES = {"distill": 4, "lora": 64}
+
+
+def fine_tune(
+    resolved: Resolved, folder: Path, output: Path, dense: Source, reporter: Reporter
+) -> tuple[int, Mapping[str, Any]]:
+    """Fine-tune the checkpoint ``folder`` of the model ``dense`` into ``output``; return the bytes
+    of the weights, and the provenance. Raises HisvdError: see :func:`prepare_recovery`."""
+    made = run_recovery(prepare_recovery(resolved, folder, reporter, dense), output, reporter)
+    return made.bytes, open_checkpoint(output).provenance
 
 
 def run_recovery(recovery: Recovery, output: Path, reporter: Reporter) -> Recovered:
@@ -60,7 +71,7 @@ def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors,
 
 
 def course_of(recovery: Recovery) -> Course:
-    """Return how long and how a training is; of lora, each of its two."""
+    """Return length and options of the training; LoRA has two of equal length."""
     knobs, lessons = recovery.knobs, recovery.lessons
     minutes, tokens = knobs.minutes, knobs.tokens
     if minutes is None and tokens is None:
@@ -81,7 +92,7 @@ def course_of(recovery: Recovery) -> Course:
 
 
 def _record(recovery: Recovery) -> Mapping[str, Any]:
-    """Return what decides the result, for the provenance."""
+    """Return everything that decides the result, for the provenance."""
     lessons, teacher = recovery.lessons, recovery.teacher
     course = asdict(course_of(recovery))
     for unrecorded in ("state_seconds", "together"):
