@@ -69,7 +69,7 @@ def test_a_calibration_that_the_run_makes_is_not_replaced(
 
 def test_an_output_within_the_calibration_that_the_run_makes_is_refused(here: Path) -> None:
     message, _ = untouched(here, *COMPRESS, "--calibration", "cal", "--output", "cal/out")
-    assert "lies in the input cal" in message
+    assert "is inside the input cal" in message
 
 
 def test_the_dense_model_of_a_recovered_checkpoint_is_an_input(own: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_model_that_is_mounted_twice_is_one_input(own: Path) -> None:
         )
     finally:
         subprocess.run(["umount", "other"], check=True)
-    assert "lies in the input ck" in message
+    assert "is inside the input ck" in message
 
 
 def test_the_plan_that_is_given_may_lie_where_its_copy_goes(own: Path) -> None:

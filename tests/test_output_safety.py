@@ -67,7 +67,7 @@ def test_an_output_above_the_model_is_refused(own: Path) -> None:
     (own / "dense").rename(own / "ck" / "dense")
     words = ("--model", "ck/dense", "--dataset", "demo", "--samples", 4, "--seqlen", 32)
     message, _ = untouched(own, "compress", *words, "--output", "ck", "--overwrite")
-    assert "holds the input" in message
+    assert "contains the input" in message
 
 
 @pytest.mark.parametrize(

@@ -54,17 +54,17 @@ def _check_settings(resolved: Resolved, found: Calibration) -> None:
         wanted.get("samples") or data["samples"]
     )  # the text may have had fewer windows
     for key in resolved.asked("calibration"):
-        asked = resolved.value("calibration", key)
-        same = str(asked) == str(made[key])
+        given = resolved.value("calibration", key)
+        same = str(given) == str(made[key])
         if key == "dataset":  # the same file may have another relative path
-            same = is_text_of(asked, data)
+            same = is_text_of(given, data)
         if not same:
             setting, place = f"`calibration.{key}`", resolved.place("calibration", key)
             if resolved.is_flag("calibration", key):
                 place = setting
-            changed = " as it is now" if str(asked) == str(made[key]) else ""
+            changed = " as it is now" if str(given) == str(made[key]) else ""
             raise StaleArtifactError(
-                f"{found.folder} was calibrated with {setting} {made[key]}, not {asked}{changed}.",
+                f"{found.folder} was calibrated with {setting} {made[key]}, not {given}{changed}.",
                 f"Leave out {place}, or name another folder with `calibration.path`.",
             )
 

@@ -1,4 +1,4 @@
-"""Names of outputs as the user gave them ─► paths that can be written beside every input."""
+"""Checks of output paths: names, permissions, and overlap with inputs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hisvd_cli.utils.files.cache import expanded
 from hisvd_cli.utils.files.scratch import BUILDING
 
 _SIBLING_BYTES = 56
-"""Longest addition to a name: temporary files and unfinished folders stand beside an output."""
+"""Longest suffix of temporary files and unfinished folders, which are beside an output."""
 _NAME_BYTES = 255
 _PATH_BYTES = 4095
 _INNER_BYTES = 255
-"""Longest path in an unfinished folder."""
+"""Longest path inside an unfinished folder."""
 _FILES = {
     *(".pt", ".pth", ".bin", ".safetensors", ".gguf", ".ggml", ".ckpt", ".onnx", ".npy", ".npz"),
     *(".pkl", ".pickle", ".h5", ".msgpack", ".tflite", ".parquet", ".json", ".jsonl", ".toml"),
@@ -27,23 +27,27 @@ _FILES = {
 
 
 def output_name(path: Path, setting: str = "output") -> Path:
-    """Return a path as it was given on the command line, ``~`` expanded.
+    """Return an output path with ``~`` expanded.
+
+    Args:
+        path: the path as given.
+        setting: name of its argument or key of its setting, for errors.
 
     Raises:
-        OutputError: no file or folder can be called so.
+        OutputError: no file or folder can have this path.
     """
     name_another = f"Give another path with `{setting}`."
     try:
         named = path.expanduser()
         resolved = named.resolve()
-        if resolved.is_symlink():  # resolving stops without an error at a loop, from Python 3.13 on
+        if resolved.is_symlink():  # from Python 3.13, a loop raises no error
             raise OutputError(f"`{setting}` {path} is a loop of symbolic links.", name_another)
         resolved.exists()
     except OSError as error:
         raise OutputError(
             f"`{setting}` {path} cannot be used: {reason(error)}", name_another
         ) from error
-    except (RuntimeError, ValueError) as error:  # no such user, a loop of links, a NUL
+    except (RuntimeError, ValueError) as error:  # unknown user, loop of links, or NUL
         raise OutputError(
             f"`{setting}` {path} cannot be used: {reason(error)}", name_another
         ) from error
@@ -62,18 +66,18 @@ def output_name(path: Path, setting: str = "output") -> Path:
 
 
 def check_place(path: Path, setting: str = "output") -> None:
-    """Refuse a place where no folder of weights, or file of them, can take its name at the end.
+    """Check that a folder, or file, of weights can be written to a path.
 
     Raises:
-        UsageError: the name of another kind of file.
-        OutputError: no such name can be, it is in use, or nothing can be written there.
+        UsageError: the name is that of another kind of file.
+        OutputError: the path is invalid, cannot be replaced, or is not writable.
     """
-    output_name(path, setting)  # a name that the user did not give may be too long as well
+    output_name(path, setting)  # a default name may be too long as well
     check_form(path, setting)
     target, another = path.resolve(), f"Give another path with `{setting}`."
     here = Path.cwd()
     if target in (here, *here.parents):
-        what = "is the current folder" if target == here else "holds the current folder"
+        what = "is the current folder" if target == here else "contains the current folder"
         raise OutputError(f"`{setting}` {path} {what}, which cannot be replaced.", another)
     if os.path.ismount(target):
         raise OutputError(
@@ -86,10 +90,10 @@ def check_place(path: Path, setting: str = "output") -> None:
 
 
 def check_form(path: Path, setting: str = "output") -> None:
-    """Refuse the name of a file for a folder of weights.
+    """Check that the name of a folder of weights is not that of a file.
 
     Raises:
-        UsageError: a name that ends like a file's, and is not ``.pt`` as an ``output`` may be.
+        UsageError: the name has a file suffix, other than ``.pt`` for ``output``.
     """
     single = path.suffix == ".pt" and setting == "output"
     if not single and path.suffix.lower() in _FILES and not path.is_dir():
@@ -101,7 +105,7 @@ def check_form(path: Path, setting: str = "output") -> None:
 
 
 def inputs_of(resolved: Resolved, *more: Path | str | None) -> list[Path]:
-    """Return the files and folders that a run reads: those of its settings, and ``more``."""
+    """Return the files and folders that a run reads: those of the settings, and ``more``."""
     settings = resolved.settings
     named = (
         settings.model.name,
@@ -111,7 +115,7 @@ def inputs_of(resolved: Resolved, *more: Path | str | None) -> list[Path]:
         *more,
     )
     found = [path for name in named if name and (path := _existing(str(name)))]
-    # Where there is no calibration yet, the run makes it before it writes its output.
+    # A missing calibration is an input too: the run makes it before it writes its output.
     return found + [expanded(path) for path in (settings.calibration.path,) if path]
 
 
@@ -119,12 +123,12 @@ def _existing(name: str) -> Path | None:
     try:
         path = expanded(name)
         return path if path.exists() else None
-    except (OSError, ValueError):  # no path, so nothing that could be lost
+    except (OSError, ValueError):  # not a path, so nothing can be lost
         return None
 
 
 def refuse_inputs(output: Path, inputs: Iterable[Path], setting: str = "output") -> None:
-    """Refuse an output that is an input, lies in one, or holds one; links are followed.
+    """Check that an output is not an input, inside one, or a parent of one; links are followed.
 
     Raises:
         OutputError: it is; or an input is a temporary folder of the output.
@@ -137,9 +141,9 @@ def refuse_inputs(output: Path, inputs: Iterable[Path], setting: str = "output")
         if _same(target, read):
             where = "is"
         elif not read.is_file() and any(_same(folder, read) for folder in target.parents):
-            where = "lies in"
+            where = "is inside"
         elif any(_same(target, folder) for folder in read.parents):
-            where = "holds"
+            where = "contains"
         elif any(
             beside.fullmatch(each.name) and _same(each.parent, target.parent)
             for each in (read, *read.parents)
@@ -152,5 +156,5 @@ def refuse_inputs(output: Path, inputs: Iterable[Path], setting: str = "output")
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Tell whether two resolved paths lead to the same place, be it by a hard link or a mount."""
+    """Return whether two resolved paths are the same, also by a hard link or a mount."""
     return one == other or (one.exists() and other.exists() and one.samefile(other))

@@ -84,20 +84,20 @@ def _check_folder(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         kind = "a file" if path.is_file() else "not a folder"
         raise OutputError(f"{path} is {kind}.", "Name a folder, or a file that ends in .pt.")
-    stands = standing_at(path)
-    if not stands.is_dir() or not any(stands.iterdir()):
+    existing = standing_at(path)
+    if not existing.is_dir() or not any(existing.iterdir()):
         return
     if not overwrite:
         raise OutputError(
             f"The folder {path} is not empty.", "Pass `overwrite`, or name another `output`."
         )
-    if not is_own_folder(stands):
+    if not is_own_folder(existing):
         raise OutputError(
             f"The folder {path} holds something that hisvd did not write.",
             "Name another `output`, or remove the folder yourself.",
         )
-    if other := next(foreign_files(stands), None):
-        changed = other.name in recorded(read_record(stands))
+    if other := next(foreign_files(existing), None):
+        changed = other.name in recorded(read_record(existing))
         how = "was changed since hisvd wrote it" if changed else "hisvd did not write"
         raise OutputError(
             f"The folder {path} also contains {other.name}, which {how}.",
@@ -138,10 +138,10 @@ def check_place_of(
         UsageError, OutputError: see :func:`check_output`.
     """
     check_output(path, overwrite, inputs_of(resolved, source.folder, plan_file))
-    sidecar = plan_beside(path)
-    given = plan_file is not None and sidecar.exists() and sidecar.samefile(plan_file)
+    beside = plan_beside(path)
+    given = plan_file is not None and beside.exists() and beside.samefile(plan_file)
     if path.suffix == ".pt" and not given:
-        check_plan_output(sidecar, overwrite)
+        check_plan_output(beside, overwrite)
 
 
 def plan_beside(path: Path) -> Path:

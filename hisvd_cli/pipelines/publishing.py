@@ -1,4 +1,4 @@
-"""A folder that hisvd wrote ─► a repository on the hub."""
+"""Uploads folders to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hisvd_cli.utils.progress import Reporter
 if TYPE_CHECKING:
     from hisvd_cli.pipelines.conversion import Target
 
-# What a run that was killed, or an editor, may have left there.
+# Left by interrupted runs and editors.
 _LEFTOVERS = [TEMPORARY, "*.part", "*.lock", ".*.partial*", "__pycache__"]
 _SHOWN = 5
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that has write access."
@@ -29,12 +29,12 @@ _LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that has write acce
 
 @dataclass(frozen=True)
 class Hub:
-    """Where to on the hub.
+    """The target on the Hub.
 
     Attributes:
         repo: ``OWNER/NAME``.
-        private: make a new repository private; one that exists stays as it is.
-        revision: the branch; None for the default one.
+        private: make a new repository private; an existing one is not changed.
+        revision: the branch; None for the default branch.
     """
 
     repo: str
@@ -45,12 +45,13 @@ class Hub:
 def check_request(
     checkpoint: Path, to: Target | None, output: Path | None, hub: Hub | None
 ) -> None:
-    """Find out before any work whether ``hisvd convert`` is told enough, and can upload.
+    """Check before any work that the arguments of ``hisvd convert`` are complete, and that the
+    upload is possible.
 
     Raises:
-        UsageError: flags that do not go together, or no name of a repository.
-        SourceError: what would be uploaded is nothing that hisvd wrote.
-        OutputError: no token, a wrong one, or no network.
+        UsageError: arguments contradict each other, or the repository name is invalid.
+        SourceError: the folder to upload was not written by hisvd.
+        OutputError: the token is missing or rejected, or there is no network.
     """
     if (to is None) != (output is None):
         given, lacking = ("`output`", "`to`") if to is None else ("`to`", "`output`")
@@ -70,8 +71,8 @@ def check_request(
 
 
 def _check_publishable(folder: Path) -> None:
-    """Find out whether a folder can be uploaded. Raises SourceError: hisvd did not write it, or a
-    weight file is missing."""
+    """Check that a folder can be uploaded. Raises SourceError: hisvd did not write it, or a weight
+    file is missing."""
     if not folder.is_dir():
         raise SourceError(
             f"'{folder}' is not a folder, and only folders can be uploaded.",
@@ -85,12 +86,11 @@ def _check_publishable(folder: Path) -> None:
 
 
 def _check_repo(repo: str) -> None:
-    """Find out before any work whether the hub can be written to: the name of the repository, and
-    that there is a token that the hub knows.
+    """Check before any work the repository name, and that the Hub accepts the token.
 
     Raises:
-        UsageError: no name of a repository.
-        OutputError: no token, a wrong one, or no network.
+        UsageError: the repository name is invalid.
+        OutputError: the token is missing or rejected, or there is no network.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
@@ -109,20 +109,18 @@ def _check_repo(repo: str) -> None:
 
 
 def publish(folder: Path, hub: Hub, reporter: Reporter) -> str:
-    """Upload a folder that hisvd wrote in one commit, and return its address. The repository, and
-    the branch, are made where they do not exist.
-
-    What is no part of a model stays here, and the user is told.
+    """Upload a folder in one commit, and return its URL. Repository and branch are created if they
+    do not exist. Files that are not part of a model are not uploaded; a warning lists them.
 
     Raises:
         SourceError: see :func:`check_request`.
-        OutputError: the hub refuses, or cannot be reached.
+        OutputError: the Hub rejects the upload, or cannot be reached.
     """
     from huggingface_hub import HfApi
 
     _check_publishable(folder)
     files = published_files(folder)
-    _tell_left(folder, files, reporter)
+    _warn_of_others(folder, files, reporter)
     api = HfApi()
     with _hub_errors(hub.repo):
         url = api.create_repo(hub.repo, private=hub.private or None, exist_ok=True)
@@ -139,11 +137,11 @@ def publish(folder: Path, hub: Hub, reporter: Reporter) -> str:
 
 
 def published_files(folder: Path) -> list[str]:
-    """Return the names of what is uploaded: weights, what hisvd writes beside them, and what
-    travels with a model.
+    """Return the names of the files to upload: weights, other files that hisvd writes, and
+    companion files of the model.
 
     Raises:
-        SourceError: a weight file is a link to somewhere else, or code is needed as well.
+        SourceError: a weight file is a link to another folder, or the model needs its own code.
     """
     if is_checkpoint(folder):
         open_checkpoint(folder).refuse_own_code()
@@ -159,7 +157,7 @@ def published_files(folder: Path) -> list[str]:
     return sorted({*(path.name for path in weights), *beside, *travelling})
 
 
-def _tell_left(folder: Path, files: Collection[str], reporter: Reporter) -> None:
+def _warn_of_others(folder: Path, files: Collection[str], reporter: Reporter) -> None:
     names = (path.name for path in folder.iterdir() if path.name not in files)
     left = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _LEFTOVERS))
     if left:
@@ -169,8 +167,8 @@ def _tell_left(folder: Path, files: Collection[str], reporter: Reporter) -> None
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """Say in two lines what the hub, or the way to it, failed at."""
-    # WireError is that of the HTTP library that this version of huggingface_hub uses.
+    """Turn errors of the Hub and the network into OutputError."""
+    # WireError is the base error of the HTTP library that huggingface_hub uses.
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-defined]
 

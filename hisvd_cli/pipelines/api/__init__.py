@@ -1,5 +1,5 @@
-"""The Python API, which ``hisvd_cli`` offers by these names: the same pipelines as the command
-line, with keywords for flags and objects for files."""
+"""The Python API: the pipelines of the command line, with keywords for flags and objects for
+files."""
 
 from hisvd_cli.pipelines.api.compression import compress
 from hisvd_cli.pipelines.api.loading import load

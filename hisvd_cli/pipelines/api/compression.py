@@ -30,20 +30,20 @@ def compress(
     progress: bool = True,
     **settings: Unpack[CompressKeywords],
 ) -> Checkpoint:
-    """Compress a model, or fine-tune a checkpoint that was compressed before.
+    """Compress a model, or fine-tune a checkpoint.
 
     Args:
-        source: a plan, or its ``.json`` file, to carry out; a calibration or a model to plan and
-            compress; or a checkpoint to fine-tune, with ``recover``.
+        source: a plan, or its ``.json`` file, to apply; a calibration or a model to plan and
+            compress; or a checkpoint to fine-tune with ``recover``.
         output: folder, or one file ending in ``.pt``; by default MODEL-RATIO, or CHECKPOINT-METHOD.
-        overwrite: replace a checkpoint that is there.
-        profile: a profile to read, a file or the name of one that hisvd brings.
+        overwrite: overwrite an existing checkpoint.
+        profile: profile to read, a file or the name of a built-in profile.
         progress: report progress and warnings on stderr.
         settings: see below.
 
     Raises:
-        UsageError: a wrong value, or a setting that the plan has decided already.
-        OutputError: something is at ``output``.
+        UsageError: a value is invalid, or the given plan decides a setting.
+        OutputError: ``output`` exists or cannot be written.
         HisvdError: the model, the text or the plan cannot be used.
     """
     source = _opened(source)
@@ -60,7 +60,7 @@ def compress(
 def _opened(
     source: Plan | Calibration | Checkpoint | PathText,
 ) -> Plan | Calibration | Checkpoint | str:
-    """Return what a path stands for: a plan, a checkpoint, or the name of a model."""
+    """Return what a path names: a plan, a checkpoint, or a model."""
     if isinstance(source, Plan | Calibration | Checkpoint):
         return source
     path = path_of(source)
@@ -72,8 +72,7 @@ def _opened(
 
 @contextmanager
 def _plan_file(source: Plan | Calibration | str, run: Run) -> Iterator[Path | None]:
-    """Yield a file with the plan, which the pipeline reads as it does for the command line; None
-    where it is to make one."""
+    """Yield a file with the plan for the pipeline, None if the pipeline is to make a plan."""
     if not isinstance(source, Plan):
         run.one_plan()
         yield None

@@ -26,16 +26,16 @@ def calibrate(
     progress: bool = True,
     **settings: Unpack[CalibrateKeywords],
 ) -> Calibration:
-    """Collect activation statistics of a model, or find them where they were collected before.
+    """Collect activation statistics of a model, or reuse existing ones.
 
     Args:
-        model: Hub id, folder, ``.gguf`` file, or ``demo``, a small model inside hisvd.
-        profile: a profile to read, a file or the name of one that hisvd brings.
+        model: Hub id, folder, ``.gguf`` file, or ``demo`` for the built-in demo model.
+        profile: profile to read, a file or the name of a built-in profile.
         progress: report progress and warnings on stderr.
         settings: see below.
 
     Raises:
-        UsageError: a wrong value.
+        UsageError: a value is invalid.
         HisvdError: the model or the text cannot be used.
     """
     named = {("model", "name"): os.fspath(model)}
@@ -56,18 +56,18 @@ def plan(
 ) -> Plan:
     """Choose the rank of every layer.
 
-    Statistics that the method needs and the calibration lacks are added to it.
+    Statistics that the method needs are added to the calibration if they are missing.
 
     Args:
-        source: a calibration; or a model, whose calibration is used where it has one, and its
-            weights alone where it has none.
-        profile: a profile to read, a file or the name of one that hisvd brings.
+        source: a calibration; or a model, planned from its calibration if it has one and from its
+            weights alone if not.
+        profile: profile to read, a file or the name of a built-in profile.
         progress: report progress and warnings on stderr.
         settings: see below.
 
     Raises:
-        UsageError: a wrong value.
-        BudgetError: a ratio that cannot be met.
+        UsageError: a value is invalid.
+        BudgetError: the ratio cannot be met.
         HisvdError: the model or the calibration cannot be used.
     """
     run = run_of("plan", settings, profile, progress, given_with(source))
@@ -82,6 +82,6 @@ def plan(
 
 
 def _kept(resolved: Resolved, *sections: str) -> Given:
-    """Return the settings of some sections that were given a value, by a preset or a profile too:
-    the functions that follow work with the same."""
+    """Return the settings of some sections that were given, also by a preset or a profile, for the
+    calls that follow."""
     return {key: resolved.value(*key) for key in resolved.origins if key[0] in sections}

@@ -18,7 +18,7 @@ _MAX_PROBLEMS = 20
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Result):
-    """What was measured of models.
+    """Results of evaluated models.
 
     Attributes:
         grid: all figures, with intervals and comparisons.
@@ -28,17 +28,17 @@ class Evaluation(Result):
 
     @property
     def perplexity(self) -> dict[str, float | None]:
-        """Model → perplexity on the first text; None where it is not finite."""
+        """Model → perplexity on the first text; None if it is not finite."""
         return {each.model: each.results[0].perplexity for each in self.grid.evaluations}
 
     @property
     def baseline(self) -> Evaluated | None:
-        """What the models were compared with."""
+        """Results of the baseline."""
         return self.grid.baseline
 
     @property
     def failures(self) -> list[Failure]:
-        """Models that could not be evaluated, and why."""
+        """Models that could not be evaluated, with errors."""
         return self.grid.failures
 
     def document(self) -> dict[str, Any]:
@@ -71,17 +71,17 @@ class Evaluation(Result):
 
 @dataclass(frozen=True, repr=False)
 class Audit(Result):
-    """What ``inspect`` found.
+    """The findings of ``inspect``.
 
     Attributes:
-        data: all of it.
+        data: all findings.
     """
 
     data: AuditData
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong, a line each."""
+        """The problems, one line each."""
         return self.data.problems
 
     def document(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Audit(Result):
 
     def _facts(self) -> dict[str, object]:
         data = self.data
-        found: dict[str, object] = {"what": data.kind, "target": data.target, **data.table}
+        found: dict[str, object] = {"kind": data.kind, "target": data.target, **data.table}
         if data.model_ratio is not None:
             found["kept"] = f"{data.model_ratio:.2%} of the model"
         return {**found, "size": f"{data.bytes:,} bytes", "problems": len(data.problems)}

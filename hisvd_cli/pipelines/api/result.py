@@ -10,14 +10,14 @@ from hisvd_cli.utils.escaping import printable
 
 
 class Result(ABC):
-    """Something with facts: a line of them as text, a table of them in a notebook."""
+    """A result that is shown as one line of facts, or as a table in a notebook."""
 
     @abstractmethod
     def _facts(self) -> dict[str, object]:
-        """Return what there is to say of it, by name."""
+        """Return facts by name."""
 
     def _tables(self) -> Sequence[str]:
-        """Return more tables for a notebook, as HTML."""
+        """Return further tables for a notebook, as HTML."""
         return ()
 
     def __repr__(self) -> str:

@@ -36,10 +36,10 @@ class Calibration(Result):
     """Activation statistics of a model, on disk.
 
     Attributes:
-        model: the model, as it was named.
-        data: what is on disk: ``folder``, ``manifest``, ``holds``.
-        seconds: what taking them took, near 0 where they were there already.
-        given: settings of the model and the text that they were taken with.
+        model: the model, as given.
+        data: the calibration on disk: ``folder``, ``manifest``, ``holds``.
+        seconds: time of the calibration, near 0 if it existed already.
+        given: settings of model and text.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Calibration(Result):
 
     @property
     def folder(self) -> Path:
-        """Where the statistics are."""
+        """The folder of the statistics."""
         return self.data.folder
 
     def __fspath__(self) -> str:
@@ -72,8 +72,8 @@ class Plan(Result):
     """The rank of every layer.
 
     Attributes:
-        data: the whole plan, as ``plan.json`` holds it.
-        given: settings of the model, the calibration and the factorisation that it was made with.
+        data: the whole plan, as in ``plan.json``.
+        given: settings of model, calibration and factorization.
     """
 
     data: PlanData
@@ -81,17 +81,17 @@ class Plan(Result):
 
     @property
     def model(self) -> str:
-        """The model that it was made for, as it was named."""
+        """The model that it was made for, as given."""
         return str(self.data.provenance["model"]["name"])
 
     @property
     def ratio(self) -> float:
-        """Keep ratio that was asked for."""
+        """The requested keep ratio."""
         return self.data.ratio
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Name → rank of the layers that become low-rank."""
+        """Name → rank of the low-rank layers."""
         return self.data.ranks
 
     def save(self, path: PathText) -> Path:
@@ -99,7 +99,7 @@ class Plan(Result):
 
         Raises:
             UsageError: the name does not end in ``.json``.
-            OutputError: something else than a plan is there.
+            OutputError: the path exists and is not a plan.
         """
         with errors_in_python():
             named = output_name(path_of(path))
@@ -123,12 +123,12 @@ class Plan(Result):
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Result):
-    """A compressed model on disk: a folder, or one ``.pt`` file.
+    """A compressed model on disk: a folder, or a single ``.pt`` file.
 
     Attributes:
-        path: where it is.
-        outcome: what making it took and gave; None where it was not made by ``compress``.
-        url: where it was uploaded to.
+        path: the folder or file.
+        outcome: sizes, times and perplexities of ``compress``; None if it was not made by that.
+        url: address of its upload.
     """
 
     path: Path
@@ -140,7 +140,7 @@ class Checkpoint(Result):
 
     @property
     def plan(self) -> PlanData | None:
-        """Its plan; None where there is none beside its weights."""
+        """Its plan; None if there is none with its weights."""
         if self.outcome is not None:
             return self.outcome.plan
         file = self.path / PLAN_FILE
@@ -148,7 +148,7 @@ class Checkpoint(Result):
 
     @property
     def perplexity(self) -> tuple[PerplexityResult, PerplexityResult] | None:
-        """Perplexity before and after, where ``compress`` measured it."""
+        """Perplexity before and after compression, if ``compress`` measured it."""
         return self.outcome.perplexity if self.outcome else None
 
     def load(self, **settings: Unpack[LoadKeywords]) -> PreTrainedModel:
@@ -169,7 +169,7 @@ class Checkpoint(Result):
 
 
 def given_with(source: Plan | Calibration | Checkpoint | PathText) -> Given:
-    """Return the settings that what a function works on brings along."""
+    """Return the settings that the argument of a function was made with."""
     if isinstance(source, Calibration):
         return {**source.given, ("calibration", "path"): str(source.folder)}
     if isinstance(source, Plan):

@@ -100,14 +100,14 @@ def workload(settings: Settings, sources: Sequence[Source]) -> TimedWork:
     Raises:
         UsageError: prompt and new tokens exceed the positions of a model.
     """
-    asked, new = settings.eval.prompt_tokens, settings.eval.new_tokens
-    prompt = asked or DEFAULT_PROMPT
+    given, new = settings.eval.prompt_tokens, settings.eval.new_tokens
+    prompt = given or DEFAULT_PROMPT
     for source in sources:
         limit = model_positions(source)
         if limit is None or prompt + new <= limit:
             continue
-        if asked is not None or new >= limit:
-            shown = f"`eval.prompt_tokens` {asked} and " if asked is not None else ""
+        if given is not None or new >= limit:
+            shown = f"`eval.prompt_tokens` {given} and " if given is not None else ""
             raise UsageError(
                 f"{shown}`eval.new_tokens` {new} exceed the {limit} positions of {source.name}.",
                 f"Keep prompt and new tokens together at {limit} or less.",

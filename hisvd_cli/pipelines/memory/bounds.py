@@ -1,4 +1,4 @@
-"""Settings ─► what memory a run may take, and how it keeps to that."""
+"""Fits work on single blocks into the memory limit of the settings."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from hisvd_cli.utils.progress import Reporter
 
 
 def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
-    """Return the bounds of the settings, None where there are none.
+    """Return the memory limits of the settings, None if there are none.
 
     Raises:
-        UsageError: a bound of a device that is not used.
+        UsageError: a limit for a device that is not used.
     """
     model = resolved.settings.model
     if model.max_memory is None:
@@ -52,7 +52,7 @@ def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
 
 
 def workload(resolved: Resolved, source: Source, anatomy: Anatomy) -> Workload:
-    """Return what a calibration by the settings works on, no bound applied."""
+    """Return the workload of a calibration by the settings, without a memory limit."""
     request = request_calibration(resolved, source)
     inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
     device = torch.device(request.device)
@@ -70,11 +70,11 @@ def workload(resolved: Resolved, source: Source, anatomy: Anatomy) -> Workload:
 
 
 def fitted(resolved: Resolved, work: Workload, needs: Collection[Need]) -> Workload:
-    """Return a workload as it keeps to the bounds of the settings.
+    """Return a workload changed to fit into the memory limits of the settings.
 
     Raises:
-        UsageError: a bound of a device that is not used.
-        MemoryLimitError: nothing fits.
+        UsageError: a limit for a device that is not used.
+        MemoryLimitError: it cannot fit.
     """
     bounds = memory_bounds(resolved)
     return work if bounds is None else fit(work, bounds, partial(_peak, needs=needs))
@@ -94,14 +94,14 @@ def place_states(
     reporter: Reporter,
     shape: tuple[int, int] | None = None,
 ) -> Workload:
-    """Return the workload of a calibration as it fits, and tell what the bound changes.
+    """Return the workload of a calibration that fits, and report what the limit changes.
 
     Args:
         resolved: the settings.
         source: the model.
-        needs: what is taken.
-        reporter: told of what the bound changes.
-        shape: windows and tokens in each, where the settings do not say.
+        needs: the statistics to collect.
+        reporter: receives what the limit changes.
+        shape: windows and tokens in each; by default those of the settings.
 
     Raises:
         UsageError, MemoryLimitError: see :func:`fitted`.
@@ -110,19 +110,19 @@ def place_states(
     if shape is not None:
         work = replace(work, samples=shape[0], seqlen=shape[1])
     found = fitted(resolved, work, needs)
-    _tell(work, found, found.states_bytes, reporter)
+    _report(work, found, found.states_bytes, reporter)
     return found
 
 
 def place_update(
     resolved: Resolved, source: Source, reporter: Reporter, shape: tuple[int, int]
 ) -> Workload:
-    """Return the workload of an update as it fits, and tell what the bound changes.
+    """Return the workload of an update that fits, and report what the limit changes.
 
     Args:
         resolved: the settings.
         source: the model.
-        reporter: told of what the bound changes.
+        reporter: receives what the limit changes.
         shape: windows and tokens in each.
 
     Raises:
@@ -130,27 +130,27 @@ def place_update(
     """
     work = replace(workload(resolved, source, dissect(source)), samples=shape[0], seqlen=shape[1])
     found = fitted_update(resolved, work)
-    _tell(work, found, 2 * found.states_bytes, reporter)
+    _report(work, found, 2 * found.states_bytes, reporter)
     return found
 
 
 def fitted_update(resolved: Resolved, work: Workload) -> Workload:
-    """Return the workload of an update as it keeps to the bounds of the settings.
+    """Return the workload of an update changed to fit into the memory limits of the settings.
 
     Raises:
-        UsageError: a bound of a device that is not used.
-        MemoryLimitError: nothing fits.
+        UsageError: a limit for a device that is not used.
+        MemoryLimitError: it cannot fit.
     """
     bounds = memory_bounds(resolved)
     return work if bounds is None else fit(work, bounds, update_peak, "An update")
 
 
 def check_update(resolved: Resolved, source: Source) -> None:
-    """Find out whether the update of the settings, if any, can be made and fits into the bound.
+    """Check that the update of the settings, if any, is possible and fits into the memory limit.
 
     Raises:
-        UsageError: several processes, or see :func:`fitted_update`.
-        MemoryLimitError: see there.
+        UsageError: there are several processes, or see :func:`fitted_update`.
+        MemoryLimitError: see :func:`fitted_update`.
     """
     if resolved.settings.compress.update != "none":
         if world().size > 1:
@@ -161,8 +161,8 @@ def check_update(resolved: Resolved, source: Source) -> None:
         fitted_update(resolved, workload(resolved, source, dissect(source)))
 
 
-def _tell(work: Workload, found: Workload, states: int, reporter: Reporter) -> None:
-    """Tell what a bound on memory changed."""
+def _report(work: Workload, found: Workload, states: int, reporter: Reporter) -> None:
+    """Report what the memory limit changed."""
     if found.place != work.place:
         where = "in a file" if found.place == "file" else "in host memory"
         size = f"{states / 1e6:,.0f} MB"
@@ -175,11 +175,11 @@ def _tell(work: Workload, found: Workload, states: int, reporter: Reporter) -> N
 
 
 def check_factoring(resolved: Resolved, source: Source) -> None:
-    """Find out whether spectra and factors of the largest sublayer fit into the bound.
+    """Check that spectra and factors of the largest sublayer fit into the memory limit.
 
     Raises:
-        UsageError: a bound of a device that is not used.
-        MemoryLimitError: they do not.
+        UsageError: a limit for a device that is not used.
+        MemoryLimitError: they do not fit.
     """
     bounds = memory_bounds(resolved)
     if bounds is None:
@@ -201,11 +201,11 @@ def factoring_of(resolved: Resolved, source: Source, anatomy: Anatomy) -> Peak:
 
 
 def check_rounding(resolved: Resolved, source: Source) -> None:
-    """Find out whether rounding with compensation, a block at a time, fits into the bound.
+    """Check that gptq, one block at a time, fits into the memory limit.
 
     Raises:
-        UsageError: a bound of a device that is not used.
-        MemoryLimitError: it does not.
+        UsageError: a limit for a device that is not used.
+        MemoryLimitError: it does not fit.
     """
     bounds = memory_bounds(resolved)
     if bounds is None:

@@ -1,4 +1,4 @@
-"""Settings ─► whether work that holds a whole model fits into the bound on memory."""
+"""Checks whether work with a whole model in memory fits into the memory limit."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from hisvd_cli.pipelines.samples import request_calibration, stored_dtype, windo
 from hisvd_cli.utils.device import pick_device, pick_dtype
 from hisvd_cli.utils.errors import MemoryLimitError, UnsupportedModelError
 
-_STATES_BYTES = 1 << 30  # of hidden states that go through the blocks together, without a bound
+_STATES_BYTES = 1 << 30  # of hidden states per pass through the blocks, without a limit
 
 
 def whole_model(resolved: Resolved, source: Source, dtype: torch.dtype | None = None) -> WholeModel:
-    """Return what is known of a model, dense or compressed, before it is loaded.
+    """Return the sizes of a dense or compressed model, without loading it.
 
     Args:
         resolved: the settings.
         source: the model.
-        dtype: in which it runs; by default that of the settings.
+        dtype: dtype of its weights in memory; by default that of the settings.
     """
     device = pick_device(resolved.settings.model.device)
     dtype = dtype or pick_dtype(resolved.settings.model.dtype, stored_dtype(source), device)
@@ -60,21 +60,21 @@ def _sublayers(source: Source, width: int) -> list[Sublayer]:
         model = build_meta_model(source, compressed=is_checkpoint(source.folder))
         prefix, layers = decoder_blocks(model)
         return find_sublayers(prefix, list(layers))
-    except UnsupportedModelError:  # it can be evaluated nevertheless
+    except UnsupportedModelError:  # such models can still be evaluated
         return [Sublayer("", 0, "", (4 * width, width))]
 
 
 def check_fits(resolved: Resolved, peak: Peak, reason: str, instead: str = "") -> None:
-    """Find out whether work fits into the bound.
+    """Check that work fits into the memory limit.
 
     Args:
         resolved: the settings.
-        peak: what it takes.
+        peak: its peak memory.
         reason: the setting that causes it, or what the work is.
         instead: what to do other than raising the limit; by default, to leave out ``reason``.
 
     Raises:
-        UsageError: a bound of a device that is not used.
+        UsageError: a limit for a device that is not used.
         MemoryLimitError: it does not fit.
     """
     bounds = memory_bounds(resolved)
@@ -88,7 +88,7 @@ def check_fits(resolved: Resolved, peak: Peak, reason: str, instead: str = "") -
 
 
 def check_measuring(resolved: Resolved, source: Source, allocator: str) -> None:
-    """Find out whether an allocator that runs the model fits into the bound. Raises as
+    """Check that an allocator that runs the model fits into the memory limit. Raises as
     :func:`check_fits`."""
     if memory_bounds(resolved) is None:
         return
@@ -100,7 +100,7 @@ def check_measuring(resolved: Resolved, source: Source, allocator: str) -> None:
 
 
 def check_writing(resolved: Resolved, source: Source, seqlen: int, reason: str) -> None:
-    """Find out whether a model that writes its own text fits into the bound. Raises as
+    """Check that generating text with the model fits into the memory limit. Raises as
     :func:`check_fits`."""
     if memory_bounds(resolved) is not None:
         check_fits(resolved, writing_peak(whole_model(resolved, source), seqlen), reason)
@@ -113,14 +113,14 @@ def check_training(
     shape: tuple[int, int],
     factors: int | None = None,
 ) -> None:
-    """Find out whether a recovery fits into the bound.
+    """Check that a recovery fits into the memory limit.
 
     Args:
         resolved: the settings.
-        models: the checkpoint, or the dense model where that is not made yet, and the teacher.
-        dtype: in which they run.
-        shape: windows that pass a model together, and tokens in each.
-        factors: numbers in the low-rank factors; by default as many as fit the ratio.
+        models: the checkpoint, or the dense model before compression; and the teacher.
+        dtype: dtype of the models.
+        shape: windows per pass, and tokens in each.
+        factors: parameters of the low-rank factors; by default those of the ratio.
 
     Raises:
         UsageError, MemoryLimitError: see :func:`check_fits`.
@@ -143,14 +143,14 @@ def check_training(
 def streamed_states(
     resolved: Resolved, source: Source, seqlen: int, baseline: Source | None = None
 ) -> int | None:
-    """Return how many bytes of hidden states may pass the blocks together where a model has to be
-    evaluated a block at a time to keep to the bound; None where it fits whole.
+    """Return the bytes of hidden states per pass if the memory limit requires evaluation one block
+    at a time; None if the whole model fits.
 
     Args:
         resolved: the settings.
         source: the model.
         seqlen: tokens per window.
-        baseline: the model that it is held against, if any.
+        baseline: the model to compare with, if any.
 
     Raises:
         UsageError, MemoryLimitError: see :func:`check_fits`.
@@ -170,7 +170,7 @@ def streamed_states(
     least = streaming_peak(model, knobs.batch, seqlen, head)
     if found := excess(least, bounds, device):
         raise MemoryLimitError(
-            f"Evaluating {Path(source.name).name} a block at a time takes {found}.",
+            f"Evaluating {Path(source.name).name} one block at a time takes {found}.",
             "Raise `model.max_memory`, or lower `eval.batch` or `eval.seqlen`.",
         )
     free = _STATES_BYTES if bounds.host is None else bounds.host - least.host
@@ -178,7 +178,6 @@ def streamed_states(
 
 
 def check_evaluation(resolved: Resolved, source: Source) -> None:
-    """Find out whether a model can be evaluated within the bound. Raises as
-    :func:`check_fits`."""
+    """Check that evaluation fits into the memory limit. Raises as :func:`check_fits`."""
     if memory_bounds(resolved) is not None:
         streamed_states(resolved, source, window_length(resolved.settings.eval.seqlen, source))
