@@ -150,3 +150,12 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="Cannot write"), building(tmp_path / "file" / "x", "key"):
         pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_file_system_that_takes_no_new_files_is_not_called_locked() -> None:
+    with (
+        pytest.raises(OutputError, match=r"Cannot (create files|write)"),
+        building(Path("/proc/hisvd-test"), "key"),
+    ):
+        raise AssertionError

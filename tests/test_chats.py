@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,10 @@ _CHAT = [
 ]
 
 
+def _split(text: str) -> list[str]:
+    return [text[:5], text[5:]]
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = save_model("llama", tmp_path_factory.mktemp("chat") / "model")
@@ -54,6 +60,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "texts": {"prompt": _CHAT[0]["content"], "completion": _CHAT[1]["content"]},
     "sides": {"prompt": _CHAT[:1], "completion": _CHAT[1:]},
+    "parts": {
+        "messages": [
+            {
+                **turn,
+                "content": [{"type": "text", "text": word} for word in _split(turn["content"])],
+            }
+            for turn in _CHAT
+        ]
+    },
 }
 
 
@@ -162,6 +177,16 @@ def _gzipped(content: str) -> bytes:
     return gzip.compress(content.encode())
 
 
+def _bzipped(content: str) -> bytes:
+    return bz2.compress(content.encode())
+
+
+def _zstandard(content: str) -> bytes:
+    import pyarrow
+
+    return bytes(pyarrow.compress(content.encode(), "zstd", asbytes=True))
+
+
 def _plain(content: str) -> bytes:
     return content.encode()
 
@@ -177,6 +202,8 @@ _OBJECT = '{\n "version": 1,\n "data": [{"text": "a b"}, {"text": "c"}]\n}'
         ("c4.json.gz", _gzipped, _LINES),
         ("c4.jsonl.gz", _gzipped, _LINES),
         ("list.json.gz", _gzipped, _LIST),
+        ("pile.jsonl.bz2", _bzipped, _LINES),
+        ("pile.jsonl.zst", _zstandard, _LINES),
         ("lines.json", _plain, _LINES),
         ("list.jsonl", _plain, _LIST),
         ("object.json", _plain, _OBJECT),
@@ -194,24 +221,28 @@ def test_a_packed_text(tmp_path: Path) -> None:
     assert load_text(str(tmp_path / "t.txt.gz"), "calibration").content == "a\nb"
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"no gzip", _gzipped("x" * 99)[:-6], _gzipped("{")],
-    ids=["not packed", "cut short", "no JSON"],
-)
-def test_a_damaged_packed_file(data: bytes, tmp_path: Path) -> None:
-    (tmp_path / "t.json.gz").write_bytes(data)
-    with pytest.raises(DataError, match=r"t\.json\.gz"):
-        load_text(str(tmp_path / "t.json.gz"), "calibration")
+PACKERS = {".gz": _gzipped, ".bz2": _bzipped, ".zst": _zstandard}
 
 
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("damage", ["not packed", "cut short", "no JSON"])
+def test_a_damaged_packed_file(suffix: str, damage: str, tmp_path: Path) -> None:
+    pack = PACKERS[suffix]
+    data = {"not packed": b"no archive", "cut short": pack("x" * 99)[:-6], "no JSON": pack("{")}
+    path = tmp_path / f"t.json{suffix}"
+    path.write_bytes(data[damage])
+    with pytest.raises(DataError, match=re.escape(path.name)):
+        load_text(str(path), "calibration")
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
 def test_a_file_that_unpacks_without_end_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hisvd_cli.calibration.text.files._UNPACKED_BASE", 1000)
-    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"x" * 10**6))
+    (tmp_path / f"t.txt{suffix}").write_bytes(PACKERS[suffix]("x" * 10**6))
     with pytest.raises(DataError, match="unpacks to more than"):
-        load_text(str(tmp_path / "t.txt.gz"), "calibration")
+        load_text(str(tmp_path / f"t.txt{suffix}"), "calibration")
 
 
 def test_a_packed_file_that_is_not_there(tmp_path: Path) -> None:

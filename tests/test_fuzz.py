@@ -208,6 +208,16 @@ def _write_texts(folder: Path) -> None:
     Store(folder / "store").save("key", {"windows": 2}, Sums(torch.rand(2, 3), torch.rand(2, 3)))
 
 
+def _search(few: int) -> settings:
+    return settings(
+        max_examples=EXAMPLES or few,
+        derandomize=not EXAMPLES,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_a_mutated_file_gives_a_result_or_an_error_of_ours(
     name: str, real: Path, tmp_path: Path
@@ -218,13 +228,7 @@ def test_a_mutated_file_gives_a_result_or_an_error_of_ours(
     copy(real / top, tmp_path / top)
     path, content = tmp_path / reader.file, (real / reader.file).read_bytes()
 
-    @settings(
-        max_examples=EXAMPLES or (FEW // 4 if reader.slow else FEW),
-        derandomize=not EXAMPLES,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @_search(FEW // 4 if reader.slow else FEW)
     @given(st.data())
     def read_mutated(data: Any) -> None:
         path.write_bytes(reader.mutate(content, data.draw))
@@ -232,3 +236,33 @@ def test_a_mutated_file_gives_a_result_or_an_error_of_ours(
             reader.read(tmp_path / (reader.target or reader.file))
 
     read_mutated()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "mutate", "command"),
+    [
+        ("calibration/spectra.safetensors", mutated_header, "plan"),
+        ("grid/model-0.6/hisvd.json", mutated_json, "compress"),
+        ("grid/model-0.6/config.json", mutated_json, "compress"),
+    ],
+)
+def test_a_command_that_reuses_a_mutated_file(
+    file: str, mutate: Mutate, command: str, real: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(real / "calibration", tmp_path / "calibration")
+    words = ("--model", real / "model", "--calibration", tmp_path / "calibration", "--ratio", 0.5)
+    if command == "compress":
+        shutil.copytree(real / "made", tmp_path / "grid" / "model-0.6")
+        words = (*words, "--ratio", 0.6, "--output", tmp_path / "grid", "--no-evaluate")
+    path = tmp_path / file
+    content = path.read_bytes()
+
+    @_search(FEW // 2)
+    @given(st.data())
+    def reuse_mutated(data: Any) -> None:
+        path.write_bytes(mutate(content, data.draw))
+        shutil.rmtree(tmp_path / "grid" / "model-0.5", ignore_errors=True)
+        run(command, *words)
+
+    reuse_mutated()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hisvd_cli.utils.errors import SourceError
+from hisvd_cli.utils.errors import SourceError, UsageError
 from hisvd_cli.utils.files.fingerprints import cache_root, digest, file_digest, slug
 
 
@@ -68,3 +68,9 @@ def test_files_that_cannot_be_read_or_remembered(
     monkeypatch.setenv("HISVD_CACHE", str(tmp_path / "x"))
     # A cache that cannot be written only costs the hash again.
     assert file_digest(tmp_path / "x") == hashlib.sha256(b"").hexdigest()
+
+
+def test_a_cache_of_an_unknown_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISVD_CACHE", "~nosuchuser/cache")
+    with pytest.raises(UsageError, match="no user 'nosuchuser'"):
+        cache_root()

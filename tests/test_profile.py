@@ -207,6 +207,11 @@ def test_a_profile_that_cannot_be_read(tmp_path: Path) -> None:
         resolve({}, tmp_path / "absent.toml", environ={}, start=tmp_path)
 
 
+def test_a_profile_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "hisvd.toml").write_text("[plan]\nratio = [0.5]\n", encoding="utf-8-sig")
+    assert resolve({}, environ={}, start=tmp_path).settings.plan.ratio == [0.5]
+
+
 def test_the_profile_is_printed_as_one_that_reads_back(tmp_path: Path) -> None:
     flags: dict[Key, object] = {
         ("model", "name"): 'a "quoted"\nname',

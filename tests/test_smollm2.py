@@ -1,7 +1,8 @@
 """The whole path on a real model, through the installed command: the figures that it must reach.
 
 Needs SmolLM2-135M-Instruct as GGUF (``HISVD_SMOLLM2``, see .ci/run) and the shared WikiText-2.
-Protocol: calibration 32 × 1024 tokens of validation, evaluation 20 windows of 1024 of test.
+Protocol: calibration on 12 × 1024 tokens of validation, evaluation on 8 windows of 1024 of test. It
+is smaller than that of tests/benchmarks/smollm2.py, whose figures the manual reports.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,17 @@ import torch
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 GGUF = os.environ.get("HISVD_SMOLLM2", "")
-DENSE = 23.3  # of the protocol, as measured by tests/benchmarks/smollm2.py
+WINDOWS = 8
+MODELS = {
+    "uniform-0.8": ["--allocator", "uniform"],
+    "hisvd-0.8": [],
+    "best-0.8": ["--preset", "best"],
+    "hisvd-0.6": [],
+    "best-0.6": ["--preset", "best"],
+}
+"""Folder, which ends in the keep ratio → options of its compression."""
+LIMITS = {"hisvd-0.8": 1.0, "best-0.8": 1.0, "hisvd-0.6": 1.0, "best-0.6": 1.0}
+"""Folder → perplexity that it must reach, a little above what it measured."""
 ROOM = 1.03  # bfloat16 products are rounded differently by other processors and thread counts
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
@@ -35,6 +45,11 @@ pytestmark = [
 
 
 def _hisvd(folder: Path, *arguments: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(_run(folder, *arguments).stdout)
+    return document
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     threads = {"OMP_NUM_THREADS": THREADS, "HISVD_CACHE": str(folder / "cache")}
     done = subprocess.run(
         [str(Path(sys.executable).with_name("hisvd")), *arguments, "--json"],
@@ -45,8 +60,7 @@ def _hisvd(folder: Path, *arguments: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +68,30 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with SmolLM2 calibrated in ``calibration``."""
     folder = tmp_path_factory.mktemp("smollm2")
     text = str(DATA / "validation.tokens.txt")
-    options = ["--dataset", text, "--samples", "32", "--seqlen", "1024"]
+    options = ["--dataset", text, "--samples", "12", "--seqlen", "1024", "--gradients"]
     _hisvd(folder, "calibrate", "--model", GGUF, "--calibration", "calibration", *options)
     return folder
 
 
-def _evaluate(folder: Path, *targets: str, windows: int = 20) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def made(workspace: Path) -> dict[str, dict[str, Any]]:
+    """Folder → what ``compress`` reports, of all models."""
+    common = ["compress", "--model", GGUF, "--calibration", "calibration"]
+    return {
+        target: _hisvd(workspace, *common, *options, "--ratio", target[-3:], "--output", target)
+        for target, options in MODELS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluated(workspace: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation of all models beside the original."""
+    return _evaluate(workspace, *made, "--baseline", GGUF)
+
+
+def _evaluate(folder: Path, *targets: str, windows: int = WINDOWS) -> dict[str, Any]:
     options = ["--dataset", str(DATA / "test.raw.txt"), "--seqlen", "1024"]
     return _hisvd(folder, "eval", *targets, *options, "--windows", str(windows))
-
-
-def _perplexity(folder: Path, *targets: str, windows: int = 20) -> float:
-    result = _evaluate(folder, *targets, windows=windows)
-    return float(result["results"][0]["perplexity"])
 
 
 def test_dense_perplexity_equals_an_independent_loop(workspace: Path) -> None:
@@ -82,74 +107,53 @@ def test_dense_perplexity_equals_an_independent_loop(workspace: Path) -> None:
         with torch.no_grad():
             losses.append(float(model(window, labels=window).loss))
     by_hand = math.exp(sum(losses) / len(losses))
-    measured = _perplexity(workspace, GGUF, "--dtype", "float32", windows=3)
-    assert measured == pytest.approx(by_hand, rel=1e-3)
+    measured = _evaluate(workspace, GGUF, "--dtype", "float32", windows=3)
+    assert measured["results"][0]["perplexity"] == pytest.approx(by_hand, rel=1e-3)
 
 
-def test_plan_is_exact_and_quick_once_spectra_are_cached(workspace: Path) -> None:
+def test_plan_is_exact_and_computes_spectra_once(workspace: Path) -> None:
     command = ["plan", "--model", GGUF, "--calibration", "calibration", "--ratio", "0.6"]
-    _hisvd(workspace, *command)
-    started = time.monotonic()
-    plan = _hisvd(workspace, *command)
-    # The aim is 5 s; a shared machine gets room, and recomputing the spectra would take far more.
-    assert time.monotonic() - started < 20
+    _run(workspace, *command)
+    again = _run(workspace, *command)
+    assert "Computing spectra" not in again.stderr
+    plan = json.loads(again.stdout)
     total = sum(math.prod(row["shape"]) for row in plan["sublayers"])
     assert 0 <= 0.6 * total - plan["kept_parameters"] <= 0.0005 * total
     assert len(plan["sublayers"]) == 210
 
 
-@pytest.mark.parametrize(("ratio", "limit"), [("0.8", 55.0), ("0.6", 180.0)])
-def test_hisvd_reaches_its_perplexity(workspace: Path, ratio: str, limit: float) -> None:
-    target = f"hisvd-{ratio}"
-    command = ["compress", "--model", GGUF, "--calibration", "calibration", "--ratio", ratio]
-    made = _hisvd(workspace, *command, "--output", target)
+@pytest.mark.parametrize("target", MODELS)
+def test_a_model_has_the_size_that_was_asked_for(
+    workspace: Path, made: dict[str, dict[str, Any]], target: str
+) -> None:
     audit = _hisvd(workspace, "inspect", target)
     assert audit["problems"] == []
-    assert audit["ratio"] == pytest.approx(float(ratio), abs=0.0005)
-    assert audit["ratio"] <= float(ratio)
-    assert audit["bytes"] == made["bytes"]
-    assert made["peak_memory_bytes"] < 538e6 + 350e6 + 1e9  # a full fp32 load, imports, and 1 GB
-    assert DENSE < _perplexity(workspace, target) <= limit * ROOM
+    assert float(target[-3:]) - 0.0005 <= audit["ratio"] <= float(target[-3:])
+    assert audit["bytes"] == made[target]["bytes"]
+    assert made[target]["peak_memory_bytes"] < 538e6 + 350e6 + 1e9  # the model, imports, and 1 GB
 
 
-@pytest.mark.parametrize(("ratio", "limit"), [("0.8", 32.5), ("0.6", 60.0)])
-def test_best_reaches_its_perplexity(workspace: Path, ratio: str, limit: float) -> None:
-    """On half the text of the protocol, so that it takes half the time."""
-    text = ["--dataset", str(DATA / "validation.tokens.txt"), "--samples", "16"]
-    more = ["--seqlen", "1024", "--calibration", "gradients", "--preset", "best"]
-    target = f"best-{ratio}"
-    _hisvd(
-        workspace, "compress", "--model", GGUF, *text, *more, "--ratio", ratio, "--output", target
-    )
-    audit = _hisvd(workspace, "inspect", target)
-    assert audit["problems"] == []
-    assert float(ratio) - 0.0005 <= audit["ratio"] <= float(ratio)
-    assert DENSE < _perplexity(workspace, target) <= limit * ROOM
+@pytest.mark.parametrize("target", LIMITS)
+def test_a_model_reaches_its_perplexity(evaluated: dict[str, Any], target: str) -> None:
+    perplexity = {each["model"]: each["perplexity"] for each in evaluated["results"]}
+    assert perplexity[GGUF] < perplexity[target] <= LIMITS[target] * ROOM
 
 
-def test_eight_windows_order_the_methods(workspace: Path) -> None:
-    """Uses what the tests above made where they ran, and makes it where they did not."""
-    made = ("compress", "--model", GGUF, "--ratio", "0.8")
-    text = ("--dataset", str(DATA / "validation.tokens.txt"), "--samples", "16")
-    best = (*text, "--seqlen", "1024", "--calibration", "gradients", "--preset", "best")
-    plain = ("--calibration", "calibration")
-    methods = {"best-0.8": best, "hisvd-0.8": plain}
-    methods["uniform-0.8"] = (*plain, "--allocator", "uniform")
-    for target, options in methods.items():
-        if not (workspace / target).exists():
-            _hisvd(workspace, *made, *options, "--output", target)
-    found = _evaluate(workspace, *methods, "--baseline", GGUF, windows=8)
-    for figure in ("kl", "nats_per_token", "agreement"):
-        better = {
-            (each["model"], each["other"]): each["better"]
-            for each in found["comparisons"]
-            if each["figure"] == figure
-        }
-        assert better == {
-            ("best-0.8", "hisvd-0.8"): "best-0.8",
-            ("best-0.8", "uniform-0.8"): "best-0.8",
-            ("hisvd-0.8", "uniform-0.8"): "hisvd-0.8",
-        }
+@pytest.mark.parametrize("figure", ["kl", "nats_per_token", "agreement"])
+def test_eight_windows_order_the_methods(evaluated: dict[str, Any], figure: str) -> None:
+    better = {
+        (each["model"], each["other"]): each["better"]
+        for each in evaluated["comparisons"]
+        if each["figure"] == figure
+    }
+    for one, other in (
+        ("best-0.8", "hisvd-0.8"),
+        ("best-0.8", "uniform-0.8"),
+        ("hisvd-0.8", "uniform-0.8"),
+        ("best-0.6", "hisvd-0.6"),
+    ):
+        pair = (one, other) if (one, other) in better else (other, one)
+        assert better[pair] == one
 
 
 def test_truncation_error_is_the_predicted_loss(workspace: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -75,6 +76,12 @@ def test_files_that_are_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.bin").touch()
     with pytest.raises(SourceError, match=r"is a file, but no \.gguf file"):
         open_source(str(tmp_path / "x.bin"))
+
+
+def test_a_pipe_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="neither a folder nor a regular file"):
+        open_source(str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ VERSE = re.compile(r"(?P<chapter>[1-3]?[A-Za-z]+\d+):\d+ (?P<text>.+)")
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text, cut by whole chapters; ``calibration`` is part of ``training``, nothing else is."""
+    """The text, cut by whole chapters; ``calibration`` is part of ``training``, nothing else is.
+
+    Two thirds of the chapters held out for evaluation are unused: the rest takes seconds to
+    evaluate.
+    """
 
     training: str
     calibration: str
@@ -36,7 +40,7 @@ def split(chapters: list[str]) -> Corpus:
     def join(chosen: list[str]) -> str:
         return "\n\n".join(chosen) + "\n"
 
-    evaluation = [c for i, c in enumerate(chapters) if i % 26 == 13]
+    evaluation = [c for i, c in enumerate(chapters) if i % 78 == 13]
     validation = [c for i, c in enumerate(chapters) if i % 52 == 0]
     seen = [(i, c) for i, c in enumerate(chapters) if i % 26 != 13 and i % 52 != 0]
     return Corpus(

@@ -66,7 +66,16 @@ def _message(turn: Any) -> dict[str, Any] | None:
         return None
     # Parquet fills what a row lacks with None, which templates take for something that is there.
     kept = {key: value for key, value in turn.items() if value is not None}
-    return {**kept, "role": _ROLES.get(role.lower(), role), "content": content or ""}
+    text = _joined(content) if isinstance(content, list) else content
+    return {**kept, "role": _ROLES.get(role.lower(), role), "content": text or ""}
+
+
+def _joined(parts: list[Any]) -> str | list[Any]:
+    """Return the text of a message in parts, which templates for text alone do not take; parts of
+    other types stay as they are."""
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    plain = all(not isinstance(part, dict) or part.get("type") == "text" for part in parts)
+    return "".join(texts) if plain and all(isinstance(t, str) for t in texts) else parts
 
 
 _DAY = datetime(2024, 7, 26)  # what the templates of Llama 3 fall back to

@@ -133,7 +133,7 @@ def load_text(name: str, purpose: Purpose) -> Text:
     """Load a text: an existing file wins, then the named sets, then a hub id.
 
     Args:
-        name: path of a .txt, .jsonl, .json or .parquet file, text perhaps packed as .gz; wikitext2,
+        name: path of a .txt, .jsonl, .json or .parquet file, text also compressed; wikitext2,
             c4, ptb or demo; or a hub id, with ``:configuration`` behind it where the set has
             several. Rows hold a text, or a conversation for the model's chat template.
         purpose: decides the split: train for calibration, test for evaluation.
@@ -150,7 +150,8 @@ def load_text(name: str, purpose: Purpose) -> Text:
     elif kind_of_file(path) in FILE_KINDS or _is_folder(name) or name.startswith((".", "/", "~")):
         raise DataError(
             f"There is no file '{name}'{', only a folder' if _is_folder(name) else ''}.",
-            f"Give the path of a {', '.join(FILE_KINDS)} file, text also as {PACKED}.",
+            f"Give the path of a {', '.join(FILE_KINDS)} file; text may be compressed "
+            f"({', '.join(PACKED)}).",
         )
     elif name in NAMED or "/" in name:
         text = _load_hub(name, NAMED.get(name) or _custom(name), purpose)

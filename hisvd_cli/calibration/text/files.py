@@ -1,18 +1,22 @@
-"""Files of text or of rows ─► their content: plain, gzip, JSON lines and Parquet."""
+"""Files of text or rows ─► their content: plain, compressed, JSON lines and Parquet."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hisvd_cli.utils.errors import DataError, reason
 from hisvd_cli.utils.files.json_files import parse_json
 from hisvd_cli.utils.library_errors import library_errors
 
 FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")
-PACKED = ".gz"
+PACKED = (".gz", ".bz2", ".zst")
 _PARQUET_ROWS = 64
 """Rows that are unpacked at a time."""
 _UNPACKED_BASE, _UNPACKED_RATIO = 1 << 26, 100
@@ -21,12 +25,12 @@ _UNPACKED_BASE, _UNPACKED_RATIO = 1 << 26, 100
 
 def kind_of_file(path: Path) -> str:
     """Return the ending of a file's name, of a packed one that of its content."""
-    return (path.with_suffix("") if path.suffix == PACKED else path).suffix
+    return (path.with_suffix("") if path.suffix in PACKED else path).suffix
 
 
 def read_plain(path: Path) -> str:
     try:
-        data = _unpacked(path) if path.suffix == PACKED else path.read_bytes()
+        data = _unpacked(path) if path.suffix in PACKED else path.read_bytes()
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text.", "Convert the file to UTF-8.") from error
@@ -37,23 +41,33 @@ def read_plain(path: Path) -> str:
 
 
 def _unpacked(path: Path) -> bytes:
-    """Return the content of a gzip file. Raises DataError, OSError."""
-    import gzip
-    import zlib
-
+    """Return the content of a compressed file. Raises DataError, OSError."""
     limit = _UNPACKED_BASE + _UNPACKED_RATIO * path.stat().st_size
-    try:
-        with gzip.open(path) as file:
-            data = file.read(limit + 1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} is not a readable gzip file: {reason(error)}", "Write or fetch it again."
-        ) from error
+    with path.open("rb") as packed:
+        try:
+            with _decompressor(path.suffix, packed) as file:
+                data = file.read(limit + 1)
+        except (EOFError, OSError, ValueError, zlib.error) as error:
+            raise DataError(
+                f"{path} is not a readable {path.suffix} file: {reason(error)}",
+                "Write or download it again.",
+            ) from error
     if len(data) > limit:
         raise DataError(
             f"{path} unpacks to more than {limit:,} bytes.", "Unpack it, and give the result."
         )
     return data
+
+
+def _decompressor(suffix: str, packed: IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+    if suffix == ".gz":
+        return gzip.open(packed)
+    if suffix == ".bz2":
+        return bz2.open(packed)
+    import pyarrow
+
+    stream: AbstractContextManager[IO[bytes]] = pyarrow.CompressedInputStream(packed, "zstd")
+    return stream
 
 
 def parquet_rows(path: Path) -> Iterator[object]:

@@ -48,6 +48,11 @@ def open_source(
         return Source(name, path, trust_remote_code=trust_remote_code)
     if path.is_file():
         return _from_file(name, path)
+    if path.exists():
+        raise SourceError(
+            f"'{name}' is neither a folder nor a regular file.",
+            "Give the folder that holds config.json and the weights.",
+        )
     if name == DEMO:
         return Source(name, DEMO_FOLDER)
     if not _HUB_ID.fullmatch(name) or path.suffix in {".gguf", ".pt", ".safetensors"}:

@@ -39,7 +39,7 @@ def shipped_or_file(profile: Path) -> Path:
 def read_profile(path: Path) -> dict[str, Any]:
     """Parse a profile. Raises UsageError where it is missing or no TOML."""
     try:
-        document = tomli.loads(read_bounded(path, _MAX_BYTES).decode("utf-8"))
+        document = tomli.loads(read_bounded(path, _MAX_BYTES).decode("utf-8-sig"))
         check_depth(document)
         return document
     except OSError as error:

@@ -65,6 +65,10 @@ def building(folder: Path, key: str) -> Iterator[Path]:
                 with suppress(OSError):
                     lock.unlink()
     except Timeout as error:
+        if not lock.exists():  # some file systems, such as /proc, take no new files
+            raise OutputError(
+                f"Cannot create files beside {folder}.", write_hint(folder)
+            ) from error
         raise OutputError(
             f"Another hisvd run is writing {folder}.", "Wait for it, or choose another folder."
         ) from error

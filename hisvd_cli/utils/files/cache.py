@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hisvd_cli.utils.errors import UsageError
+
 _SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
 
 
@@ -18,9 +20,19 @@ def expanded(name: str) -> Path:
 
 
 def cache_root() -> Path:
-    """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        UsageError: ``HISVD_CACHE`` begins with ``~`` and the name of an unknown user.
+    """
     if named := os.environ.get("HISVD_CACHE"):
-        return expanded(named)
+        root = expanded(named)
+        if root.parts[0].startswith("~"):
+            raise UsageError(
+                f"HISVD_CACHE is '{named}', and there is no user '{root.parts[0][1:]}'.",
+                "Set HISVD_CACHE to an existing folder or one that can be created.",
+            )
+        return root
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "hisvd"
 
