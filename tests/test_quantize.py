@@ -333,6 +333,7 @@ def test_an_interrupted_rounding_loses_no_training(
         patch.setattr("hisvd_cli.pipelines.compressing.writing.quantize_compressed", stop)
         assert fail(*words, "--output", tmp_path / "two")[0] == "The disk is full."
     assert not (tmp_path / "two").exists()
+    assert [path.name for path in tmp_path.iterdir() if "two" in path.name] == [".two.hisvd.work"]
     with monkeypatch.context() as patch:
         patch.setattr("hisvd_cli.pipelines.compressing.writing.fine_tune", stop)
         patch.setattr("hisvd_cli.pipelines.compressing.writing.factored", stop)

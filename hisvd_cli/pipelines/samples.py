@@ -47,15 +47,20 @@ def default_samples(dataset: str) -> int:
     return DEMO_SAMPLES if dataset == DEMO else DEFAULT_SAMPLES
 
 
-def window_length(given: int | None, source: Source) -> int:
+def window_length(given: int | None, source: Source, setting: str = "calibration.seqlen") -> int:
     """Return the tokens per window: the given number, or else 2048, or the number of positions of
     the model if that is lower.
+
+    Args:
+        given: the number in the settings.
+        source: the model.
+        setting: key of that setting, for the error.
 
     Raises:
         DataError: the given number exceeds the positions of the model.
     """
     if given is not None:
-        check_seqlen(given, source)
+        check_seqlen(given, source, f"`{setting}`")
         return given
     return min(DEFAULT_SEQLEN, model_positions(source) or DEFAULT_SEQLEN)
 
@@ -227,7 +232,7 @@ def other_sample(
         return draw_sample(request_calibration(resolved, source), source, reporter)
     given: dict[str, Any] = {key: resolved.value("calibration", key) for key in keys}
     if "seqlen" in given:
-        check_seqlen(given["seqlen"], source)
+        check_seqlen(given["seqlen"], source, "`calibration.seqlen`")
     request = replace(request_of(resolved, found), **given)
     return _drawn_again(request, found.manifest["data"], source, reporter)
 

@@ -27,8 +27,9 @@ def evaluation_text(resolved: Resolved, source: Source) -> Text | None:
         return None
     text = pick_texts(resolved, [source])[0]
     settings = resolved.settings.eval
+    length = window_length(settings.seqlen, source, "eval.seqlen")
     # Raises DataError if the text is too short, before the compression.
-    evaluation_windows(text, source, window_length(settings.seqlen, source), settings.windows)
+    evaluation_windows(text, source, length, settings.windows)
     return text
 
 
@@ -56,6 +57,6 @@ def before_and_after(
 def _perplexity(
     resolved: Resolved, source: Source, text: Text, reporter: Reporter
 ) -> PerplexityResult:
-    seqlen = window_length(resolved.settings.eval.seqlen, source)
+    seqlen = window_length(resolved.settings.eval.seqlen, source, "eval.seqlen")
     found = TextRunner(resolved, [text], seqlen, reporter).measure(source)[0]
     return result_of(found.windows, found.sums, found.dtype)

@@ -50,7 +50,7 @@ class SpeedRunner:
         self._work = workload(resolved.settings, sources) if self.wanted else None
         self._baseline = baseline
         self._reporter = reporter
-        self._beside: Runner | None = None
+        self._baseline_runner: Runner | None = None
 
     @property
     def wanted(self) -> bool:
@@ -66,9 +66,12 @@ class SpeedRunner:
         if self._work is None:
             return None
         own = self._open(source)
-        if self._baseline and not self._beside:
-            self._beside = self._open(self._baseline)
-        runners = {**({"baseline": self._beside} if self._beside else {}), "model": own}
+        if self._baseline and not self._baseline_runner:
+            self._baseline_runner = self._open(self._baseline)
+        runners = {
+            **({"baseline": self._baseline_runner} if self._baseline_runner else {}),
+            "model": own,
+        }
         sizes = sorted(set(self._settings.eval.batch_sizes))
         count = len(sizes) * len(runners) * (1 + self._work.turns)
         races = []
@@ -83,7 +86,9 @@ class SpeedRunner:
             compiled=self._settings.eval.compile,
             work=self._work,
             weight_bytes=own.weight_bytes,
-            baseline_weight_bytes=self._beside.weight_bytes if self._beside else None,
+            baseline_weight_bytes=self._baseline_runner.weight_bytes
+            if self._baseline_runner
+            else None,
             races=races,
         )
 

@@ -53,7 +53,7 @@ def evaluate_models(
         for target in targets:
             with recorded_failure(target, failures, len(targets) == 1, _MEMORY_HINT):
                 source = stack.enter_context(open_reported(resolved, target, reporter))
-                window_length(resolved.settings.eval.seqlen, source)
+                _length(resolved, source)
                 sources.append((target, source))
         grid = Grid([], None, [], failures, len(targets) == 1)
         return _fill(grid, resolved, sources, baseline, reporter, fresh) if sources else grid
@@ -71,7 +71,7 @@ def _fill(
     every = [source for _, source in sources] + ([baseline] if baseline else [])
     texts = pick_texts(resolved, every)
     # Perplexities compare only for windows of the same length.
-    seqlen = min(window_length(resolved.settings.eval.seqlen, source) for source in every)
+    seqlen = min(_length(resolved, source) for source in every)
     perplexity = TextRunner(resolved, texts, seqlen, reporter, fresh)
     speed = SpeedRunner(resolved, every, baseline, reporter)
     tasks = TaskRunner(resolved, reporter, fresh)
@@ -101,6 +101,10 @@ def _fill(
         grid.failures,
         grid.single,
     )
+
+
+def _length(resolved: Resolved, source: Source) -> int:
+    return window_length(resolved.settings.eval.seqlen, source, "eval.seqlen")
 
 
 def _results(cell: Sequence[Measured]) -> list[PerplexityResult]:

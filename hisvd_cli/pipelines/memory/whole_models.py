@@ -180,4 +180,5 @@ def streamed_states(
 def check_evaluation(resolved: Resolved, source: Source) -> None:
     """Check that evaluation fits into the memory limit. Raises as :func:`check_fits`."""
     if memory_bounds(resolved) is not None:
-        streamed_states(resolved, source, window_length(resolved.settings.eval.seqlen, source))
+        seqlen = window_length(resolved.settings.eval.seqlen, source, "eval.seqlen")
+        streamed_states(resolved, source, seqlen)

@@ -28,9 +28,8 @@ def recover_checkpoint(
     path = _checked_output(resolved, folder, output, overwrite)
     started = time.monotonic()
     recovery = prepare_recovery(resolved, folder, reporter)
-    check_output(
-        path, overwrite, _inputs(resolved, folder)
-    )  # again: sampling text may have taken long
+    # Check again: the output may have come to exist while text was sampled.
+    check_output(path, overwrite, _inputs(resolved, folder))
     made = run_recovery(recovery, path, reporter)
     return {
         "output": str(path),

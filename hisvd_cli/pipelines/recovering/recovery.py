@@ -73,7 +73,7 @@ def prepare_recovery(
     knobs = resolved.settings.recover
     if knobs.method == "none":
         raise UsageError(
-            "Nothing is to be done with the checkpoint.", "Give `recover.method` distill."
+            "Nothing to do: no fine-tuning method is given.", "Give `recover.method` distill."
         )
     check_runs(resolved)
     checkpoint = open_checkpoint(folder)
