@@ -295,7 +295,7 @@ def test_of_the_whole_model_the_rest_counts_too(demo: Words) -> None:
     assert counted["budget"] + rest == int(0.4 * counted["model"])
     assert 0.395 < (rest + counted["kept"]) / counted["model"] <= 0.4
     message, _ = fail("plan", *demo, "--bytes-ratio", 0.1, "--ratio-of", "model")
-    assert "what stays as it is" in message
+    assert "uncompressed weights take" in message
 
 
 @pytest.mark.usefixtures("here")
@@ -372,7 +372,7 @@ def test_a_profile_gives_way_to_the_command_line(demo: Words) -> None:
     Path("hisvd.toml").write_text("[plan]\nbytes_ratio = 0.3\n")
     assert as_json("plan", *demo, "--ratio", 0.6)["bytes"] is None
     Path("hisvd.toml").write_text("[plan]\nbytes_ratio = 0.3\nratio = 0.6\n")
-    assert "one of them" in fail("plan", *demo, code=2)[0]
+    assert "one limit" in fail("plan", *demo, code=2)[0]
 
 
 @pytest.mark.usefixtures("here")

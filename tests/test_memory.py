@@ -167,7 +167,7 @@ def test_too_small_a_bound_is_refused_before_any_work(command: str, here: Path) 
         ("--dataset self", "--no-evaluate", "--dataset self loads the whole model and takes "),
         ("--allocator lems", "--no-evaluate", "--allocator lems loads the whole model and takes "),
         ("--allocator learned", "--no-evaluate", "--allocator learned loads the whole model and "),
-        ("--evaluate", "--verbose", "Evaluating demo a block at a time takes "),
+        ("--evaluate", "--verbose", "Evaluating demo one block at a time takes "),
         ("--recover distill", "--no-evaluate", "--recover distill loads the whole model and "),
         ("--recover lora", "--no-evaluate", "--recover lora loads the whole model and takes "),
     ],
