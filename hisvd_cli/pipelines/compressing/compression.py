@@ -42,7 +42,7 @@ def compress_model(
     # Check again: the output may have come to exist during calibration and planning.
     world().agreed(lambda: check_place_of(resolved, source, path, plan_file, overwrite))
     with last_stage(resolved, ready.stage, ready.given, path, reporter) as (last, before):
-        made, plan_path, training = write_checkpoint(resolved, last, path, ready.update, reporter)
+        made, training, plan_path = write_checkpoint(resolved, last, path, ready.update, reporter)
     seconds = {
         "calibrate": ready.calibrating + before["calibrate"],
         "plan": ready.planning + before["plan"],

@@ -51,40 +51,66 @@ def _steps(path: Path, trains: bool, rounds: bool) -> _Steps:
 
 def write_checkpoint(
     resolved: Resolved, last: Stage, path: Path, update: Update | None, reporter: Reporter
-) -> tuple[Compressed, Path, float]:
+) -> tuple[Compressed, float, Path]:
     """Write the checkpoint of the last stage.
 
     Returns:
-        The checkpoint with its times, a file with its plan, and the seconds of fine-tuning.
+        The checkpoint with its times, the seconds of fine-tuning, and a file with its plan.
     """
     resolved = rounded_by(resolved, last.plan)
     rounds = quantizes(resolved) or bool(last.plan.bits)
     steps = _steps(path, wants_recovery(resolved), rounds)
+    if path.suffix != ".pt":
+        return (*_quantized(resolved, last, steps, rounds, update, reporter), plan_of(path))
+    final = IntermediateCheckpoint(steps.final)
+    made, training = _kept(resolved, last, final), 0.0
+    if made is None:
+        made, training = _quantized(resolved, last, steps, rounds, update, reporter)
+        final.keep()
+    if world().first:
+        made = write_single_file(made, last.plan, path)
+    return made, training, plan_of(path)
+
+
+def _kept(
+    resolved: Resolved, last: Stage, intermediate: IntermediateCheckpoint
+) -> Compressed | None:
+    """Return a complete intermediate checkpoint that an interrupted run left; None if there is
+    none, or it was made from another plan, other settings or another text."""
+
+    def find() -> Compressed | None:
+        made = intermediate.kept(last.plan, resolved.recorded(*RECORDED), last.original_key)
+        if made is None or not is_same_recovery(resolved, last.source.original, made.record):
+            return None
+        return made
+
+    return world().agreed(find)
+
+
+def _quantized(
+    resolved: Resolved,
+    last: Stage,
+    steps: _Steps,
+    rounds: bool,
+    update: Update | None,
+    reporter: Reporter,
+) -> tuple[Compressed, float]:
+    """Factorize, fine-tune and quantize the model, each if the settings say so; return the
+    checkpoint and the seconds of fine-tuning."""
+    if not rounds:
+        return _trained(resolved, last, steps, update, reporter)
     unquantized = IntermediateCheckpoint(steps.trained)
-    kept = world().agreed(lambda: _kept(resolved, last, unquantized)) if rounds else None
-    made, training = (kept, 0.0) if kept else _trained(resolved, last, steps, update, reporter)
-    if rounds and not kept:
+    made, training = _kept(resolved, last, unquantized), 0.0
+    if made is None:
+        made, training = _trained(resolved, last, steps, update, reporter)
         unquantized.keep()
-    if rounds and world().first:
+    if world().first:
         bits = last.plan.bits or None
         made = quantize_compressed(
             resolved, last.source, last.calibration, made, steps.final, reporter, bits
         )
         unquantized.remove()
-    if path.suffix == ".pt" and world().first:
-        made = write_single_file(made, last.plan, path)
-    return made, plan_of(path), training
-
-
-def _kept(
-    resolved: Resolved, last: Stage, unquantized: IntermediateCheckpoint
-) -> Compressed | None:
-    """Return the checkpoint that a run left when it was interrupted in quantization; None if there
-    is none, or it was made from another plan, other settings or another text."""
-    made = unquantized.kept(last.plan, resolved.recorded(*RECORDED), last.original_key)
-    if made is None or not is_same_recovery(resolved, last.source.original, made.record):
-        return None
-    return made
+    return made, training
 
 
 def _trained(
