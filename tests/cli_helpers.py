@@ -63,7 +63,7 @@ def two_lines(stderr: str) -> tuple[str, str]:
     lines = [line for line in stderr.splitlines() if line.startswith(("Error: ", "Hint: "))]
     assert lines == stderr.splitlines()[-2:], stderr
     assert [line.split(":")[0] for line in lines] == ["Error", "Hint"]
-    assert "Unforeseen" not in lines[0], lines
+    assert "Internal error" not in lines[0], lines
     return lines[0].removeprefix("Error: "), lines[1].removeprefix("Hint: ")
 
 

@@ -315,7 +315,7 @@ def test_a_plan_of_an_earlier_version_still_loads(demo: Words) -> None:
 def test_the_view_fits_80_columns(demo: Words) -> None:
     shown = succeed("plan", *demo, "--bytes-ratio", 0.2, "--verbose").stdout
     assert max(map(len, shown.splitlines())) <= 80
-    for word in ("16 bit", "dobi-svd remap", "zs-svd half", "int4 dense", "its files take"):
+    for word in ("16 bit", "dobi-svd remap", "zs-svd half", "int4 dense", "actual bytes ratio"):
         assert word in shown
     assert "/4" in shown
 

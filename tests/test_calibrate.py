@@ -542,7 +542,7 @@ def test_a_linear_that_is_never_run(
     tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Collector, "_choose_side", lambda *_: None)
-    with pytest.raises(UnsupportedModelError, match=r"q_proj takes no part in the forward pass"):
+    with pytest.raises(UnsupportedModelError, match=r"q_proj is not used in the forward pass"):
         run(tiny_model("llama"), tmp_path / "calibration")
 
 
@@ -550,7 +550,9 @@ def test_a_calibration_of_another_model_is_refused(tiny_model: MakeModel, tmp_pa
     run(tiny_model("llama"), tmp_path / "calibration")
     open_calibration(tmp_path / "calibration", open_source(str(tiny_model("llama"))))
     open_calibration(tmp_path / "calibration")
-    with pytest.raises(StaleArtifactError, match=r"was calibrated for .*llama, not for") as caught:
+    with pytest.raises(
+        StaleArtifactError, match=r"is the calibration of .*llama, not of"
+    ) as caught:
         open_calibration(tmp_path / "calibration", open_source(str(tiny_model("llama_untied"))))
     assert "Calibrate this model" in caught.value.hint
 
@@ -567,7 +569,7 @@ def test_a_calibration_in_another_format_is_refused(tiny_model: MakeModel, tmp_p
 def test_folders_that_hold_no_calibration(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(SourceError, match="holds no calibration"):
+    with pytest.raises(SourceError, match="is not a calibration"):
         open_calibration(tmp_path)
 
 
@@ -581,6 +583,6 @@ def test_a_block_that_is_missing_or_damaged(tiny_model: MakeModel, tmp_path: Pat
         assert caught.value.hint == "Calibrate again."
         path.unlink(missing_ok=True)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(SourceError, match="holds no moments"):
+    with pytest.raises(SourceError, match="contains no moments"):
         calibration.moments(1)
     calibration.moments(0)

@@ -241,7 +241,7 @@ def test_a_file_that_unpacks_without_end_is_refused(
 ) -> None:
     monkeypatch.setattr("hisvd_cli.calibration.text.files._UNPACKED_BASE", 1000)
     (tmp_path / f"t.txt{suffix}").write_bytes(PACKERS[suffix]("x" * 10**6))
-    with pytest.raises(DataError, match="unpacks to more than"):
+    with pytest.raises(DataError, match="decompresses to more than"):
         load_text(str(tmp_path / f"t.txt{suffix}"), "calibration")
 
 

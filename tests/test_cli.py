@@ -95,8 +95,8 @@ def test_a_plan_with_several_ratios_names_a_command_with_one(quick: tuple[object
     words = next_command(result.stderr)
     assert [words[i + 1] for i, word in enumerate(words) if word == "--ratio"] == ["0.7"]
     assert words[-2:] == ["--alpha", "1.0"]
-    assert "Share of each sublayer at keep 0.7" in result.stdout
-    assert "Share of each sublayer at keep 0.5" in result.stdout
+    assert "Share kept of each layer at keep 0.7" in result.stdout
+    assert "Share kept of each layer at keep 0.5" in result.stdout
 
 
 def test_a_plan_file_is_what_compress_carries_out(quick: tuple[object, ...], here: Path) -> None:
@@ -235,8 +235,8 @@ def test_tables_of_32_layers_fit_80_columns(
     shown = succeed("plan", "--model", folder, "--ratio", 0.6, env={"COLUMNS": "80"}).stdout
     lines = [line.rstrip() for line in shown.splitlines()]
     assert max(map(len, lines)) <= 80
-    header = next(i for i, line in enumerate(lines) if line.split()[:1] == ["L"])
-    assert lines[header].split() == 2 * ["L", "q", "k", "v", "o", "gate", "up", "down"]
+    header = next(i for i, line in enumerate(lines) if line.split()[:1] == ["B"])
+    assert lines[header].split() == 2 * ["B", "q", "k", "v", "o", "gate", "up", "down"]
     rows = [line.split()[0] for line in lines[header + 1 : header + 17]]
     assert [int(row) for row in rows] == list(range(16))
     kept = [line for line in lines if line.startswith(" q_proj")]
@@ -246,8 +246,8 @@ def test_tables_of_32_layers_fit_80_columns(
 def test_a_narrow_terminal_gets_several_tables(quick: tuple[object, ...]) -> None:
     shown = succeed("plan", *quick, "--verbose", env={"COLUMNS": "30"}).stdout
     lines = [line.rstrip() for line in shown.splitlines()]
-    assert sum(line.split()[:1] == ["L"] for line in lines) > 1
-    assert sum(line.split()[:1] == ["layer"] for line in lines) > 1
+    assert sum(line.split()[:1] == ["B"] for line in lines) > 1
+    assert sum(line.split()[:1] == ["block"] for line in lines) > 1
 
 
 def test_spectra_are_drawn_and_given_as_numbers(quick: tuple[object, ...]) -> None:
@@ -423,7 +423,7 @@ def test_out_of_memory_names_the_levers(
 def test_out_of_memory_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
     monkeypatch.setattr(build, "named_source", boom(error))
-    assert fail("calibrate", *QUICK)[0] == "Out of memory: 20.00 GiB more were asked for."
+    assert fail("calibrate", *QUICK)[0] == "Out of memory: cannot allocate 20.00 GiB."
 
 
 def test_what_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,13 +431,13 @@ def test_what_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
     result = hisvd("calibrate", *QUICK)
     assert result.exit_code == 1
     assert result.stderr == (
-        "Error: Unforeseen LookupError: first.\n"
-        "Hint: Run again with HISVD_DEBUG=1 for the traceback, and please report it.\n"
+        "Error: Internal error (LookupError): first.\n"
+        "Hint: Please report this with the traceback, which HISVD_DEBUG=1 shows.\n"
     )
     result = hisvd("calibrate", *QUICK, env={"HISVD_DEBUG": "1"})
     assert result.exit_code == 1
     assert result.stderr.startswith("Traceback (most recent call last):")
-    assert "Error: Unforeseen LookupError: first." in result.stderr
+    assert "Error: Internal error (LookupError): first." in result.stderr
 
 
 def test_debugging_keeps_exit_codes() -> None:

@@ -163,7 +163,7 @@ def test_a_calibration_for_another_model(
     other = ("--model", tiny_model("llama_untied"), *quick[2:])
     for command in ("calibrate", "plan", "compress"):
         message, _ = fail(command, *other, "--calibration", made)
-        assert "was calibrated for" in message
+        assert "is the calibration of" in message
     message, _ = fail("plan", *quick, "--calibration", made, "--samples", 5)
     assert "--samples 4, not 5" in message
     assert digests(made) == before
@@ -188,25 +188,25 @@ def test_too_few_tokens_for_a_window(
     short = text_file(tmp_path, words=20, seed=1)
     words = ("--model", model, "--seqlen", 64)
     message, hint = fail("compress", *words, "--dataset", short)
-    assert "too few for one window of 64" in message
+    assert "fewer than one window of 64" in message
     assert "--seqlen" in hint
     message, _ = fail("eval", model, "--dataset", short, "--seqlen", 64)
-    assert "too few for one window of 64" in message
+    assert "fewer than one window of 64" in message
     # What would only fail after the compression is found before it.
     evaluating = ("--evaluate", "--set", f"eval.dataset={short}", "--set", "eval.seqlen=64")
     message, _ = fail("compress", *quick, *evaluating)
-    assert "too few for one window of 64" in message
+    assert "fewer than one window of 64" in message
     message, hint = fail("calibrate", *words[:2], "--dataset", short, "--seqlen", 4096)
-    assert "128 positions" in message
-    assert "--seqlen 128" in hint
+    assert "128 tokens" in message
+    assert "--seqlen to 128" in hint
     assert nothing_made(here)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("blank.txt", b" \n\t\n", "holds no text"),
-        ("empty.jsonl", b"", "holds no text"),
+        ("blank.txt", b" \n\t\n", "contains no text"),
+        ("empty.jsonl", b"", "contains no text"),
         ("latin.txt", b"caf\xe9", "not UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2"),
         ("other.jsonl", b'{"id": 3}\n', "no text column; it has id"),

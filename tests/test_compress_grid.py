@@ -65,7 +65,7 @@ def test_ratios_of_a_profile_are_a_grid(command: tuple[object, ...], here: Path)
     assert [cell["ratio"] for cell in forecast["cells"]] == [0.8, 0.6, 0.5]
     each = [sum(c["stages"].values()) for c in forecast["cells"]]
     assert max(each) <= forecast["seconds"] < sum(each)
-    assert "in all" in succeed(*command, "--dry-run").stdout
+    assert "in total" in succeed(*command, "--dry-run").stdout
     assert names(here) == ["hisvd.toml"]
     cells = grid(*command, "--output", "made")
     assert names(here / "made") == ["llama-0.5", "llama-0.6", "llama-0.8"]

@@ -101,17 +101,27 @@ def test_demo_texts_do_not_overlap() -> None:
     [
         ("x.txt", None, "There is no file '.*x.txt'", ".txt, .jsonl, .json, .parquet"),
         ("x.jsonl", None, "There is no file", ".parquet"),
-        ("x.txt", b"", "holds no text", "text in it"),
-        ("x.txt", b" \n\t\n", "holds no text", "text in it"),
+        ("x.txt", b"", "contains no text", "another file"),
+        ("x.txt", b" \n\t\n", "contains no text", "another file"),
         ("x.txt", b"\xff\xfe\x00", "is not UTF-8 text", "UTF-8"),
-        ("x.jsonl", b"", "holds no text", "text in it"),
-        ("x.jsonl", b'{"text": "a"}\n{"text"\n', "is not JSON in line 2", "an object per line"),
-        ("x.json", b'[\n{"text": "a"},\n]', "is not JSON in line 2|is not JSON in line 3", "list"),
-        ("x.jsonl", b'{"a": 1, "b": 2}', "has no text column; it has a, b", "Name the column one"),
-        ("x.jsonl", b"[1]", "has no text column; it has none", "Name the column one"),
-        ("x.jsonl", b'{"text": null}', "holds no text", "text in it"),
-        ("x.parquet", b"PAR1 and nothing else", "is not a readable parquet file", "again"),
-        ("x.parquet", b"", "is not a readable parquet file", "again"),
+        ("x.jsonl", b"", "contains no text", "another file"),
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n{"text"\n',
+            "is not valid JSON in line 2",
+            "one object per line",
+        ),
+        (
+            "x.json",
+            b'[\n{"text": "a"},\n]',
+            "is not valid JSON in line 2|is not valid JSON in line 3",
+            "list",
+        ),
+        ("x.jsonl", b'{"a": 1, "b": 2}', "has no text column; it has a, b", "Name the text column"),
+        ("x.jsonl", b"[1]", "has no text column; it has none", "Name the text column"),
+        ("x.jsonl", b'{"text": null}', "contains no text", "another file"),
+        ("x.parquet", b"PAR1 and nothing else", "is not a readable Parquet file", "again"),
+        ("x.parquet", b"", "is not a readable Parquet file", "again"),
     ],
 )
 def test_files_that_cannot_be_used(
@@ -217,7 +227,7 @@ def test_what_is_asked_of_the_hub(
 
 
 def test_without_a_network() -> None:
-    with pytest.raises(DataError, match="Cannot fetch 'org/never-fetched'") as caught:
+    with pytest.raises(DataError, match="Cannot download 'org/never-fetched'") as caught:
         load_text("org/never-fetched", "calibration")
     assert "\n" not in caught.value.message
     assert "local" in caught.value.hint
@@ -293,9 +303,11 @@ def test_a_short_text_gives_all_its_windows() -> None:
     assert sorted(windows_of(tokens, sample_windows(tokens, 256, 10, 0, "x"))) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("count", "hint"), [(9, "Lower --seqlen to 9"), (1, "Give a longer text")])
+@pytest.mark.parametrize(
+    ("count", "hint"), [(9, "Lower `calibration.seqlen` to 9"), (1, "Give a longer text")]
+)
 def test_too_few_tokens(count: int, hint: str) -> None:
-    expected = f"'x' holds {count} tokens, too few for one window of 10"
+    expected = f"'x' has {count} tokens, fewer than one window of 10"
     with pytest.raises(DataError, match=expected) as caught:
         sample_windows(torch.arange(count), 4, 10, 0, "x")
     assert hint in caught.value.hint
@@ -305,6 +317,8 @@ def test_windows_longer_than_the_models_positions(tiny_model: MakeModel) -> None
     source = open_source(str(tiny_model("llama")))
     assert model_positions(source) == 128
     check_seqlen(128, source)
-    with pytest.raises(DataError, match="--seqlen 129 is longer than the 128 positions") as caught:
+    with pytest.raises(
+        DataError, match=r"`calibration\.seqlen` 129 exceeds the maximum length"
+    ) as caught:
         check_seqlen(129, source)
-    assert caught.value.hint == "Use --seqlen 128 or less."
+    assert caught.value.hint == "Set `calibration.seqlen` to 128 or less."

@@ -103,7 +103,7 @@ def runs(home: Path) -> Runs:
 def of_hisvd(stderr: str) -> str:
     """Return what stderr holds of hisvd: what torchrun says of its workers follows it."""
     kept = [line for line in stderr.splitlines() if line.startswith(("Error: ", "Hint: "))]
-    assert "Unforeseen" not in stderr
+    assert "Internal error" not in stderr
     return "\n".join(kept)
 
 

@@ -129,7 +129,7 @@ def test_a_window_that_is_not_finite_spoils_the_result_and_is_named(tmp_path: Pa
 
 
 def test_a_text_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(DataError, match="too few for one window of 512"):
+    with pytest.raises(DataError, match="fewer than one window of 512"):
         evaluation_windows(Text("short", "file", "In the beginning"), open_source("demo"), 512, 0)
 
 

@@ -72,7 +72,7 @@ def inspected(path: Path) -> None:
 
 def run(*words: object) -> None:
     result = hisvd(*words)
-    assert "Unforeseen" not in result.stderr, result.stderr
+    assert "Internal error" not in result.stderr, result.stderr
     assert "Out of memory" not in result.stderr, result.stderr
     assert result.exit_code in (0, 1, 2), result.exception
 

@@ -337,7 +337,7 @@ def test_a_link_to_the_plan_of_a_checkpoint_is_refused(own: Path) -> None:
 def test_files_that_begin_much_like_a_report_are_kept(flag: str, text: str, here: Path) -> None:
     (here / "mine").write_text(text)
     message, _ = untouched(here, *EVALUATE, flag, "mine")
-    assert "not such a report" in message
+    assert "not a report of this kind" in message
 
 
 def test_each_report_replaces_the_one_of_before(here: Path) -> None:

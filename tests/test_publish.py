@@ -121,7 +121,7 @@ def test_what_is_no_checkpoint(made: Path, hub: FakeHub, here: Path) -> None:
         ((), "No target is given."),
         (("--to", "dense"), "--to without --output."),
         (("--output", "x", "--push-to-hub", "me/x"), "--output without --to."),
-        (("--private",), "--private and --revision say how to upload."),
+        (("--private",), "--private and --revision need --push-to-hub."),
         (("--to", "pt", "-o", "x.pt", "--push-to-hub", "me/x"), "--push-to-hub uploads folders"),
         (("--push-to-hub", "a/b/c"), "--push-to-hub a/b/c is not a valid repository name."),
     ],

@@ -177,4 +177,4 @@ def test_a_parquet_file_that_inflates(tiny_model: MakeModel, tmp_path: Path) -> 
     for message in bounded(
         *((*words, tmp_path / f"{name}.parquet") for name in ("typed", "plain"))
     ):
-        assert "unpacks to more than" in message
+        assert "decompresses to more than" in message

@@ -477,7 +477,7 @@ def test_a_text_too_short(made: dict[str, Path], here: Path) -> None:
     (here / "short.txt").write_text("one two", encoding="utf-8")
     flags = ("--recover", "distill", "--recover-dataset", "short.txt")
     message, hint = fail("compress", "--from", made["pair"], *flags)
-    assert "too few" in message
+    assert "fewer than one window" in message
     assert "--recover-seqlen" in hint
 
 

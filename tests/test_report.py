@@ -127,7 +127,7 @@ def test_the_page_can_be_used_by_all(command: tuple[object, ...], here: Path) ->
     assert len(sortable) == 4  # results, pairs, sublayers, times
     assert 'querySelectorAll("table.sortable")' in text
     assert "model.layers.2.mlp.down_proj" in made.text
-    made_in = re.search(r"calibrate plan decompose write in all (.*) Settings", made.text)
+    made_in = re.search(r"calibrate plan decompose write total (.*) Settings", made.text)
     assert made_in
     seconds = [float(word) for word in made_in[1].split() if word not in NAMES]
     assert len(seconds) == 4 * 5
@@ -149,9 +149,9 @@ def test_without_a_cache_or_plans_the_page_says_what_is_left_out(
     assert "<b>" not in text
     made = Page(text)
     assert "a <b> & 'c' $x$" in made.text
-    assert "None of these models comes with a plan" in made.text
-    assert "Left out: neither the calibration nor spectra" in made.text
-    assert "Left out: none of these models was compressed on this machine" in made.text
+    assert "None of these models has a plan" in made.text
+    assert "Not available: neither a calibration nor spectra" in made.text
+    assert "Not available: none of these models was compressed on this machine" in made.text
 
 
 def test_what_stops_a_report_stops_it_before_the_work(
@@ -163,7 +163,7 @@ def test_what_stops_a_report_stops_it_before_the_work(
     assert "Cannot write --report" in fail(*command, "--report", here / "file" / "p.html")[0]
     monkeypatch.setattr(page, "find_spec", lambda name: None if name == "matplotlib" else name)
     message, hint = fail(*command, "--report", "page.html", code=2)
-    assert message == "--report needs the package 'matplotlib'."
+    assert message == "--report requires the package 'matplotlib'."
     assert "hisvd[report]" in hint
     assert [path.name for path in here.iterdir()] == ["file"]
 
@@ -234,7 +234,9 @@ def test_speeds_of_all_models_are_one_table() -> None:
         ]
     )
     assert made
-    assert made.conditions == ["100 tokens of prompt, 4 new, 3 turns; bfloat16 on cpu, 2 threads"]
+    assert made.conditions == [
+        "100 prompt tokens, 4 new tokens, 3 repetitions; bfloat16 on cpu, 2 threads"
+    ]
     found = {
         (model, batch, phase): dict(zip(made.columns, figures, strict=True))
         for model, batch, phase, figures in made.rows

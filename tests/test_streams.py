@@ -65,7 +65,7 @@ def test_a_full_stdout_is_told_after_the_work(flag: str, tmp_path: Path) -> None
     assert done.returncode == 1
     message, hint = two_lines(done.stderr.decode())
     assert message == "Cannot write to stdout: No space left on device."
-    assert hint.startswith("Nothing else is lost")
+    assert hint.startswith("The command itself has completed")
     assert (tmp_path / "plan.json").is_file()
 
 
@@ -98,7 +98,7 @@ def test_characters_that_a_terminal_lacks_are_replaced(
     assert done.returncode == 0, done.stderr
     assert b"?" in done.stdout
     assert b"whole model" in done.stdout
-    assert b"Unforeseen" not in done.stderr
+    assert b"Internal error" not in done.stderr
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def test_tasks_that_cannot_be_asked(compressed: Path, tmp_path: Path) -> None:
     elsewhere = _YAML.format(path="x").replace("dataset_path: json", "dataset_path: a/set")
     (tmp_path / "endings.yaml").write_text(elsewhere)
     message, hint = fail(*command, "--tasks", "endings", "--task-path", tmp_path)
-    assert "data of task 'endings' cannot be read" in message
+    assert "data of task 'endings' cannot be loaded" in message
     assert "--task-path" in hint
     message, _ = fail(*command, "--tasks", "x", "--task-path", compressed / "absent", code=2)
     assert "is not a folder" in message

@@ -54,8 +54,8 @@ def test_an_id_beyond_the_vocabulary_is_named_before_the_work(
         ),
     }
     message, hint = fail(*words[command])
-    assert f"gives the id {VOCABULARY + 2} ('{token}')" in message
-    assert f"with {VOCABULARY + 3} tokens" in message
+    assert f"returns id {VOCABULARY + 2} ('{token}')" in message
+    assert f"({VOCABULARY + 3} tokens)" in message
     assert f"has {VOCABULARY} embeddings" in message
     assert "tokenizer" in hint
 
@@ -71,7 +71,7 @@ def test_text_that_a_model_writes_begins_with_an_id_that_it_has(larger: Path) ->
     tokenizer.save_pretrained(larger)
     options = ("--dataset", "self", "--samples", 2, "--seqlen", 16)
     message, _ = fail("calibrate", "--model", larger, *options)
-    assert f"gives the id {VOCABULARY + 1}" in message
+    assert f"returns id {VOCABULARY + 1}" in message
 
 
 def test_ids_of_no_text_at_all(tiny_model: MakeModel) -> None:

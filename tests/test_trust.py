@@ -363,7 +363,7 @@ def test_the_search_ends_at_what_another_user_owns(
     monkeypatch.chdir(inner)
     done = succeed("plan", "--show-profile")
     assert "alpha = 0.5 " in done.stdout
-    assert f"{foreign} is not read" in done.stderr
+    assert f"{foreign} is ignored" in done.stderr
     assert f"--profile {foreign}" in done.stderr
     asked = succeed("plan", "--show-profile", "--profile", foreign)
     assert "alpha = 0.75 " in asked.stdout

@@ -76,7 +76,7 @@ def rows(clusters: list[str], layers: int) -> list[Row]:
 
 def test_the_rank_table() -> None:
     assert shown(rank_table(rows(["q_proj", "fc1"], 3), 80)) == [
-        " layer      q    fc1",
+        " block      q    fc1",
         "  full     48     48",
         "     0  dense  dense",
         "     1     11     11",
@@ -92,7 +92,7 @@ def test_a_type_that_some_layers_lack() -> None:
 def test_types_that_do_not_fit_get_a_further_table() -> None:
     clusters = [f"a_rather_long_name_{i}" for i in range(7)]
     lines = shown(rank_table(rows(clusters, 2), 80), 80)
-    assert sum(line.startswith(" layer") for line in lines) == 3
+    assert sum(line.startswith(" block") for line in lines) == 3
     assert max(map(len, lines)) <= 80
     assert all(any(cluster in line for line in lines) for cluster in clusters)
 
@@ -107,7 +107,7 @@ def heat_map(clusters: list[str], layers: int, width: int = 80, **options: Any) 
 def test_a_heat_map_without_colour_shades_in_blocks() -> None:
     # Rank 11 of a 64 × 48 matrix takes 11·112 of 3072 parameters.
     assert heat_map(["q_proj", "fc1"], 3)[:4] == [
-        "  L    q  fc1",
+        "  B    q  fc1",
         "  0 █100 █100",
         "  1 ▄ 40 ▄ 40",
         "  2 ▄ 44 ▄ 44",
@@ -213,15 +213,15 @@ def test_plans_side_by_side() -> None:
         plan("waterfill", {"q_proj": 0.456, "fc1": 1.0}, 10),
     ]
     assert shown(comparison_view(plans, 80)) == [
-        "Share kept of each sublayer type at keep 0.8",
-        " sublayer type   uniform  waterfill",
+        "Share kept of each layer type at keep 0.8",
+        " layer type      uniform  waterfill",
         " q_proj            80.0%      45.6%",
         " fc1               80.0%     100.0%",
         "",
         " whole model       87.5%      87.5%",
         " predicted loss  1.250 ×    1.000 ×",
         "",
-        "Least predicted loss: 10 (error in the K-FAC metric of the loss).",
+        "Lowest predicted loss: 10 (error in the K-FAC metric of the loss).",
     ]
 
 
@@ -233,18 +233,18 @@ def test_each_ratio_is_compared_by_itself() -> None:
     ]
     lines = shown(comparison_view(plans, 80))
     assert [line for line in lines if line.startswith("Share")] == [
-        "Share kept of each sublayer type at keep 0.8",
-        "Share kept of each sublayer type at keep 0.6",
+        "Share kept of each layer type at keep 0.8",
+        "Share kept of each layer type at keep 0.6",
     ]
     assert lines.count(" predicted loss  1.500 ×  1.000 ×") == 2
-    assert "Least predicted loss: 2.5 (mean squared output error)." in lines
-    assert "Least predicted loss: 3.33333 (mean squared output error)." in lines
+    assert "Lowest predicted loss: 2.5 (mean squared output error)." in lines
+    assert "Lowest predicted loss: 3.33333 (mean squared output error)." in lines
 
 
 def test_allocators_that_do_not_fit_get_a_further_table() -> None:
     plans = [plan(name, {"a_type_of_sublayer": 0.5}, 1.0) for name in ALLOCATOR_NAMES]
     lines = shown(comparison_view(plans, 80))
-    assert sum(line.startswith(" sublayer type") for line in lines) == 2
+    assert sum(line.startswith(" layer type") for line in lines) == 2
     assert max(map(len, lines)) <= 80
     assert all(any(name in line.split() for line in lines) for name in ALLOCATOR_NAMES)
     assert sum(line.startswith(" a_type_of_sublayer") for line in lines) == 2
@@ -268,6 +268,6 @@ def test_what_a_predicted_loss_is(metric: str, calibrated: bool, told: str) -> N
     made = plan("uniform", {"q_proj": 0.8}, 1.0, metric=metric)
     made.provenance["calibration"] = "key" if calibrated else None
     lines = shown(plan_view(made, 200))
-    assert lines[0] == "Share of each sublayer at keep 0.8 (uniform)"
+    assert lines[0] == "Share kept of each layer at keep 0.8 (uniform)"
     (line,) = [line for line in lines if line.startswith(" predicted loss")]
     assert told in line

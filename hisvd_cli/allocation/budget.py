@@ -182,7 +182,11 @@ class Budget:
     def _fill(self, ranks: Sequence[int], energies: Sequence[Tensor], steps: int) -> list[int]:
         """Return ranks with the unspent budget given out, at most ``steps`` steps to each."""
         tails = [_tail_sums(energy) for energy in energies]
-        filled = list(ranks)
+        # A rank that costs as much as the matrix takes the rest of it for nothing.
+        filled = [
+            full_rank(s) if is_dense(r, s, self.storage) else r
+            for r, s in zip(ranks, self.shapes, strict=True)
+        ]
         taken = [0] * len(filled)
         left = self.parameters - self.spent(filled)
         heap: list[tuple[float, int]] = []

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.modeling.corrected import take_corrected
+from hisvd_cli.modeling.divergence import kl_divergence
 from hisvd_cli.modeling.skeleton import decoder_blocks
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
@@ -147,12 +148,6 @@ def _read(store: Path, key: str) -> dict[str, float]:
         return {}
 
 
-def _divergences(dense: Tensor, other: Tensor) -> Tensor:
-    """Return KL(dense ‖ other) of each row of logits ``[rows, vocabulary]``."""
-    p, q = dense.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
-
-
 class _SoftMask:
     """Full-rank factors of a sublayer, in the dtype that the model runs in."""
 
@@ -231,7 +226,8 @@ class _Loaded:
             dense = self._logits(window, len(self._layers))
         other = self._logits(window, first)
         parts = [
-            _divergences(p, q) for p, q in zip(dense.split(_ROWS), other.split(_ROWS), strict=True)
+            kl_divergence(p.float().log_softmax(-1), q.float().log_softmax(-1))
+            for p, q in zip(dense.split(_ROWS), other.split(_ROWS), strict=True)
         ]
         return torch.cat(parts).mean()
 

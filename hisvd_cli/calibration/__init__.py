@@ -1,1 +1,1 @@
-"""Text to tokens to activation statistics, and the calibration on disk."""
+"""Calibration: text, tokens, activation statistics and gradients, and their files."""

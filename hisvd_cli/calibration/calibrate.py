@@ -1,4 +1,4 @@
-"""Blocks × moments ─► ``calibration/``: one walk over the model, resumable after each block."""
+"""Collects activation statistics in one walk over the model, resumable after each block."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 
 STATE_SECONDS = 60.0
-"""Hidden states are stored at most this often: a rerun repeats at most so much, and a large model's
-states (gigabytes) are not written after every block."""
+"""Interval between writes of hidden states, which are gigabytes for a large model."""
 _STATE = "hidden"
 
 
@@ -57,27 +56,32 @@ def calibrate(
     state_seconds: float = STATE_SECONDS,
     place: Place = "device",
 ) -> Calibration:
-    """Accumulate the second moments of every sublayer, block by block; several processes share the
-    sequences.
+    """Collect the second moments of every linear layer, block by block.
 
-    A run that was interrupted goes on after its last finished block; the result is the same to the
-    byte.
+    Several processes share the sequences. An interrupted run resumes after the last completed
+    block, with the same result to the byte.
 
     Args:
         source: the model.
         sample: calibration tokens.
-        folder: where the calibration goes; built beside it and renamed when complete.
+        folder: the calibration; it is built in a sibling folder and renamed when complete.
         device: where blocks run and moments are accumulated.
-        dtype: in which blocks run; moments are accumulated in float32 products, float64 sums.
+        dtype: dtype of the forward passes; moments use float32 products and float64 sums.
         batch: sequences per forward pass.
-        settings: the resolved settings, recorded as they are.
-        reporter: told of each block.
-        keep_inputs: also keep each block's input on disk, for a reverse walk that follows.
-        state_seconds: how often hidden states are stored for a resumed run.
-        place: where hidden states live.
+        settings: the resolved settings, recorded unchanged.
+        reporter: receives progress.
+        keep_inputs: also keep the input of each block on disk, for a later reverse walk.
+        state_seconds: interval between writes of hidden states.
+        place: where hidden states are kept.
+
+    Returns:
+        The calibration.
 
     Raises:
-        SourceError, UnsupportedModelError, NumericalError, OutputError: see each.
+        SourceError: weights are missing or damaged.
+        UnsupportedModelError: the model cannot be run block by block.
+        NumericalError: activations are not finite.
+        OutputError: files cannot be written.
     """
     key = calibration_key(source, sample, dtype)
     with building_together(folder, key) as partial:
@@ -163,7 +167,7 @@ def _walk_blocks(
 
 
 def keep_state(state: Checkpoints, block: int, rows: Tensor, home: StatesHome) -> None:
-    """Keep what goes next into ``block``, of each process's sequences, and drop what was before."""
+    """Write the input of ``block`` for this process's sequences, and remove older states."""
     here = world()
     state.at(block).keep(here.share(state.count).start, rows, home)
     here.wait()
@@ -172,13 +176,13 @@ def keep_state(state: Checkpoints, block: int, rows: Tensor, home: StatesHome) -
 
 
 def _resume_state(walk: BlockWalk, sample: Sample, state: Checkpoints, kept: Sequence[int]) -> int:
-    """Prepare the walk's hidden states; return the block that they are the input of.
+    """Load the hidden states of the walk; return the block whose input they are.
 
     Args:
         walk: the model.
         sample: all calibration tokens.
-        state: where hidden states are kept.
-        kept: the blocks whose input is there.
+        state: the stored hidden states.
+        kept: the blocks whose input is stored.
     """
     rows = world().share(len(sample.tokens))
     mine = sample.tokens[rows.start : rows.stop]
@@ -190,7 +194,7 @@ def _resume_state(walk: BlockWalk, sample: Sample, state: Checkpoints, kept: Seq
 
 
 def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path) -> None:
-    """Run one block over all sequences and write the moments of its linears ``names``."""
+    """Run one block over all sequences and write the moments of its linear layers ``names``."""
     here = world()
     collector = Collector(linears_of(walk, names), walk.device)
 
@@ -202,8 +206,8 @@ def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path
     collector.choose_sides(here.agreed(probe))
     if unseen := [name for name in names if name not in collector.owners]:
         raise UnsupportedModelError(
-            f"{unseen[0]} takes no part in the forward pass, so nothing is known of its inputs.",
-            "Supported: decoders that run every linear of a block on every token.",
+            f"{unseen[0]} is not used in the forward pass, so it has no activation statistics.",
+            "Supported: decoders that run every linear layer of a block on every token.",
         )
     turn = TurnSum()
     with collector.summing(), turn.watching(walk.layers[index]):
@@ -215,7 +219,7 @@ def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path
 
 
 def _write_block(collector: Collector, turn: TurnSum, dtype: torch.dtype, path: Path) -> None:
-    # A sum goes as soon as its mean is there.
+    # Each sum is freed before the next mean is computed.
     means = {key: collector.sums.pop(key).mean() for key in list(collector.sums)}
     for key, mean in means.items():
         if not bool(mean.isfinite().all()):
@@ -224,10 +228,10 @@ def _write_block(collector: Collector, turn: TurnSum, dtype: torch.dtype, path: 
                 overflow_hint(dtype),
             )
     known = {"owners": collector.owners, "importance": turn.mean()}
-    # One entry: safetensors writes several in an order that changes from run to run.
+    # A single metadata entry, since safetensors writes several in random order.
     write_tensors(path, means, {"block": json.dumps(known, sort_keys=True)})
 
 
 def linears_of(walk: BlockWalk, names: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return name → linear of a walk's model."""
+    """Return linear layers of a walk's model by name."""
     return {name: cast(nn.Linear, walk.model.get_submodule(name)) for name in names}

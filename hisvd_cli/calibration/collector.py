@@ -1,4 +1,4 @@
-"""Watch the linears of a block while it runs, and sum the second moments of what they see."""
+"""Collects second moments of the inputs and outputs of the linear layers of a block."""
 
 from __future__ import annotations
 
@@ -13,27 +13,38 @@ from torch import Tensor, nn
 
 from hisvd_cli.linalg.moments import AddUp, ChannelSum, MomentSum, add_up_count
 
-Watch = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]
+Hook = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]
+"""A forward hook of a linear layer: module, arguments, output."""
+
+
+@contextmanager
+def hooked(linears: Mapping[str, nn.Linear], hook: Callable[[str], Hook]) -> Iterator[None]:
+    """Register the forward hook ``hook(name)`` on each linear layer while the body runs."""
+    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
 class Collector:
-    """Sums the second moments of a block's linears, in two runs of the block.
+    """Sums the second moments of the linear layers of a block in two runs of the block.
 
-    The first, over any one sequence, shows which linears are given the very same tensor; those
-    share one moment. Of each such group the smaller side is then accumulated: the input's G
-    ``[n, n]`` once, or every member's output moment M ``[m, m]``, where their entries together are
-    fewer; both lead to the same spectra (M = W G Wᵀ). Grouping first means that no activation is
-    kept, however many tokens a batch has.
+    The first run, over one sequence, finds the layers that receive the same tensor; they share a
+    moment. For each such group either the moment G ``[n, n]`` of the input is accumulated, or the
+    moments M ``[m, m]`` of all outputs if they have fewer entries together; both give the same
+    spectra (M = W G Wᵀ). Since groups are known in advance, no activations have to be kept.
 
     Attributes:
-        linears: full name → module; a low-rank or quantized layer serves as well.
+        linears: modules by full name; low-rank and quantized layers are supported.
         device: where sums are kept.
-        sums: key of a statistic → its running sum; the key of a moment ends in ``.input`` or
-            ``.output``, that of the means of an input's channels in ``.channels``.
-        owners: full name of a linear → keys of its moment and of its channels; a linear that saw
-            nothing has none.
-        of_inputs: accumulate the inputs' G of every group.
+        sums: running sums by key; the key of a moment ends in ``.input`` or ``.output``, that of
+            the channel means of an input in ``.channels``.
+        owners: keys of the moment and of the channels by full name of the layer; a layer that was
+            not run has none.
+        of_inputs: accumulate the moments of inputs for every group.
     """
 
     linears: Mapping[str, nn.Linear]
@@ -44,18 +55,18 @@ class Collector:
 
     @contextmanager
     def grouping(self) -> Iterator[list[list[str]]]:
-        """Yield a list that, after the body's run of the block, holds the groups of linears."""
-        # The inputs are kept until the end: a freed tensor's id could become another one's.
+        """Yield a list that holds the groups of layers after the block has run in the body."""
+        # Inputs are kept until the end: the id of a freed tensor may be reused.
         seen: dict[str, Tensor] = {}
 
-        def noter(name: str) -> Watch:
+        def hook(name: str) -> Hook:
             def note(_module: nn.Linear, args: tuple[Tensor, ...], _output: Tensor) -> None:
                 seen.setdefault(name, args[0])
 
             return note
 
         found: list[list[str]] = []
-        with self._watching(noter):
+        with hooked(self.linears, hook):
             yield found
         groups: dict[int, list[str]] = {}
         for name, tensor in seen.items():
@@ -63,29 +74,20 @@ class Collector:
         found += groups.values()
 
     def choose_sides(self, groups: Iterable[list[str]]) -> None:
-        """Choose which moments are summed for each group of linears with a common input."""
+        """Choose which moments are summed for each group of layers with a common input."""
         for names in groups:
             self._choose_side(names)
 
     @contextmanager
     def summing(self) -> Iterator[None]:
-        """Add up the moments of all that the linears see while the body runs the block."""
-        with self._watching(self._adder):
+        """Sum moments while the body runs the block."""
+        with hooked(self.linears, self._adder):
             yield
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add the sums of the other processes on the first process."""
         for total in self.sums.values():
             total.pool(add_up)
-
-    @contextmanager
-    def _watching(self, hook: Callable[[str], Watch]) -> Iterator[None]:
-        handles = [m.register_forward_hook(hook(name)) for name, m in self.linears.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _choose_side(self, names: list[str]) -> None:
         first, width = names[0], self.linears[names[0]].in_features
@@ -101,23 +103,23 @@ class Collector:
             self.sums[f"{first}.input"] = MomentSum(width, self.device)
             self.owners.update(dict.fromkeys(names, (f"{first}.input", channels)))
 
-    def _adder(self, name: str) -> Watch:
+    def _adder(self, name: str) -> Hook:
         moment, channels = self.owners.get(name, ("", ""))
 
         def add(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            # The group's first member counts what all of them share.
+            # Shared statistics are counted by the first layer of the group.
             for key in {moment, channels} & {f"{name}.input", f"{name}.channels"}:
                 self.sums[key].add(args[0])
             if moment.endswith(".output"):
                 bias = module.bias
-                # Widened first, so that taking the bias off rounds nothing away.
+                # In float32, so that subtracting the bias does not round.
                 self.sums[moment].add(output if bias is None else output.float() - bias.float())
 
         return add
 
 
 class TurnSum:
-    """Mean angle, as a share of π, between what enters a block and what leaves it, per token."""
+    """Mean angle per token between input and output of a block, as a share of π."""
 
     def __init__(self) -> None:
         self._sum = 0.0
@@ -125,7 +127,7 @@ class TurnSum:
 
     @contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
-        """Add up the angles of all tokens that pass the block while the body runs it."""
+        """Sum the angles of all tokens while the body runs the block."""
         handle = block.register_forward_hook(self._add)
         try:
             yield
@@ -139,12 +141,12 @@ class TurnSum:
         self._tokens += cosine.numel()
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add the sums of the other processes on the first process."""
         total = torch.tensor(self._sum, dtype=torch.float64)
         add_up(total)
         self._sum = float(total)
         self._tokens = add_up_count(self._tokens, add_up)
 
     def mean(self) -> float:
-        """Return the mean over all tokens so far, from 0 to 1."""
+        """Return the mean over all tokens, from 0 to 1."""
         return self._sum / self._tokens

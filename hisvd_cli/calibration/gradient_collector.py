@@ -1,4 +1,4 @@
-"""Watch the linears of a block while a gradient passes back through it."""
+"""Collects gradient statistics of the linear layers of a block during its backward pass."""
 
 from __future__ import annotations
 
@@ -8,25 +8,46 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hisvd_cli.calibration.collector import Hook, hooked
 from hisvd_cli.linalg.moments import AddUp, MomentSum, Side, add_up_count
 
-Watch = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]
+
+class _ChunkCollector:
+    """Collects from linear layers while chunks of sequences run forward and backward."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self._linears = linears
+        self._start = 0
+
+    @contextmanager
+    def summing(self, start: int) -> Iterator[None]:
+        """Sum the gradients of all layers while the body runs one chunk forward and backward.
+
+        Args:
+            start: index of the first sequence of the chunk.
+        """
+        self._start = start
+        with hooked(self._linears, self._hook):
+            yield
+
+    def _hook(self, name: str) -> Hook:
+        raise NotImplementedError
 
 
-class GradientCollector:
-    """Sums, per linear, the second moment of the gradient, and what its weight's gradient shows.
+class GradientCollector(_ChunkCollector):
+    """Sums the second moment of the gradient of each linear layer, and optionally weight gradients.
 
-    With g the gradient at the output, the moment is H = E[g gᵀ] ``[m, m]``, or where the input is
-    narrower that of what g adds to the gradient at the input, E[(Wᵀg)(Wᵀg)ᵀ] = Wᵀ H W ``[n, n]``:
-    for a LLaMA's gate and up a seventh of the size, and of the work of every token.
+    With g the gradient at the output, the moment is H = E[g gᵀ] ``[m, m]``, or, if the input is
+    narrower, E[(Wᵀg)(Wᵀg)ᵀ] = Wᵀ H W ``[n, n]``, the moment of the contribution to the gradient at
+    the input. For gate and up projections of LLaMA this is a seventh of the size and of the work.
 
     Args:
-        linears: full name → module.
+        linears: modules by full name.
         device: where sums are kept.
-        keys: full name → key of its moment, as ``Calibration.moment_keys`` has it; the moments of
-            every other sequence are taken once more.
+        keys: key of the moment by full name, see ``Calibration.moment_keys``; the moments of every
+            other sequence are also summed separately.
         seqlen: tokens per sequence.
-        weights: whether the weights' gradients are taken too.
+        weights: whether weight gradients are collected too.
     """
 
     def __init__(
@@ -38,10 +59,9 @@ class GradientCollector:
         seqlen: int,
         weights: bool,
     ) -> None:
-        self._linears = linears
+        super().__init__(linears)
         self._keys = keys
         self._seqlen = seqlen
-        self._start = 0
         self._halves: dict[str, MomentSum] = {}
         for name, linear in linears.items():
             tall = keys[name].endswith(".output")
@@ -52,18 +72,7 @@ class GradientCollector:
         self._sums = {n: MomentSum(min(m.weight.shape), device) for n, m in linears.items()}
         self._weights = {n: WeightSum(m, device) for n, m in linears.items()} if weights else {}
 
-    @contextmanager
-    def summing(self, start: int) -> Iterator[None]:
-        """Add up all gradients that pass back through the linears while the body runs one chunk.
-
-        Args:
-            start: number of its first sequence.
-        """
-        self._start = start
-        with watching(self._linears, self._watcher):
-            yield
-
-    def _watcher(self, name: str) -> Watch:
+    def _hook(self, name: str) -> Hook:
         def watch(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
             self._add_input(name, module, x, output.detach())
@@ -90,22 +99,24 @@ class GradientCollector:
             self._add_half(key, output if bias is None else output.float() - bias.float())
 
     def _add_half(self, key: str, rows: Tensor) -> None:
-        """Add sequences of even number alone."""
+        """Add the sequences with an even index."""
         even = as_sequences(rows, self._seqlen)[self._start % 2 :: 2]
         if len(even):
             self._halves[key].add(even)
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add the sums of the other processes on the first process."""
         for sums in (self._sums, self._halves, self._squares, self._weights):
             for total in sums.values():
                 total.pool(add_up)
 
     def means(self) -> dict[str, Tensor]:
-        """Return, for each linear, ``name.output`` → H ``[m, m]`` or ``name.input`` → Wᵀ H W
-        ``[n, n]``, and ``name.square`` → E of the mean of g² ``[]``; of sequences of even number
-        alone, ``name.half`` → the same moment, and ``key.half`` → that of the linear itself, by its
-        key. All in float32 on the CPU."""
+        """Return the means in float32 on the CPU.
+
+        For each layer: ``name.output`` is H ``[m, m]``, or ``name.input`` is Wᵀ H W ``[n, n]``;
+        ``name.square`` is E[g²] ``[]``; ``name.half`` is the moment of the gradient, and
+        ``key.half`` that of the activations, over the sequences with an even index.
+        """
         found = {}
         for name, linear in self._linears.items():
             found[f"{name}.{side_of(linear)}"] = self._sums[name].mean()
@@ -114,7 +125,7 @@ class GradientCollector:
         return {**found, **halves}
 
     def weight_means(self) -> dict[str, Tensor]:
-        """Return name with the ending of each part of ``WeightGradients`` → its mean."""
+        """Return the mean of each part of ``WeightGradients`` by ``name.part``."""
         return {
             f"{name}.{part}": mean
             for name, total in self._weights.items()
@@ -122,24 +133,13 @@ class GradientCollector:
         }
 
 
-@contextmanager
-def watching(linears: Mapping[str, nn.Linear], watcher: Callable[[str], Watch]) -> Iterator[None]:
-    """Hook what ``watcher`` returns for its name to each linear while the body runs."""
-    handles = [module.register_forward_hook(watcher(name)) for name, module in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def as_sequences(rows: Tensor, seqlen: int) -> Tensor:
-    """Return ``[S, L, width]``; some models hand their linears all tokens in one row."""
+    """Return ``[S, L, width]``; some models flatten all tokens before their linear layers."""
     return rows.reshape(-1, seqlen, rows.shape[-1])
 
 
 def side_of(linear: nn.Linear) -> Side:
-    """Return on which side of a linear the gradient's moment is the smaller one."""
+    """Return the side of a linear layer on which the moment of the gradient is smaller."""
     m, n = linear.weight.shape
     return "output" if m <= n else "input"
 
@@ -157,7 +157,7 @@ class MeanSquare:
         self._count += values.numel()
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add the sums of the other processes on the first process."""
         total = torch.tensor(self._sum, dtype=torch.float64)
         add_up(total)
         self._sum = float(total)
@@ -172,7 +172,7 @@ class WeightSum:
     """Running sums over sequences of D = Σ_t g xᵀ ``[m, n]``, D Dᵀ and Dᵀ D, in float32.
 
     Args:
-        linear: whose weight it is.
+        linear: the layer.
         device: where sums are kept.
     """
 
@@ -184,7 +184,7 @@ class WeightSum:
         self._sequences = 0
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
-        """Add inputs ``[S, L, n]`` and the gradients ``[S, L, m]`` at their outputs."""
+        """Add inputs ``[S, L, n]`` and gradients ``[S, L, m]`` at the outputs."""
         for inputs, gradients in zip(x.float(), gradient.float(), strict=True):
             whole = gradients.T @ inputs
             self._mean += whole
@@ -193,26 +193,26 @@ class WeightSum:
             self._sequences += 1
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add the sums of the other processes on the first process."""
         for total in (self._mean, self._output, self._input):
             add_up(total)
         self._sequences = add_up_count(self._sequences, add_up)
 
     def means(self) -> dict[str, Tensor]:
-        """Return the means as ``WeightGradients`` names them, in float32 on the CPU."""
+        """Return the means by field of ``WeightGradients``, in float32 on the CPU."""
         sums = {"mean": self._mean, "output": self._output, "input": self._input}
         return {part: (total / self._sequences).cpu() for part, total in sums.items()}
 
 
-class BatchGradients:
-    """Sums, per linear and batch, the weight's gradient Σ_t g xᵀ ``[m, n]`` in float32.
+class BatchGradients(_ChunkCollector):
+    """Sums the weight gradient Σ_t g xᵀ ``[m, n]`` per linear layer and batch, in float32.
 
     Args:
-        linears: full name → module.
+        linears: modules by full name.
         device: where sums are kept.
-        samples: number of all sequences.
+        samples: total number of sequences.
         seqlen: tokens per sequence.
-        batches: into how many batches, each of sequences in a row, they are parted.
+        batches: number of batches of consecutive sequences.
     """
 
     def __init__(
@@ -224,27 +224,15 @@ class BatchGradients:
         seqlen: int,
         batches: int,
     ) -> None:
-        self._linears = linears
+        super().__init__(linears)
         self._seqlen = seqlen
         self._batch_of = [i * batches // samples for i in range(samples)]
-        self._start = 0
         self._sums = {
             name: [torch.zeros(m.weight.shape, device=device) for _ in range(batches)]
             for name, m in linears.items()
         }
 
-    @contextmanager
-    def summing(self, start: int) -> Iterator[None]:
-        """Add up all gradients that pass back through the linears while the body runs one chunk.
-
-        Args:
-            start: number of its first sequence.
-        """
-        self._start = start
-        with watching(self._linears, self._watcher):
-            yield
-
-    def _watcher(self, name: str) -> Watch:
+    def _hook(self, name: str) -> Hook:
         def watch(_module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             output.register_hook(self._adder(name, args[0].detach()))
 
@@ -259,13 +247,13 @@ class BatchGradients:
         return add
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add the sums of the other processes on the first process."""
         for sums in self._sums.values():
             for total in sums:
                 add_up(total)
 
     def means(self, name: str) -> list[Tensor]:
-        """Return the gradient ``[m, n]`` of the mean loss of a predicted token, for each batch, on
+        """Return the gradient ``[m, n]`` of the mean loss per predicted token for each batch, on
         the CPU."""
         return [
             (total / (self._batch_of.count(batch) * (self._seqlen - 1))).cpu()

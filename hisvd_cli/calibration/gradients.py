@@ -1,4 +1,4 @@
-"""Gradients of the loss at every sublayer, block by block, into a folder of a calibration."""
+"""Adds gradients of the loss at every linear layer to a calibration, block by block."""
 
 from __future__ import annotations
 
@@ -50,28 +50,30 @@ def measure_gradients(
     state_seconds: float = STATE_SECONDS,
     place: Place = "device",
 ) -> Calibration:
-    """Add to a calibration the gradients of the loss on its own tokens.
+    """Add the gradients of the loss on the calibration tokens to a calibration.
 
-    A run that was interrupted goes on after its last finished block.
+    An interrupted run resumes after the last completed block.
 
     Args:
         source: the model.
-        sample: the calibration's tokens.
-        calibration: where the gradients go, into a folder of its own.
+        sample: the tokens of the calibration.
+        calibration: the calibration; gradients are written to a subfolder of it.
         device: where blocks run.
-        dtype: in which blocks run; float16, whose range gradients leave, means float32 here.
+        dtype: dtype of the passes; float16 is replaced by float32, since gradients underflow in it.
         batch: sequences per chunk.
-        weights: also take the gradients of the weights, per sequence.
-        settings: the resolved settings, recorded as they are.
-        reporter: told of each block.
-        state_seconds: how often the carried gradient is stored for a resumed run.
-        place: where hidden states, and their gradient, live.
+        weights: also collect weight gradients per sequence.
+        settings: the resolved settings, recorded unchanged.
+        reporter: receives progress.
+        state_seconds: interval between writes of the hidden states' gradient.
+        place: where hidden states and their gradient are kept.
 
     Returns:
-        The calibration with its gradients.
+        The calibration with gradients.
 
     Raises:
-        SourceError, NumericalError, OutputError: see each.
+        SourceError: weights or stored block inputs are missing or damaged.
+        NumericalError: the loss or a gradient is not finite.
+        OutputError: files cannot be written.
     """
     precise = torch.float32 if dtype == torch.float16 else dtype
     key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))
@@ -101,7 +103,7 @@ def measure_gradients(
 
 @dataclass(frozen=True)
 class _Blocks:
-    """What is taken of each block, and where it goes."""
+    """Collects and writes the gradients of blocks."""
 
     walk: BlockWalk
     calibration: Calibration
@@ -111,12 +113,12 @@ class _Blocks:
     reporter: Reporter
 
     def is_done(self, index: int) -> bool:
-        """Tell whether a block's gradients are there."""
+        """Return whether the gradients of a block are written."""
         files = [block_file(index), *([weights_file(index)] if self.weights else [])]
         return all(intact(self.partial / file) for file in files)
 
     def watch(self, index: int, linears: Mapping[str, nn.Linear]) -> GradientCollector:
-        """Return what sums up the gradients of a block."""
+        """Return the collector for a block."""
         return GradientCollector(
             linears,
             self.walk.device,
@@ -133,7 +135,7 @@ class _Blocks:
             if not bool(found.isfinite()):
                 raise NumericalError(
                     f"The gradient at the output of {name} is NaN or infinite.",
-                    "Calibrate with --dtype float32, or on other text.",
+                    "Set `model.dtype` to float32, or calibrate on another text.",
                 )
             if not bool(found):
                 self.reporter.warn(

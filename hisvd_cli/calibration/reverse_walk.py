@@ -1,9 +1,8 @@
-"""A forward walk that keeps what enters each block on disk, then a reverse walk that carries the
-gradient of the loss at the hidden states down, block by block.
+"""Backpropagation block by block: a forward walk that stores block inputs, then a reverse walk.
 
-The loss is the causal language model's cross-entropy in nats, summed over all predicted tokens:
-so a token's gradient does not depend on how many there are, and nothing underflows. Memory is one
-block, what is watched of it, one chunk of sequences, and the hidden states' gradient.
+The loss is the cross-entropy of the language model in nats, summed over all predicted tokens, so
+that a token's gradient does not depend on their number and does not underflow. Peak memory is one
+block with its statistics, one chunk of sequences, and the gradient of the hidden states.
 
 Legend: S sequences, L tokens each, d hidden width; gradient of the hidden states ``[S, L, d]``.
 """
@@ -31,33 +30,33 @@ from hisvd_cli.utils.progress import Reporter
 _STATE = "gradient"
 
 
-class Watcher(Protocol):
-    """What looks at the linears of a block while a gradient passes back through it."""
+class BlockCollector(Protocol):
+    """Collects statistics of the linear layers of a block during its backward pass."""
 
     def summing(self, start: int) -> AbstractContextManager[None]:
-        """Look while the body runs one chunk, the first sequence of which is number ``start``."""
+        """Collect while the body runs the chunk that starts with sequence ``start``."""
         ...
 
     def pool(self, add_up: AddUp) -> None:
-        """Add what other processes saw, on the first."""
+        """Add the sums of the other processes on the first process."""
         ...
 
 
-Watching = TypeVar("Watching", bound=Watcher)
+C = TypeVar("C", bound=BlockCollector)
 
 
 class ReverseWalk:
-    """Both walks over one model: the forward one as far as it is not done, then the reverse.
+    """Runs both walks over a model; parts of the forward walk that are stored are reused.
 
     Several processes share the sequences.
 
     Args:
         walk: the model.
         tokens: all sequences ``[S, L]``.
-        inputs: where what enters each block is kept.
-        partial: where the carried gradient is stored for a resumed run.
-        reporter: told of each block.
-        state_seconds: how often it is stored.
+        inputs: the stored block inputs.
+        partial: folder for the gradient of the hidden states, so that a run can resume.
+        reporter: receives progress.
+        state_seconds: interval between writes of that gradient.
     """
 
     def __init__(
@@ -83,18 +82,20 @@ class ReverseWalk:
     def run(
         self,
         is_done: Callable[[int], bool],
-        watch: Callable[[int, Mapping[str, nn.Linear]], Watching],
-        write: Callable[[int, Watching], None],
+        watch: Callable[[int, Mapping[str, nn.Linear]], C],
+        write: Callable[[int, C], None],
     ) -> None:
-        """Watch every block that is not done, from the last to the first.
+        """Collect the statistics of every missing block, from the last to the first.
 
         Args:
-            is_done: tells whether what a block gives is on disk.
-            watch: returns what looks at a block's linears (name → module).
-            write: puts what was seen of a block on disk; called on the first process.
+            is_done: returns whether the statistics of a block are on disk.
+            watch: returns the collector for the linear layers of a block (by name).
+            write: writes the statistics of a block; called on the first process.
 
         Raises:
-            SourceError, NumericalError, OutputError: see each.
+            SourceError: weights or stored block inputs are missing or damaged.
+            NumericalError: the loss or a gradient is not finite.
+            OutputError: files cannot be written.
         """
         here, count = world(), len(self.walk.layers)
         left = here.agreed(lambda: [i for i in range(count) if not is_done(i)])
@@ -119,11 +120,11 @@ class ReverseWalk:
                 step()
 
     def names(self, index: int) -> list[str]:
-        """Return the names of a block's linears."""
+        """Return the names of the linear layers of a block."""
         return [s.name for s in self.sublayers if s.layer == index]
 
     def _forward(self, count: int) -> None:
-        """Complete the inputs of all blocks, from the first that is missing."""
+        """Store the inputs of all blocks, from the first missing one on."""
         first = world().agreed(
             lambda: next((i for i in range(count + 1) if not self.inputs.has(i, self._total)), None)
         )
@@ -146,7 +147,8 @@ class ReverseWalk:
         self.walk.hidden = torch.empty(0)
 
     def _first_gradient(self, count: int, last: int) -> tuple[Tensor, int]:
-        """Return the gradient at the output of a block, not below ``last``, and the block."""
+        """Return the gradient at the output of the first block to process (``last`` or above), and
+        its index."""
         home = self.walk.home
         kept = [block for block in world().agreed(self.state.blocks) if block >= last]
         if kept:
@@ -170,10 +172,10 @@ class ReverseWalk:
         self,
         index: int,
         gradient: Tensor,
-        watch: Callable[[int, Mapping[str, nn.Linear]], Watching],
-    ) -> Watching:
-        """Carry the gradient ``[S, L, d]`` from a block's output to its input, in place; return
-        what its linears saw on the way."""
+        watch: Callable[[int, Mapping[str, nn.Linear]], C],
+    ) -> C:
+        """Propagate the gradient ``[S, L, d]`` from the output to the input of a block, in place;
+        return the collector of its layers."""
         self.walk.load(index)
         watcher = watch(index, linears_of(self.walk, self.names(index)))
         for start in range(0, len(gradient), self.walk.batch):

@@ -1,4 +1,4 @@
-"""Tensors of a block's files ─► statistics of its sublayers."""
+"""Reads the statistics of linear layers from the files of a block."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hisvd_cli.linalg.statistics import Gradient, Statistics, WeightGradients
 from hisvd_cli.utils.files.tensorfile import read_tensors
 
 WEIGHT_PARTS = ("mean", "output", "input")
-"""Endings of a sublayer's tensors in a file of weight gradients, as in ``WeightGradients``."""
+"""Suffixes of tensor names in a file of weight gradients: the fields of ``WeightGradients``."""
 AGAIN = "Calibrate again."
 
 
 def read_stems(path: Path, device: torch.device | str, stems: Collection[str]) -> dict[str, Tensor]:
-    """Read the tensors that are named as one of ``stems``, or as one and an ending."""
+    """Read the tensors whose name is one of ``stems``, with or without a suffix."""
 
     def wanted(name: str) -> bool:
         return name in stems or name.rpartition(".")[0] in stems
@@ -36,15 +36,15 @@ def join_gradients(
     share: float,
     weights: bool,
 ) -> Statistics:
-    """Return a sublayer's statistics with its gradients.
+    """Return the statistics of a layer with its gradients.
 
     Args:
         known: moment and channels.
-        name: of the sublayer.
-        key: of its moment.
-        tensors: of the block's gradients.
-        share: of the sequences, those of the first half.
-        weights: whether the weights' gradients are among the tensors.
+        name: name of the layer.
+        key: key of its moment.
+        tensors: gradients of the block.
+        share: share of the sequences in the first half.
+        weights: whether the tensors include weight gradients.
     """
     parts = (tensors[f"sequences.{name}.{part}"] for part in WEIGHT_PARTS)
     sequences = WeightGradients(*parts) if weights else None
@@ -60,14 +60,14 @@ def join_gradients(
         for half in _halves(moment, tensors[f"{name}.half"], share)
     )
     one, other = (
-        Statistics(part, known.channels, felt)
-        for part, felt in zip(moments, gradients, strict=True)
+        Statistics(moment, known.channels, gradient)
+        for moment, gradient in zip(moments, gradients, strict=True)
     )
     return replace(whole, halves=(one, other))
 
 
 def _halves(whole: Moment, first: Tensor, share: float) -> tuple[Moment, Moment]:
-    """Return the moments of both halves from that of the first and of the whole."""
+    """Return the moments of both halves, given those of the whole and of the first half."""
     wide = first.double()
     rest = (whole.matrix.double() - share * wide) / (1 - share)
     return Moment(wide, whole.side), Moment(rest, whole.side)
@@ -78,10 +78,10 @@ def side_of(key: str) -> Side:
 
 
 def block_file(layer: int) -> str:
-    """Return the name of a block's file, of moments or of gradients."""
+    """Return the name of the file with the moments or the gradients of a block."""
     return f"block-{layer:05d}.safetensors"
 
 
 def weights_file(layer: int) -> str:
-    """Return the name of a block's file of weight gradients."""
+    """Return the name of the file with the weight gradients of a block."""
     return f"weights-{layer:05d}.safetensors"

@@ -1,7 +1,7 @@
-"""A calibration on disk: which model and text it was taken from, and what it holds per block.
+"""A calibration on disk.
 
-``calibration.json`` with one safetensors file per block; ``gradients/`` in it, where gradients were
-taken too, is an artifact of the same form.
+It consists of ``calibration.json`` and one safetensors file per block. The optional subfolder
+``gradients/`` has the same layout.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hisvd_cli.utils.files.tensorfile import read_header
 
 MANIFEST = "calibration.json"
 GRADIENTS = "gradients"
-"""Folder, in that of a calibration, of the gradients; its manifest is ``gradients.json``."""
+"""Subfolder of a calibration with gradients; its manifest is ``gradients.json``."""
 GRADIENTS_MANIFEST = "gradients.json"
 FORMAT_VERSION = 2
 
@@ -56,7 +56,7 @@ class _Data(TypedDict):
 
 
 class _Manifest(TypedDict):
-    """What is read of ``calibration.json``; it holds more."""
+    """The entries of ``calibration.json`` that are read; it has more."""
 
     key: str
     model: _Model
@@ -70,29 +70,29 @@ _MANIFEST = TypeAdapter(_Manifest)
 
 @dataclass(frozen=True)
 class Sample:
-    """Calibration tokens and where they came from."""
+    """Calibration tokens and their origin."""
 
     tokens: Tensor  # [S, L]
     dataset: str
     split: str
     text_digest: str
     seed: int
-    drop: str = ""  # what was left out of the text
+    drop: str = ""  # string that was removed from the text
 
     @property
     def key(self) -> str:
-        """sha256 of the token windows themselves."""
+        """sha256 of the token windows."""
         return digest(str(list(self.tokens.shape)), self.tokens.numpy().tobytes())
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics on disk.
+    """A calibration on disk.
 
     Attributes:
-        folder: where they lie.
+        folder: the folder.
         manifest: the content of ``calibration.json``.
-        gradients: the content of ``gradients.json``; None where no gradients were taken.
+        gradients: the content of ``gradients.json``; None without gradients.
     """
 
     folder: Path
@@ -101,17 +101,17 @@ class Calibration:
 
     @property
     def key(self) -> str:
-        """Hash of what the moments depend on: model, tokens, dtype."""
+        """Hash of everything that the moments depend on: model, tokens and dtype."""
         return str(self.manifest["key"])
 
     @property
     def gradients_key(self) -> str:
-        """Hash of what the gradients depend on; empty where none were taken."""
+        """Hash of everything that the gradients depend on; empty without gradients."""
         return str(self.gradients["key"]) if self.gradients else ""
 
     @property
     def holds(self) -> frozenset[Need]:
-        """What was taken."""
+        """The kinds of statistics in this calibration."""
         if self.gradients is None:
             return frozenset({"moments"})
         if not self.gradients["weights"]:
@@ -119,20 +119,21 @@ class Calibration:
         return frozenset({"moments", "gradients", "weight-gradients"})
 
     def require(self, needs: Collection[Need], method: str) -> None:
-        """Raise SourceError, with the command that helps, where something was not taken."""
+        """Raise SourceError with the command to run if statistics that ``method`` needs are
+        missing."""
         for need in needs:
             if need not in self.holds:
                 raise missing(method, need)
 
     def moments(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Moment]:
-        """Read the moments of one block: sublayer name → moment (shared inputs are one object).
+        """Return the moments of one block by layer name; layers with a common input share one.
 
         Args:
-            layer: the block.
-            device: where they go.
+            layer: index of the block.
+            device: device of the tensors.
 
         Raises:
-            SourceError: the block's file is missing or damaged.
+            SourceError: the file of the block is missing or damaged.
         """
         found = self.statistics(layer, (), device)
         return {name: each.moment for name, each in found.items() if each.moment is not None}
@@ -144,13 +145,13 @@ class Calibration:
         device: torch.device | str = "cpu",
         of: Collection[str] | None = None,
     ) -> dict[str, Statistics]:
-        """Read what is known of one block's sublayers: name → statistics.
+        """Return the statistics of the linear layers of one block by name.
 
         Args:
-            layer: the block.
-            needs: what is wanted; the rest stays None, and is not read.
-            device: where tensors go.
-            of: the sublayers that are wanted; by default all. Nothing is read of others.
+            layer: index of the block.
+            needs: the kinds of statistics to read; others are None.
+            device: device of the tensors.
+            of: names of the layers to read; all by default.
 
         Raises:
             SourceError: a file of the block is missing or damaged.
@@ -166,7 +167,7 @@ class Calibration:
                 for name, (moment, channel) in owners.items()
             }
         except (KeyError, ValueError, AttributeError, TypeError) as error:
-            raise SourceError(f"{path} holds no moments.", AGAIN) from error
+            raise SourceError(f"{path} contains no moments.", AGAIN) from error
         if "weight-gradients" in needs:
             return self._with_gradients(layer, found, True, device)
         return self._with_gradients(layer, found, False, device) if "gradients" in needs else found
@@ -192,20 +193,20 @@ class Calibration:
 
     @property
     def _first_half(self) -> float:
-        """Share of the sequences of even number, counted from 0."""
+        """Share of the sequences with an even index, counted from 0."""
         samples = int(self.manifest["data"]["samples"])
         return (samples + 1) // 2 / samples
 
     def moment_keys(self, layer: int) -> dict[str, str]:
-        """Return sublayer name → key of its moment, the same for those that share one.
+        """Return the key of the moment of each layer by name; layers may share one.
 
         Raises:
-            SourceError: the block's file is missing or damaged.
+            SourceError: the file of the block is missing or damaged.
         """
         return {name: moment for name, (moment, _) in self._owners(layer).items()}
 
     def _owners(self, layer: int) -> dict[str, tuple[str, str]]:
-        """Return sublayer name → keys of its moment and of its channels. Raises SourceError."""
+        """Return the keys of moment and channels of each layer by name. Raises SourceError."""
         path = self.folder / block_file(layer)
         try:
             owners = parse_json(read_header(path).metadata["block"])["owners"]
@@ -213,19 +214,19 @@ class Calibration:
         except SourceError as error:
             raise SourceError(error.message, AGAIN) from error
         except (KeyError, ValueError, AttributeError, TypeError) as error:
-            raise SourceError(f"{path} holds no moments.", AGAIN) from error
+            raise SourceError(f"{path} contains no moments.", AGAIN) from error
 
     def importance(self, layer: int) -> float:
-        """Return the angular distance, from 0 to 1, of a block's input and output.
+        """Return the mean angular distance between input and output of a block, from 0 to 1.
 
         Raises:
-            SourceError: the block's file is missing or damaged.
+            SourceError: the file of the block is missing or damaged.
         """
         path = self.folder / block_file(layer)
         try:
             return float(parse_json(read_header(path).metadata["block"])["importance"])
         except (KeyError, ValueError, TypeError) as error:
-            raise SourceError(f"{path} holds no statistics.", AGAIN) from error
+            raise SourceError(f"{path} contains no statistics.", AGAIN) from error
 
 
 def calibration_key(source: Source, sample: Sample, dtype: torch.dtype) -> str:
@@ -237,8 +238,8 @@ def open_calibration(folder: Path, source: Source | None = None) -> Calibration:
     """Open a calibration folder.
 
     Raises:
-        SourceError: no calibration there, or a damaged one.
-        StaleArtifactError: it was made for another model than ``source``, or in another format.
+        SourceError: there is no calibration, or it is damaged.
+        StaleArtifactError: it belongs to another model than ``source``, or has another format.
     """
     path = folder / MANIFEST
     try:
@@ -249,24 +250,24 @@ def open_calibration(folder: Path, source: Source | None = None) -> Calibration:
         made_for, fingerprint = manifest["model"]["name"], manifest["model"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
-            f"{folder} holds no calibration (no readable {MANIFEST}).", "Run: hisvd calibrate"
+            f"{folder} is not a calibration (no readable {MANIFEST}).", "Run: hisvd calibrate"
         ) from error
     if version != FORMAT_VERSION:
         raise StaleArtifactError(
-            f"{folder} was calibrated by another version of hisvd (format {version}, here "
+            f"{folder} was written by another version of hisvd (format {version} instead of "
             f"{FORMAT_VERSION}).",
-            "Calibrate again.",
+            AGAIN,
         )
     if source is not None and fingerprint != source.fingerprint:
         raise StaleArtifactError(
-            f"{folder} was calibrated for {made_for}, not for the weights of {source.name}.",
-            "Calibrate this model, or name the calibration that was made for it.",
+            f"{folder} is the calibration of {made_for}, not of the weights of {source.name}.",
+            "Calibrate this model, or give its calibration.",
         )
     return Calibration(folder, manifest, _open_gradients(folder, str(manifest["key"])))
 
 
 def _open_gradients(folder: Path, key: str) -> dict[str, Any] | None:
-    """Return the manifest of gradients that belong to the calibration ``key``, if there are any."""
+    """Return the manifest of the gradients of calibration ``key``, or None."""
     try:
         path = folder / GRADIENTS / GRADIENTS_MANIFEST
         manifest: dict[str, Any] = read_json(path)

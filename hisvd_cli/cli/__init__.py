@@ -1,1 +1,1 @@
-"""The command line: parse, call one pipeline, show its result."""
+"""The command line: parses arguments, calls a pipeline and shows the result."""

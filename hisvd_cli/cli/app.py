@@ -1,4 +1,4 @@
-"""The command line: mounts the commands, and is the one place that catches errors."""
+"""The entry point of the command line, and its error handling."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from hisvd_cli.utils.errors import (
 from hisvd_cli.utils.watchdog import end
 
 _MEMORY_HINT = (
-    "Lower --batch, --seqlen or --samples, give --max-memory, which keeps hidden states in a file, "
-    "or use --dtype bfloat16 or --device cpu; finished blocks are kept."
+    "Lower --batch, --seqlen or --samples, set --max-memory to keep hidden states in a file, or "
+    "use --dtype bfloat16 or --device cpu. Completed blocks are kept."
 )
-_RESUME_HINT = "Run the same command again: it goes on after the last finished block."
+_RESUME_HINT = "Run the same command again to resume after the last completed block."
 
 
-class _Edge(TyperGroup):
-    """Turns every failure into two lines on stderr and an exit code."""
+class _ErrorHandlingGroup(TyperGroup):
+    """Turns every exception into an error and a hint on stderr, and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])
@@ -54,7 +54,7 @@ class _Edge(TyperGroup):
             try:
                 return super().invoke(ctx)
             except (KeyboardInterrupt, Exception) as error:
-                # Native code may put an error of its own in the place of KeyboardInterrupt.
+                # Native code may raise another error instead of KeyboardInterrupt.
                 if interrupted() or isinstance(error, KeyboardInterrupt):
                     raise StoppedError("Interrupted.", _RESUME_HINT) from error
                 raise
@@ -65,18 +65,18 @@ class _Edge(TyperGroup):
             code = super().main(*args, **{**options, "standalone_mode": False})
             check_written()
         except Exception as error:
-            told = _explain(error)
+            explained = _explain(error)
             cause = error if os.environ.get("HISVD_DEBUG") == "1" else None
             if launched():
-                end(told, lambda final: Console().error(final, cause))
-            Console().error(told, cause)
-            code = told.exit_code
+                end(explained, lambda final: Console().error(final, cause))
+            Console().error(explained, cause)
+            code = explained.exit_code
         sys.exit(code)
 
 
 @contextmanager
 def _watched_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed while the body ran."""
+    """Yield a function that returns whether Ctrl-C was pressed while the body ran."""
     seen = threading.Event()
 
     def note(_signal: int, _frame: object) -> NoReturn:
@@ -95,13 +95,13 @@ def _watched_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _explain(error: Exception) -> HisvdError:
-    """Return what the user is told of any failure."""
+    """Return the error to show for an exception."""
     for cause in _chain(error):
         if _is_memory(cause):
             return MemoryLimitError(_memory_message(cause), _MEMORY_HINT)
     if isinstance(error, HisvdError):
         return error
-    if hasattr(error, "format_message"):  # Typer found a flag or an argument wrong
+    if hasattr(error, "format_message"):  # a usage error from Typer
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "hisvd"
         return UsageError(" ".join(error.format_message().split()), f"Run: {command} --help")
@@ -109,11 +109,11 @@ def _explain(error: Exception) -> HisvdError:
         where = f"Cannot use {error.filename}" if error.filename else "Cannot write"
         return OutputError(
             f"{where}: {reason(error)}",
-            "Check the path, its permissions, and the space left on its disk.",
+            "Check the path, its permissions and the free disk space.",
         )
     return HisvdError(
-        f"Unforeseen {type(error).__name__}: {reason(error)}",
-        "Run again with HISVD_DEBUG=1 for the traceback, and please report it.",
+        f"Internal error ({type(error).__name__}): {reason(error)}",
+        "Please report this with the traceback, which HISVD_DEBUG=1 shows.",
     )
 
 
@@ -124,24 +124,24 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_memory(error: BaseException) -> bool:
-    """Tell torch's CUDA error, its CPU allocator's, Python's and the system's from all others."""
+    """Return whether an error from torch, Python or the system means that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    told = ("can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+    texts = ("can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def _memory_message(error: BaseException) -> str:
     size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    return f"Out of memory: {size[1]} more were asked for." if size else "Out of memory."
+    return f"Out of memory: cannot allocate {size[1]}." if size else "Out of memory."
 
 
 app = typer.Typer(
-    cls=_Edge,
+    cls=_ErrorHandlingGroup,
     name="hisvd",
-    help="Make a causal language model smaller by low-rank factorisation, without training it.",
+    help="Compress causal language models by low-rank factorization.",
     epilog="Start with: hisvd compress --model demo --ratio 0.6",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -176,7 +176,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    """Has no work of its own: the options above belong to no command."""
+    """Defines the options of ``hisvd`` itself."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``--help`` shows the options that most users need, ``--help-all`` every one."""
+"""``--help`` shows the common options, ``--help-all`` all of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hisvd_cli.pipelines.config.settings import is_basic
 
 _ALL = "hisvd.all_options"
 _RARE = {"overrides", "show_profile", "tables", "spectrum_of", "list_profiles", "check_values"}
-"""Options of commands that are no settings, and are shown by ``--help-all`` alone."""
+"""Options that are not settings and are shown by ``--help-all`` only."""
 
 
 class BriefHelp(TyperCommand):
-    """A command whose ``--help`` leaves out what few users need."""
+    """A command whose ``--help`` omits rare options."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, of all options where ``--help-all`` asks for it."""
+        """Write the help, with all options for ``--help-all``."""
         if ctx.meta.get(_ALL):
             super().format_help(ctx, formatter)
             return
@@ -30,7 +30,7 @@ class BriefHelp(TyperCommand):
 
     @contextmanager
     def _brief(self, epilog: str) -> Iterator[None]:
-        """Leave rare options out of the help in the body; completion still offers them."""
+        """Hide rare options in the body; completion still offers them."""
         rare = [p for p in self.params if isinstance(p, TyperOption) and _is_rare(str(p.name))]
         self.epilog = epilog
         for option in rare:
@@ -49,7 +49,7 @@ def _is_rare(name: str) -> bool:
 
 
 def show_all(ctx: typer.Context, wanted: bool) -> None:
-    """Print the help of every option, and stop: the callback of ``--help-all``."""
+    """Print the help of all options and exit: the callback of ``--help-all``."""
     if wanted:
         ctx.meta[_ALL] = True
         typer.echo(ctx.get_help(), color=ctx.color)

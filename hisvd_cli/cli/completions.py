@@ -1,7 +1,7 @@
-"""Write the shells' completion scripts: ``python -m hisvd_cli.cli.completions completions/``.
+"""Writes shell completion scripts: ``python -m hisvd_cli.cli.completions completions/``.
 
-The scripts are Typer's own. They ask ``hisvd`` itself what may follow, so they know every flag of
-the version that is installed.
+The scripts come from Typer. They call ``hisvd`` for completions, which thus match the installed
+version.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hisvd_cli.cli.app import app
 
 FILES = {"bash": "hisvd.bash", "zsh": "_hisvd", "fish": "hisvd.fish"}
-"""Shell → file name, as each shell looks for it."""
+"""File name by shell, as each shell expects it."""
 
 _ZSH_REGISTER = "compdef _hisvd_completion hisvd"
 _ZSH_START = f"""\
@@ -29,12 +29,12 @@ def script(shell: str) -> str:
     """Return the completion script for ``bash``, ``zsh`` or ``fish``."""
     environment = {"_HISVD_COMPLETE": f"source_{shell}"}
     text = CliRunner().invoke(app, prog_name="hisvd", env=environment).stdout.strip()
-    # Typer's script for zsh only registers itself when it is called, and completes nothing.
+    # On its first call from $fpath, Typer's zsh script registers itself without completing.
     return text.replace(_ZSH_REGISTER, _ZSH_START) + "\n"
 
 
 def write_scripts(folder: Path) -> None:
-    """Write the scripts of all shells to a folder."""
+    """Write the scripts for all shells to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for shell, name in FILES.items():
         (folder / name).write_text(script(shell), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the command line prints: results on stdout; progress, hints and errors on stderr."""
+"""Output of the command line: results on stdout; progress, hints and errors on stderr."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -17,17 +18,26 @@ from hisvd_cli.utils.errors import HisvdError
 from hisvd_cli.utils.escaping import printable
 from hisvd_cli.utils.progress import SafeConsole, StderrReporter
 
-_UNBOUNDED = 500  # columns of a file or a pipe, which need no line breaks
+if TYPE_CHECKING:
+    from hisvd_cli.evaluation.grid import Failure
+
+_UNBOUNDED = 500  # columns when stdout is a file or a pipe
+
+
+def joint_error(failures: Sequence[Failure]) -> HisvdError:
+    """Return one error for several models that failed, with the hint of the first."""
+    lines = (f"{each.model}: {each.message}" for each in failures)
+    return HisvdError("\n".join(lines), failures[0].hint)
 
 
 class Console(StderrReporter):
-    """One output sink. No text is taken for markup, or printed with control characters.
+    """Prints results, progress and errors, without markup or control characters from text.
 
     Args:
-        as_json: stdout gets one JSON document and nothing else.
-        quiet: neither progress nor hints, and results in one line.
-        verbose: notes that are otherwise left out.
-        muted: print nothing at all, as one of several processes that do the same.
+        as_json: print one JSON document to stdout and nothing else.
+        quiet: print no progress or hints, and results in one line.
+        verbose: print notes too.
+        muted: print nothing, since another process prints the same.
     """
 
     def __init__(
@@ -45,30 +55,30 @@ class Console(StderrReporter):
 
     @property
     def width(self) -> int:
-        """Columns of the terminal that results go to."""
+        """Columns of the terminal on stdout."""
         return self._out.width
 
     def alone(self) -> AbstractContextManager[object]:
-        """Keep stdout to this console while the body runs: what others print goes to stderr."""
+        """Redirect other output from stdout to stderr while the body runs."""
         return redirect_stdout(sys.stderr)
 
     def show(self, renderable: RenderableType) -> None:
-        """Print a table or text for a person; nothing with --json or --quiet."""
+        """Print a table or text, unless --json or --quiet is set."""
         if not (self.as_json or self.quiet):
             with self._out.capture() as captured:
                 self._out.print(renderable)
             self._write(captured.get())
 
     def result(self, document: dict[str, Any], line: str) -> None:
-        """Print the result as JSON (--json), or as one plain line (--quiet)."""
+        """Print the result as JSON (--json) or in one line (--quiet)."""
         if self.as_json:
             self.text(json.dumps(document, indent=2, allow_nan=False) + "\n")
         elif self.quiet:
             self.text(f"{line}\n")
 
     def text(self, text: str) -> None:
-        """Print a text as it is, but for control characters, on stdout. Raises BrokenPipeError
-        where nobody reads it."""
+        """Print a text on stdout, without control characters. Raises BrokenPipeError if the reader
+        has closed the pipe."""
         self._write(printable(text))
 
     def _write(self, text: str) -> None:
@@ -77,7 +87,7 @@ class Console(StderrReporter):
             self._stdout.flush()
 
     def suggest(self, message: str) -> None:
-        """Tell of something better that the user could do; nothing with --json."""
+        """Print a suggestion, unless --json is set."""
         if not self.as_json:
             super().suggest(message)
 
@@ -86,16 +96,16 @@ class Console(StderrReporter):
         return in_flags(message)
 
     def next_command(self, command: str) -> None:
-        """End with what a user would run next."""
+        """Print the command to run next."""
         if not (self.quiet or self.as_json):
             self._tell(Text.assemble(("Next: ", "dim"), (command, "bold")))
 
     def error(self, error: HisvdError, cause: BaseException | None = None) -> None:
-        """Print an error: what is wrong (a line per problem), and what to do.
+        """Print an error, one line per problem, and its hint.
 
         Args:
-            error: what the user is told.
-            cause: print this one's traceback above it.
+            error: the error.
+            cause: an exception whose traceback is printed first.
         """
         if cause is not None:
             for line in "".join(traceback.format_exception(cause)).rstrip().splitlines():

@@ -1,4 +1,4 @@
-"""How the command line keeps the libraries under it from drawing over its output."""
+"""Keeps log lines and progress bars of libraries out of the output."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ _LOUD = ("transformers", "huggingface_hub", "datasets", "lm_eval")
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """Take control characters out of a line of a log, which may hold names from files."""
+    """Remove control characters from a log line, which may contain names from files."""
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 
 
 def calm_libraries(quiet: bool, verbose: bool) -> None:
-    """Silence the progress bars and the log lines of transformers and datasets.
+    """Disable progress bars and log lines of transformers and datasets.
 
-    Downloads from the hub keep their bars. Only the command line does this: who imports
-    ``hisvd_cli`` as a library keeps these settings as they are.
+    Downloads from the Hub keep their bars. Only the command line calls this, not the Python API.
 
     Args:
-        quiet: silence the bars of downloads too.
-        verbose: let warnings through.
+        quiet: disable the bars of downloads too.
+        verbose: keep warnings.
     """
-    # Read when these libraries are imported, which is below at the earliest.
+    # These variables are read when the libraries are imported, below or later.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that nobody turned on or off
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that are not enabled explicitly
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as logs
 
     downloads = not (quiet or are_progress_bars_disabled())
-    logs.disable_progress_bar()  # the hub's as well
+    logs.disable_progress_bar()  # also disables those of the Hub
     if downloads:
         enable_progress_bars()
     for library in _LOUD:

@@ -1,14 +1,14 @@
-"""Flags made from the settings, so that a setting is written down once."""
+"""Command-line options, generated from the settings."""
 
 from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import typer
 
@@ -30,15 +30,18 @@ from hisvd_cli.pipelines.config.settings import (
 from hisvd_cli.utils.distributed import joining, launched, launched_rank, leave
 from hisvd_cli.utils.files.scratch import sweep
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 Command = Callable[..., None]
 
 _METAVARS = {int: "N", float: "X", str: "NAME", bool: ""}
-"""What stands behind a flag in ``--help``, short so that an 80-column terminal shows all flags."""
+"""Placeholders of values in ``--help``, short enough for 80 columns."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every command gets: settings, where they came from, and where to print."""
+    """The settings and the console of a command."""
 
     resolved: Resolved
     console: Console
@@ -50,12 +53,20 @@ class Run:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one process, or of several the one that writes."""
+        """Whether this is the process that writes."""
         return not self.console.muted
+
+    def show_forecast(
+        self, forecast: Mapping[str, Any], view: RenderableType, line: str = ""
+    ) -> None:
+        """Print the result of a dry run; by default its time in seconds with --quiet."""
+        self.console.show(view)
+        document = {"dry_run": True, **forecast}
+        self.console.result(document, line or f"{forecast['seconds']:.0f} s")
 
 
 def option(*flags: str, text: str, metavar: str = "", panel: str | None = None) -> Any:
-    """Return a flag of a command; without a ``metavar`` it takes no value."""
+    """Return an option of a command; without a ``metavar`` it takes no value."""
     return typer.Option(
         *flags, help=text, metavar=metavar, show_default=False, rich_help_panel=panel
     )
@@ -104,7 +115,7 @@ def _take_common(
     verbose: Annotated[
         bool, _common("--verbose", "-v", text="Show more notes, and warnings of libraries.")
     ] = False,
-    help_all: Annotated[  # noqa: ARG001 - its callback does all
+    help_all: Annotated[  # noqa: ARG001 - handled by its callback
         bool,
         typer.Option(
             "--help-all",
@@ -116,19 +127,20 @@ def _take_common(
         ),
     ] = False,
 ) -> tuple[Console, Path | None, list[str], bool]:
-    """The flags of every command; returns them as :func:`with_settings` uses them."""
+    """Define the common options of all commands; return them for :func:`with_settings`."""
     console = Console(as_json, quiet, verbose, muted=launched_rank() > 0)
     return console, profile, overrides or [], show_profile
 
 
 def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Command], Command]:
-    """Return a decorator that gives a command the flags of ``keys`` and the common ones.
+    """Return a decorator that adds the options of ``keys`` and the common ones to a command.
 
     The command is called with a :class:`Run` and its own parameters.
 
     Args:
         keys: (section, key) of settings.
-        together: several processes run the command as one; else the first does it alone.
+        together: whether several processes run the command together; otherwise only the first
+            process runs it.
     """
     settings = {f"{section}__{key}": (section, key) for section, key in keys}
     common = inspect.signature(_take_common, eval_str=True).parameters
@@ -136,7 +148,7 @@ def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Comm
     def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**given: Any) -> None:
-            # Typer gives an empty list for a repeatable flag that was not given.
+            # Typer passes an empty list for a repeatable option that is not given.
             flags = {key: given.pop(name) for name, key in settings.items()}
             flags = {key: None if value == [] else value for key, value in flags.items()}
             console, profile, overrides, show = _take_common(**{n: given.pop(n) for n in common})
@@ -160,7 +172,7 @@ def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Comm
             leave()
 
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        # Panels stand in the order of their first flag: what one method reads comes after the rest.
+        # Panels are in the order of their first option: those of single methods come last.
         ordered = sorted(settings.items(), key=lambda item: bool(panel_of(*item[1])))
         shown = [*own, *(_parameter(name, *key) for name, key in ordered)]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in [*shown, *common.values()]]
@@ -175,7 +187,7 @@ def _tell_profile(resolved: Resolved, console: Console) -> None:
     console.note(f"Profile: {resolved.in_use or 'none'}")
     if resolved.foreign:
         console.warn(
-            f"{resolved.foreign} is not read: it, or its folder, belongs to another user. Pass "
+            f"{resolved.foreign} is ignored: the file or its folder belongs to another user. Pass "
             f"--profile {shlex.quote(resolved.foreign)} if you trust it."
         )
 
@@ -201,9 +213,10 @@ def _prepare_libraries(console: Console) -> None:
 
 
 def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
-    """Return the parameter, and so the flag, of one setting.
+    """Return the parameter that defines the option of one setting.
 
-    It takes texts (or is a switch): all layers of settings are parsed and checked in one place.
+    Values are strings (or switches), which are parsed and validated together with all other sources
+    of settings.
     """
     field = SECTIONS[section].model_fields[key]
     kind = kind_of(section, key)
@@ -212,7 +225,7 @@ def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
     taken: Any = str
     if kind is bool:
         taken = bool
-        if field.default is None:  # neither on nor off where it is not given
+        if field.default is None:  # unset by default, so it can be switched off explicitly
             flag += f"/--no-{flag[2:]}"
     elif get_origin(kind) is list:
         taken = list[str]
@@ -225,7 +238,7 @@ def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
         rich_help_panel=panel_of(section, key) or _section_panel(section),
         autocompletion=_completer(section, key),
     )
-    # Subscripted by hand: the type is known only here, so no annotation can be written down.
+    # Called directly, since the type is not known statically.
     annotated = Annotated.__class_getitem__((taken | None, annotation))  # type: ignore[attr-defined]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotated
@@ -233,8 +246,7 @@ def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
 
 
 def _completer(section: str, key: str) -> Callable[[str], list[tuple[str, str]]] | None:
-    """Return what completes the value of a flag that takes one of a few words: each that fits,
-    with what a shell may show beside it."""
+    """Return the completion of an option with known values: each match with a description."""
     words = choices_of(section, key)
     if not words:
         return None

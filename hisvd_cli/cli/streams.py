@@ -1,4 +1,4 @@
-"""Standard streams that never end a run: closed, without a reader, full, or of few characters."""
+"""Standard streams whose errors do not abort a run: closed, broken pipe, full disk, encoding."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
-class _Forgiving(io.RawIOBase):
-    """Hands bytes on until one write fails; that failure is kept, and the rest is dropped.
+class _FaultTolerant(io.RawIOBase):
+    """A raw stream that records the first write error and discards everything after it.
 
     Args:
-        raw: where the bytes go.
+        raw: the underlying stream.
     """
 
     def __init__(self, raw: io.RawIOBase) -> None:
@@ -25,19 +25,19 @@ class _Forgiving(io.RawIOBase):
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
-        """Tell that bytes are taken, always."""
+        """Return True."""
         return True
 
     def fileno(self) -> int:
-        """Return the number that the operating system knows the stream by."""
+        """Return the file descriptor."""
         return self._raw.fileno()
 
     def isatty(self) -> bool:
-        """Tell whether a terminal is behind it."""
+        """Return whether the stream is a terminal."""
         return self._raw.isatty()
 
     def write(self, data: ReadableBuffer, /) -> int | None:
-        """Write what can be written; tell of all of it that it was."""
+        """Write data and return its length, also after an error."""
         if self.failure is None:
             try:
                 return self._raw.write(data)
@@ -47,34 +47,33 @@ class _Forgiving(io.RawIOBase):
 
 
 def prepare_streams() -> None:
-    """Make the standard streams of this process forgiving, before anything is written to them.
+    """Replace the standard streams of this process, before anything is written to them.
 
-    A stream that was closed (``>&-``) leads nowhere. A character that the encoding of a stream
-    lacks is replaced.
+    Output to a closed stream (``>&-``) is discarded; characters without an encoding are replaced.
     """
     _open_descriptors()
-    sys.stdout = _forgiving(sys.stdout, 1)
-    sys.stderr = _forgiving(sys.stderr, 2)
+    sys.stdout = _fault_tolerant(sys.stdout, 1)
+    sys.stderr = _fault_tolerant(sys.stderr, 2)
 
 
 def _open_descriptors() -> None:
-    """Have the numbers 0 to 2 taken: the next file that is opened would get one that is free, and
-    what libraries print would go into it."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest that is free
+    """Open closed descriptors 0 to 2, which would otherwise be reused for the next opened file and
+    receive the output of libraries."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
 
 
-def _forgiving(stream: TextIO | None, number: int) -> TextIO:
-    if stream is None:  # Python found it closed
+def _fault_tolerant(stream: TextIO | None, number: int) -> TextIO:
+    if stream is None:  # it was closed when Python started
         raw: object = io.FileIO(number, "w", closefd=False)
     else:
         buffer = getattr(stream, "buffer", None)
-        raw = getattr(buffer, "raw", buffer)  # with PYTHONUNBUFFERED there is no buffer between
-    if not isinstance(raw, io.RawIOBase):  # not the operating system's: whoever set it reads it
+        raw = getattr(buffer, "raw", buffer)  # PYTHONUNBUFFERED removes the buffer
+    if not isinstance(raw, io.RawIOBase):  # replaced in this process, such as by a test
         return stream or io.StringIO()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Forgiving(raw)),
+        io.BufferedWriter(_FaultTolerant(raw)),
         encoding=stream.encoding if stream else "utf-8",
         errors="replace" if number == 1 else "backslashreplace",
         line_buffering=number == 2 or raw.isatty(),
@@ -82,17 +81,17 @@ def _forgiving(stream: TextIO | None, number: int) -> TextIO:
 
 
 def check_written() -> None:
-    """Find out whether all of stdout was written. A reader that went away early has what it wants.
+    """Check that all of stdout was written; a closed pipe is not an error.
 
     Raises:
-        OutputError: it was not.
+        OutputError: writing failed.
     """
     stream = sys.stdout
     stream.flush()
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
-    failure = raw.failure if isinstance(raw, _Forgiving) else None
+    failure = raw.failure if isinstance(raw, _FaultTolerant) else None
     if failure is not None and not isinstance(failure, BrokenPipeError):
         raise OutputError(
             f"Cannot write to stdout: {reason(failure)}",
-            "Nothing else is lost: what the command makes is there. Send its output elsewhere.",
+            "The command itself has completed. Redirect its output elsewhere.",
         ) from failure

@@ -1,1 +1,1 @@
-"""How good and how fast a model is."""
+"""Measures the quality and the speed of models."""

@@ -1,4 +1,4 @@
-"""One run's evaluations: models on texts, side by side, with what failed."""
+"""Results of an evaluation run: every model on every text, comparisons and failures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hisvd_cli.evaluation.zero_shot import Score
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one model.
+    """The results of one model.
 
     Attributes:
-        model: as the user named it.
+        model: the name that the user gave.
         results: one for each text.
         comparisons: with the baseline.
-        scores: in lm-eval's tasks, where some were asked for.
-        speed: beside the baseline's, where it was asked for.
+        scores: of lm-eval tasks; None if none were requested.
+        speed: with that of the baseline; None if not requested.
     """
 
     model: str
@@ -30,18 +30,18 @@ class Evaluation:
     speed: Speed | None = None
 
     def document(self, baseline: Evaluation | None = None) -> dict[str, Any]:
-        """Return the evaluation as JSON data, the baseline's results beside it."""
+        """Return the evaluation as JSON data, including the results of the baseline."""
         return {
             "model": self.model,
             "results": [result.document() for result in self.results],
-            "baseline": baseline.beside() if baseline else None,
+            "baseline": baseline.baseline_document() if baseline else None,
             "comparisons": [each.document() for each in self.comparisons],
             "efficiency": self.speed.document() if self.speed else None,
             "tasks": self._tasks(),
         }
 
-    def beside(self) -> dict[str, Any]:
-        """Return model, results and tasks alone, as JSON data."""
+    def baseline_document(self) -> dict[str, Any]:
+        """Return model, results and tasks as JSON data, for a baseline."""
         return {
             "model": self.model,
             "results": [result.document() for result in self.results],
@@ -54,7 +54,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Failure:
-    """A model that could not be evaluated, and why."""
+    """A model that could not be evaluated, and the error."""
 
     model: str
     message: str
@@ -63,14 +63,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Grid:
-    """What one run measured.
+    """All results of one run.
 
     Attributes:
-        evaluations: of each model, in the order in which they were named.
-        baseline: what they were held against.
-        comparisons: of each two models; those with the baseline are in the evaluations.
+        evaluations: one for each model, in the given order.
+        baseline: the evaluation of the baseline, if any.
+        comparisons: between each pair of models; those with the baseline are in the evaluations.
         failures: models that could not be evaluated.
-        single: whether one model was asked for: its document then stands alone.
+        single: whether exactly one model was requested: the JSON document is then its own.
     """
 
     evaluations: list[Evaluation]
@@ -80,22 +80,22 @@ class Grid:
     single: bool = False
 
     def document(self) -> dict[str, Any]:
-        """Return everything as JSON data: of one model its own document, of several a list."""
+        """Return everything as JSON data: the document of a single model, or a list of several."""
         if self.single:
             return self.evaluations[0].document(self.baseline)
         return {
             "evaluations": [each.document(self.baseline) for each in self.evaluations],
-            "baseline": self.baseline.beside() if self.baseline else None,
+            "baseline": self.baseline.baseline_document() if self.baseline else None,
             "comparisons": [each.document() for each in self.comparisons],
             "failures": [{"model": each.model, "message": each.message} for each in self.failures],
         }
 
     def rows(self) -> Sequence[Evaluation]:
-        """Return the baseline, if there is one, and all models."""
+        """Return the evaluations, the baseline first if there is one."""
         return [*([self.baseline] if self.baseline else []), *self.evaluations]
 
     def line(self) -> str:
-        """Return the perplexities in one line, model after model."""
+        """Return the perplexities of all models in one line."""
         results = [result for each in self.evaluations for result in each.results]
         return " ".join(
             "non-finite" if r.perplexity is None else f"{r.perplexity:.4f}" for r in results

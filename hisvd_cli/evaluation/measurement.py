@@ -1,4 +1,4 @@
-"""A model on windows of text ─► sums, kept as they come and taken up again where a run stopped."""
+"""Measures a model on windows of text; partial sums are cached, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hisvd_cli.utils.files.safetensors_header import dtype_name
 from hisvd_cli.utils.versions import versions
 
 SAVE_SECONDS = 30.0
-"""Sums are stored at most this often, and at the end: a killed run repeats at most so much."""
+"""Interval between writes of partial sums."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A baseline on the same windows: what its decoder returned, and its head."""
+    """A baseline on the same windows: its output head and its final hidden states."""
 
     head: Head
     states: FinalStates
@@ -35,14 +35,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is asked for: a model on windows of text, maybe against a baseline.
+    """A model to measure on windows of text, optionally against a baseline.
 
     Attributes:
         source: the model.
-        windows: the text as it reads it.
-        how: how it is run. Batch and streaming change no result, and are not in the key.
-        store: where sums are kept.
-        baseline: key of the baseline's own measurement; empty for none.
+        windows: the text, tokenized for the model.
+        how: how the model runs. Batch size and streaming do not change results and are not part of
+            the key.
+        store: the cache of sums.
+        baseline: key of the measurement of the baseline; empty for none.
     """
 
     source: Source
@@ -53,15 +54,15 @@ class Measurement:
 
     @cached_property
     def key(self) -> str:
-        """sha256 of all that the sums depend on."""
+        """sha256 of everything that the sums depend on."""
         made_by = versions()
         about = (str(FORMAT_VERSION), str(BLOCK), made_by["torch"], made_by["transformers"])
         how = f"{self.how.dtype} {self.how.device.type}"
         return digest(*about, self.source.fingerprint, self.windows.key, how, self.baseline)
 
     def load(self) -> Sums | None:
-        """Return the sums of the windows that are done, if any. Sums of other blocks, which a
-        damaged file holds, do not count."""
+        """Return the cached sums of the completed windows, or None; sums of another shape, from a
+        damaged file, are ignored."""
         sums = self.store.load(self.key)
         count, blocks = self.windows.tokens.shape
         fits = sums is not None and sums.nats.shape[1] == blocks and len(sums) <= count
@@ -69,13 +70,13 @@ class Measurement:
         return sums if fits and whole else None
 
     def missing(self) -> int:
-        """Return how many windows are not measured yet."""
+        """Return the number of windows that are not measured yet."""
         return len(self.windows.ids) - len(self.load() or ())
 
     def save(self, sums: Sums) -> None:
-        """Keep the sums of the windows that are done. Raises OutputError."""
+        """Write the sums of the completed windows. Raises OutputError."""
         self.store.save(self.key, self._about(), sums)
-        if self.baseline:  # the likelihoods alone answer what is asked without a baseline, too
+        if self.baseline:  # the likelihoods also serve a run without a baseline
             alone = replace(self, baseline="")
             if alone.missing() > self.windows.ids.shape[0] - len(sums):
                 self.store.save(alone.key, alone._about(), Sums(sums.nats))
@@ -107,18 +108,20 @@ def measure(
     reference: Reference | None = None,
     keep: FinalStates | None = None,
 ) -> Sums:
-    """Measure the windows that are missing, of which there is at least one, and store the sums.
+    """Measure the missing windows, of which there is at least one, and store the sums.
 
     Args:
         wanted: what to measure.
-        model: the model, open.
+        model: the open model.
         step: called for each window.
-        reference: the baseline to hold it against.
-        keep: where what its decoder returns is kept, of a baseline; what is there already is not
-            made again.
+        reference: the baseline to compare with.
+        keep: for a baseline, where its final hidden states are kept; existing ones are reused.
+
+    Returns:
+        The sums of all windows.
 
     Raises:
-        HisvdError: the model cannot be run, or the sums not be written.
+        HisvdError: the model cannot be run, or the sums cannot be written.
     """
     sums = wanted.load()
     count = 0 if sums is None else len(sums)
@@ -145,7 +148,7 @@ def measure(
 
 
 def _sums_of(output: Output, ids: Tensor, first: int, reference: Reference | None) -> Sums:
-    """Return the sums of a batch of windows ``[B, L]``, the first of which has that number."""
+    """Return the sums of a batch of windows ``[B, L]``; ``first`` is the index of its first."""
     on_device = ids.to(output.logits.device)
     pairs = zip(output.logits, on_device, strict=True)
     nats = _blocks([token_losses(logits, window) for logits, window in pairs])
@@ -158,5 +161,5 @@ def _sums_of(output: Output, ids: Tensor, first: int, reference: Reference | Non
 
 
 def _blocks(windows: Any) -> Tensor:
-    """Sum values of tokens, a tensor ``[L − 1]`` a window, over blocks ``[B, K]``."""
+    """Return the sums ``[B, K]`` over blocks of per-token values, one ``[L − 1]`` per window."""
     return block_sums(torch.stack(list(windows)).cpu())

@@ -1,16 +1,16 @@
-"""Perplexity, bits per byte and divergence: every predicted token counted, nothing skipped.
+"""Perplexity, bits per byte, KL divergence and agreement.
 
-The text is joined, tokenized once and cut into windows of ``seqlen`` tokens that do not overlap;
-within a window each token but the first is predicted. No window gets a BOS of its own; the text
-gets one where the tokenizer adds it. Figures are ratios of sums over all windows:
+The texts of the data set are joined, tokenized once and split into non-overlapping windows of
+``seqlen`` tokens; every token of a window but the first is predicted. A BOS token is added once, at
+the start of the text, if the tokenizer adds one. Figures are ratios of sums over all windows:
 
-- perplexity: exp of the mean negative log-likelihood of a token;
-- bits per byte: the same log-likelihoods, in bits, over the UTF-8 bytes of the text that the
-  predicted tokens stand for, so that models with different tokenizers compare;
-- KL: the mean of KL(baseline ‖ model) in nats per token;
-- agreement: the share of tokens for which both models rank the same token first.
+- perplexity: exp of the mean negative log-likelihood per token;
+- bits per byte: the negative log-likelihood in bits per UTF-8 byte of the predicted text, which is
+  comparable between tokenizers;
+- KL: mean KL(baseline ‖ model) in nats per token;
+- agreement: share of tokens for which both models have the same most likely token.
 
-A window whose loss is not finite makes the result not finite.
+A window with a non-finite loss makes the result non-finite; no window is skipped.
 
 Legend: W windows of L tokens, K blocks of predicted tokens in each (see ``intervals``).
 """
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.calibration.text.datasets import Text
-from hisvd_cli.calibration.text.tokens import token_ends
+from hisvd_cli.calibration.text.tokens import count_windows, token_ends
 from hisvd_cli.evaluation.intervals import (
     DRAWS,
     LEVEL,
@@ -39,22 +39,21 @@ from hisvd_cli.evaluation.intervals import (
     units,
 )
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.utils.errors import DataError
 from hisvd_cli.utils.files.fingerprints import digest
 
-_LARGEST = 700.0  # nats, just below what exp can hold
+_LARGEST = 700.0  # nats; exp of more overflows
 
 
 @dataclass(frozen=True)
 class Windows:
-    """A text as a model reads it.
+    """A text, tokenized and split into windows.
 
     Attributes:
         text: the text.
         ids: tokens ``[W, L]``.
-        spans: UTF-8 bytes of the text behind the end of each token but the first up to that of the
-            next ``[W, L − 1]``; None where the tokenizer does not say.
-        bos: in words, where the beginning-of-sequence token stands.
+        spans: UTF-8 bytes of each predicted token ``[W, L − 1]``; None if the tokenizer has no
+            offsets.
+        bos: description of where a BOS token was added.
     """
 
     text: Text
@@ -69,23 +68,24 @@ class Windows:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Predicted tokens of each block ``[W, K]``."""
+        """Number of predicted tokens in each block ``[W, K]``."""
         return block_sums(torch.ones(len(self.ids), self.ids.shape[1] - 1))
 
     @cached_property
     def bytes(self) -> Tensor | None:
-        """Bytes of the predicted tokens of each block ``[W, K]``."""
+        """Bytes of the predicted tokens in each block ``[W, K]``; None without offsets."""
         return None if self.spans is None else block_sums(self.spans)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a model gave on windows: sums over blocks of tokens ``[W, K]``.
+    """Sums over blocks of tokens ``[W, K]`` of a model on windows.
 
     Attributes:
         nats: negative log-likelihoods.
         kl: KL(baseline ‖ model) in nats; None without a baseline.
-        agreed: tokens that the baseline ranks first too; None without a baseline.
+        agreed: number of tokens whose most likely token is that of the baseline; None without a
+            baseline.
     """
 
     nats: Tensor
@@ -102,7 +102,7 @@ class Sums:
         return Sums(self.nats[:count], kl, agreed)
 
     def joined(self, more: Sums) -> Sums:
-        """Return these sums with those of the windows that follow."""
+        """Return these sums followed by those of later windows."""
         return Sums(
             torch.cat([self.nats, more.nats]),
             _joined(self.kl, more.kl),
@@ -116,15 +116,15 @@ def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What was measured on one text, with everything needed to get it again.
+    """The results on one text, with everything needed to reproduce them.
 
     Attributes:
-        kl: mean KL from the baseline, nats per token; None without a baseline.
+        kl: mean KL(baseline ‖ model) in nats per token; None without a baseline.
         agreement: share of tokens; None without a baseline.
-        intervals: figure → its interval; none for a figure that is not finite, or of a text that
-            is too short.
-        bootstrap: how the intervals were made.
-        dtype: in which the model ran.
+        intervals: confidence interval by figure; None for a figure that is not finite, or if the
+            text is too short.
+        bootstrap: how the intervals were computed.
+        dtype: the dtype of the forward passes.
     """
 
     dataset: str
@@ -145,23 +145,18 @@ class PerplexityResult:
     dtype: str | None = None
 
     def document(self) -> dict[str, Any]:
-        """Return the result as JSON data; a figure that is not finite is null there."""
+        """Return the result as JSON data, with null for a figure that is not finite."""
         return asdict(self)
 
 
 def evaluation_windows(text: Text, source: Source, seqlen: int, windows: int) -> Windows:
-    """Return the first ``windows`` windows of a text (all where it is 0).
+    """Return the first ``windows`` windows of a text, or all for 0.
 
     Raises:
-        DataError: the text has not even one window.
+        DataError: the text is shorter than one window.
     """
     tokens, ends = token_ends(text, source)
-    available = len(tokens) // seqlen
-    if available == 0:
-        raise DataError(
-            f"'{text.name}' holds {len(tokens):,} tokens, too few for one window of {seqlen}.",
-            f"Lower --seqlen to {len(tokens)} or less, or give a longer text.",
-        )
+    available = count_windows(tokens, seqlen, text.name, "eval.seqlen")
     count = min(windows, available) if windows else available
     ids = tokens[: count * seqlen].view(count, seqlen)
     spans = None if ends is None else ends[: count * seqlen].view(count, seqlen).diff()
@@ -177,7 +172,7 @@ def _bos_handling(source: Source, ids: Tensor) -> str:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A ratio of sums, and of each draw's sums ``[D]``."""
+    """A ratio of sums, and the same ratio of each resample ``[D]``."""
 
     value: float
     draws: Tensor | None
@@ -191,7 +186,7 @@ def _figure(numerator: Tensor | None, denominator: Tensor | None) -> _Figure | N
 
 
 def result_of(windows: Windows, sums: Sums, dtype: str | None = None) -> PerplexityResult:
-    """Return the figures of the sums on windows of a model that ran in ``dtype``."""
+    """Return the figures of a model that ran in ``dtype`` from its sums."""
     bits = _figure(sums.nats / math.log(2), windows.bytes)
     mean = _figure(sums.nats, windows.tokens)
     kl, agreement = _figure(sums.kl, windows.tokens), _figure(sums.agreed, windows.tokens)
@@ -237,16 +232,16 @@ def _bootstrap(sums: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A figure of two models on one text, unit by unit.
+    """A paired comparison of two models on one text.
 
     Attributes:
         dataset: the text.
         figure: nats_per_token (the logarithm of the perplexity), kl or agreement.
         model: one model.
-        other: the other one.
-        difference: of the model's figure from the other's.
-        interval: of that difference; None for a text that is too short.
-        better: whichever model the interval says is better; None where it holds 0.
+        other: the other model.
+        difference: the figure of ``model`` minus that of ``other``.
+        interval: confidence interval of the difference; None if the text is too short.
+        better: the better model; None if the interval contains 0.
     """
 
     dataset: str
@@ -263,10 +258,10 @@ class Comparison:
 
 
 def compare(windows: Windows, one: tuple[str, Sums], two: tuple[str, Sums]) -> list[Comparison]:
-    """Compare two models, each with its name, on the same windows.
+    """Return the comparisons of two named models on the same windows.
 
-    Figures that are not finite are left out. KL and agreement are compared where both models were
-    held against a baseline.
+    Figures that are not finite are left out. KL and agreement are compared if both models were
+    measured against a baseline.
     """
     (model, sums), (other, others) = one, two
     pairs = {

@@ -1,4 +1,4 @@
-"""Evaluations as files that other programs read: CSV, and a table in markdown."""
+"""Evaluation results as CSV and as a markdown table."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ FIGURES = {
     "kl": ("KL", "{:.4f}"),
     "agreement": ("agreement", "{:.3f}"),
 }
-"""Figure → its title and its form in a table."""
+"""Title and number format of each figure in tables."""
 _REPORTS = {
     "markdown": rb"\| model \| dataset \| perplexity \| bits/byte \| KL \| agreement \|",
     "csv": rb"model,dataset,perplexity,perplexity_low,perplexity_high,bits_per_byte,",
     "report": rb"<!DOCTYPE html>\n(?s:.*)\n<title>hisvd: ",
 }
-"""Flag of a report → how such reports begin, those of earlier versions too."""
+"""How each kind of report begins, in earlier versions too."""
 _BEGINNING = 1000
 _TASK_FACTS = ("metric", "filter", "value", "stderr", "num_fewshot", "questions")
 _FACTS = ("split", "tokens", "bytes", "windows", "seqlen", "dataset_hash")
 
 
 def check_report_path(path: Path, flag: str) -> None:
-    """Find out before any work whether a report can be written; nothing but one is replaced.
+    """Check before any work that a report can be written; only an earlier report is overwritten.
 
     Args:
         path: the file.
-        flag: what named it.
+        flag: the argument that names it, as messages show it.
 
     Raises:
-        OutputError: see :func:`check_text_place`; or another file is there.
+        OutputError: see :func:`check_text_place`; or the file is not a report of this kind.
     """
     check_text_place(path, flag)
     if path.is_file() and not takes_text(path):
@@ -49,13 +49,13 @@ def check_report_path(path: Path, flag: str) -> None:
             beginning = file.read(_BEGINNING)
         if beginning and not re.match(_REPORTS[flag.strip("-`")], beginning):
             raise OutputError(
-                f"{flag} {path} holds something that is not such a report.",
-                "Name another file, or remove it yourself.",
+                f"{flag} {path} exists and is not a report of this kind.",
+                "Choose another file, or remove this one.",
             )
 
 
 def write_reports(grid: Grid, markdown: Path | None, table: Path | None) -> None:
-    """Write the reports that are asked for. Raises OutputError."""
+    """Write the requested reports. Raises OutputError."""
     if markdown is not None:
         write_through(markdown, markdown_table(grid))
     if table is not None:
@@ -63,8 +63,8 @@ def write_reports(grid: Grid, markdown: Path | None, table: Path | None) -> None
 
 
 def csv_table(grid: Grid) -> str:
-    """Return a row for each model and text, the baseline's first, with columns for the bounds of
-    each interval, then one for each model, task and metric; what is not known is empty."""
+    """Return CSV with a row for each model and text, the baseline first, then one for each model,
+    task and metric. Intervals have columns for their bounds; unknown values are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     bounds = [f"{figure}{end}" for figure in FIGURES for end in ("", "_low", "_high")]
@@ -86,7 +86,7 @@ def csv_table(grid: Grid) -> str:
 
 
 def markdown_table(grid: Grid) -> str:
-    """Return a row for each model and text, the baseline's first, intervals behind figures."""
+    """Return a table with a row for each model and text, the baseline first, with intervals."""
     head = ["model", "dataset", *(title for title, _ in FIGURES.values())]
     lines = [_line(head), "|---" * 2 + "|---:" * len(FIGURES) + "|"]
     for model, result in _rows(grid):
@@ -96,21 +96,21 @@ def markdown_table(grid: Grid) -> str:
     rows = _rows(grid)
     for _, result in rows:
         made = result.bootstrap or {}
-        lines += ["", f"{result.windows} windows of {result.seqlen} tokens; in brackets "]
+        lines += ["", f"{result.windows} windows of {result.seqlen} tokens; in parentheses "]
         lines[-1] += f"{made['level']:.0%} bootstrap intervals ({made['units']} {made['unit']})."
         break
     return "\n".join(lines + _task_lines(grid)) + "\n"
 
 
 def _task_lines(grid: Grid) -> list[str]:
-    """Return the lines of a table of all scores in tasks, or none."""
+    """Return the lines of a table of all task scores, or no lines."""
     lines = []
     for model, found in _scores(grid):
         value = "not finite" if found.value is None else f"{found.value:.4f}"
         value += "" if found.stderr is None else f" ± {found.stderr:.4f}"
         shots = "" if found.num_fewshot is None else str(found.num_fewshot)
-        asked = (markdown_text(found.task), shots, markdown_text(found.measure), value)
-        lines.append(_line([markdown_code(model, in_table=True), *asked]))
+        cells = (markdown_text(found.task), shots, markdown_text(found.measure), value)
+        lines.append(_line([markdown_code(model, in_table=True), *cells]))
     head = ["", _line(["model", "task", "few-shot", "metric", "value"]), "|---|---|---:|---|---:|"]
     return head + lines if lines else []
 
@@ -130,7 +130,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def figure_text(result: PerplexityResult, figure: str, form: str) -> str:
-    """Return a figure with its interval; empty where it was not measured."""
+    """Return a figure with its interval; empty if it was not measured."""
     value, bounds = getattr(result, figure), (result.intervals or {}).get(figure)
     if value is None:
         return "not finite" if figure == "perplexity" else ""

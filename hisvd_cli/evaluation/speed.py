@@ -1,4 +1,4 @@
-"""What timing a model found, at each batch size, beside its baseline."""
+"""Speed results of a model and its baseline at each batch size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hisvd_cli.evaluation.efficiency import PHASES, TimedWork, Timing, Versus, v
 
 @dataclass(frozen=True)
 class Race:
-    """A model at one batch size, and the baseline that it took turns with."""
+    """The timings at one batch size of a model and of the baseline it alternated with."""
 
     batch: int
     own: Timing
     baseline: Timing | None
 
     def versus(self) -> dict[str, Versus]:
-        """Return the comparison by phase; nothing without a baseline."""
+        """Return the comparison by phase; empty without a baseline."""
         if self.baseline is None:
             return {}
         return {phase: versus(self.own, self.baseline, phase) for phase in PHASES}
@@ -26,16 +26,16 @@ class Race:
 
 @dataclass(frozen=True)
 class Speed:
-    """A model's speed and memory, and under which conditions.
+    """Speed and memory of a model, with the conditions of the measurement.
 
     Attributes:
-        device: where it ran.
-        dtype: its weights'.
-        threads: of the CPU.
-        compiled: whether ``torch.compile`` was timed.
-        work: the prompts; their number is each race's.
-        weight_bytes: all parameters.
-        baseline_weight_bytes: those of the baseline, where there is one.
+        device: the device.
+        dtype: dtype of the weights.
+        threads: number of CPU threads.
+        compiled: whether the model ran under ``torch.compile``.
+        work: the workload; ``races`` give the batch sizes.
+        weight_bytes: bytes of all parameters.
+        baseline_weight_bytes: the same of the baseline; None without one.
         races: one for each batch size.
     """
 
@@ -50,8 +50,9 @@ class Speed:
 
     @property
     def conditions(self) -> str:
-        """What ran where, in words."""
-        work = f"{self.work.prompt} tokens of prompt, {self.work.new} new, {self.work.turns} turns"
+        """The conditions of the measurement, in words."""
+        work = f"{self.work.prompt} prompt tokens, {self.work.new} new tokens"
+        work += f", {self.work.turns} repetitions"
         how = f"{self.dtype} on {self.device}"
         how += f", {self.threads} threads" if self.device == "cpu" else ""
         return f"{work}; {how}{', compiled' if self.compiled else ''}"
@@ -72,7 +73,7 @@ class Speed:
         }
 
     def not_faster(self) -> list[str]:
-        """Return where the model is not faster than its baseline for sure, in words."""
+        """Return the phases and batch sizes at which the model is not faster in every run."""
         return [
             f"{phase} at batch {race.batch}"
             for race in self.races

@@ -1,9 +1,9 @@
-"""What evaluations found, kept in the cache: sums of blocks of tokens, one file per measurement.
+"""Cache of evaluation results: sums over blocks of tokens, one file per measurement.
 
-A measurement is a checkpoint, in one precision, on the tokens of a text, with or without a
-baseline. Its file is written as windows are done, so that a run that was killed goes on after the
-last ones, and a complete one is not measured again. Sums, not figures, are kept: any two models can
-be compared later.
+A measurement is one checkpoint in one precision on the tokens of one text, with or without a
+baseline. Its file is written while windows are measured, so that an interrupted run resumes after
+the last stored window. Sums are stored instead of figures, so that any two models can be compared
+later.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of measurements by key.
+    """A folder with one file per measurement, by key.
 
     Attributes:
-        folder: where they lie.
+        folder: the folder.
     """
 
     folder: Path
     _known: dict[str, dict[str, Any] | None] = field(default_factory=dict)
-    """What cannot be written to the folder, and what cannot be removed from it (None)."""
+    """Documents that could not be written to the folder; None for one that could not be removed."""
 
     def path(self, key: str) -> Path:
         """Return the file of a measurement."""
         return self.folder / f"{key}.json"
 
     def load(self, key: str) -> Sums | None:
-        """Return the sums of the windows that are done; None for none, or a damaged file."""
+        """Return the sums of the completed windows; None if there are none or the file is
+        damaged."""
         document = self.load_document(key)
         if document is None:
             return None
@@ -56,12 +57,12 @@ class Store:
             return None
 
     def save(self, key: str, about: Mapping[str, Any], sums: Sums) -> None:
-        """Write the sums of the windows that are done, and what they are of."""
+        """Write the sums of the completed windows with a description of the measurement."""
         kept = {part.name: _written(getattr(sums, part.name)) for part in fields(sums)}
         self.save_document(key, {**about, "sums": kept})
 
     def load_document(self, key: str) -> dict[str, Any] | None:
-        """Return a measurement that is no sums; None for none, or a damaged file."""
+        """Return any document by its key; None if there is none or the file is damaged."""
         if key in self._known:
             return self._known[key]
         try:
@@ -73,7 +74,7 @@ class Store:
             return None
 
     def save_document(self, key: str, document: Mapping[str, Any]) -> None:
-        """Keep a measurement that is no sums; where the folder cannot be written, in memory."""
+        """Write any document under a key; it is kept in memory if the folder is not writable."""
         whole = {"key": key, **document}
         checked = {**whole, "checksum": text_checksum(_text(whole))}
         try:
@@ -91,7 +92,7 @@ class Store:
 
 
 def open_store() -> Store:
-    """Return the store in hisvd's cache."""
+    """Return the store in the cache folder of hisvd."""
     return Store(cache_root() / "evaluations")
 
 
@@ -109,10 +110,10 @@ def _rows(rows: list[list[float | None]]) -> Tensor:
 
 
 def _same_rows(sums: Sums) -> Sums:
-    """Return sums as they are. Raises ValueError where they are not of the same blocks."""
+    """Return the sums unchanged. Raises ValueError if their shapes differ."""
     shapes = [part.shape for part in (sums.nats, sums.kl, sums.agreed) if part is not None]
     if len(shapes[0]) != 2 or len(set(shapes)) != 1:
-        raise ValueError("sums of different blocks")
+        raise ValueError("sums of different shapes")
     return sums
 
 

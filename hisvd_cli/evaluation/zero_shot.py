@@ -1,5 +1,4 @@
-"""Zero-shot and few-shot tasks: lm-eval finds, asks and scores them; here is what it is given and
-what it found. lm-eval is imported only where tasks are asked for."""
+"""Zero-shot and few-shot tasks, run by lm-eval, which is imported only when tasks are requested."""
 
 from __future__ import annotations
 
@@ -24,24 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-"""lm-eval's own, so that its command line finds the same numbers."""
+"""The defaults of lm-eval, so that its command line gives the same scores."""
 _REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model reached in a task.
+    """The score of a model in one metric of a task.
 
     Attributes:
-        task: lm-eval's name.
+        task: name of the task in lm-eval.
         metric: such as ``acc`` or ``acc_norm``.
-        filter: how answers are read, mostly ``none``.
-        value: None for one that is not finite.
-        stderr: its standard error, where lm-eval knows one.
-        higher_is_better: None where the task does not say.
-        num_fewshot: examples in front of each question.
-        questions: how many were asked.
-        version: the task's.
+        filter: lm-eval's filter for answers, mostly ``none``.
+        value: the score; None if not finite.
+        stderr: its standard error; None if lm-eval gives none.
+        higher_is_better: None if the task does not define it.
+        num_fewshot: number of few-shot examples.
+        questions: number of questions.
+        version: version of the task.
     """
 
     task: str
@@ -56,7 +55,7 @@ class Score:
 
     @property
     def measure(self) -> str:
-        """The metric, and how answers are read where that is not the usual way."""
+        """The metric, with its filter if there is one."""
         return self.metric if self.filter == "none" else f"{self.metric} ({self.filter})"
 
     def document(self) -> dict[str, Any]:
@@ -66,13 +65,13 @@ class Score:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A task, a group or a tag as the user named it, loaded.
+    """A loaded task, group or tag.
 
     Attributes:
-        name: lm-eval's name.
-        loaded: what lm-eval's ``TaskManager.load`` made of it.
-        limit: only so many questions of each task.
-        key: sha256 of questions, settings and lm-eval's version.
+        name: its name in lm-eval.
+        loaded: the result of lm-eval's ``TaskManager.load``.
+        limit: maximum number of questions per task.
+        key: sha256 of the questions, the settings and the version of lm-eval.
     """
 
     name: str
@@ -84,26 +83,26 @@ class NamedTask:
 def open_tasks(
     names: Sequence[str], folder: Path | None, num_fewshot: int | None, limit: int | None
 ) -> list[NamedTask]:
-    """Find tasks and read their data, before any model is loaded.
+    """Load tasks and their data, before any model is loaded.
 
     Args:
         names: tasks, groups or tags.
-        folder: tasks beside those of lm-eval; they win.
-        num_fewshot: examples in front of each question; None for what the task says.
-        limit: only so many questions of each task.
+        folder: folder with additional tasks, which take precedence over those of lm-eval.
+        num_fewshot: number of few-shot examples; None for the default of the task.
+        limit: maximum number of questions per task.
 
     Raises:
-        UsageError: lm-eval is not installed, a name is unknown, or there is no such folder.
-        DataError: a task's data cannot be had.
+        UsageError: lm-eval is not installed, a name is unknown, or the folder does not exist.
+        DataError: the data of a task cannot be loaded.
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(
-            f"--task-path {folder} is not a folder.", "Name one that holds YAML files."
+            f"`eval.task_path` {folder} is not a folder.", "Give a folder with YAML files."
         )
     manager = _manager(folder, names)
     for name in names:
         if name not in manager.all_tasks:
-            raise UsageError(f"lm-eval knows no task '{name}'.", _nearest(name, manager.all_tasks))
+            raise UsageError(f"lm-eval has no task '{name}'.", _nearest(name, manager.all_tasks))
     return [_load(manager, name, num_fewshot, limit) for name in names]
 
 
@@ -112,10 +111,11 @@ def _manager(folder: Path | None, names: Sequence[str]) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UsageError(
-            "--tasks needs lm-eval, which is not installed.", "Run: pip install 'hisvd[eval]'"
+            "`eval.tasks` requires lm-eval, which is not installed.",
+            "Run: pip install 'hisvd[eval]'",
         ) from error
     if folder is not None:
-        # lm-eval's own fourteen thousand names take seconds to read.
+        # Indexing the fourteen thousand tasks of lm-eval takes seconds.
         own = TaskManager(include_path=str(folder), include_defaults=False)
         if set(names) <= set(own.all_subtasks):
             return own
@@ -126,7 +126,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
         return f"Did you mean {' or '.join(repr(each) for each in near)}?"
-    return "See all of them with: lm_eval ls tasks. For tasks of your own, pass --task-path FOLDER."
+    return "List all tasks with: lm_eval ls tasks. Your own tasks need `eval.task_path`."
 
 
 def _load(manager: Any, name: str, num_fewshot: int | None, limit: int | None) -> NamedTask:
@@ -135,20 +135,20 @@ def _load(manager: Any, name: str, num_fewshot: int | None, limit: int | None) -
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
         key = _key(name, loaded["tasks"], limit)
-    # A task is code and data of someone else: whatever it raises, this task cannot be asked.
+    # Tasks run third-party code, which may raise anything.
     except Exception as error:
         raise DataError(
-            f"The data of task '{name}' cannot be read: {reason(error)}",
-            "Fetch it once where there is a network (HF_HUB_OFFLINE=0), or name a task of your own "
-            "with --task-path FOLDER.",
+            f"The data of task '{name}' cannot be loaded: {reason(error)}",
+            "Download it once online (HF_HUB_OFFLINE=0), or use your own task in `eval.task_path`.",
         ) from error
     return NamedTask(name, loaded, limit, key)
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
-    """Set the examples of a task as ``lm_eval.simple_evaluate`` does: one that says 0 keeps it."""
-    said = task.get_config("num_fewshot")
-    if said is None or (num_fewshot is not None and said != 0):
+    """Set the number of few-shot examples as ``lm_eval.simple_evaluate`` does: a task whose
+    configuration says 0 keeps it."""
+    configured = task.get_config("num_fewshot")
+    if configured is None or (num_fewshot is not None and configured != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=_SEEDS["fewshot"])
 
@@ -166,16 +166,19 @@ def _key(name: str, tasks: dict[str, Any], limit: int | None) -> str:
 def score(
     task: NamedTask, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int
 ) -> list[Score]:
-    """Let lm-eval ask a model the questions of a task, and of those below it.
+    """Run a task and its subtasks on a model with lm-eval.
 
     Args:
-        task: what to ask.
-        model: in memory, on the device where it is to run.
+        task: the task.
+        model: the model, in memory on its device.
         tokenizer: its tokenizer.
         batch: requests per forward pass.
 
+    Returns:
+        One score for each task and metric.
+
     Raises:
-        HisvdError: lm-eval cannot ask them of this model.
+        HisvdError: lm-eval cannot run the task with this model.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -183,31 +186,31 @@ def score(
     random.seed(_SEEDS["python"])
     np.random.seed(_SEEDS["numpy"])
     torch.manual_seed(_SEEDS["torch"])
-    asked = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
-    for request in _REQUESTS:  # bars that would be drawn over those of the command line
-        setattr(asked, request, partial(getattr(asked, request), disable_tqdm=True))
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+    for request in _REQUESTS:  # their progress bars would overlap those of the command line
+        setattr(adapter, request, partial(getattr(adapter, request), disable_tqdm=True))
     try:
         found = lm_eval.evaluate(
-            lm=asked, task_dict=task.loaded, limit=task.limit, log_samples=False
+            lm=adapter, task_dict=task.loaded, limit=task.limit, log_samples=False
         )
-    except IndexError as error:  # torch: an id without an embedding
+    except IndexError as error:  # from torch, for a token id without an embedding
         rows = int(model.config.get_text_config().vocab_size)
         raise HisvdError(
             f"lm-eval cannot run the task '{task.name}': {reason(error)} The tokenizer has "
             f"{len(tokenizer)} tokens, the model {rows} embeddings.",
-            "Put the tokenizer beside the weights that the model was trained with.",
+            "Use the tokenizer that the model was trained with.",
         ) from error
     except (ValueError, AssertionError, KeyError, TypeError, NotImplementedError) as error:
         raise HisvdError(
             f"lm-eval cannot run the task '{task.name}': {reason(error)}",
-            "See the cause with HISVD_DEBUG=1.",
+            "Set HISVD_DEBUG=1 to see the cause.",
         ) from error
     return _scores(found)
 
 
 def _scores(found: Any) -> list[Score]:
-    """Return the scores of ``lm_eval.evaluate``'s document: of each task ``metric,filter`` and
-    ``metric_stderr,filter``."""
+    """Return the scores in the result of ``lm_eval.evaluate``, which has keys ``metric,filter`` and
+    ``metric_stderr,filter`` for each task."""
     rows = []
     for task, figures in found["results"].items():
         for label, value in figures.items():

@@ -1,1 +1,1 @@
-"""Recovering accuracy: distillation, LoRA and what they train with."""
+"""Recovers accuracy after compression by distillation or LoRA."""

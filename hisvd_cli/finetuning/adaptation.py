@@ -1,7 +1,7 @@
-"""Sequential low-rank adaptation (SVD-LLM, Wang et al. 2025, arXiv 2403.07378, section 3.3).
+"""Sequential LoRA of low-rank factors (SVD-LLM, Wang et al. 2025, arXiv 2403.07378, section 3.3).
 
-Both factors of a pair are never adapted at once: adapters of all U's are trained and merged, then
-those of all V's, so that neither step's gradients depend on what the other changes.
+Adapters on all factors U are trained and merged first, then adapters on all factors V, so that the
+gradients of one factor do not depend on changes of the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.finetuning.distillation import likelihood_of, summed_loss
-from hisvd_cli.finetuning.recover import Classroom, Factors, held_out_measures, keep_activations
+from hisvd_cli.finetuning.recover import (
+    Classroom,
+    Factors,
+    held_out_measures,
+    set_checkpointing,
+)
 from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs
 from hisvd_cli.finetuning.trainer import BEST, Course, Progress, Trainee, Training
 from hisvd_cli.finetuning.training_data import Lessons
@@ -40,7 +45,7 @@ _DONE = "done.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """The shape of adapters: their rank, what scales them (over the rank), and dropout."""
+    """Options of LoRA adapters: rank, alpha (the scale is alpha over rank) and dropout."""
 
     rank: int
     alpha: int
@@ -48,47 +53,47 @@ class Adapter:
 
 
 def check_peft() -> None:
-    """Raise UsageError where ``peft`` is not installed."""
+    """Raise UsageError if ``peft`` is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "--recover lora needs peft, which is not installed.",
-            "Install it with: pip install 'hisvd[recover]'",
+            "`recover.method` lora requires peft, which is not installed.",
+            "Run: pip install 'hisvd[recover]'",
         ) from error
 
 
 def adapt(
     student: Source,
-    lessons: Lessons,
+    data: Lessons,
     course: Course,
-    room: Classroom,
+    run: Classroom,
     adapter: Adapter,
     home: Path,
     reporter: Reporter,
 ) -> tuple[Factors, Progress]:
-    """Train adapters of all U's on the next token, merge them, and then those of all V's.
+    """Train adapters on all factors U for next-token prediction, merge them, and repeat for V.
 
     Args:
         student: the checkpoint.
-        lessons: the text; its last windows are held back.
-        course: how long and how, of each of the two trainings.
-        room: where the model runs.
-        adapter: the shape of adapters.
-        home: folder in which an interrupted training goes on.
-        reporter: told of progress.
+        data: training windows; the last ones are held out.
+        course: schedule of each of the two trainings.
+        run: how the model runs.
+        adapter: options of the adapters.
+        home: work folder, from which an interrupted training resumes.
+        reporter: receives progress.
 
     Returns:
-        The factors with the adapters of the best held-out states, and how both trainings went.
+        The factors with the adapters of the best held-out states merged, and the combined progress.
 
     Raises:
-        NumericalError: not even the untrained checkpoint can be measured.
+        NumericalError: the held-out loss of the untrained checkpoint is not finite.
     """
-    model = load_model(student.folder, room.device, room.dtype)
+    model = load_model(student.folder, run.device, run.dtype)
     pairs = as_linears(model)
-    keep_activations(model, room.checkpointing)
+    set_checkpointing(model, run.checkpointing)
     first, second = (
-        _train_one(model, list(pairs), factor, lessons, course, room, adapter, home, reporter)
+        _train_one(model, list(pairs), factor, data, course, run, adapter, home, reporter)
         for factor in ("u", "v")
     )
     factors = {}
@@ -99,7 +104,7 @@ def adapt(
 
 
 def as_linears(model: nn.Module) -> dict[str, nn.Sequential]:
-    """Write every low-rank layer of a model as two linear ones, ``v`` and ``u``, in float32."""
+    """Replace every low-rank layer by two linear layers ``v`` and ``u`` in float32, in place."""
     layers = {name: _linears(pair) for name, pair in open_pairs(model).items()}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
@@ -123,25 +128,25 @@ def _train_one(
     model: PreTrainedModel,
     names: list[str],
     factor: str,
-    lessons: Lessons,
+    data: Lessons,
     course: Course,
-    room: Classroom,
+    run: Classroom,
     adapter: Adapter,
     home: Path,
     reporter: Reporter,
 ) -> Progress:
-    """Train and merge the adapters of one factor of all pairs, in place."""
+    """Train and merge adapters on one factor of all pairs, in place."""
     home = home / factor
     home.mkdir(exist_ok=True)
-    with seeded(course.seed, room.device):
+    with seeded(course.seed, run.device):
         adapted = adapted_model(model, [f"{name}.{factor}" for name in names], adapter)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if sealed(home / _DONE) and intact(home / BEST):
             best, _ = read_tensors(home / BEST, AGAIN)
             progress = _read_progress(home / _DONE)
         else:
-            trainee = _trainee(model, parameters, lessons, course, room)
-            best, progress = Training(trainee, course, home, room.device, reporter).run()
+            trainee = _trainee(model, parameters, data, course, run)
+            best, progress = Training(trainee, course, home, run.device, reporter).run()
             write_json(home / _DONE, asdict(progress))
             seal(home / _DONE)
     with torch.no_grad():
@@ -152,7 +157,7 @@ def _train_one(
 
 
 def adapted_model(model: PreTrainedModel, targets: list[str], adapter: Adapter) -> PeftModel:
-    """Put adapters, which alone are trained, beside linear layers of a model, in place."""
+    """Add LoRA adapters to linear layers of a model, in place; only adapters are trainable."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -169,33 +174,32 @@ def adapted_model(model: PreTrainedModel, targets: list[str], adapter: Adapter) 
 def _trainee(
     model: PreTrainedModel,
     parameters: dict[str, nn.Parameter],
-    lessons: Lessons,
+    data: Lessons,
     course: Course,
-    room: Classroom,
+    run: Classroom,
 ) -> Trainee:
-    pupil = TwoParts(model, room.dtype)
-    kept = len(lessons.ids) - lessons.held_out()
-    held = torch.arange(kept, len(lessons.ids))
+    student = TwoParts(model, run.dtype)
+    count, held_out = data.split()
 
     def loss(rows: Tensor) -> tuple[Tensor, int]:
-        counted = lessons.counted[rows].to(room.device)
-        ids = lessons.ids[rows].to(room.device)
-        with _dropping_out(model):
-            states = pupil.states(ids)[counted]
+        counted = data.counted[rows].to(run.device)
+        ids = data.ids[rows].to(run.device)
+        with _dropout(model):
+            states = student.states(ids)[counted]
         targets = ids.roll(-1, 1)[counted]
-        return summed_loss(states, pupil.head, likelihood_of(targets)), len(states)
+        return summed_loss(states, student.head, likelihood_of(targets)), len(states)
 
     return Trainee(
         parameters,
-        kept,
+        count,
         loss,
-        lambda: held_out_measures(pupil, lessons, held, course.together, None),
+        lambda: held_out_measures(student, data, held_out, course.together, None),
     )
 
 
 @contextmanager
-def _dropping_out(model: nn.Module) -> Iterator[None]:
-    """Have the adapters' dropout work in the body, and that alone."""
+def _dropout(model: nn.Module) -> Iterator[None]:
+    """Enable the dropout of adapters, but no other dropout, in the body."""
     layers = [m for n, m in model.named_modules() if n.endswith("lora_dropout.default")]
     for layer in layers:
         layer.train()
@@ -207,7 +211,7 @@ def _dropping_out(model: nn.Module) -> Iterator[None]:
 
 
 def _both(first: Progress, second: Progress) -> Progress:
-    """Return how two trainings went, one after the other."""
+    """Return the combined progress of two consecutive trainings."""
     return Progress(
         steps=first.steps + second.steps,
         tokens=first.tokens + second.tokens,

@@ -1,6 +1,8 @@
-"""Losses over a vocabulary too large to hold: of a teacher's distribution, or of the next token.
+"""Losses of a teacher's distribution or of the next token, computed in chunks of tokens.
 
-Legend: T tokens, d the width of the hidden states, V the vocabulary, τ the temperature.
+The logits of all tokens at once would need too much memory.
+
+Legend: T tokens, d hidden width, V vocabulary size, τ temperature.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hisvd_cli.modeling.divergence import kl_divergence
+
 Head = Callable[[Tensor], Tensor]
-"""Hidden states ``[T, d]`` ─► logits ``[T, V]``."""
+"""Maps hidden states ``[T, d]`` to logits ``[T, V]``."""
 Criterion = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Logits ``[t, V]`` in float32 of the tokens of a slice ─► the sum of their losses, and its
-gradient ``[t, V]``. The logits may be overwritten."""
+"""Maps the float32 logits ``[t, V]`` of a slice of the tokens to the sum of their losses and its
+gradient ``[t, V]``. It may overwrite the logits."""
 
 ROWS = 256
-"""Tokens whose logits are held at a time, by default."""
+"""Default number of tokens per chunk."""
 
 
 class _Chunked(torch.autograd.Function):
-    """Makes the logits of few tokens at a time, and at once the gradient that they give: neither
-    is needed again, so no logits are kept for the backward pass, nor made a second time."""
+    """Computes logits and the gradient of the states chunk by chunk in the forward pass, so that no
+    logits are kept or recomputed for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, head: Head, criterion: Criterion, rows: int) -> Tensor:
@@ -47,19 +51,19 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the states; the head is not trained."""
+        """Return the gradient of the states; the head gets none."""
         (states,) = ctx.saved_tensors
         return states * gradient.to(states.dtype), None, None, None
 
 
 def summed_loss(states: Tensor, head: Head, criterion: Criterion, rows: int = ROWS) -> Tensor:
-    """Return the sum of a criterion over tokens, in nats, without holding all of their logits.
+    """Return the sum of a criterion over tokens, in nats.
 
     Args:
         states: hidden states ``[T, d]`` before the output head.
-        head: the output head. Its weights get no gradient.
-        criterion: the loss of logits.
-        rows: tokens at a time.
+        head: the output head, whose weights get no gradient.
+        criterion: the loss as a function of logits.
+        rows: tokens per chunk.
     """
     total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
         states, head, criterion, rows
@@ -68,14 +72,14 @@ def summed_loss(states: Tensor, head: Head, criterion: Criterion, rows: int = RO
 
 
 def divergence_from(reference: Tensor, head: Head, temperature: float = 1.0) -> Criterion:
-    """Return the criterion ``τ² KL(teacher ‖ student)`` of distributions at a temperature.
+    """Return the criterion ``τ² KL(teacher ‖ student)`` of distributions at temperature τ.
 
-    The factor τ² keeps the size of gradients at any temperature (Hinton et al. 2015, arXiv
-    1503.02531). Softmax is in float32, sums in float64, whatever the heads compute in.
+    The factor τ² makes the size of gradients independent of τ (Hinton et al. 2015, arXiv
+    1503.02531). Softmax uses float32 and sums use float64, whatever the dtype of the heads.
 
     Args:
-        reference: the teacher's hidden states ``[T, d′]``.
-        head: the teacher's output head.
+        reference: hidden states ``[T, d′]`` of the teacher.
+        head: output head of the teacher.
         temperature: τ.
     """
 
@@ -83,10 +87,9 @@ def divergence_from(reference: Tensor, head: Head, temperature: float = 1.0) -> 
         with torch.no_grad():
             log_p = head(reference[span]).float().div_(temperature).log_softmax(-1)
         log_q = logits.div_(temperature).log_softmax(-1)
-        p = log_p.exp()
-        value = log_p.sub_(log_q).mul_(p).sum(-1).double().sum() * temperature**2
+        value = kl_divergence(log_p, log_q).double().sum() * temperature**2
         # d/dz of τ² KL(p ‖ softmax(z/τ)) is τ (q − p).
-        return value, log_q.exp_().sub_(p).mul_(temperature)
+        return value, log_q.exp_().sub_(log_p.exp_()).mul_(temperature)
 
     return criterion
 

@@ -1,7 +1,4 @@
-"""A checkpoint ─► the same checkpoint with factors that a short training has mended.
-
-Ranks, storage and dtypes stay: only numbers change.
-"""
+"""Fine-tunes the low-rank factors of a checkpoint; ranks, storage and dtypes do not change."""
 
 from __future__ import annotations
 
@@ -40,12 +37,12 @@ from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 
 WORK = "training"
-"""The folder, inside one that is being built, of what a training keeps to go on after a kill."""
+"""Subfolder of the output under construction from which an interrupted training resumes."""
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """A finished recovery: where, how large, how it went, and how long training took (seconds)."""
+    """A finished recovery: output, size in bytes, progress of the training, duration in seconds."""
 
     output: Path
     bytes: int
@@ -54,9 +51,9 @@ class Recovered:
 
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""Sublayer ─► U ``[m, r]`` and V ``[r, n]``."""
+"""U ``[m, r]`` and V ``[r, n]`` by layer name."""
 Train = Callable[[Path], tuple[Factors, Progress]]
-"""Trains in a folder."""
+"""Trains in a work folder; returns the factors and the progress."""
 
 
 def recover(
@@ -68,22 +65,25 @@ def recover(
     shard_bytes: int,
     describe: Describe,
 ) -> Recovered:
-    """Train the factors of a checkpoint, and write it anew.
+    """Train the factors of a checkpoint and write the result.
 
-    A run that was interrupted goes on where its training last kept its state.
+    An interrupted run resumes from the last stored state of its training.
 
     Args:
-        checkpoint: what is to be mended.
-        train: returns other factors.
-        output: the folder; what stands there is replaced once the new one is complete.
-        record: everything that decides the result, the checkpoint's fingerprint included;
-            recorded as it is.
-        shard_bytes: largest size of a weight file.
+        checkpoint: the checkpoint.
+        train: returns the trained factors.
+        output: output folder; an existing one is replaced once the new one is complete.
+        record: everything that the result depends on, including the fingerprint of the checkpoint;
+            recorded unchanged.
+        shard_bytes: maximum size of a weight file.
         describe: writes the model card.
+
+    Returns:
+        The finished recovery.
 
     Raises:
         NumericalError: a trained factor overflows in the dtype on disk.
-        OutputError, SourceError: see each.
+        OutputError, SourceError: files cannot be written or read.
     """
     checkpoint.refuse_own_code()
     started = time.monotonic()
@@ -92,7 +92,7 @@ def recover(
     progress = Progress()
     with building(output, key) as home:
         if not ((home / PROVENANCE).is_file() and all(map(intact, home.glob("*.safetensors")))):
-            # The provenance, which is written last, is missing; or weights were damaged since.
+            # The folder is incomplete or damaged: the provenance is written last.
             (home / WORK).mkdir(exist_ok=True)
             factors, progress = train(home / WORK)
             _write(checkpoint, factors, home, shard_bytes)
@@ -103,16 +103,17 @@ def recover(
             }
             _complete(checkpoint, home)
             describe(home, made)
-            write_record(home, made)  # last: it says that the folder is complete
+            write_record(home, made)  # last: it marks the folder as complete
         shutil.rmtree(home / WORK, ignore_errors=True)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Recovered(output, size, progress, time.monotonic() - started)
 
 
 def _outcome(progress: Progress) -> dict[str, Any]:
-    """Return what the provenance tells of a training: no times, which differ between runs."""
-    told = asdict(progress)
-    return {key: told[key] for key in ("steps", "tokens", "before", "best", "best_step", "stopped")}
+    """Return the entries of a training for the provenance, without durations, which vary."""
+    entries = asdict(progress)
+    keys = ("steps", "tokens", "before", "best", "best_step", "stopped")
+    return {key: entries[key] for key in keys}
 
 
 def _write(checkpoint: Checkpoint, factors: Factors, home: Path, shard_bytes: int) -> None:
@@ -132,11 +133,11 @@ def _write(checkpoint: Checkpoint, factors: Factors, home: Path, shard_bytes: in
         if not bool(made[name].isfinite().all()):
             raise NumericalError(
                 f"The trained {name} is not finite in {infos[name].dtype}.",
-                "Train again with a lower --recover-learning-rate.",
+                "Train again with a lower `recover.learning_rate`.",
             )
         return made.pop(name)
 
-    # A run that was killed here may have ended its training elsewhere, if that is bounded in time.
+    # Remove files of an interrupted run: with a time limit, its factors may have been different.
     for path in home.glob("*.safetensors"):
         path.unlink()
     sizes = {name: info.nbytes for name, info in infos.items()}
@@ -144,7 +145,7 @@ def _write(checkpoint: Checkpoint, factors: Factors, home: Path, shard_bytes: in
 
 
 def _complete(checkpoint: Checkpoint, home: Path) -> None:
-    """Write all that is no weight."""
+    """Write all files other than weights."""
     write_json(home / "config.json", checkpoint.config)
     copy_companions(checkpoint.folder, home)
     if is_own_file(checkpoint.folder / PLAN_FILE):
@@ -153,37 +154,37 @@ def _complete(checkpoint: Checkpoint, home: Path) -> None:
 
 
 def check_trainable(checkpoint: Checkpoint) -> None:
-    """Raise SourceError where a checkpoint's factors are no plain numbers."""
+    """Raise SourceError if the factors of a checkpoint are not stored as floating-point numbers."""
     infos = checkpoint.weights.infos
     for sublayer in checkpoint.ranks:
         info = infos.get(f"{sublayer}.weight")
         if info is None or info.dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise SourceError(
-                f"{checkpoint.folder} holds factors that cannot be trained: {sublayer}.weight is "
+                f"The factors of {checkpoint.folder} cannot be trained: {sublayer}.weight is "
                 f"{info.dtype if info else 'missing'}.",
-                "Recover first, and quantize what came of it.",
+                "Recover first, then quantize the result.",
             )
 
 
 def check_teacher(checkpoint: Source, teacher: Source) -> None:
-    """Raise SourceError where two models do not read the same text as the same tokens."""
+    """Raise SourceError if two models have different tokenizers."""
     ours, theirs = (each.tokenizer.get_vocab() for each in (checkpoint, teacher))
     sizes = [each.config.get_text_config().vocab_size for each in (checkpoint, teacher)]
     if ours != theirs or sizes[0] != sizes[1]:
         raise SourceError(
-            f"{teacher.name} cannot teach {checkpoint.name}: it has another tokenizer.",
-            "Name the model that the checkpoint was made from with --model.",
+            f"{teacher.name} cannot be the teacher of {checkpoint.name}: the tokenizers differ.",
+            "Set `model.name` to the model that the checkpoint was made from.",
         )
 
 
 @dataclass(frozen=True)
 class Classroom:
-    """Where models run.
+    """How models run.
 
     Attributes:
-        device: of both models.
-        dtype: in which products are made.
-        checkpointing: make a block's activations again in the backward pass, not keep them.
+        device: device of both models.
+        dtype: dtype of matrix products.
+        checkpointing: use activation checkpointing.
     """
 
     device: torch.device
@@ -194,61 +195,60 @@ class Classroom:
 def distill(
     student: Source,
     teacher: Source,
-    lessons: Lessons,
+    data: Lessons,
     course: Course,
-    room: Classroom,
+    run: Classroom,
     temperature: float,
     home: Path,
     reporter: Reporter,
 ) -> tuple[Factors, Progress]:
-    """Train all low-rank factors towards the dense model's distributions.
+    """Train all low-rank factors towards the output distribution of the dense model.
 
     Args:
         student: the checkpoint.
         teacher: the dense model.
-        lessons: the text; its last windows are held back.
-        course: how long and how.
-        room: where models run.
-        temperature: of the distributions in training; they are measured at 1.
-        home: folder in which an interrupted training goes on.
-        reporter: told of progress.
+        data: training windows; the last ones are held out.
+        course: the schedule.
+        run: how the models run.
+        temperature: temperature of both distributions in training; held-out measures use 1.
+        home: work folder, from which an interrupted training resumes.
+        reporter: receives progress.
 
     Returns:
-        The factors of the best held-out state, and how the training went.
+        The factors of the best held-out state, and the progress.
 
     Raises:
-        NumericalError: not even the untrained checkpoint can be measured.
+        NumericalError: the held-out loss of the untrained checkpoint is not finite.
     """
-    model = load_model(student.folder, room.device, room.dtype)
+    model = load_model(student.folder, run.device, run.dtype)
     pairs = open_pairs(model)
-    keep_activations(model, room.checkpointing)
-    pupil = TwoParts(model, room.dtype)
-    dense = load_source(teacher, room.device, room.dtype)
+    set_checkpointing(model, run.checkpointing)
+    trained = TwoParts(model, run.dtype)
+    dense = load_source(teacher, run.device, run.dtype)
     dense.requires_grad_(False)
     width = teacher.config.get_text_config().hidden_size
-    tutor = Teacher(TwoParts(dense, room.dtype), lessons.ids, width, home / "teacher")
-    kept = len(lessons.ids) - lessons.held_out()
+    targets = Teacher(TwoParts(dense, run.dtype), data.ids, width, home / "teacher")
+    count, held_out = data.split()
 
     def loss(rows: Tensor) -> tuple[Tensor, int]:
-        counted = lessons.counted[rows].to(room.device)
-        reference = tutor.states(rows)[counted]
-        states = pupil.states(lessons.ids[rows])[counted]
-        criterion = divergence_from(reference, tutor.head, temperature)
-        return summed_loss(states, pupil.head, criterion), len(states)
+        counted = data.counted[rows].to(run.device)
+        reference = targets.states(rows)[counted]
+        states = trained.states(data.ids[rows])[counted]
+        criterion = divergence_from(reference, targets.head, temperature)
+        return summed_loss(states, trained.head, criterion), len(states)
 
-    held = torch.arange(kept, len(lessons.ids))
     trainee = Trainee(
         parameters_of(pairs),
-        kept,
+        count,
         loss,
-        lambda: held_out_measures(pupil, lessons, held, course.together, tutor),
+        lambda: held_out_measures(trained, data, held_out, course.together, targets),
     )
-    best, progress = Training(trainee, course, home, room.device, reporter).run()
+    best, progress = Training(trainee, course, home, run.device, reporter).run()
     return {name: (best[f"{name}.u"], best[f"{name}.v"]) for name in pairs}, progress
 
 
 def parameters_of(pairs: Mapping[str, TrainedPair]) -> dict[str, torch.nn.Parameter]:
-    """Return what is trained of pairs, by ``SUBLAYER.u`` and ``SUBLAYER.v``."""
+    """Return the trainable parameters of pairs by ``LAYER.u`` and ``LAYER.v``."""
     return {
         f"{name}.{leaf}": parameter
         for name, pair in pairs.items()
@@ -256,35 +256,44 @@ def parameters_of(pairs: Mapping[str, TrainedPair]) -> dict[str, torch.nn.Parame
     }
 
 
-def keep_activations(model: Any, again: bool) -> None:
-    """Have each block's activations made again in the backward pass, where that is wanted."""
-    if not again:
+def set_checkpointing(model: Any, enabled: bool) -> None:
+    """Enable activation checkpointing of the blocks of a model, if requested."""
+    if not enabled:
         return
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.get_decoder().layers:
-        layer.training = True  # the block's own flag: what is in it, dropout too, stays as it is
+        # transformers checks the flag of the block only, so dropout inside stays disabled.
+        layer.training = True
 
 
 @torch.no_grad()
 def held_out_measures(
-    pupil: TwoParts, lessons: Lessons, rows: Tensor, together: int, tutor: Teacher | None
+    student: TwoParts, data: Lessons, rows: Tensor, together: int, teacher: Teacher | None
 ) -> dict[str, float]:
-    """Return means over the tokens that count of windows ``[B]``, in nats.
+    """Return the mean KL divergence from the teacher, if given, and the mean loss of windows.
 
-    They are the KL divergence from the teacher (where there is one), and the loss.
+    Args:
+        student: the trained model.
+        data: all windows.
+        rows: indices ``[B]`` of the windows to measure.
+        together: windows per forward pass.
+        teacher: the dense model.
+
+    Returns:
+        Means over the counted tokens in nats per token: ``kl`` (with a teacher) and ``loss``.
     """
     divergence = nats = count = 0.0
     for part in rows.split(together):
-        states = pupil.states(lessons.ids[part])
-        reference = tutor.states(part) if tutor else None
+        states = student.states(data.ids[part])
+        reference = teacher.states(part) if teacher else None
         for i, row in enumerate(part):
-            counted = lessons.counted[row, :-1].to(states.device)
-            logits = pupil.head(states[i])
-            losses = token_losses(logits, lessons.ids[row].to(logits.device))
+            counted = data.counted[row, :-1].to(states.device)
+            logits = student.head(states[i])
+            losses = token_losses(logits, data.ids[row].to(logits.device))
             nats += float(losses[counted].double().sum())
             count += float(counted.sum())
-            if tutor and reference is not None:
-                kl, _ = token_divergences(tutor.head(reference[i]), logits)
+            if teacher and reference is not None:
+                kl, _ = token_divergences(teacher.head(reference[i]), logits)
                 divergence += float(kl[counted].double().sum())
-    measures = {"kl": divergence / count} if tutor else {}
+    measures = {"kl": divergence / count} if teacher else {}
     return {**measures, "loss": nats / count}

@@ -1,4 +1,4 @@
-"""What the dense model says of the training text: its decoder runs over each window once."""
+"""Final hidden states of the dense model on the training windows, each computed once."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _STATES = "states.bin"
 
 
 class Teacher:
-    """The dense model's final hidden states of windows, kept in a file as they are first needed.
+    """Computes final hidden states of windows on first use and keeps them in a file.
 
-    They are vocabulary ÷ width times smaller than logits, and the head makes the same logits of
-    them again. What an earlier run kept is used again where its checksum is right. Space for all of
-    them is taken at the start, so that a full disk does not stop the training midway.
+    Hidden states are smaller than logits by vocabulary size over width, and the output head
+    reproduces the logits. States from an earlier run are reused if their checksum matches. Disk
+    space for all of them is reserved at the start.
 
     Args:
         parts: the dense model.
         tokens: all windows ``[N, L]``.
-        width: of its hidden states.
-        folder: where they are kept.
+        width: width of the hidden states.
+        folder: folder of the file.
 
     Raises:
-        OutputError: there is no space for them.
+        OutputError: there is not enough space.
     """
 
     def __init__(self, parts: TwoParts, tokens: Tensor, width: int, folder: Path) -> None:
@@ -59,17 +59,17 @@ class Teacher:
         return found
 
     def _holds(self, row: int) -> bool:
-        """Tell whether the states of a window are kept as they were written."""
+        """Return whether the states of a window are stored and not damaged."""
         return row in self._checked or int(self._known[row]) == self._checksum(row)
 
     def _checksum(self, row: int) -> int:
-        """Return a checksum of the states of a window, never that of none, 0."""
+        """Return the checksum of the states of a window; 0 is reserved for missing ones."""
         data = self._states[row].view(torch.uint8).numpy().data
         return xxh3_64(data).intdigest() >> 1 or 1
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap.mmap]:
-    """Return a tensor that lies in a file, and the map that it lies in; a new file holds zeros.
+    """Return a tensor that is mapped to a file, and the mapping; a new file is filled with zeros.
     Raises OutputError."""
     size = prod(shape) * dtype.itemsize
     try:
@@ -80,9 +80,9 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Ten
             mapped = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise OutputError(
-            f"Cannot keep {size / 1e9:.2f} GB of the dense model's hidden states in "
+            f"Cannot store {size / 1e9:.2f} GB of hidden states of the dense model in "
             f"{path.parent}: {reason(error)}",
-            "Free some space, name another --output, or lower --recover-samples or "
-            "--recover-seqlen.",
+            "Free some space, choose another `output`, or lower `recover.samples` or "
+            "`recover.seqlen`.",
         ) from error
     return torch.frombuffer(mapped, dtype=dtype).view(shape), mapped

@@ -1,9 +1,8 @@
-"""Low-rank layers in a form that trains well: balanced pairs in float32.
+"""Low-rank layers as balanced pairs in float32, the form in which they are trained.
 
-A pivoted pair is ill suited to training: rows of the product stand beside coefficients of another
-size.
-A pair's two factors of one product are ambiguous; balanced ones (U √Σ, √Σ V of the product's
-singular value decomposition) have gradients of one size.
+Balanced factors (U √Σ and √Σ V of the singular value decomposition of the product) have gradients
+of the same scale. Pivoted pairs train badly, since they mix rows of the product with coefficients
+of another scale.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from hisvd_cli.modeling.layers.lowrank import FACTORS, LowRankLinear, PivotedLin
 
 
 class TrainedPair(nn.Module):
-    """A low-rank layer ``y = U(Vx) + b`` as it is trained.
+    """A trainable low-rank layer ``y = U(Vx) + b``.
 
     Attributes:
         v: V ``[r, n]`` in float32.
@@ -40,7 +39,7 @@ class TrainedPair(nn.Module):
 
 
 def _factors(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
-    """Return U ``[m, r]`` and V ``[r, n]`` of a layer, in float32."""
+    """Return U ``[m, r]`` and V ``[r, n]`` of a layer in float32."""
     v, u = layer.weight.detach().float(), layer.weight_u.detach().float()
     if isinstance(layer, PivotedLinear):
         identity = torch.eye(layer.rank, device=u.device)
@@ -49,11 +48,14 @@ def _factors(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
 
 
 def balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the pair of the same product whose factors share its singular values equally.
+    """Return factors with the same product that share its singular values equally.
 
     Args:
         u: U ``[m, r]``.
         v: V ``[r, n]``.
+
+    Returns:
+        The balanced U ``[m, r]`` and V ``[r, n]``.
     """
     left, upper = torch.linalg.qr(u)
     right, lower = torch.linalg.qr(v.T)
@@ -63,9 +65,9 @@ def balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def open_pairs(model: nn.Module) -> dict[str, TrainedPair]:
-    """Put pairs in the place of a model's low-rank layers, and return them by name.
+    """Replace the low-rank layers of a model by trainable pairs, and return these by name.
 
-    They are all that is trained: no other parameter of the model gets a gradient.
+    All other parameters of the model are frozen.
     """
     model.requires_grad_(False)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
@@ -84,7 +86,7 @@ def stored_factors(u: Tensor, v: Tensor, storage: Storage, dtype: torch.dtype) -
         u: U ``[m, r]``.
         v: V ``[r, n]``.
         storage: pair or pivoted.
-        dtype: of the numbers on disk.
+        dtype: dtype on disk.
     """
     made = pivoted(u.double(), v.double()) if storage == "pivoted" else (v, u)
     named: Mapping[str, Tensor] = dict(zip(FACTORS[storage], made, strict=True))

@@ -1,7 +1,6 @@
-"""A short training that knows its length, keeps its best held-out state, and survives a kill.
+"""A training loop with a fixed budget that keeps the best held-out state and can resume.
 
-``accelerate`` steps the optimizer and writes its state; what is trained, on what and against what
-comes from outside.
+``accelerate`` runs the optimizer and writes its state; parameters, data and loss are passed in.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ from hisvd_cli.utils.progress import Reporter
 
 BEST = "best.safetensors"
 _STATE = "state"
-_TICKS = 1000  # of the progress bar
+_TICKS = 1000  # steps of the progress bar
 _BETAS = (0.9, 0.95)
-_CLIP = 1.0  # norm of the gradient of all factors, as is common for language models
+_CLIP = 1.0  # maximum norm of the whole gradient, as is common for language models
 
 
 @dataclass(frozen=True)
 class Course:
-    """How long a training is, and how it goes.
+    """The schedule of a training.
 
     Attributes:
-        seconds: budget in time, evaluations included; None for no such bound.
-        tokens: budget in tokens; None for no such bound. One of the two is given.
-        learning_rate: at its peak.
-        batch: windows of a step.
-        together: of these, windows that go through the model at once.
-        warmup: share of the budget over which the learning rate rises.
-        evaluations: held-out measurements after the first.
-        seed: order of the windows.
-        state_seconds: how often the state is written.
+        seconds: time limit, including evaluations; None for no limit.
+        tokens: token limit; None for no limit. At least one of the two is given.
+        learning_rate: peak learning rate.
+        batch: windows per step.
+        together: windows per forward pass, for gradient accumulation.
+        seed: random seed of the order of windows.
+        warmup: share of the budget for warm-up.
+        evaluations: number of held-out evaluations after the first.
+        state_seconds: interval between writes of the state.
     """
 
     seconds: float | None
@@ -59,7 +58,7 @@ class Course:
     state_seconds: float = 120.0
 
     def rate(self, progress: float) -> float:
-        """Return the learning rate at a share of the budget: a linear rise, then a half cosine."""
+        """Return the learning rate at a share of the budget: linear warm-up, then cosine decay."""
         if progress < self.warmup:
             return self.learning_rate * max(progress, 0.01 * self.warmup) / self.warmup
         done = min((progress - self.warmup) / (1 - self.warmup), 1.0)
@@ -68,14 +67,14 @@ class Course:
 
 @dataclass(frozen=True)
 class Trainee:
-    """What is trained.
+    """Parameters, data and loss of a training.
 
     Attributes:
-        parameters: name → parameter.
-        windows: how many windows of text there are.
-        loss: rows of windows ─► the summed loss, and the tokens that it is of.
-        held_out: measures the current state: nats per token by the names of measures. The first
-            decides which state is best.
+        parameters: parameters by name.
+        windows: number of training windows.
+        loss: maps indices of windows to the summed loss and the number of tokens in it.
+        held_out: evaluates the current state; returns measures in nats per token, of which the
+            first selects the best state.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -86,17 +85,17 @@ class Trainee:
 
 @dataclass
 class Progress:
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
-        steps: of the optimizer.
-        tokens: trained on.
-        seconds: taken, those of runs that were killed included.
-        measured: held-out measurements done.
-        before: held-out measures of the untrained state.
-        best: those of the best state.
-        best_step: when it was.
-        stopped: why the training ended before its budget; empty where it did not.
+        steps: optimizer steps.
+        tokens: number of tokens trained on.
+        seconds: duration, including earlier interrupted runs.
+        measured: number of held-out evaluations.
+        before: held-out measures before training.
+        best: held-out measures of the best state.
+        best_step: step of the best state.
+        stopped: why the training stopped early; empty if it did not.
     """
 
     steps: int = 0
@@ -110,7 +109,7 @@ class Progress:
 
 
 class Training:
-    """One training in a folder of its own, in which it goes on after a kill."""
+    """One training with a work folder, from which it resumes after an interruption."""
 
     def __init__(
         self, trainee: Trainee, course: Course, home: Path, device: torch.device, reporter: Reporter
@@ -137,11 +136,11 @@ class Training:
         self._started = 0.0
 
     def run(self) -> tuple[dict[str, Tensor], Progress]:
-        """Train, and return the best parameters with how it went.
+        """Train, and return the best parameters and the progress.
 
         Raises:
-            NumericalError: not even the untrained state can be measured.
-            OutputError: the folder cannot be written.
+            NumericalError: the held-out loss is not finite before training.
+            OutputError: the work folder cannot be written.
         """
         self._resume()
         self._started = time.monotonic() - self.progress.seconds
@@ -168,23 +167,23 @@ class Training:
         return best, self.progress
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what accelerate writes of us."""
+        """Return the state that accelerate writes."""
         parameters = {name: p.detach() for name, p in self.trainee.parameters.items()}
         return {"parameters": parameters, "progress": asdict(self.progress)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what accelerate wrote."""
+        """Restore the state that accelerate has written."""
         with torch.no_grad():
             for name, parameter in self.trainee.parameters.items():
                 parameter.copy_(state["parameters"][name])
         self.progress = Progress(**state["progress"])
 
     def _share(self) -> float:
-        """Return the share of the budget that is used up, by the scarcer of time and tokens."""
+        """Return the used share of the budget, the larger one of time and tokens."""
         self.progress.seconds = time.monotonic() - self._started
         shares = [0.0]
         if self.course.seconds is not None:
-            # The last measurement belongs to the budget.
+            # The budget includes the last evaluation.
             shares.append((self.progress.seconds + self._measuring) / self.course.seconds)
         if self.course.tokens is not None:
             shares.append(self.progress.tokens / self.course.tokens)
@@ -201,7 +200,7 @@ class Training:
             losses.append((loss.detach(), tokens))
             self._accelerator.backward(loss)
         count = max(sum(tokens for _, tokens in losses), 1)
-        # Windows may differ in tokens that count, so the mean is taken over those of all parts.
+        # Parts may have different numbers of counted tokens, so the mean is taken over all of them.
         for parameter in self.trainee.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.div_(count)
@@ -215,7 +214,7 @@ class Training:
         self.progress.steps += 1
 
     def _rows(self, step: int) -> Tensor:
-        """Return the windows of a step: all in a drawn order, then all in another."""
+        """Return the windows of a step; each epoch has its own random order."""
         total, batch = self.trainee.windows, self.course.batch
         places = range(step * batch, (step + 1) * batch)
         epochs = {place // total for place in places}
@@ -228,7 +227,7 @@ class Training:
         return torch.stack([orders[place // total][place % total] for place in places])
 
     def _measure(self) -> None:
-        """Measure the held-out text, and keep the state if none was better."""
+        """Evaluate the current state on held-out text, and keep it if it is the best so far."""
         started = time.monotonic()
         found = self.trainee.held_out()
         self._measuring = time.monotonic() - started
@@ -238,13 +237,13 @@ class Training:
         if not math.isfinite(value):
             if not progress.before:
                 raise NumericalError(
-                    "The checkpoint's loss on the held-out text is not finite.",
-                    "Look closer with 'hisvd inspect', or use --dtype float32.",
+                    "The loss of the checkpoint on held-out text is not finite.",
+                    "Check it with 'hisvd inspect', or set `model.dtype` to float32.",
                 )
             self._stop("the held-out loss is not finite")
             return
         progress.before = progress.before or found
-        self.reporter.note(f"Step {progress.steps}: held-out {_told(found)}.")
+        self.reporter.note(f"Step {progress.steps}: held-out {_text(found)}.")
         if value < best:
             progress.best, progress.best_step = found, progress.steps
             tensors = {name: p.detach() for name, p in self.trainee.parameters.items()}
@@ -255,8 +254,8 @@ class Training:
         progress = self.progress
         progress.stopped = f"{why} at step {progress.steps}"
         self.reporter.warn(
-            f"Training stopped: {progress.stopped}. The best state, of step {progress.best_step}, "
-            "is what is written. A lower --recover-learning-rate may help."
+            f"Training stopped early: {progress.stopped}. The best state, of step "
+            f"{progress.best_step}, is written. A lower `recover.learning_rate` may help."
         )
 
     def _save(self) -> None:
@@ -268,14 +267,14 @@ class Training:
     def _resume(self) -> None:
         state, best = self.home / _STATE, self.home / BEST
         if (state.is_dir() and not sealed(state)) or (best.is_file() and not intact(best)):
-            self.reporter.warn("What an interrupted training left is damaged: it begins anew.")
+            self.reporter.warn("The state of the interrupted training is damaged: starting again.")
             shutil.rmtree(state, ignore_errors=True)
             best.unlink(missing_ok=True)
         if (self.home / _STATE).is_dir():
             self._accelerator.load_state(str(self.home / _STATE))
-            self.reporter.note(f"Going on after step {self.progress.steps}.")
+            self.reporter.note(f"Resuming after step {self.progress.steps}.")
         if (self.home / BEST).is_file():
-            # It may be newer than the state: the best state was written at once.
+            # The best state is written immediately, so it may be newer than the stored state.
             _, about = read_tensors(self.home / BEST, AGAIN, _none)
             try:
                 found = parse_json(about["measures"], strict=False)
@@ -294,5 +293,5 @@ def _first(measures: Mapping[str, float]) -> float:
     return next(iter(measures.values()), math.inf)
 
 
-def _told(measures: Mapping[str, float]) -> str:
+def _text(measures: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in measures.items())

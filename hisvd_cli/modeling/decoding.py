@@ -1,21 +1,47 @@
-"""A causal language model taken in two: its decoder, and the head behind it."""
+"""The two parts of a causal language model: its decoder, and the output head behind it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Given
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-class TwoParts:
-    """Runs the decoder of a model, and makes logits of what it returned, with gradients.
+def logits_from_states(model: PreTrainedModel, ids: Tensor, states: Tensor) -> Tensor:
+    """Return the logits ``[B, L, V]`` of the decoder's output ``[B, L, d]``.
+
+    The model's own forward pass runs with the decoder replaced, so that everything behind the
+    decoder is applied: output head, bias, scale and soft cap. The decoder's weights are not read.
 
     Args:
         model: the whole model.
-        dtype: in which products are made; parameters may be wider.
+        ids: tokens ``[B, L]``, on the device of ``states``.
+        states: what the decoder returned for them, after its final norm.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Given
+
+    def stub(*_args: Any, **_kwargs: Any) -> Given:
+        return Given(last_hidden_state=states)
+
+    decoder: nn.Module = model.get_decoder()
+    decoder.forward = stub
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del decoder.forward
+    return logits
+
+
+class TwoParts:
+    """Runs the decoder and the output head of a model separately, with gradients.
+
+    Args:
+        model: the whole model.
+        dtype: the dtype of matrix products; parameters may be wider.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -32,22 +58,12 @@ class TwoParts:
         return states
 
     def head(self, states: Tensor) -> Tensor:
-        """Return the logits ``[T, V]`` of the decoder's output ``[T, d]``, by whatever the model
-        does with it: bias, scale and soft cap included."""
-
-        def stub(*_args: Any, **_kwargs: Any) -> Given:
-            return Given(last_hidden_state=states[None])
-
+        """Return the logits ``[T, V]`` of the decoder's output ``[T, d]``."""
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
-        self._decoder.forward = stub
-        try:
-            with self._precision():
-                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            del self._decoder.forward
-        return logits[0]
+        with self._precision():
+            return logits_from_states(self.model, ids, states[None])[0]
 
     def _precision(self) -> torch.autocast:
         narrow = self._dtype != torch.float32
-        # float16 needs a scaled loss, which nothing here has: bfloat16 stands for it.
+        # Training in float16 needs loss scaling, which is not implemented: bfloat16 replaces it.
         return torch.autocast(self._device.type, torch.bfloat16, enabled=narrow)

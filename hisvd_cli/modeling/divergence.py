@@ -39,6 +39,17 @@ def token_divergences(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor
     divergences, agreements = [], []
     for one, other in zip(reference[:-1].split(_ROWS), logits[:-1].split(_ROWS), strict=True):
         agreements.append(one.argmax(-1) == other.argmax(-1))
-        p, q = one.float().log_softmax(-1), other.float().log_softmax(-1)
-        divergences.append(q.sub_(p).neg_().mul_(p.exp_()).sum(-1))
+        log_p, log_q = one.float().log_softmax(-1), other.float().log_softmax(-1)
+        divergences.append(kl_divergence(log_p, log_q))
     return torch.cat(divergences), torch.cat(agreements)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p ‖ q) in nats of each row ``[T]``, differentiable with respect to ``log_q``.
+
+    Args:
+        log_p: log-probabilities ``[T, V]`` of the reference.
+        log_q: log-probabilities ``[T, V]`` of the other model.
+    """
+    # In place on the difference, and out of place on the arguments: autograd needs those.
+    return (log_p - log_q).mul_(log_p.exp()).sum(-1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.modeling.block_walk import BlockWalk
+from hisvd_cli.modeling.decoding import logits_from_states
 from hisvd_cli.modeling.skeleton import build_stored_model, drop_weights
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
@@ -125,22 +126,8 @@ class Head:
     def logits(self, ids: Tensor, final: Tensor) -> Tensor:
         """Return the logits ``[B, L, V]`` of tokens ``[B, L]`` and the decoder's output for
         them."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Given
-
-        state = final.to(self._device)
-
-        def stub(*_args: Any, **_kwargs: Any) -> Given:
-            return Given(last_hidden_state=state)
-
-        decoder: nn.Module = self._model.get_decoder()
-        decoder.forward = stub
-        try:
-            with torch.inference_mode():
-                ids = ids.to(self._device)
-                logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
-        finally:
-            del decoder.forward
-        return logits
+        with torch.inference_mode():
+            return logits_from_states(self._model, ids.to(self._device), final.to(self._device))
 
 
 class _Tap:

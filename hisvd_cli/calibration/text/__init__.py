@@ -1,1 +1,1 @@
-"""Text by name, as token ids: named datasets, hub ids, local files, chats and generated text."""
+"""Loads and tokenizes text: named datasets, Hub ids, local files, chats and generated text."""

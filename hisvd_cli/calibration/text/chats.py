@@ -1,4 +1,4 @@
-"""Rows of conversations, and the text that a model's chat template makes of them."""
+"""Conversations, and their text by the chat template of a model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from hisvd_cli.modeling.sources.source import Source
 
 Message = Mapping[str, Any]
-"""A turn: ``role`` and ``content``, perhaps more that a template reads."""
+"""A message with ``role`` and ``content``, and optional fields for the template."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-"""Roles of ShareGPT that templates call otherwise."""
+"""Role names of ShareGPT and the names that templates use."""
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
-    """Tell whether a row holds a conversation rather than a text."""
+    """Return whether a row contains a conversation."""
     if isinstance(row.get("messages"), list) or isinstance(row.get("conversations"), list):
         return True
     return "prompt" in row and "completion" in row
@@ -31,13 +31,13 @@ def messages_of(row: Mapping[str, Any], name: str, number: int) -> list[dict[str
     """Return the conversation of a row.
 
     Args:
-        row: with ``messages`` (role and content), ``conversations`` (ShareGPT: from and value), or
+        row: has ``messages`` (role and content), ``conversations`` (ShareGPT: from and value), or
             ``prompt`` and ``completion``, each a text or messages.
-        name: of the dataset.
-        number: of the row, from 1 on.
+        name: name of the dataset.
+        number: number of the row, from 1.
 
     Raises:
-        DataError: it holds none.
+        DataError: the row contains no conversation.
     """
     turns = row.get("messages") or row.get("conversations")
     if turns is None and "prompt" in row and "completion" in row:
@@ -45,7 +45,7 @@ def messages_of(row: Mapping[str, Any], name: str, number: int) -> list[dict[str
     found = [_message(turn) for turn in turns] if isinstance(turns, list) else []
     if not found or None in found:
         raise DataError(
-            f"Row {number} of '{name}' holds no conversation.",
+            f"Row {number} of '{name}' contains no conversation.",
             "Each row needs messages with role and content, conversations with from and value, or "
             "prompt and completion.",
         )
@@ -64,52 +64,52 @@ def _message(turn: Any) -> dict[str, Any] | None:
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or not isinstance(content, str | list | None):
         return None
-    # Parquet fills what a row lacks with None, which templates take for something that is there.
+    # Parquet fills missing fields with None, which templates would treat as present.
     kept = {key: value for key, value in turn.items() if value is not None}
     text = _joined(content) if isinstance(content, list) else content
     return {**kept, "role": _ROLES.get(role.lower(), role), "content": text or ""}
 
 
 def _joined(parts: list[Any]) -> str | list[Any]:
-    """Return the text of a message in parts, which templates for text alone do not take; parts of
-    other types stay as they are."""
+    """Return the joined text of a message in parts, since many templates accept only text; messages
+    with parts of other types are returned unchanged."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     plain = all(not isinstance(part, dict) or part.get("type") == "text" for part in parts)
-    return "".join(texts) if plain and all(isinstance(t, str) for t in texts) else parts
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if plain and len(known) == len(texts) else parts
 
 
-_DAY = datetime(2024, 7, 26)  # what the templates of Llama 3 fall back to
-"""What templates are told that the day is: of the true one, each day would make another text."""
-
-
+_DAY = datetime(2024, 7, 26)  # the default of the Llama 3 templates
+"""The date for chat templates; with the current date, the text would change every day."""
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 
 
 def _undated(template: str) -> str:
-    """Return a chat template that writes the same text on every day."""
-    return _TODAY.sub(lambda asked: repr(_DAY.strftime(asked[2])), template)
+    """Return a chat template with a fixed date in place of the current one."""
+    return _TODAY.sub(lambda match: repr(_DAY.strftime(match[2])), template)
 
 
 def rendered(chats: Sequence[Sequence[Message]], name: str, source: Source) -> str:
-    """Return the text of conversations as the model's chat template writes them, one after the
-    other; the template runs in the sandbox of transformers.
+    """Return the concatenated conversations in the format of the model's chat template.
+
+    The template runs in the sandbox of transformers.
 
     Raises:
-        DataError: the tokenizer has no chat template, or it does not take a conversation.
+        DataError: the tokenizer has no chat template, or the template rejects a conversation.
     """
     tokenizer = source.tokenizer
     if not tokenizer.chat_template:
         raise DataError(
-            f"'{name}' holds conversations, and the tokenizer of {source.name} has no chat "
+            f"'{name}' contains conversations, but the tokenizer of {source.name} has no chat "
             "template.",
-            "Give a dataset with a text column, or a model with a chat template.",
+            "Use a dataset with a text column, or a model with a chat template.",
         )
     texts = []
     for number, chat in enumerate(chats, 1):
 
         def refused(why: str, number: int = number) -> DataError:
             return DataError(
-                f"The chat template of {source.name} does not take row {number} of '{name}': {why}",
+                f"The chat template of {source.name} rejects row {number} of '{name}': {why}",
                 "Correct or remove that row.",
             )
 

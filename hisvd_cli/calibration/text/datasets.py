@@ -1,7 +1,7 @@
-"""Text by name: named datasets, hub ids and local files, hashed.
+"""Loads text by name: named datasets, Hub ids and local files.
 
-Perplexity and calibration read a text in the same way: the split's documents are joined by blank
-lines, then tokenized by :mod:`hisvd_cli.calibration.text.tokens`.
+For calibration and evaluation alike, the documents of a split are joined by blank lines and then
+tokenized by :mod:`hisvd_cli.calibration.text.tokens`.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from hisvd_cli.utils.files.fingerprints import digest, expanded
 Purpose = Literal["calibration", "evaluation"]
 _JOIN = "\n\n"
 FILE = "file"
-"""The split of a text that is a file."""
+"""Split name of a local file."""
 INSTRUCTION = "instruction"
-"""The field by which a set of instructions is known."""
+"""A dataset whose rows have this field is instruction data."""
 _TEXT_COLUMNS = ("text", "sentence", "content", "document")
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A set on the hub.
+    """A dataset on the Hub.
 
     Attributes:
         repo: its id.
-        splits: the split of each purpose.
-        config: its configuration, where it has several.
+        splits: split by purpose.
+        config: its configuration; None for the default.
         revision: branch, tag or commit.
-        files: the file of each purpose, where not the whole set is wanted or described.
-        limit: read only the first so many documents, as a stream.
+        files: data file by purpose; None to use the files that the dataset declares.
+        limit: stream only this many documents; None for all.
     """
 
     repo: str
@@ -68,8 +68,8 @@ NAMED = {
         },
         limit=20_000,
     ),
-    # The set itself is a script, which datasets no longer runs; the hub's own conversion of it
-    # lies on a branch.
+    # The dataset is a script, which datasets no longer supports; this branch has the Hub's
+    # conversion to Parquet.
     "ptb": HubSet(
         "ptb-text-only/ptb_text_only",
         _TRAIN_AND_TEST,
@@ -84,13 +84,13 @@ NAMED = {
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it came from; ``digest`` is the sha256 of its content.
+    """A text and its origin.
 
     Attributes:
-        name: as the user gave it.
-        split: of the set.
-        content: the text; of conversations, their rows as JSON.
-        chats: the conversations, of which a model's chat template makes the text.
+        name: the name that the user gave.
+        split: the split of the dataset.
+        content: the text; for conversations, their rows as JSON.
+        chats: the conversations, which a chat template turns into text.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Text:
 
 
 def without(text: Text, dropped: str) -> Text:
-    """Return a text that lacks some characters wherever they stand, with a space before them."""
+    """Return a text with every occurrence of ``dropped`` removed, and the space before it."""
     if not dropped:
         return text
     if text.chats:
@@ -130,16 +130,16 @@ def _of_chats(name: str, split: str, chats: Iterable[list[dict[str, Any]]]) -> T
 
 
 def load_text(name: str, purpose: Purpose) -> Text:
-    """Load a text: an existing file wins, then the named sets, then a hub id.
+    """Load a text from an existing file, a named dataset or a Hub id, in this order.
 
     Args:
-        name: path of a .txt, .jsonl, .json or .parquet file, text also compressed; wikitext2,
-            c4, ptb or demo; or a hub id, with ``:configuration`` behind it where the set has
-            several. Rows hold a text, or a conversation for the model's chat template.
-        purpose: decides the split: train for calibration, test for evaluation.
+        name: path of a .txt, .jsonl, .json or .parquet file (all but Parquet also compressed);
+            wikitext2, c4, ptb or demo; or a Hub id, optionally with ``:configuration``. Rows
+            contain text, or conversations for the chat template of the model.
+        purpose: selects the split: train for calibration, test for evaluation.
 
     Raises:
-        DataError: nothing by that name, it cannot be fetched, or it holds no text.
+        DataError: the name is unknown, the download fails, or the text is empty.
     """
     path = expanded(name)
     if path.is_file():
@@ -157,24 +157,24 @@ def load_text(name: str, purpose: Purpose) -> Text:
         text = _load_hub(name, NAMED.get(name) or _custom(name), purpose)
     else:
         raise DataError(
-            f"No dataset '{name}': no such file, named set or hub id.",
+            f"No dataset '{name}': there is no such file, named dataset or Hub id.",
             suggest(name, [*NAMED, DEMO]),
         )
     if not text.content.strip():
-        raise DataError(f"'{name}' holds no text.", "Give a file or set with text in it.")
+        raise DataError(f"'{name}' contains no text.", "Give another file or dataset.")
     return text
 
 
 def load_instructions(name: str) -> list[dict[str, Any]] | None:
-    """Return the rows of a set of instructions, or None where a name stands for plain text.
+    """Return the rows of an instruction dataset, or None for any other text.
 
-    A set holds instructions where its first row has a field of that name.
+    A dataset is instruction data if its first row has the field ``instruction``.
 
     Args:
         name: as in :func:`load_text`.
 
     Raises:
-        DataError: a file or set cannot be read.
+        DataError: the file or dataset cannot be read.
     """
     path = expanded(name)
     rows: Iterator[object]
@@ -186,7 +186,7 @@ def load_instructions(name: str) -> list[dict[str, Any]] | None:
         else:
             return None
     elif name in NAMED or "/" not in name or kind_of_file(path) in FILE_KINDS or _is_folder(name):
-        return None  # a text, or nothing: load_text tells
+        return None  # a text, or an error that load_text raises
     else:
         rows = _hub_rows(name, _custom(name), "calibration")
     first = next(rows, None)
@@ -196,7 +196,7 @@ def load_instructions(name: str) -> list[dict[str, Any]] | None:
 
 
 def _is_folder(name: str) -> bool:
-    """Tell whether ``datasets`` would read a folder that lies here in the place of a hub id."""
+    """Return whether ``datasets`` would read a local folder instead of a Hub id."""
     return expanded(name).is_dir() or Path(_custom(name).repo).is_dir()
 
 
@@ -206,15 +206,10 @@ def _custom(name: str) -> HubSet:
 
 
 def _read_file(name: str, path: Path) -> Text:
-    """Read a file of text, or of rows. Read here, not by ``datasets``, whose cache keeps copies."""
-    try:
-        if path.suffix == ".parquet":
-            return _of_rows(name, FILE, parquet_rows(path))
-        content = read_plain(path)
-    except OSError as error:
-        raise DataError(
-            f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
-        ) from error
+    """Read a file of text or rows, without ``datasets``, which would copy it to its cache."""
+    if path.suffix == ".parquet":
+        return _of_rows(name, FILE, parquet_rows(path))
+    content = read_plain(path)
     if kind_of_file(path) in {".json", ".jsonl"}:
         return _of_rows(name, FILE, json_rows(path, content))
     return Text(name, FILE, content)
@@ -247,13 +242,13 @@ def _hub_rows(name: str, hub: HubSet, purpose: Purpose) -> Iterator[object]:
         RuntimeError,
     ) as error:
         raise DataError(
-            f"Cannot fetch '{name}' ({hub.repo}, split {split}) from the hub: {reason(error)}",
-            "Check name and network, or give a local .txt, .jsonl or .parquet file instead.",
+            f"Cannot download '{name}' ({hub.repo}, split {split}) from the Hub: {reason(error)}",
+            "Check the name and the network, or give a local .txt, .jsonl or .parquet file.",
         ) from error
 
 
 def _of_rows(name: str, split: str, rows: Iterator[object]) -> Text:
-    """Return the text of rows, or their conversations; the first row says which."""
+    """Return the text or the conversations of rows, depending on the first row."""
     first = next(rows, None)
     known = first if isinstance(first, dict) else {}
     given = rows if first is None else chain([first], rows)
@@ -264,7 +259,7 @@ def _of_rows(name: str, split: str, rows: Iterator[object]) -> Text:
 
 
 def _join_rows(rows: Iterable[object], name: str) -> str:
-    """Join the texts of rows; the first row says which column holds them, and empty ones count."""
+    """Return the joined texts of rows, empty ones included. The column is that of the first row."""
     texts: list[str] = []
     column = None
     for row in rows:
@@ -273,8 +268,8 @@ def _join_rows(rows: Iterable[object], name: str) -> str:
         if column is None:
             raise DataError(
                 f"'{name}' has no text column; it has {', '.join(map(str, known)) or 'none'}.",
-                f"Name the column one of: {', '.join(_TEXT_COLUMNS)}; or give conversations as "
-                "messages.",
+                f"Name the text column {' or '.join(_TEXT_COLUMNS)}, or give conversations in a "
+                "column messages.",
             )
         if (text := known.get(column)) is not None:
             texts.append(str(text))

@@ -1,9 +1,9 @@
-"""Calibration text that the model itself writes, for those who have no other.
+"""Calibration text that is sampled from the model itself.
 
-Each row begins with the token that begins a text and is sampled from the model's full distribution
-at temperature 1: no top-k, no top-p, no penalty, whatever the model ships, and no stop.
+Each row starts with the BOS token and is sampled from the full distribution at temperature 1, with
+no top-k, top-p, penalty or end token, whatever the generation settings of the model.
 
-Rows are drawn in fixed batches, each with a seed of its own, and kept on disk batch by batch.
+Rows are sampled in fixed batches, each with its own seed, and each batch is cached on disk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _SEEDS = 1 << 63
 ROWS = 16
-"""Rows of a batch. It decides what is drawn, so it is no setting."""
+"""Rows per batch. The sampled text depends on it, so it is not configurable."""
 
 
 def sample_self(
@@ -44,23 +44,24 @@ def sample_self(
     dtype: torch.dtype,
     reporter: Reporter,
 ) -> Tensor:
-    """Return token ids that a model wrote, from the cache where it holds them, whichever device
-    they were drawn on: a calibration that was taken on a GPU is gone on with on a CPU.
+    """Return tokens sampled from a model, from the cache if possible.
+
+    The cache does not depend on the device, so that a calibration can resume on another one.
 
     Args:
         source: the model.
-        samples: rows.
-        seqlen: tokens of a row, the first of which is given.
-        seed: decides what is drawn.
+        samples: number of rows.
+        seqlen: tokens per row, including the given first one.
+        seed: random seed.
         device: where the model runs.
-        dtype: in which it runs.
-        reporter: told of each batch.
+        dtype: dtype of the model.
+        reporter: receives progress.
 
     Returns:
         Tokens ``[samples, seqlen]`` on the CPU.
 
     Raises:
-        NumericalError: the model's distribution is not finite.
+        NumericalError: the distribution of the model is not finite.
     """
     key = digest(source.fingerprint, f"{samples} {seqlen} {seed} {dtype} {_first_token(source)}")
     folder = cache_root() / "self" / key[:16]
@@ -76,7 +77,7 @@ def sample_self(
                 batch = writer.draw(
                     min(ROWS, samples - start), seqlen, (seed * len(starts) + index) % _SEEDS
                 )
-                with suppress(OutputError):  # a batch that is not kept is drawn again
+                with suppress(OutputError):  # without a cache, the batch is sampled again
                     write_tensors(path, {"tokens": batch}, {})
             rows.append(batch)
             step()
@@ -84,7 +85,7 @@ def sample_self(
 
 
 class _Writer:
-    """The model, loaded when it first has to write."""
+    """Samples from a model, which is loaded on first use."""
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         self._source = source
@@ -111,7 +112,7 @@ class _Writer:
             pad_token_id=0,
             use_cache=True,
         )
-        # What the model ships would fill in what is unset here.
+        # Otherwise generate fills unset values from the model's own configuration.
         self._model.generation_config = free
         generate = cast(Callable[..., Tensor], self._model.generate)
         try:
@@ -119,15 +120,16 @@ class _Writer:
                 drawn = generate(
                     start, attention_mask=torch.ones_like(start), generation_config=free
                 )
-        except RuntimeError as error:  # torch: a distribution with NaN, infinity, or nothing
+        except RuntimeError as error:  # from torch, for probabilities that are NaN, inf or all 0
             raise NumericalError(
-                f"{self._source.name} cannot write text: {reason(error)}", "Use --dtype float32."
+                f"Cannot sample text from {self._source.name}: {reason(error)}",
+                "Set `model.dtype` to float32.",
             ) from error
         return drawn.cpu()
 
 
 def _first_token(source: Source) -> int:
-    """Return the token that begins a text, or ends one where none begins it, or 0."""
+    """Return the BOS token, else the EOS token, else 0."""
     tokenizer = source.tokenizer
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None), 0)

@@ -1,4 +1,4 @@
-"""Token ids that a model has embeddings for."""
+"""Checks that a model has embeddings for token ids."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def known_ids(ids: Tensor, source: Source) -> Tensor:
-    """Return token ids, of any shape, that all have an embedding.
+    """Return token ids of any shape unchanged.
 
-    A tokenizer may have more ids than the model as long as a text needs none of them.
+    A tokenizer may have more ids than the model has embeddings, if a text does not use them.
 
     Raises:
-        DataError: one has none.
+        DataError: the model has no embedding for one of the ids.
     """
     rows = int(source.config.get_text_config().vocab_size)
     if not ids.numel() or int(ids.max()) < rows:
@@ -26,7 +26,7 @@ def known_ids(ids: Tensor, source: Source) -> Tensor:
     largest = int(ids.max())
     token = source.tokenizer.convert_ids_to_tokens(largest)
     raise DataError(
-        f"The tokenizer of {source.name}, with {len(source.tokenizer)} tokens, gives the id "
-        f"{largest} ({token!r}), but the model has {rows} embeddings.",
-        "Put the tokenizer beside the weights that the model was trained with.",
+        f"The tokenizer of {source.name} ({len(source.tokenizer)} tokens) returns id {largest} "
+        f"({token!r}), but the model has {rows} embeddings.",
+        "Use the tokenizer that the model was trained with.",
     )

@@ -1,1 +1,1 @@
-"""One file per command: parse, call, render."""
+"""The commands, one per file."""

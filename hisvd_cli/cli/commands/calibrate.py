@@ -22,8 +22,7 @@ def calibrate(run: Run, dry_run: DryRun = False) -> None:
     tell_notes(source, run.console)
     if dry_run:
         forecast = forecast_calibration(run.resolved, source)
-        run.console.show(forecast_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        run.show_forecast(forecast, forecast_view(forecast))
         return
     made, seconds = ensure_calibration(run.resolved, source, run.console, reuse_any=False)
     run.console.show(calibration_view(made, seconds))

@@ -6,9 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
+from hisvd_cli.cli.console import joint_error
 from hisvd_cli.cli.options import DryRun, Run, option, with_settings
 from hisvd_cli.pipelines.config.commands import SETTINGS
-from hisvd_cli.utils.errors import HisvdError, UsageError
+from hisvd_cli.pipelines.config.mentions import in_flags
+from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.cache import expanded
 
 
@@ -60,7 +62,10 @@ def compress(
     checkpoint = checkpoint and expanded(str(checkpoint))
     if checkpoint is not None:
         if plan is not None:
-            raise UsageError("--from names a checkpoint that has its plan.", "Leave out --plan.")
+            raise UsageError(
+                "--from and --plan cannot be combined: the checkpoint has a plan.",
+                "Leave out --plan.",
+            )
         _recover(run, checkpoint, output, overwrite, dry_run)
         return
     from hisvd_cli.cli.views.results import compressed_view, forecast_view
@@ -73,8 +78,7 @@ def compress(
         return
     if dry_run:
         forecast = forecast_compression(run.resolved, output, plan, overwrite, run.console)
-        run.console.show(forecast_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        run.show_forecast(forecast, forecast_view(forecast))
         return
     outcome = compress_model(run.resolved, output, plan, overwrite, run.console)
     run.console.show(compressed_view(outcome))
@@ -93,14 +97,13 @@ def _recover(
 
     if dry_run:
         forecast = forecast_recovery(run.resolved, checkpoint, output, overwrite, run.console)
-        run.console.show(recovery_forecast_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, forecast["output"])
+        run.show_forecast(forecast, recovery_forecast_view(forecast), forecast["output"])
         return
     made = recover_checkpoint(run.resolved, checkpoint, output, overwrite, run.console)
     run.console.show(recovered_view(made))
     run.console.result(made, made["output"])
-    told = [made["output"], str(checkpoint)]
-    run.console.next_command(f"hisvd eval {shlex.join(told)}")
+    models = [made["output"], str(checkpoint)]
+    run.console.next_command(f"hisvd eval {shlex.join(models)}")
 
 
 def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool) -> None:
@@ -109,16 +112,17 @@ def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool
 
     if dry_run:
         forecast = forecast_grid(run.resolved, output, overwrite, run.console)
-        run.console.show(forecast_grid_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        run.show_forecast(forecast, forecast_grid_view(forecast))
         return
     cells = compress_grid(run.resolved, output, overwrite, run.console)
     run.console.show(compressed_grid_view(cells))
-    there = [str(cell.output) for cell in cells if not cell.failure]
-    run.console.result({"cells": [cell.document() for cell in cells]}, " ".join(there))
+    made = [str(cell.output) for cell in cells if not cell.failure]
+    documents = [cell.document() for cell in cells]
+    for document in documents:
+        document["message"] = document["message"] and in_flags(document["message"])
+    run.console.result({"cells": documents}, " ".join(made))
     failures = [cell.failure for cell in cells if cell.failure]
     if failures:
-        told = [f"{each.model}: {each.message}" for each in failures]
-        raise HisvdError("\n".join(told), failures[0].hint)
+        raise joint_error(failures)
     baseline = shlex.quote(run.settings.model.name)
-    run.console.next_command(f"hisvd eval {shlex.join(there)} --baseline {baseline}")
+    run.console.next_command(f"hisvd eval {shlex.join(made)} --baseline {baseline}")

@@ -66,7 +66,7 @@ def convert(
     checkpoint = expanded(str(checkpoint))
     hub = Hub(push_to_hub, private, revision) if push_to_hub else None
     if hub is None and (private or revision):
-        raise UsageError("--private and --revision say how to upload.", "Add --push-to-hub REPO.")
+        raise UsageError("--private and --revision need --push-to-hub.", "Add --push-to-hub REPO.")
     if to is None and run.resolved.is_flag("quantize", "bits"):
         to = "hf"
     check_request(checkpoint, to, output, hub)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hisvd_cli.cli.console import joint_error
 from hisvd_cli.cli.options import Run, option, with_settings
 from hisvd_cli.pipelines.config.commands import SETTINGS
-from hisvd_cli.utils.errors import HisvdError
+from hisvd_cli.pipelines.config.mentions import in_flags
+
+if TYPE_CHECKING:
+    from hisvd_cli.evaluation.grid import Grid
 
 
 @with_settings(SETTINGS["evaluate"])
@@ -49,12 +53,18 @@ def evaluate(
     from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 
     files = {"markdown": markdown, "csv": csv, "report": report}
-    named = targets or [run.settings.model.name]
+    models = targets or [run.settings.model.name]
     grid = evaluate_into(
-        run.resolved, named, files, run.console, fresh=fresh, update_card=update_card
+        run.resolved, models, files, run.console, fresh=fresh, update_card=update_card
     )
     run.console.show(grid_view(grid))
-    run.console.result(grid.document(), grid.line())
+    run.console.result(_document(grid), grid.line())
     if grid.failures:
-        told = [f"{each.model}: {each.message}" for each in grid.failures]
-        raise HisvdError("\n".join(told), grid.failures[0].hint)
+        raise joint_error(grid.failures)
+
+
+def _document(grid: Grid) -> dict[str, Any]:
+    document = grid.document()
+    for failure in document.get("failures", []):
+        failure["message"] = in_flags(failure["message"])
+    return document

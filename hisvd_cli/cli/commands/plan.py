@@ -62,18 +62,17 @@ def plan(
 
     if dry_run:
         forecast = forecast_plan(run.resolved)
-        run.console.show(plan_forecast_view(forecast))
-        run.console.result({"dry_run": True, **forecast}, f"{forecast['seconds']:.0f} s")
+        run.show_forecast(forecast, plan_forecast_view(forecast))
         return
-    _chosen = run.settings.plan
+    chosen = run.settings.plan
     if output is not None:
         output = output_name(output)
-        ratios = _chosen.ratio if bytes_ratio(run.resolved) is None else _chosen.ratio[:1]
-        check_plan_file(output, ratios, _chosen.allocator)
+        ratios = chosen.ratio if bytes_ratio(run.resolved) is None else chosen.ratio[:1]
+        check_plan_file(output, ratios, chosen.allocator)
     if spectrum_of:
         check_sublayers(run.resolved, spectrum_of)
     plans = plan_model(run.resolved, run.console)
-    compared = len(_chosen.allocator) > 1
+    compared = len(chosen.allocator) > 1
     for made in plans if tables or not compared else ():
         run.console.show(plan_view(made, run.console.width, run.console.verbose))
     if compared:
@@ -99,31 +98,31 @@ def _list_profiles(run: Run) -> None:
 
 
 def _show_spectra(run: Run, plans: Sequence[Plan], patterns: list[str]) -> list[dict[str, Any]]:
-    """Draw the spectra that match; return them as JSON data."""
+    """Show the matching spectra and return them as JSON data."""
     from hisvd_cli.cli.views.plans import spectra_view
     from hisvd_cli.pipelines.planning.sublayer_spectra import sublayer_spectra
     from hisvd_cli.utils.progress import Silent
 
-    spectra = sublayer_spectra(run.resolved, patterns, Silent())  # the plan has told all of it
+    spectra = sublayer_spectra(run.resolved, patterns, Silent())  # notes were shown by the plan
     for made in plans:
         run.console.show(spectra_view(spectra, made, run.console.width))
     return [{"name": s.name, "energy": s.energy.tolist()} for s in spectra]
 
 
 def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
-    """Return the command that compresses by a plan: by its file, or by what it was made from."""
+    """Return the command that compresses by a plan, given its file or its settings."""
     from hisvd_cli.utils.files.fingerprints import ratio_name
 
     flags = run.resolved.flags("model", "calibration")
     if output is not None and output.is_file():
-        # The file holds what a preset says of planning, and compress takes no such flag beside it.
+        # The file includes the plan settings of a preset, which compress does not accept with it.
         factoring = run.resolved.flags("compress", expanded=True)
         return f"hisvd compress {flags} --plan {shlex.quote(str(output))} {factoring}"
     one_each = [("plan", "ratio"), ("plan", "allocator")]
     several = run.settings.plan.allocator[1:]
     dropped = one_each if several else one_each[:1]
-    knobs = run.resolved.flags("plan", "compress", "quantize", without=dropped)
+    options = run.resolved.flags("plan", "compress", "quantize", without=dropped)
     if plan.bytes is not None:
-        return f"hisvd compress {flags} {knobs}"
+        return f"hisvd compress {flags} {options}"
     allocator = f"--allocator {shlex.quote(plan.allocator)} " if several else ""
-    return f"hisvd compress {flags} --ratio {ratio_name(plan.ratio)} {allocator}{knobs}"
+    return f"hisvd compress {flags} --ratio {ratio_name(plan.ratio)} {allocator}{options}"

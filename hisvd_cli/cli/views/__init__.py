@@ -1,1 +1,1 @@
-"""What results look like in a terminal."""
+"""Renders results in a terminal."""

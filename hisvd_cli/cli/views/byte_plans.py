@@ -1,4 +1,4 @@
-"""What a plan by bytes looks like in a terminal."""
+"""Renders plans with a budget in bytes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from hisvd_cli.allocation.byte_frontier import Point
     from hisvd_cli.allocation.plan import BytePlan, Plan, SublayerPlan
 
-_SEEN = 5e-4
-"""What files take beyond what is claimed is shown from here on, as a share of the model's bytes."""
+_VISIBLE = 5e-4
+"""File sizes are shown if they exceed the budget by this share of the bytes of the model."""
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A sublayer whose share is that of its bytes."""
+class _ByteShare:
+    """A layer of the heat map, with bytes in place of parameters."""
 
     layer: int
     cluster: str
@@ -36,12 +36,13 @@ class _Held:
 
 
 def byte_choices(plan: Plan, counted: BytePlan, width: int, ranks: bool) -> list[RenderableType]:
-    """Show what each sublayer keeps, and a line per type; ``ranks`` shows rank/bits of each too."""
-    title = f"Share of each sublayer's bytes at bytes ratio {counted.ratio:g} ({plan.allocator})"
-    number = counted.full / plan.full_parameters  # bytes of one in the model
+    """Return the share that each layer keeps, a row per layer type, and optionally (``ranks``) the
+    rank and bits of each layer."""
+    title = f"Bytes kept of each layer at bytes ratio {counted.ratio:g} ({plan.allocator})"
+    number = counted.full / plan.full_parameters  # bytes per parameter of the model
     parts: list[RenderableType] = [
         Text(title, style="bold"),
-        HeatMap([_held(row, number) for row in plan.sublayers]),
+        HeatMap([_byte_share(row, number) for row in plan.sublayers]),
         Text(),
         _types(plan, number),
     ]
@@ -51,9 +52,9 @@ def byte_choices(plan: Plan, counted: BytePlan, width: int, ranks: bool) -> list
     return [*parts, Text(), *_frontier(counted.frontier)]
 
 
-def _held(row: SublayerPlan, number: float) -> _Held:
+def _byte_share(row: SublayerPlan, number: float) -> _ByteShare:
     whole = row.dense and row.bits == FULL_BITS
-    return _Held(row.layer, row.cluster, row.shape, round((row.bytes or 0) / number), whole)
+    return _ByteShare(row.layer, row.cluster, row.shape, round((row.bytes or 0) / number), whole)
 
 
 def _cell(row: SublayerPlan) -> Text:
@@ -62,7 +63,7 @@ def _cell(row: SublayerPlan) -> Text:
 
 def _types(plan: Plan, number: float) -> Table:
     bits = [f"{each} bit" for each in BITS]
-    table = make_table("sublayer type", "count", *bits, "dense", "ranks", "full", "kept")
+    table = make_table("layer type", "count", *bits, "dense", "ranks", "full", "kept")
     for cluster in plan.clusters:
         rows = [s for s in plan.sublayers if s.cluster == cluster.cluster]
         whole = number * sum(s.shape[0] * s.shape[1] for s in rows)
@@ -79,18 +80,18 @@ def _types(plan: Plan, number: float) -> Table:
 
 
 def _frontier(points: Sequence[Point]) -> list[RenderableType]:
-    """Show what each way loses at each ratio, and what its files take where that is more."""
+    """Return the predicted loss of each method at each ratio, with file sizes above the budget."""
     ratios = sorted({p.budget for p in points if p.budget is not None}, reverse=True)
     table = make_table("predicted loss at bytes ratio", *(f"{ratio:g}" for ratio in ratios))
     for method in dict.fromkeys(p.method for p in points if p.budget is not None):
         own = {p.budget: p for p in points if p.method == method}
         losses = (f"{own[r].predicted_loss:.4g}" if r in own else "-" for r in ratios)
         table.add_row(method, *losses)
-        if any(r is not None and p.bytes_ratio > r + _SEEN for r, p in own.items()):
+        if any(r is not None and p.bytes_ratio > r + _VISIBLE for r, p in own.items()):
             taken = (f"{own[r].bytes_ratio:.3f}" if r in own else "-" for r in ratios)
-            table.add_row("  its files take", *taken, style="dim")
+            table.add_row("  actual bytes ratio", *taken, style="dim")
     fixed = [
-        Text(f" {p.method}: {p.predicted_loss:.4g}, at {p.bytes_ratio:.3f}")
+        Text(f" {p.method}: {p.predicted_loss:.4g} at bytes ratio {p.bytes_ratio:.3f}")
         for p in points
         if p.budget is None
     ]
@@ -98,13 +99,14 @@ def _frontier(points: Sequence[Point]) -> list[RenderableType]:
 
 
 def byte_facts(plan: Plan, counted: BytePlan) -> dict[str, str]:
-    """Return what a plan by bytes comes to."""
+    """Return the totals of a plan with a budget in bytes."""
     unspent = counted.budget - counted.kept
     return {
         "kept": f"{size_text(counted.kept)} of {size_text(counted.full)} "
-        f"({counted.kept_ratio:.3%}); {unspent:,} bytes of the budget unspent",
+        f"({counted.kept_ratio:.3%}); {unspent:,} bytes of the budget unused",
         "parameters": f"{plan.kept_parameters:,} of {plan.full_parameters:,} "
         f"({plan.kept_ratio:.3%})",
         "whole model": f"{counted.model_ratio:.2%} of the bytes kept",
-        "rounding": f"{counted.method}; 4 bits in groups of {counted.group_size}; scales counted",
+        "rounding": f"{counted.method}; 4 bits in groups of {counted.group_size}; sizes include "
+        "scales",
     }

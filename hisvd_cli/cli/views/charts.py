@@ -1,7 +1,4 @@
-"""Charts in a terminal: shares as a heat map, spectra as sparklines.
-
-Both carry their shading in block characters as well where a terminal shows no colour.
-"""
+"""Charts in a terminal: heat maps and sparklines, also without colour."""
 
 from __future__ import annotations
 
@@ -16,19 +13,19 @@ from rich.text import Text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LEVELS = len(_BLOCKS)
-# Eight steps of viridis, whose lightness rises evenly, so that they rank without colour vision
-# too; each has the text on it that stands out from it.
+# Eight steps of viridis, whose lightness increases evenly (readable with colour-vision deficiency),
+# each with a contrasting text colour.
 _STYLES = (
     *("white on #440154", "white on #46327e", "white on #365c8d", "white on #21706f"),
     *("black on #1fa187", "black on #4ac16d", "black on #a0da39", "black on #fde725"),
 )
-_LAYER = 4  # columns of a layer's number
+_INDEX = 4  # columns of a block index
 _GAP = 2  # columns between panels
-_LINES = 20  # layers that need no second panel beside the first
+_LINES = 20  # most blocks in a single panel
 
 
 class Shaded(Protocol):
-    """What the heat map needs to know of a sublayer."""
+    """A layer of the heat map."""
 
     @property
     def layer(self) -> int | None: ...
@@ -43,17 +40,16 @@ class Shaded(Protocol):
 
 
 def short_name(cluster: str) -> str:
-    """Return a sublayer type without what most of them end in: q for q_proj."""
+    """Return a layer type without the suffix ``_proj``."""
     return cluster.removesuffix("_proj")
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The share of its parameters that each sublayer keeps, in percent: a line per layer and a
-    column per type. 100 is a sublayer that stays dense.
+    """The share of parameters that each layer keeps, in percent: a line per block and a column per
+    layer type. 100 is a layer that stays dense.
 
-    Many layers are folded into panels side by side as far as they fit; types that do not fit go
-    below.
+    Many blocks are split into panels side by side; types that do not fit go below.
     """
 
     rows: Sequence[Shaded]
@@ -62,7 +58,7 @@ class HeatMap:
         colour = console.color_system is not None and not console.no_color
         clusters = list(dict.fromkeys(row.cluster for row in self.rows))
         cell = max(4, *(len(short_name(cluster)) for cluster in clusters)) + 1
-        fit = max(1, (options.max_width - _LAYER) // cell)
+        fit = max(1, (options.max_width - _INDEX) // cell)
         for start in range(0, len(clusters), fit):
             yield from self._block(clusters[start : start + fit], cell, options.max_width, colour)
             yield Text()
@@ -73,16 +69,16 @@ class HeatMap:
     ) -> Iterator[Text]:
         cells = {(row.layer, row.cluster): row for row in self.rows}
         layers = sorted({row.layer for row in self.rows if row.layer is not None})
-        panel = _LAYER + cell * len(clusters)
+        panel = _INDEX + cell * len(clusters)
         panels = max(1, min((width + _GAP) // (panel + _GAP), math.ceil(len(layers) / _LINES)))
         height = math.ceil(len(layers) / panels)
         columns = [layers[i : i + height] for i in range(0, len(layers), height)]
         names = "".join(f"{short_name(cluster):>{cell - 1}} " for cluster in clusters)
-        header = Text(f"{'L':>{_LAYER - 1}} {names}", style="bold")
+        header = Text(f"{'B':>{_INDEX - 1}} {names}", style="bold")
         yield Text(" " * _GAP).join([header] * len(columns))
         for i in range(height):
             line = [
-                Text(f"{layers[i]:>{_LAYER - 1}} ").append_text(
+                Text(f"{layers[i]:>{_INDEX - 1}} ").append_text(
                     Text().join(_cell(cells.get((layers[i], c)), cell, colour) for c in clusters)
                 )
                 for layers in columns
@@ -109,20 +105,19 @@ def _shade(percent: int, width: int, colour: bool) -> Text:
 def _legend(colour: bool) -> Text:
     steps = (_shade(math.ceil(100 * i / _LEVELS), 5, colour) for i in range(_LEVELS))
     return (
-        Text("% kept, from ", style="dim")
+        Text("B: block; % kept, from ", style="dim")
         .append_text(Text().join(steps))
         .append(" (100: dense)", style="dim")
     )
 
 
 def sparkline(values: Sequence[float], width: int, mark: int | None = None) -> Text:
-    """Draw falling positive values on a logarithmic scale, their lowest as the lowest block.
+    """Draw descending values on a logarithmic scale.
 
     Args:
-        values: what is drawn; a column stands for several where there are more than columns.
-        width: columns at most.
-        mark: how many of the values are kept: a line is drawn behind them, and the others are
-            dimmed.
+        values: the values; if there are more than columns, each column shows a mean.
+        width: maximum number of columns.
+        mark: number of kept values, after which a line is drawn; the others are dimmed.
     """
     logs = _logarithms(values)
     columns = min(len(logs), width - (mark is not None))
@@ -138,6 +133,6 @@ def sparkline(values: Sequence[float], width: int, mark: int | None = None) -> T
 
 
 def _logarithms(values: Sequence[float]) -> list[float]:
-    """Return log10 of each value; what is not positive counts as the smallest that is."""
+    """Return log10 of each value; values that are not positive count as the smallest positive."""
     least = min((x for x in values if x > 0), default=1.0)
     return [math.log10(max(x, least)) for x in values]

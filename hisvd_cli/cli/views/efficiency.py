@@ -1,4 +1,4 @@
-"""What speed and tasks look like in a terminal."""
+"""Renders speeds and task scores."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from hisvd_cli.cli.views.layout import size_text
+from hisvd_cli.cli.views.layout import make_table, size_text
 
 if TYPE_CHECKING:
     from hisvd_cli.evaluation.efficiency import Phase, Timing
@@ -20,17 +19,15 @@ _NAME_COLUMNS = 24
 
 
 def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[RenderableType]:
-    """Show each task's scores, model below model; nothing where no task was asked.
+    """Return a table of task scores; nothing if no tasks were run.
 
     Args:
-        rows: what was measured, the baseline first.
-        names: of the models, as they are shown.
+        rows: the evaluations, the baseline first.
+        names: display names of the models.
     """
     if not any(row.scores for row in rows):
         return []
-    table = _table("task", "metric", "model")
-    for column in ("value", "± stderr"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = make_table("task", "metric", "model", "value", "± stderr", left=3, fold=_NAME_COLUMNS)
     labels = dict.fromkeys((s.task, s.measure) for row in rows for s in row.scores or ())
     for label in labels:
         head = label
@@ -44,12 +41,11 @@ def tasks_view(rows: Sequence[Evaluation], names: Sequence[str]) -> list[Rendera
 
 
 def speed_view(name: str, speed: Speed) -> list[RenderableType]:
-    """Show a model's speed beside the baseline's, and say where it is not faster."""
+    """Return the speed of a model compared with the baseline."""
     compared = speed.baseline_weight_bytes is not None
-    table = Table(box=None, padding=(0, 1), header_style="bold")
     columns = ["batch", "phase", "tokens/s", *(["baseline", "speed"] if compared else [])]
-    for column in [*columns, "ms: p50", "p90", "p99"]:
-        table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=True)
+    table = make_table(*columns, "ms: p50", "p90", "p99", left=0)
+    table.columns[columns.index("phase")].justify = "left"
     for race in speed.races:
         for row in _race_rows(race):
             table.add_row(*row)
@@ -61,13 +57,6 @@ def speed_view(name: str, speed: Speed) -> list[RenderableType]:
     if compared:
         lines.append(_verdict(speed))
     return [Text(f"Speed of {name}", style="bold"), Group(*lines), Text()]
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", max_width=_NAME_COLUMNS)
-    return table
 
 
 def _race_rows(race: Race) -> list[list[str]]:
@@ -88,18 +77,18 @@ def _rate(timing: Timing, phase: Phase) -> str:
 
 
 def _memory_line(speed: Speed) -> str:
-    def beside(own: int, other: int | None) -> str:
+    def compared(own: int, other: int | None) -> str:
         return size_text(own) + ("" if other is None else f" (baseline {size_text(other)})")
 
-    weights = beside(speed.weight_bytes, speed.baseline_weight_bytes)
+    weights = compared(speed.weight_bytes, speed.baseline_weight_bytes)
     largest = speed.races[-1]
     other = largest.baseline.peak_memory if largest.baseline else None
-    peak = beside(largest.own.peak_memory, other)
-    return f"Weights {weights}; at batch {largest.batch} at most {peak}."
+    peak = compared(largest.own.peak_memory, other)
+    return f"Weights {weights}; peak memory at batch {largest.batch}: {peak}."
 
 
 def _verdict(speed: Speed) -> Text:
     slow = speed.not_faster()
     if not slow:
-        return Text("Faster than the baseline everywhere, in every turn.", "green")
+        return Text("Faster than the baseline at every batch size, in every repetition.", "green")
     return Text(f"Not faster than the baseline: {', '.join(slow)}.", "yellow")

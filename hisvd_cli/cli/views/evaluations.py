@@ -1,4 +1,4 @@
-"""What evaluations look like in a terminal: tables, and who is better for sure."""
+"""Renders evaluations: tables of figures and rankings of models."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hisvd_cli.cli.views.efficiency import speed_view, tasks_view
-from hisvd_cli.cli.views.layout import perplexity_text, times_text
+from hisvd_cli.cli.views.layout import make_table, perplexity_text, times_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from hisvd_cli.evaluation.grid import Grid
     from hisvd_cli.evaluation.perplexity import Comparison, PerplexityResult
 
@@ -24,7 +25,7 @@ _RANKED = {"nats_per_token": "perplexity", "kl": "KL", "agreement": "agreement"}
 
 
 def grid_view(grid: Grid) -> RenderableType:
-    """Show every model, a line of figures and below it a line of their intervals."""
+    """Return the results of every model, with intervals below the figures."""
     parts: list[RenderableType] = []
     rows = grid.rows()
     for i, first in enumerate(rows[0].results if rows else ()):
@@ -46,12 +47,10 @@ def grid_view(grid: Grid) -> RenderableType:
 
 
 def _table(grid: Grid, results: Sequence[PerplexityResult]) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("model", overflow="fold", max_width=_NAME_COLUMNS)
     compared = grid.baseline is not None
     columns = ["perplexity", *(["ratio"] if compared else []), "bits/byte"]
-    for column in [*columns, *(["KL", "agreement"] if compared else [])]:
-        table.add_column(column, justify="right", no_wrap=True)
+    columns += ["KL", "agreement"] if compared else []
+    table = make_table("model", *columns, fold=_NAME_COLUMNS)
     names = _short_names([row.model for row in grid.rows()])
     for i, (name, result) in enumerate(zip(names, results, strict=True)):
         cells = _cells(result, results[0] if compared else None)
@@ -63,7 +62,7 @@ def _table(grid: Grid, results: Sequence[PerplexityResult]) -> Table:
 
 
 def _cells(result: PerplexityResult, baseline: PerplexityResult | None) -> list[tuple[str, str]]:
-    """Return each figure with its interval, as texts."""
+    """Return each figure and its interval as text."""
     known = result.intervals or {}
 
     def cell(name: str, value: float | None, text: Callable[[float], str]) -> tuple[str, str]:
@@ -86,7 +85,7 @@ def _short(perplexity: float) -> str:
 
 
 def _rankings(grid: Grid, dataset: str) -> list[Text]:
-    """Return the models of a text from the best to the worst, a line for each figure."""
+    """Return rankings of the models on a text, a line for each figure."""
     mine = [each for each in grid.comparisons if each.dataset == dataset]
     if grid.baseline:
         mine += [c for each in grid.evaluations for c in each.comparisons if c.dataset == dataset]
@@ -99,7 +98,7 @@ def _rankings(grid: Grid, dataset: str) -> list[Text]:
 
 
 def _ranking(comparisons: Sequence[Comparison]) -> str:
-    """Return models in order: ``a > b`` where a is better for sure, ``a ≈ b`` where not."""
+    """Return models in order: ``a > b`` if a is significantly better, else ``a ≈ b``."""
     known = {(each.model, each.other): each for each in comparisons}
     known |= {(each.other, each.model): each for each in comparisons}
     models = list(dict.fromkeys(name for pair in known for name in pair))
@@ -121,7 +120,7 @@ def _ranking(comparisons: Sequence[Comparison]) -> str:
 
 
 def _short_names(models: Sequence[str]) -> list[str]:
-    """Return the last part of each name, or all of it where two would be the same."""
+    """Return the last component of each name, or the whole name if it would be ambiguous."""
     short = [Path(model).name or model for model in models]
     return [
         name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)
@@ -131,6 +130,6 @@ def _short_names(models: Sequence[str]) -> list[str]:
 def _interval_note(result: PerplexityResult) -> str:
     made = result.bootstrap or {}
     return (
-        f"Intervals: {made['level']:.0%}, {made['draws']} bootstrap draws of {made['units']} "
-        f"{made['unit']}; > means better, its paired interval without 0."
+        f"Intervals: {made['level']:.0%}, {made['draws']} bootstrap resamples of {made['units']} "
+        f"{made['unit']}; > means better: the interval of the paired difference excludes 0."
     )

@@ -1,4 +1,4 @@
-"""Table layout and number formats that all views share."""
+"""Shared table layout and number formats."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def size_text(count: float) -> str:
-    """Return bytes in the unit that people use: 538.1 MB."""
+    """Return bytes with a decimal unit: 538.1 MB."""
     if count < 1000:
         return f"{count:.0f} B"
     for unit in ("kB", "MB", "GB"):
         count /= 1000
-        if count < 999.95:  # where it would be rounded to 1000.0
+        if count < 999.95:  # larger values would be rounded to 1000.0
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} TB"
 
@@ -33,16 +33,25 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def make_table(*columns: str, left: int = 1) -> Table:
-    """Return an empty table; all but the first ``left`` columns hold numbers."""
+def make_table(*columns: str, left: int = 1, fold: int | None = None) -> Table:
+    """Return an empty table.
+
+    Args:
+        columns: headings.
+        left: number of columns that are left-aligned; the others are right-aligned.
+        fold: maximum width of the left-aligned columns, which wrap; None for no wrapping.
+    """
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+        if i < left and fold is not None:
+            table.add_column(column, overflow="fold", max_width=fold)
+        else:
+            table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     return table
 
 
 def facts_table(facts: dict[str, str]) -> Table:
-    """Return a table of names and values, a line each."""
+    """Return a table of names and values, one per line."""
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -52,7 +61,7 @@ def facts_table(facts: dict[str, str]) -> Table:
 
 
 def perplexity_text(result: PerplexityResult) -> str:
-    """Return a perplexity with four significant figures, or what is wrong with it."""
+    """Return a perplexity with four significant digits, or why there is none."""
     if result.perplexity is None:
         windows = result.nonfinite_windows
         return f"not finite (window {windows[0]})" if windows else "not finite"
@@ -60,7 +69,7 @@ def perplexity_text(result: PerplexityResult) -> str:
 
 
 def times_text(result: PerplexityResult, baseline: PerplexityResult) -> str:
-    """Return how many times as large a perplexity is as the baseline's."""
+    """Return the ratio of a perplexity to that of the baseline."""
     if result.perplexity is None or baseline.perplexity is None:
         return "-"
     return f"{result.perplexity / baseline.perplexity:.2f} ×"

@@ -1,4 +1,4 @@
-"""What plans look like in a terminal: one by itself, several side by side."""
+"""Renders plans, one at a time or side by side."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _LOSSES = {
 
 
 def plan_view(plan: Plan, width: int, ranks: bool = False) -> RenderableType:
-    """Show a plan: what each sublayer keeps, then a line per type, and the totals.
+    """Return a plan: the share that each layer keeps, a row per layer type, and the totals.
 
     Args:
         plan: the plan.
         width: columns of the terminal.
-        ranks: show the rank of each sublayer, too.
+        ranks: also show the rank of every layer.
     """
     if plan.bytes is not None:
         return Group(*byte_choices(plan, plan.bytes, width, ranks), Text(), _totals(plan))
     parts: list[RenderableType] = [
-        Text(f"Share of each sublayer at keep {plan.ratio:g} ({plan.allocator})", style="bold"),
+        Text(f"Share kept of each layer at keep {plan.ratio:g} ({plan.allocator})", style="bold"),
         HeatMap(plan.sublayers),
         Text(),
         _cluster_table(plan),
@@ -49,10 +49,10 @@ def plan_view(plan: Plan, width: int, ranks: bool = False) -> RenderableType:
 
 
 def spectra_view(spectra: Sequence[Spectrum], plan: Plan, width: int) -> RenderableType:
-    """Show spectra as sparklines, cut where a plan truncates them.
+    """Return spectra as sparklines, with a mark at the rank of a plan.
 
     Args:
-        spectra: of some sublayers, in the metric of the plan.
+        spectra: spectra of some layers in the metric of the plan.
         plan: the plan.
         width: columns of the terminal.
     """
@@ -69,25 +69,27 @@ def spectra_view(spectra: Sequence[Spectrum], plan: Plan, width: int) -> Rendera
         parts.append(sparkline(energy, min(width, 76), None if row.dense else row.rank))
         parts.append(Text(f"σ² from {energy[0]:.3g} to {energy[-1]:.3g}", style="dim"))
     scale = (
-        f"σ² by component, on a logarithmic scale; behind the line, their sum is the {_unit(plan)}."
+        "σ² by component, on a logarithmic scale; the sum of those after the line is the "
+        f"{_unit(plan)}."
     )
     return Group(*parts, Text(scale, style="dim"))
 
 
 def comparison_view(plans: Sequence[Plan], width: int) -> RenderableType:
-    """Show plans of several allocators side by side, ratio by ratio.
+    """Return plans of several allocators side by side for each ratio.
 
     Args:
-        plans: one per allocator and ratio, all for the same sublayers.
-        width: columns of the terminal; allocators that do not fit go into a further table.
+        plans: one per allocator and ratio, all for the same layers.
+        width: columns of the terminal; allocators that do not fit go into another table.
     """
     parts: list[RenderableType] = []
     for ratio in dict.fromkeys(plan.ratio for plan in plans):
         beside = [plan for plan in plans if plan.ratio == ratio]
         least = min(plan.predicted_loss for plan in beside)
-        parts.append(Text(f"Share kept of each sublayer type at keep {ratio:g}", style="bold"))
+        parts.append(Text(f"Share kept of each layer type at keep {ratio:g}", style="bold"))
         parts += _comparison_tables(beside, least, width)
-        parts.append(Text(f"Least predicted loss: {least:.6g} ({_unit(beside[0])}).", style="dim"))
+        lowest = f"Lowest predicted loss: {least:.6g} ({_unit(beside[0])})."
+        parts.append(Text(lowest, style="dim"))
         parts.append(Text())
     return Group(*parts[:-1])
 
@@ -100,7 +102,7 @@ def _comparison_tables(plans: Sequence[Plan], least: float, width: int) -> list[
     tables: list[RenderableType] = []
     for start in range(0, len(plans), fit):
         shown = plans[start : start + fit]
-        table = make_table("sublayer type", *(plan.allocator for plan in shown))
+        table = make_table("layer type", *(plan.allocator for plan in shown))
         for i, label in enumerate(labels):
             table.add_row(label, *(f"{plan.clusters[i].kept_ratio:.1%}" for plan in shown))
         table.add_row()
@@ -111,12 +113,12 @@ def _comparison_tables(plans: Sequence[Plan], least: float, width: int) -> list[
 
 
 def _times(loss: float, least: float) -> str:
-    """Return a loss as a multiple of the least one; by itself where that is none."""
+    """Return a loss as a multiple of the lowest one, or as it is if that is 0."""
     return f"{loss / least:.3f} ×" if least > 0 else f"{loss:.3g}"
 
 
 def _unit(plan: Plan) -> str:
-    """Say what a plan's predicted loss is."""
+    """Return what the predicted loss of a plan measures."""
     return _LOSSES[plan.settings["metric"] if plan.calibrated else "weight"]
 
 
@@ -131,7 +133,7 @@ def _totals(plan: Plan) -> RenderableType:
     unspent = plan.budget_parameters - plan.kept_parameters
     facts = {
         "kept": f"{plan.kept_parameters:,} of {plan.full_parameters:,} parameters "
-        f"({plan.kept_ratio:.3%}); {unspent:,} of the budget unspent",
+        f"({plan.kept_ratio:.3%}); {unspent:,} of the budget unused",
         "whole model": f"{plan.model_ratio:.2%} kept",
     }
     if plan.bytes is not None:
@@ -145,7 +147,7 @@ def _totals(plan: Plan) -> RenderableType:
 
 
 def plan_forecast_view(forecast: Mapping[str, Any]) -> RenderableType:
-    """Show how long each allocator would measure the model."""
+    """Return the estimated time that each allocator takes to measure the model."""
     times = {
         name: f"about {duration_text(seconds)} of measuring" if seconds else "seconds"
         for name, seconds in forecast["allocators"].items()

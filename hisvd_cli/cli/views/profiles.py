@@ -1,4 +1,4 @@
-"""What the profiles that hisvd brings look like in a terminal."""
+"""Renders the list of shipped profiles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def profiles_view(profiles: Sequence[ShippedProfile]) -> RenderableType:
-    """Show each profile with the published perplexities of its model, and what was measured."""
+    """Return each profile with the published and the measured perplexities of its model."""
     sources = list(dict.fromkeys(f.source for profile in profiles for f in profile.figures))
     parts: list[RenderableType] = []
     for profile in profiles:
@@ -24,7 +24,9 @@ def profiles_view(profiles: Sequence[ShippedProfile]) -> RenderableType:
         parts.append(Text(f"{profile.name}: {profile.model}", style="bold"))
         parts.append(Text(f" dense {dense}", style="dim"))
         parts += [_figures(profile, sources), Text()]
-    parts.append(Text("Perplexity on WikiText-2 by keep ratio; a run fills the columns 'run'."))
+    parts.append(
+        Text("Perplexity on WikiText-2 by keep ratio: as published, and of your runs ('run').")
+    )
     parts += [Text(f"[{i}] {source}", style="dim") for i, source in enumerate(sources, 1)]
     parts.append(Text("Run one: hisvd compress --profile NAME [--ratio 0.8] [--preset PRESET]"))
     return Group(*parts)

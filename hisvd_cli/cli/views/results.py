@@ -1,4 +1,4 @@
-"""What results look like in a terminal: readable at 80 columns, with and without colour."""
+"""Renders the results of commands, at 80 columns or more, with and without colour."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAX_PROBLEMS = 20
 
 
 class Ranked(Shaded, Protocol):
-    """What the rank table needs to know of a sublayer."""
+    """A layer of the rank table."""
 
     @property
     def rank(self) -> int: ...
@@ -39,7 +39,7 @@ R = TypeVar("R", bound=Ranked)
 
 
 def calibration_view(calibration: Calibration, seconds: float) -> RenderableType:
-    """Show where a calibration lies and what it was taken from."""
+    """Return the folder, text and contents of a calibration."""
     data = calibration.manifest["data"]
     return facts_table(
         {
@@ -47,25 +47,25 @@ def calibration_view(calibration: Calibration, seconds: float) -> RenderableType
             "text": f"{data['dataset']} ({data['split']})",
             "tokens": f"{data['samples']} × {data['seqlen']} = {data['tokens']:,}",
             "precision": f"forward passes in {calibration.manifest['dtype']}",
-            "holds": ", ".join(sorted(calibration.holds)).replace("-", " "),
+            "contains": ", ".join(sorted(calibration.holds)).replace("-", " "),
             "time": duration_text(seconds),
         }
     )
 
 
 def forecast_view(forecast: dict[str, Any]) -> RenderableType:
-    """Show what a run would take."""
+    """Return the time, memory and disk space that a run would need."""
     facts = {"time": f"about {duration_text(forecast['seconds'])}"}
     facts["peak memory"] = f"about {size_text(forecast['peak_memory_bytes'])}"
     if forecast["hidden_states"]:
         place = {"file": "in a file", "host": "in host memory"}
         facts["hidden states"] = (
             f"{place.get(forecast['hidden_states'], 'on the device')}, {forecast['batch']} windows "
-            "at a time through a block"
+            "per forward pass"
         )
     if "dense_bytes" in forecast:
         dense, size = forecast["dense_bytes"], forecast["bytes"]
-        facts["checkpoint"] = f"{size_text(size)} (now {size_text(dense)}): {forecast['output']}"
+        facts["checkpoint"] = f"{size_text(size)} (dense {size_text(dense)}): {forecast['output']}"
         facts["calibration"] = size_text(forecast["calibration_bytes"])
     else:
         facts["calibration"] = size_text(forecast["bytes"])
@@ -79,13 +79,13 @@ def _rank_cell(row: Ranked) -> Text:
 def rank_table(
     rows: Sequence[R], width: int, cell: Callable[[R], Text] = _rank_cell, widest: int = 5
 ) -> RenderableType:
-    """Show ranks, a line per layer and a column per sublayer type, below the full ranks.
+    """Return a table of ranks: full ranks first, then a line per block, with a column per type.
 
     Args:
-        rows: the sublayers of a plan or an audit.
-        width: columns of the terminal; types that do not fit go into a further table.
-        cell: what is shown of a sublayer.
-        widest: columns that it takes at most.
+        rows: the layers of a plan or an audit.
+        width: columns of the terminal; types that do not fit go into another table.
+        cell: returns the cell of a layer.
+        widest: maximum width of a cell.
     """
     clusters = list(dict.fromkeys(row.cluster for row in rows))
     cells = {(row.layer, row.cluster): row for row in rows}
@@ -96,7 +96,7 @@ def rank_table(
     tables: list[RenderableType] = []
     for start in range(0, len(clusters), fit):
         shown = clusters[start : start + fit]
-        table = make_table("layer", *map(short_name, shown), left=0)
+        table = make_table("block", *map(short_name, shown), left=0)
         table.add_row("full", *(full[cluster] for cluster in shown), style="dim")
         for layer in layers:
             own = (cells.get((layer, c)) for c in shown)
@@ -108,7 +108,7 @@ def rank_table(
 
 
 def recovered_view(made: dict[str, Any]) -> RenderableType:
-    """Show what a recovery made, and what its training gained on the held-out text."""
+    """Return the result of a recovery with its held-out measures before and after."""
     recovery = made["recovery"]
     facts = {
         "checkpoint": f"{made['output']} ({size_text(made['bytes'])})",
@@ -128,7 +128,7 @@ def recovered_view(made: dict[str, Any]) -> RenderableType:
 
 
 def recovery_forecast_view(forecast: dict[str, Any]) -> RenderableType:
-    """Show what a recovery would train on."""
+    """Return the output, the data and the time of a recovery."""
     facts = {
         "checkpoint": f"{forecast['output']} ({size_text(forecast['bytes'])})",
         "text": f"{forecast['text_tokens']:,} tokens",
@@ -136,17 +136,17 @@ def recovery_forecast_view(forecast: dict[str, Any]) -> RenderableType:
     if forecast["tokens"]:
         facts["training"] = f"{forecast['tokens']:,} tokens"
     if forecast["seconds"]:
-        facts["time"] = f"{duration_text(forecast['seconds'])} of training at most"
+        facts["time"] = f"at most {duration_text(forecast['seconds'])} of training"
     return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
 
 
 def compressed_view(outcome: Outcome) -> RenderableType:
-    """Show what a compression made, what it was before, and what that took."""
+    """Return the result of a compression, compared with the dense model, and its cost."""
     seconds = outcome.seconds
     stages = ", ".join(f"{name} {duration_text(value)}" for name, value in seconds.items())
     facts = {
         "checkpoint": str(outcome.output),
-        "kept": f"{outcome.plan.kept_ratio:.2%} of the sublayers, "
+        "kept": f"{outcome.plan.kept_ratio:.2%} of the factored layers, "
         f"{outcome.plan.model_ratio:.2%} of the model",
         "precision": f"forward passes in {outcome.dtype}, weights in {outcome.stored_dtype}",
         "time": stages,
@@ -175,8 +175,8 @@ def _before_and_after(outcome: Outcome) -> Table:
 
 
 def compressed_grid_view(cells: Sequence[Cell]) -> RenderableType:
-    """Show what became of each checkpoint of a grid."""
-    table = make_table("checkpoint", "", "size", "of the model", "perplexity", left=2)
+    """Return the status and size of each checkpoint of a grid."""
+    table = make_table("checkpoint", "", "size", "model ratio", "perplexity", left=2)
     table.columns[0].no_wrap = False
     table.columns[0].overflow = "fold"
     for cell in cells:
@@ -192,25 +192,26 @@ def compressed_grid_view(cells: Sequence[Cell]) -> RenderableType:
 
 
 def forecast_grid_view(forecast: dict[str, Any]) -> RenderableType:
-    """Show what the checkpoints of a grid that are left would take."""
+    """Return the memory, disk space and time that the missing checkpoints of a grid would need."""
     facts = {
         each["output"]: f"{size_text(each['bytes'])}, peak memory "
         f"{size_text(each['peak_memory_bytes'])}"
         for each in forecast["cells"]
     }
-    facts["time"] = f"about {duration_text(forecast['seconds'])} in all"
+    facts["time"] = f"about {duration_text(forecast['seconds'])} in total"
     return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
 
 
 def audit_view(audit: Audit, width: int, ranks: bool = False) -> RenderableType:
-    """Show an audit: totals, what each sublayer keeps (and with ``ranks``, its rank), problems."""
-    facts = {"what": audit.kind, **audit.table, "on disk": size_text(audit.bytes)}
+    """Return an audit: totals, the share of every layer, optionally its rank, and problems."""
+    facts = {"kind": audit.kind, **audit.table, "on disk": size_text(audit.bytes)}
     if audit.dense_bytes and audit.bytes_ratio is not None:
         facts["on disk"] += f", {audit.bytes_ratio:.3%} of {size_text(audit.dense_bytes)}"
     if audit.parameters:
         facts["parameters"] = f"{audit.parameters:,} (dense {audit.dense_parameters:,})"
     if audit.ratio is not None and audit.model_ratio is not None:
-        facts["kept"] = f"{audit.ratio:.3%} of the sublayers, {audit.model_ratio:.3%} of the model"
+        kept = f"{audit.ratio:.3%} of the factored layers"
+        facts["kept"] = f"{kept}, {audit.model_ratio:.3%} of the model"
     parts: list[RenderableType] = [Text(audit.target, style="bold"), facts_table(facts)]
     if audit.sublayers:
         parts += [Text(), HeatMap(audit.sublayers), Text(), _kept_table(audit)]
@@ -220,7 +221,7 @@ def audit_view(audit: Audit, width: int, ranks: bool = False) -> RenderableType:
 
 
 def _kept_table(audit: Audit) -> Table:
-    table = make_table("sublayer type", "count", "shape", "low rank", "mean rank", "kept")
+    table = make_table("layer type", "count", "shape", "low rank", "mean rank", "kept")
     for cluster in dict.fromkeys(row.cluster for row in audit.sublayers):
         rows = [row for row in audit.sublayers if row.cluster == cluster]
         low = [row.rank for row in rows if not row.dense]

@@ -1,1 +1,1 @@
-"""A run's results as one HTML page that needs nothing beside it: no network, no other file."""
+"""Evaluation results as one self-contained HTML page."""

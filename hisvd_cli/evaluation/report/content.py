@@ -1,4 +1,4 @@
-"""What a report tells, as plain data: models with what is known of each, and their results."""
+"""The data of a report."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hisvd_cli.evaluation.perplexity import PerplexityResult
 
 @dataclass(frozen=True)
 class Spectra:
-    """Energies of a model's sublayers, largest first.
+    """Spectra of the linear layers of a model.
 
     Attributes:
-        kind: whitened (squared singular values of W G^½), or weight (of W).
-        energies: sublayer → energies.
+        kind: whitened (squared singular values of W G^½) or weight (of W).
+        energies: squared singular values by layer, in descending order.
     """
 
     kind: str
@@ -27,14 +27,14 @@ class Spectra:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of one model beside its results.
+    """Facts about a model other than its results.
 
     Attributes:
-        name: as the user named it.
-        bytes: of its weights.
-        plan: its ranks; None where it is not compressed, or has no plan.
-        record: its ``hisvd.json``, empty where there is none.
-        seconds: by stage, of the run that made it; None where this machine knows of none.
+        name: the name that the user gave.
+        bytes: size of the weights.
+        plan: the plan; None for a model that is not compressed or has none.
+        record: the content of ``hisvd.json``; empty if there is none.
+        seconds: durations by stage of the run that made it; None if not known on this machine.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ModelFacts:
 
     @property
     def series(self) -> str:
-        """What a line of the figures connects: the same methods at several ratios."""
+        """The series that the model belongs to in figures: the same methods at any ratio."""
         settings = self.record.get("settings", {})
         preset = settings.get("plan", {}).get("preset")
         if preset or self.plan is None:
@@ -55,14 +55,14 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a page shows.
+    """Everything that a page shows.
 
     Attributes:
         grid: the results.
-        models: model → what is known of it; of the baseline too.
-        spectra: of the dense model, where they were found.
-        settings: of the evaluation, section by section.
-        versions: of the programs of this run.
+        models: facts by model, including the baseline.
+        spectra: of the dense model, if available.
+        settings: the settings of the evaluation, by section.
+        versions: versions of the libraries used.
     """
 
     grid: Grid
@@ -73,18 +73,18 @@ class Report:
 
     @property
     def planned(self) -> list[tuple[ModelFacts, Plan]]:
-        """Models with a plan, and their plans."""
+        """The models that have a plan, with their plans."""
         facts = [self.models[each.model] for each in self.grid.evaluations]
         return [(each, each.plan) for each in facts if each.plan is not None]
 
     @property
     def datasets(self) -> list[PerplexityResult]:
-        """The first model's result on each text, which says what text that is."""
+        """The first model's result on each text, which describes the text."""
         rows = self.grid.rows()
         return rows[0].results if rows else []
 
     def results(self, index: int) -> list[tuple[Evaluation, ModelFacts, PerplexityResult]]:
-        """Return every model, the baseline first, with its result on text ``index``."""
+        """Return all models, the baseline first, with their results on text ``index``."""
         return [
             (each, self.models[each.model], each.results[index])
             for each in self.grid.rows()
@@ -93,12 +93,12 @@ class Report:
 
 
 def short_name(model: str) -> str:
-    """Return the last part of a model's name."""
+    """Return the last component of a model name."""
     return Path(model).name or model
 
 
 def flat(document: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Return the leaves of JSON data, each behind its path: ``plan.ratio``."""
+    """Return the leaves of JSON data with their paths, such as ``plan.ratio``."""
     if isinstance(document, Mapping) and document:
         return [leaf for k, v in document.items() for leaf in flat(v, f"{path}.{k}" if path else k)]
     if isinstance(document, list) and any(isinstance(item, Mapping) for item in document):
@@ -107,7 +107,7 @@ def flat(document: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def as_text(value: Any) -> str:
-    """Return a leaf of JSON data as a reader would write it."""
+    """Return a leaf of JSON data as text."""
     if value is None or value in ([], {}):
         return "–"
     if isinstance(value, list):

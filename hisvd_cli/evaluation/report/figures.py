@@ -1,4 +1,4 @@
-"""Figures of a report as SVG: drawn by matplotlib, the same bytes for the same results."""
+"""Figures of a report as SVG, drawn by matplotlib and reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH = 4.0  # inches: text stays readable where a phone shows all of it
-_LOGARITHMIC = 5.0  # a larger span of values gets a logarithmic axis
-_NUMBERED = 400  # cells of a heat map that still have room for numbers
+_WIDTH = 4.0  # inches; text stays readable on a phone
+_LOGARITHMIC = 5.0  # the axis is logarithmic if max/min reaches this
+_NUMBERED = 400  # most cells of a heat map that get numbers
 _STYLE: Any = {
     "svg.hashsalt": "hisvd",
     "svg.fonttype": "none",
@@ -35,16 +35,16 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "#dfe3e7",
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # names may contain $
 }
 
 Point = tuple[float, float, tuple[float, float] | None]
-"""x, y, and the bounds of y."""
+"""x, y and the confidence interval of y."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: its SVG, and what it shows in words."""
+    """A figure: title, SVG and text alternative."""
 
     title: str
     svg: str
@@ -52,7 +52,7 @@ class Drawing:
 
 
 def curves(report: Report, index: int) -> list[Drawing]:
-    """Return perplexity and KL on a text, each against the share kept and against bytes."""
+    """Return figures of perplexity and KL on a text, each against the share kept and the size."""
     drawn = []
     for figure, title in (("perplexity", "Perplexity"), ("kl", "KL")):
         for name, axis in (("share kept", _share), ("size", _megabytes)):
@@ -96,16 +96,16 @@ def _curve(
         values = [y for points in series.values() for _, y, _ in points]
         _scale(axes, [*values, *([baseline] if baseline else [])])
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("share of the sublayers kept" if axis is _share else "weights in MB")
+        axes.set_xlabel("keep ratio of the layers" if axis is _share else "weights in MB")
         axes.set_ylabel(title + (" from the baseline, nats/token" if figure == "kl" else ""))
         axes.grid(axis="y", linewidth=0.6)
         axes.legend(frameon=False, fontsize=8)
         svg = _svg(drawing, f"{figure}-{name.replace(' ', '-')}-{index}")
-    told = "; ".join(
+    values_text = "; ".join(
         f"{label}: " + ", ".join(f"{y:.4g} at {at:.3g}" for at, y, _ in sorted(points))
         for label, points in series.items()
     )
-    return Drawing(f"{title} against {name}", svg, f"{title} against {name}. {told}.")
+    return Drawing(f"{title} against {name}", svg, f"{title} against {name}. {values_text}.")
 
 
 def _bounds(result: PerplexityResult, figure: str) -> tuple[float, float] | None:
@@ -134,7 +134,7 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _logarithmic(axes: Axes, span: float) -> None:
-    """Give an axis a logarithmic scale, its marks as plain numbers."""
+    """Set a logarithmic scale on the y axis, with plain numbers as labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -144,7 +144,7 @@ def _logarithmic(axes: Axes, span: float) -> None:
 
 
 def heat_map(model: str, plan: Plan, number: int) -> Drawing:
-    """Return the share of its parameters that each sublayer keeps, a line per layer."""
+    """Return a heat map of the share of its parameters that each linear layer keeps."""
     from matplotlib import colormaps
 
     clusters = [row.cluster for row in plan.clusters]
@@ -154,14 +154,14 @@ def heat_map(model: str, plan: Plan, number: int) -> Drawing:
         share = 100.0 if row.dense else 100 * row.parameters / math.prod(row.shape)
         shares[layers.index(row.layer)][clusters.index(row.cluster)] = share
     with _canvas(_WIDTH, 1.1 + 0.16 * len(layers)) as (drawing, axes):
-        steps = colormaps["viridis"].resampled(20)  # more would be drawn as a bitmap
+        steps = colormaps["viridis"].resampled(20)  # matplotlib rasterizes finer colour bars
         mesh = axes.pcolormesh(shares, vmin=0, vmax=100, cmap=steps, edgecolor="white", lw=0.4)
         axes.set_yticks([i + 0.5 for i in range(len(layers))], [str(layer) for layer in layers])
         names = [cluster.removesuffix("_proj") for cluster in clusters]
         axes.set_xticks([i + 0.5 for i in range(len(clusters))], names)
         axes.tick_params(length=0, labelsize=8)
         axes.invert_yaxis()
-        axes.set_ylabel("layer")
+        axes.set_ylabel("block")
         drawing.colorbar(mesh, ax=axes, label="% kept", fraction=0.06, pad=0.03)
         if len(layers) * len(clusters) <= _NUMBERED:
             _number_cells(axes, shares, mesh)
@@ -182,7 +182,7 @@ def _number_cells(axes: Axes, shares: Sequence[Sequence[float]], mesh: Any) -> N
 
 
 def spectra_figures(spectra: Spectra, plan: Plan) -> list[Drawing]:
-    """Return, for each sublayer type, the spectra of a first, a middle and a last layer."""
+    """Return the spectra of the first, the middle and the last block for each layer type."""
     drawn = []
     for number, cluster in enumerate(dict.fromkeys(row.cluster for row in plan.sublayers)):
         rows = [r for r in plan.sublayers if r.cluster == cluster and r.name in spectra.energies]
@@ -200,7 +200,7 @@ def spectra_figures(spectra: Spectra, plan: Plan) -> list[Drawing]:
                     [energy[j] / energy[0] for j in shown],
                     color=SERIES[i],
                     linestyle=STYLES[i],
-                    label=f"layer {row.layer}",
+                    label=f"block {row.layer}",
                 )
             _logarithmic(axes, 1 / least)
             axes.set_xlabel("component, in % of the full rank")
@@ -208,15 +208,15 @@ def spectra_figures(spectra: Spectra, plan: Plan) -> list[Drawing]:
             axes.grid(axis="y", linewidth=0.6)
             axes.legend(frameon=False, fontsize=8)
             svg = _svg(drawing, f"spectrum-{number}")
-        layers = ", ".join(str(rows[j].layer) for j in chosen)
-        text = f"{spectra.kind.capitalize()} spectra of {cluster}, layers {layers}, falling."
+        blocks = ", ".join(str(rows[j].layer) for j in chosen)
+        text = f"{spectra.kind.capitalize()} spectra of {cluster}, blocks {blocks}, descending."
         drawn.append(Drawing(cluster, svg, text))
     return drawn
 
 
 @contextmanager
 def _canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """Yield a figure and its axes, drawn in the style of the page, on no screen."""
+    """Yield a figure and its axes in the style of the page, without a display."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -226,10 +226,10 @@ def _canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """Return a figure as an ``svg`` element whose ids are its own on a page of several."""
+    """Return a figure as an ``svg`` element whose ids are unique on the page."""
     out = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(out, format="svg", metadata=nothing)
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(out, format="svg", metadata=no_metadata)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)

@@ -1,4 +1,4 @@
-"""A report's data and figures ─► one HTML page."""
+"""Renders a report as an HTML page."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _FORMS = {"bits_per_byte": "{:.4f}", "kl": "{:.4f}", "agreement": "{:.1%}"}
 
 
 def check_libraries() -> None:
-    """Raise UsageError, naming the extra, where a library that pages are made with is missing."""
+    """Raise UsageError if a library that reports need is not installed."""
     for name in _LIBRARIES:
         if find_spec(name) is None:
             raise UsageError(
-                f"--report needs the package '{name}'.", "Run: pip install 'hisvd[report]'"
+                f"`report` requires the package '{name}'.", "Run: pip install 'hisvd[report]'"
             )
 
 
 def render(report: Report) -> str:
-    """Return the page: the same bytes for the same report."""
+    """Return the page; it is reproducible to the byte."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -42,7 +42,7 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"value": as_text, "short": short_name}
-    environment.filters["svg"] = Markup  # drawn here: nothing of a user stands in it unescaped
+    environment.filters["svg"] = Markup  # matplotlib has escaped all names in it
     planned = report.planned
     dense = planned[0][1] if planned else None
     return environment.get_template(_TEMPLATE).render(
@@ -88,7 +88,7 @@ def _figure(result: PerplexityResult, name: str) -> Number:
 
 
 def _sublayers(report: Report) -> list[dict[str, Any]]:
-    """Return a row per sublayer with its rank in each model that has a plan."""
+    """Return a row for each linear layer with its rank in each model that has a plan."""
     names: dict[str, dict[str, Any]] = {}
     ranks: list[dict[str, Number]] = []
     for _, plan in report.planned:
@@ -112,7 +112,7 @@ def _sublayers(report: Report) -> list[dict[str, Any]]:
 
 
 def _times(report: Report) -> tuple[list[str], list[tuple[str, list[Number]]]]:
-    """Return the stages, and of each model whose times are known its seconds in each."""
+    """Return the stages, and the seconds in each for the models whose durations are known."""
     known = [(facts.name, facts.seconds) for facts, _ in report.planned if facts.seconds]
     stages = list(dict.fromkeys(stage for _, seconds in known for stage in seconds))
     rows = [
@@ -130,7 +130,7 @@ def _seconds(value: float | None) -> Number:
 
 
 def _details(report: Report) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Return every setting and version: of this run, then of each model that records them."""
+    """Return all settings and versions: of this run, then of each model that records them."""
     run = {"settings": report.settings, "versions": report.versions}
     records = [(each.model, report.models[each.model].record) for each in report.grid.rows()]
     found = [("This evaluation", run), *((model, record) for model, record in records if record)]

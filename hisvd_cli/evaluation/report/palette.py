@@ -1,8 +1,7 @@
-"""Colours of the page and its figures, each readable on the page's background.
+"""Colours, markers and line styles of the page and its figures.
 
-Lines take the blue, vermillion, green and purple of Okabe and Ito, which people without full colour
-vision tell apart, the last two darkened until they stand out from white. Each line has a marker of
-its own as well.
+Lines use the blue, vermillion, green and purple of Okabe and Ito, which remain distinguishable with
+colour-vision deficiency; the last two are darkened for contrast on white.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def ink_on(colour: str) -> str:
-    """Return black or white, whichever stands out more from a colour."""
+    """Return black or white, whichever has more contrast with a colour."""
     return max("#000000", "#ffffff", key=lambda ink: contrast(ink, colour))
 
 

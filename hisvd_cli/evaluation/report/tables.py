@@ -1,4 +1,4 @@
-"""Tables of a page: what tasks and speeds were measured, model beside model."""
+"""Tables of tasks and speeds for the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hisvd_cli.evaluation.zero_shot import Score
 
 @dataclass(frozen=True)
 class Number:
-    """A table's cell: what it shows, a small line below, and what it sorts by."""
+    """A table cell: its text, a small second line, and the value to sort by."""
 
     text: str
     bounds: str = ""
@@ -25,8 +25,7 @@ NOTHING = Number("–")
 
 
 def task_rows(rows: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Return a row for each task and metric, with a score per model; a model that was not asked has
-    none."""
+    """Return a row for each task and metric with the score of each model, if it was measured."""
     found = [{(s.task, s.measure): s for s in row.scores or ()} for row in rows]
     return [
         {
@@ -49,13 +48,13 @@ def _score(score: Score | None) -> Number:
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """How fast models are.
+    """The speeds of models.
 
     Attributes:
-        conditions: under which they were timed, each way of it once.
-        columns: heads of the figures, behind model, batch and phase.
+        conditions: the distinct conditions of the measurements.
+        columns: headings of the columns after model, batch and phase.
         rows: model, batch, phase, figures.
-        slow: model → where it is not faster than its baseline for sure.
+        slow: model, and the phases and batch sizes at which it is not faster than the baseline.
     """
 
     conditions: Sequence[str]
@@ -65,7 +64,7 @@ class SpeedTable:
 
 
 def speed_table(rows: Sequence[Evaluation]) -> SpeedTable | None:
-    """Return the speeds of all models that were timed; None where none was."""
+    """Return the speeds of all models that were timed; None if there are none."""
     timed = [(row.model, row.speed) for row in rows if row.speed is not None]
     if not timed:
         return None

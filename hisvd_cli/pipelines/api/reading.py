@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from typing_extensions import Unpack
 
@@ -14,6 +15,7 @@ from hisvd_cli.pipelines.api.keywords import (
     InspectKeywords,
     PathText,
 )
+from hisvd_cli.pipelines.api.names import in_python
 from hisvd_cli.pipelines.api.reports import Audit, Evaluation
 from hisvd_cli.pipelines.api.results import Checkpoint
 from hisvd_cli.pipelines.conversion import Target, write_form
@@ -63,7 +65,11 @@ def evaluate(
     )
     for failure in grid.failures:
         run.reporter.warn(f"{failure.model}: {failure.message}")
-    return Evaluation(grid)
+    failures = [
+        replace(each, message=in_python(each.message), hint=in_python(each.hint))
+        for each in grid.failures
+    ]
+    return Evaluation(replace(grid, failures=failures))
 
 
 @function(InspectKeywords)

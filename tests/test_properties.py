@@ -1,0 +1,169 @@
+"""Properties that hold for any input: budgets, merging of settings, rows in files."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hisvd_cli.allocation.budget import Budget, break_even, cost, full_rank, rank_of_share
+from hisvd_cli.modeling.hidden_states import StatesHome
+from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
+from hisvd_cli.modeling.rows import RowFiles
+from hisvd_cli.modeling.sublayers import Shape
+from hisvd_cli.pipelines.config.commands import Key
+from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.config.settings import Settings, flag_of
+from hisvd_cli.utils.errors import SourceError
+
+some = settings(max_examples=100, derandomize=True, database=None, deadline=None)
+
+SHAPE = st.tuples(st.integers(2, 60), st.integers(2, 60))
+STORAGE = st.sampled_from(list(LAYERS))
+
+
+@some
+@given(SHAPE, STORAGE)
+def test_cost_rises_with_rank_up_to_that_of_the_matrix(shape: Shape, storage: Storage) -> None:
+    costs = [cost(rank, shape, storage) for rank in range(1, full_rank(shape) + 1)]
+    assert all(low <= high for low, high in pairwise(costs))
+    assert costs[-1] == shape[0] * shape[1]
+
+
+@some
+@given(SHAPE, STORAGE, st.floats(0, 1))
+def test_a_rank_of_a_share_costs_that_share(shape: Shape, storage: Storage, share: float) -> None:
+    rank, entries = rank_of_share(share, shape, storage), shape[0] * shape[1]
+    assert 0 <= rank <= full_rank(shape) + 1e-9
+    if rank > 0:
+        assert cost(rank, shape, storage) == pytest.approx(share * entries, rel=1e-6)
+    else:
+        assert share * entries <= (shape[0] if storage == "pivoted" else 0)
+
+
+@st.composite
+def budgets(draw: st.DrawFn) -> tuple[Budget, list[torch.Tensor]]:
+    """Draw a budget that its floors leave something of, and energies for its layers."""
+    shapes = draw(st.lists(SHAPE, min_size=1, max_size=6))
+    floors = [draw(st.integers(1, full_rank(shape))) for shape in shapes]
+    storage: Storage = draw(STORAGE)
+    least = sum(int(cost(r, s, storage)) for r, s in zip(floors, shapes, strict=True))
+    most = sum(m * n for m, n in shapes)
+    budget = Budget(shapes, draw(st.integers(least, max(least, most))), floors, 1, storage)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    energies = [
+        torch.rand(full_rank(s), generator=generator, dtype=torch.float64).sort(descending=True)[0]
+        for s in shapes
+    ]
+    return budget, energies
+
+
+@some
+@given(budgets(), st.lists(st.floats(0.01, 100), min_size=6, max_size=6))
+def test_whole_ranks_keep_the_budget_and_their_floors(
+    drawn: tuple[Budget, list[torch.Tensor]], wishes: list[float]
+) -> None:
+    budget, energies = drawn
+    baselines = [w * break_even(s) for w, s in zip(wishes, budget.shapes, strict=False)]
+    real = budget.scaled(baselines)
+    ranks = budget.rounded(real, energies)
+    assert budget.spent(ranks) <= budget.parameters
+    for rank, floor, shape in zip(ranks, budget.floors, budget.shapes, strict=True):
+        assert floor <= rank <= full_rank(shape)
+    # Nothing is left that would buy one more rank somewhere.
+    for i, (rank, shape) in enumerate(zip(ranks, budget.shapes, strict=True)):
+        if rank < full_rank(shape):
+            more = [*ranks[:i], rank + 1, *ranks[i + 1 :]]
+            assert budget.spent(more) > budget.parameters
+
+
+@some
+@given(budgets())
+def test_filling_lowers_no_rank_and_buys_the_dearest_energy_first(
+    drawn: tuple[Budget, list[torch.Tensor]],
+) -> None:
+    budget, energies = drawn
+    filled = budget.filled(budget.floors, energies)
+    assert all(now >= floor for now, floor in zip(filled, budget.floors, strict=True))
+    assert budget.filled(filled, energies) == filled
+
+
+VALUES: dict[Key, st.SearchStrategy[Any]] = {
+    ("plan", "ratio"): st.lists(st.sampled_from([0.9, 0.7, 0.5]), min_size=1, unique=True),
+    ("plan", "multiple_of"): st.integers(1, 64),
+    ("calibration", "samples"): st.integers(1, 512),
+    ("calibration", "seed"): st.integers(0, 2**32),
+    ("compress", "evaluate"): st.booleans(),
+    ("model", "revision"): st.text("abcdef0123456789", min_size=7, max_size=9),
+}
+LAYER = st.fixed_dictionaries({}, optional=VALUES)
+
+
+def toml(layer: dict[Key, Any]) -> str:
+    lines = {section: f"[{section}]\n" for section, _ in layer}
+    for (section, key), value in layer.items():
+        text = f'"{value}"' if isinstance(value, str) else str(value).lower()
+        lines[section] += f"{key} = {text}\n"
+    return "".join(lines.values())
+
+
+def variables(layer: dict[Key, Any]) -> dict[str, str]:
+    return {
+        f"HISVD_{section}_{key}".upper(): str(value).strip("[]")
+        for (section, key), value in layer.items()
+    }
+
+
+@some
+@given(LAYER, LAYER, LAYER)
+def test_the_strongest_source_of_each_setting_decides(
+    profile: dict[Key, Any], environment: dict[Key, Any], flags: dict[Key, Any]
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "hisvd.toml"
+        path.write_text(toml(profile), encoding="utf-8")
+        found = resolve(flags, None, (), variables(environment), Path(folder))
+    defaults = Settings()
+    for section, key in VALUES:
+        sources = [
+            (flags, flag_of(section, key)),
+            (environment, f"HISVD_{section}_{key}".upper()),
+            (profile, str(path)),
+        ]
+        chosen = [(layer, name) for layer, name in sources if (section, key) in layer]
+        if chosen:
+            layer, name = chosen[0]
+            assert found.value(section, key) == layer[section, key]
+            assert found.origins[section, key] == name
+        else:
+            assert found.value(section, key) == getattr(getattr(defaults, section), key)
+            assert (section, key) not in found.origins
+
+
+@some
+@given(st.data(), st.integers(1, 12))
+def test_rows_come_back_however_they_were_divided(data: st.DataObject, count: int) -> None:
+    rows = torch.rand(count, 3, generator=torch.Generator().manual_seed(count))
+    spans = data.draw(
+        st.lists(st.tuples(st.integers(0, count), st.integers(0, count)).map(sorted), max_size=5)
+    )
+    spans = [(first, end) for first, end in spans if first < end]
+    start, end = sorted(data.draw(st.tuples(st.integers(0, count), st.integers(0, count))))
+    assume(start < end)
+    covered = {row for first, last in spans for row in range(first, last)}
+    with TemporaryDirectory() as folder:
+        files = RowFiles(Path(folder), "states")
+        for first, last in spans:
+            files.keep(first, rows[first:last], StatesHome(torch.device("cpu")))
+        assert files.sound(count) == (covered == set(range(count)))
+        if covered >= set(range(start, end)):
+            assert torch.equal(files.read(start, end), rows[start:end])
+        else:
+            with pytest.raises(SourceError, match="lacks rows"):
+                files.read(start, end)
