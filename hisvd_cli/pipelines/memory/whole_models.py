@@ -9,7 +9,8 @@ import torch
 
 from hisvd_cli.calibration.workload import Peak, parameters
 from hisvd_cli.linalg.moments import exact_device
-from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, is_checkpoint
+from hisvd_cli.modeling.layers.lowrank import FACTORS
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
@@ -138,6 +139,13 @@ def check_training(
     work = Training(factors, adapters, shape[0] * shape[1], shape[1], knobs.checkpointing)
     teacher = whole_model(resolved, models[1], dtype) if models[1] else None
     check_fits(resolved, training_peak(student, teacher, work), f"`recover.method` {knobs.method}")
+
+
+def factor_parameters(checkpoint: Checkpoint) -> int:
+    """Return the number of parameters in the low-rank factors of a checkpoint."""
+    leaves = FACTORS[checkpoint.storage]
+    shapes = [checkpoint.weights.infos[f"{n}.{x}"].shape for n in checkpoint.ranks for x in leaves]
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def streamed_states(

@@ -56,7 +56,7 @@ def forecast_recovery(
         "output": str(path),
         "from": str(folder),
         "bytes": recovery.student.weights.total_bytes,
-        "text_tokens": recovery.lessons.tokens,
+        "text_tokens": recovery.data.tokens,
         "tokens": course.tokens and course.tokens * parts,
         "seconds": course.seconds and course.seconds * parts,
     }

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from hisvd_cli.calibration.text.tokens import check_seqlen
-from hisvd_cli.finetuning.recover import Classroom, check_teacher, check_trainable
-from hisvd_cli.finetuning.training_data import Lessons
-from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hisvd_cli.modeling.layers.lowrank import FACTORS
+from hisvd_cli.finetuning.factor_training import RunOptions
+from hisvd_cli.finetuning.recover import check_teacher, check_trainable
+from hisvd_cli.finetuning.training_data import TrainingData
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import RecoverSettings
-from hisvd_cli.pipelines.memory.whole_models import check_training
+from hisvd_cli.pipelines.memory.whole_models import check_training, factor_parameters
 from hisvd_cli.pipelines.recovering.recovery_checks import (
     check_runs,
     check_trains,
@@ -37,15 +35,15 @@ class Recovery:
         resolved: the settings.
         student: the checkpoint.
         teacher: the dense model; None if the method needs none.
-        room: device and dtype of the models.
-        lessons: the training windows.
+        run: device and dtype of the models.
+        data: the training windows.
     """
 
     resolved: Resolved
     student: Source
     teacher: Source | None
-    room: Classroom
-    lessons: Lessons
+    run: RunOptions
+    data: TrainingData
 
     @property
     def knobs(self) -> RecoverSettings:
@@ -87,15 +85,12 @@ def prepare_recovery(
     stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
     dtype = training_dtype(resolved, stored)
     check_training(
-        resolved, (student, teacher), dtype, tokens_together(resolved), _factors(checkpoint)
+        resolved,
+        (student, teacher),
+        dtype,
+        tokens_together(resolved),
+        factor_parameters(checkpoint),
     )
-    room = Classroom(pick_device(resolved.settings.model.device), dtype, knobs.checkpointing)
-    lessons = training_windows(resolved, checkpoint, student, teacher, room, reporter)
-    return Recovery(resolved, student, teacher, room, lessons)
-
-
-def _factors(checkpoint: Checkpoint) -> int:
-    """Return the number of parameters in the low-rank factors of a checkpoint."""
-    leaves = FACTORS[checkpoint.storage]
-    shapes = [checkpoint.weights.infos[f"{n}.{x}"].shape for n in checkpoint.ranks for x in leaves]
-    return sum(torch.Size(shape).numel() for shape in shapes)
+    run = RunOptions(pick_device(resolved.settings.model.device), dtype, knobs.checkpointing)
+    data = training_windows(resolved, checkpoint, student, teacher, run, reporter)
+    return Recovery(resolved, student, teacher, run, data)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from hisvd_cli.calibration.text.self_text import sample_self
-from hisvd_cli.finetuning.recover import Classroom
-from hisvd_cli.finetuning.training_data import Lessons, load_lessons, windows_of
+from hisvd_cli.finetuning.factor_training import RunOptions
+from hisvd_cli.finetuning.training_data import TrainingData, load_training_data, windows_of
 from hisvd_cli.inspection.audit import part
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
 from hisvd_cli.modeling.sources.source import Source
@@ -41,7 +41,7 @@ def is_same_text(resolved: Resolved, dense: Source, record: Mapping[str, Any]) -
     The content of files is compared; other texts count as unchanged.
 
     Raises:
-        DataError: see :func:`hisvd_cli.finetuning.training_data.load_lessons`.
+        DataError: see :func:`hisvd_cli.finetuning.training_data.load_training_data`.
     """
     dataset = named_text(resolved) or SELF
     if dataset == SELF or not expanded(dataset).is_file():
@@ -57,7 +57,7 @@ def is_same_recovery(resolved: Resolved, dense: Source, record: Mapping[str, Any
     without a recovery in the settings, whether it has none.
 
     Raises:
-        DataError: see :func:`hisvd_cli.finetuning.training_data.load_lessons`.
+        DataError: see :func:`hisvd_cli.finetuning.training_data.load_training_data`.
     """
     trained = part(record, "recovery").get("settings")
     if resolved.settings.recover.method == "none":
@@ -71,9 +71,9 @@ def training_windows(
     checkpoint: Checkpoint,
     student: Source,
     teacher: Source | None,
-    room: Classroom,
+    run: RunOptions,
     reporter: Reporter,
-) -> Lessons:
+) -> TrainingData:
     """Return the training windows of a checkpoint, sampled from the dense model or from a text.
 
     Raises:
@@ -88,8 +88,8 @@ def training_windows(
             knobs.samples or _SELF_WINDOWS,
             knobs.seqlen,
             knobs.seed,
-            device=room.device,
-            dtype=room.dtype,
+            device=run.device,
+            dtype=run.dtype,
             reporter=reporter,
         )
         return windows_of(drawn.flatten(), knobs.seqlen, SELF, digest(drawn.numpy().tobytes()))
@@ -109,16 +109,16 @@ def training_windows(
     )
 
 
-def load_text_of(dataset: str, source: Source, resolved: Resolved, calibrated: str) -> Lessons:
+def load_text_of(dataset: str, source: Source, resolved: Resolved, calibrated: str) -> TrainingData:
     """Load a text; ``calibrated`` is the string that the calibration removed from its text."""
     knobs = resolved.settings.recover
     drop = calibrated if knobs.drop is None else knobs.drop
-    return load_lessons(dataset, source, knobs.seqlen, drop)
+    return load_training_data(dataset, source, knobs.seqlen, drop)
 
 
-def limited(lessons: Lessons, resolved: Resolved) -> Lessons:
+def limited(loaded: TrainingData, resolved: Resolved) -> TrainingData:
     """Return the requested number of windows. Raises DataError: there are too few."""
-    wanted = resolved.settings.recover.samples or len(lessons.ids)
-    lessons = lessons.rows(0, wanted)
-    lessons.held_out()
-    return lessons
+    wanted = resolved.settings.recover.samples or len(loaded.ids)
+    loaded = loaded.rows(0, wanted)
+    loaded.held_out()
+    return loaded
