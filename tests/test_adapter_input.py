@@ -163,8 +163,8 @@ def test_an_adapter_of_a_quantized_model(tiny_model: MakeModel, tmp_path: Path) 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "uses use_dora"),
     "bias": ({"lora_bias": True}, "uses lora_bias"),
-    "type": ({"peft_type": "IA3"}, "is of the type IA3"),
-    "start": ({"init_lora_weights": "pissa_niter_4"}, "starts from changed weights"),
+    "type": ({"peft_type": "IA3"}, "has the type IA3"),
+    "start": ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
 }
 
 
@@ -190,7 +190,7 @@ def test_an_adapter_with_more_than_low_rank_additions(
     name = "base_model.model.model.embed_tokens"
     pair = load_file(path)
     for more, words in (
-        (f"{name}.lora_embedding_A", f"holds {name}.lora_embedding_A"),
+        (f"{name}.lora_embedding_A", f"contains {name}.lora_embedding_A"),
         (f"{name}.weight", r"resizes model.embed_tokens.weight from \[300, 32\] to \[301, 32\]"),
     ):
         save_file({**pair, more: torch.ones(301, 32)}, path)
@@ -202,7 +202,7 @@ def test_an_adapter_with_more_than_low_rank_additions(
     ("change", "words"),
     [
         ({"base_model.model.model.layers.9.x": (4, 32)}, "changes model.layers.9.x"),
-        ({"base_model.model.lm_head": (4, 31)}, "for a weight [300, 32]"),
+        ({"base_model.model.lm_head": (4, 31)}, "match a weight [300, 32]"),
     ],
 )
 def test_an_adapter_of_another_model(
@@ -219,8 +219,8 @@ def test_an_adapter_without_its_weights(tiny_model: MakeModel, tmp_path: Path) -
     folder, _ = both(tiny_model("llama_untied"), tmp_path, target_modules=["q_proj"])
     (folder / "adapter_model.safetensors").unlink()
     message, hint = fail("eval", folder)
-    assert "holds adapter_config.json but no adapter_model.safetensors" in message
-    assert "merged already" in hint
+    assert "has adapter_config.json but no adapter_model.safetensors" in message
+    assert "already merged" in hint
 
 
 def test_an_adapter_that_names_itself_as_its_base(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_missing_and_misshapen_tensors(tiny_model: MakeModel, tmp_path: Path) ->
         BlockWalk(open_source(str(folder)), CPU, torch.float32, BATCH)
     save_file(state | {name: tensor[:-1].clone()}, folder / "model.safetensors", {"format": "pt"})
     walk = BlockWalk(open_source(str(folder)), CPU, torch.float32, BATCH)
-    with pytest.raises(SourceError, match=rf"{name} is \[47, 32\] on disk .* \[48, 32\]"):
+    with pytest.raises(SourceError, match=rf"{name} has the shape \[47, 32\], .* \[48, 32\]"):
         walk.load(1)
 
 
@@ -204,14 +204,14 @@ def test_blocks_that_are_given_more_than_the_hidden_state_are_refused(
         return state, [((), {**kwargs, "per_layer_input": ids}) for _, kwargs in calls]
 
     monkeypatch.setattr("hisvd_cli.modeling.block_walk.run_stubs", with_embeddings)
-    with pytest.raises(UnsupportedModelError, match="more than the hidden state"):
+    with pytest.raises(UnsupportedModelError, match="than the hidden states"):
         walk.embed(TOKENS)
 
 
 def test_compressed_and_quantized_models_are_refused(tiny_model: MakeModel, tmp_path: Path) -> None:
     folder = copy_of(tiny_model("llama"), tmp_path)
     edit_json(folder / "config.json", quantization_config={"quant_method": "hisvd"})
-    with pytest.raises(UnsupportedModelError, match="compressed already"):
+    with pytest.raises(UnsupportedModelError, match="already compressed"):
         build_meta_model(open_source(str(folder)))
     build_meta_model(open_source(str(folder)), compressed=True)
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})

@@ -470,7 +470,7 @@ def test_weights_that_are_nan_are_named(name: str, tiny_model: MakeModel, tmp_pa
         state[name].view(-1)[3] = float("nan")
 
     model = edited(tiny_model("llama"), tmp_path / "model", poison)
-    with pytest.raises(NumericalError, match=f"{name} in model.safetensors holds 1 values"):
+    with pytest.raises(NumericalError, match=f"{name} in model.safetensors contains 1 values"):
         run(model, tmp_path / "calibration")
     assert not (tmp_path / "calibration").exists()
 

@@ -272,7 +272,7 @@ def test_spectra_are_drawn_and_given_as_numbers(quick: tuple[object, ...]) -> No
         assert len(spectrum["energy"]) == row["full_rank"]
         assert sum(spectrum["energy"][row["rank"] :]) == pytest.approx(row["loss"])
     message, _ = fail("plan", *quick, "--spectrum-of", "nothing", code=2)
-    assert message == "The pattern 'nothing' matches no sublayer."
+    assert message == "The pattern 'nothing' does not match any layer."
 
 
 def test_a_pipe_gets_one_line_per_row(quick: tuple[object, ...], tmp_path: Path) -> None:

@@ -340,10 +340,10 @@ def broken_config(folder: Path) -> None:
     [
         (cut, "model.safetensors"),
         (scramble, "model.safetensors"),
-        (no_number, "up_proj.weight in model.safetensors holds 1 values that are NaN"),
+        (no_number, "up_proj.weight in model.safetensors contains 1 values that are NaN"),
         (lose, "lacks the tensor model.layers.1.mlp.up_proj.weight"),
-        (widen, "on disk"),
-        (no_tokenizer, "no tokenizer that loads"),
+        (widen, "but the config requires"),
+        (no_tokenizer, "cannot be loaded"),
         (no_config, "no config.json"),
         (broken_config, "not valid JSON"),
     ],

@@ -347,7 +347,7 @@ def test_an_indefinite_gradient_moment_is_an_error() -> None:
 def test_numerical_failures_name_the_sublayer() -> None:
     case = _case((20, 34))
     broken = replace(case.statistics(), moment=Moment(torch.full((34, 34), torch.nan), "input"))
-    failed = pytest.raises(NumericalError, match=r"^layers\.3\.up: its decomposition did not")
+    failed = pytest.raises(NumericalError, match=r"^layers\.3\.up: the decomposition did not")
     with failed, decomposing("layers.3.up"):
         DECOMPOSERS.get("whitened")(case.weight, broken, 3)
     gradient = replace(case.statistics(), gradient=_gradient(-torch.eye(20)))

@@ -29,9 +29,9 @@ def test_devices_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "meta", "xpu:7", "cpu:x"])
 def test_devices_that_are_not(name: str) -> None:
-    with pytest.raises(UsageError, match=f"no device '{name}' here") as caught:
+    with pytest.raises(UsageError, match=f"Device '{name}' is not available") as caught:
         pick_device(name)
-    assert "--device" in caught.value.hint
+    assert "`model.device`" in caught.value.hint
 
 
 @pytest.fixture

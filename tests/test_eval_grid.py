@@ -187,7 +187,7 @@ def test_a_failing_model_leaves_the_others(
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 2
     message, _ = fail("eval", broken, *words)
-    assert "holds no weights" in message
+    assert "has no weights" in message
 
 
 def test_another_tokenizer_gives_no_divergence(
@@ -230,7 +230,7 @@ def test_reports_that_cannot_be_written_stop_before_the_work(
     (here / "folder").mkdir()
     for flag in ("--csv", "--markdown"):
         message, _ = fail("eval", models / "good", *words, flag, here / "file" / "x")
-        assert "takes no files" in message
+        assert "is not writable" in message
         message, _ = fail("eval", models / "good", *words, flag, here / "folder")
         assert "is a folder" in message
     assert opened == []

@@ -382,7 +382,9 @@ def test_missing_storage_is_a_problem(tmp_path: Path) -> None:
         for info in source.infolist():
             if not info.filename.endswith("data/1"):
                 target.writestr(info.filename, source.read(info))
-    assert read_foreign(lean).problems == ("1 storages are missing or misfit, such as `1`",)
+    assert read_foreign(lean).problems == (
+        "1 storages are missing or of the wrong size, such as `1`",
+    )
 
 
 # Attacks. Every payload leaves a file behind where the stock pickle module loads it.
@@ -617,8 +619,8 @@ def test_importable_classes_are_not_called(tmp_path: Path, zipped: bool) -> None
 def test_dangerous_global_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(_zip_file(_call("posix", "system", _text("true")) + pickle.STOP))
-    told = "names `posix.system`, which runs code when loaded by other tools; "
-    assert read_foreign(path).problems == (told + "nothing was executed here",)
+    told = "uses `posix.system`, which executes code when loaded by other tools; "
+    assert read_foreign(path).problems == (told + "it was not executed here",)
 
 
 def test_two_ways_to_write_one_name_are_both_seen(tmp_path: Path) -> None:
@@ -627,7 +629,7 @@ def test_two_ways_to_write_one_name_are_both_seen(tmp_path: Path) -> None:
     path.write_bytes(
         _zip_file(harmless + _stack_global(_text("package"), _text("os.system")) + b".")
     )
-    assert "names `package.os.system`" in _told(path)
+    assert "uses `package.os.system`" in _told(path)
 
 
 def test_attribute_of_a_class_is_noted(tmp_path: Path) -> None:
@@ -666,14 +668,14 @@ def _refusal(path: Path, payload: bytes) -> str:
         (b"Pabc\n.", "PERSID"),
         (b"\x97.", "NEXT_BUFFER"),
         (b".", "empty stack"),
-        (b"t.", "never opened"),
+        (b"t.", "never pushed"),
         (b"h\x05.", "never stored"),
         (b"K\x01K\x02a.", "adds items to a int"),
         (b"}(K\x01u.", "without a value"),
-        (b"K\x01K\x02Q.", "outside data"),
+        (b"K\x01K\x02Q.", "external data"),
         (b"K\x01Nb.", "sets the state of a int"),
         (b"K\x01K\x02\x93.", "names a global by a int"),
-        (_global("os", "system") + b"NR.", "calls with a NoneType"),
+        (_global("os", "system") + b"NR.", "arguments of a call are a NoneType"),
         (_call("torch._utils", "_rebuild_tensor_v2") + b".", "not one that torch writes"),
         (b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "does not end within"),
     ],
@@ -697,10 +699,10 @@ def _tensor(kind: str, count: int, size: tuple[object, ...]) -> bytes:
     ("kind", "count", "size", "told"),
     [
         ("Popen", 1, (1,), "not a known type of tensor storage"),
-        ("FloatStorage", -1, (1,), "impossible number"),
-        ("FloatStorage", 1 << 70, (1,), "impossible number"),
-        ("FloatStorage", 1, (-1,), "something else than counts"),
-        ("FloatStorage", 1, ("a",), "something else than counts"),
+        ("FloatStorage", -1, (1,), "invalid number"),
+        ("FloatStorage", 1 << 70, (1,), "invalid number"),
+        ("FloatStorage", 1, (-1,), "values that are not counts"),
+        ("FloatStorage", 1, ("a",), "values that are not counts"),
         ("FloatStorage", 1, (1,) * 65, "not a short tuple"),
     ],
 )
@@ -713,10 +715,10 @@ def test_impossible_tensors_are_refused(
 def test_tensor_beyond_its_data_and_data_without_tensor(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(_zip_file(_dict(a=_tensor("HalfStorage", 4, (3, 3))) + b"."))
-    assert "1 tensors reach past their data, such as `a`" in _told(path)
+    assert "1 tensors exceed their storage, such as `a`" in _told(path)
     unknown = _tensor("HalfStorage", 4, (4,)).replace(b"_rebuild_tensor_v2", b"_rebuild_other")
     path.write_bytes(_zip_file(_dict(a=unknown) + b"."))
-    assert "1 storages (8 bytes) belong to no tensor that was found" in _told(path)
+    assert "1 storages (8 bytes) are not used by any known tensor" in _told(path)
 
 
 def test_size_of_the_pickle_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -764,7 +766,7 @@ def test_module_inside_itself_ends(tmp_path: Path) -> None:
     itself = _dict(a=pickle.BINGET + b"\x00")
     state = _dict(_parameters=_dict(), _modules=itself)
     path.write_bytes(_zip_file(INSTANCE + b"q\x00" + state + b"b."))
-    assert "deeper than" in _told(path)
+    assert "nested more than" in _told(path)
 
 
 def test_library_imports_no_torch() -> None:

@@ -146,7 +146,7 @@ def test_an_extra_tensor(checkpoint: Path) -> None:
 def test_values_that_are_no_numbers(checkpoint: Path) -> None:
     rewrite(checkpoint, lambda tensors: tensors[f"{UP}.weight"].fill_(float("nan")))
     (problem,) = problems_of(checkpoint)
-    assert problem.startswith(f"{UP}.weight in model.safetensors holds")
+    assert problem.startswith(f"{UP}.weight in model.safetensors contains")
     assert problems_of(checkpoint, "--no-check-values") == []
 
 
@@ -155,7 +155,7 @@ def test_an_order_of_rows_that_is_none(checkpoint: Path, tmp_path: Path) -> None
     if name not in load_file(checkpoint / "model.safetensors"):
         pytest.skip("plain pairs have no order")
     rewrite(checkpoint, lambda tensors: tensors[name].fill_(2))
-    assert problems_of(checkpoint) == [f"{name}: is not a permutation of rows."]
+    assert problems_of(checkpoint) == [f"{name}: not a permutation of rows."]
     message, _ = fail("convert", checkpoint, "--to", "dense", "--output", tmp_path / "dense")
     assert name in message
     assert not (tmp_path / "dense").exists()
@@ -170,11 +170,12 @@ def test_a_rank_that_disagrees_with_the_config(checkpoint: Path) -> None:
     pivoted = "storage" in config["quantization_config"]
     rows = (48 - rank, 48 - rank - 1) if pivoted else (48, 48)
     assert problems_of(checkpoint) == [
-        "model.layers.9.mlp.up_proj: config.json gives a rank, but it is not a linear layer of the "
+        "model.layers.9.mlp.up_proj: has a rank in config.json, but is not a linear layer of the "
         "model.",
-        f"{UP}.weight: [{rank}, 32] on disk, [{rank + 1}, 32] by config.json.",
-        f"{UP}.weight_u: [{rows[0]}, {rank}] on disk, [{rows[1]}, {rank + 1}] by config.json.",
-        f"{UP}: rank {rank + 1}, but the plan says rank {rank}.",
+        f"{UP}.weight: [{rank}, 32] on disk, [{rank + 1}, 32] expected by config.json.",
+        f"{UP}.weight_u: [{rows[0]}, {rank}] on disk, [{rows[1]}, {rank + 1}] expected by "
+        "config.json.",
+        f"{UP}: rank {rank + 1}, but the plan has rank {rank}.",
     ]
 
 
@@ -188,8 +189,8 @@ def test_a_rank_that_the_config_forgot(checkpoint: Path) -> None:
     assert (order in found) == pivoted
     assert [problem for problem in found if problem != order] == [
         f"{UP}.weight_u: not part of the model.",
-        f"{UP}.weight: [{rank}, 32] on disk, [48, 32] by config.json.",
-        f"{UP}: rank 32, but the plan says rank {rank}.",
+        f"{UP}.weight: [{rank}, 32] on disk, [48, 32] expected by config.json.",
+        f"{UP}: rank 32, but the plan has rank {rank}.",
     ]
 
 
@@ -201,8 +202,8 @@ def test_a_plan_that_disagrees(checkpoint: Path) -> None:
     plan["sublayers"].append({**row, "name": "model.layers.9.mlp.up_proj"})
     (checkpoint / "plan.json").write_text(json.dumps(plan))
     assert problems_of(checkpoint) == [
-        f"{UP}: rank {rank}, but the plan says rank {rank + 1}.",
-        f"model.layers.9.mlp.up_proj: absent, but the plan says rank {rank + 1}.",
+        f"{UP}: rank {rank}, but the plan has rank {rank + 1}.",
+        f"model.layers.9.mlp.up_proj: missing, but the plan has rank {rank + 1}.",
     ]
 
 
@@ -210,17 +211,15 @@ def test_records_that_are_missing(checkpoint: Path) -> None:
     (checkpoint / "plan.json").unlink()
     (checkpoint / "hisvd.json").unlink()
     assert problems_of(checkpoint) == [
-        "plan.json is missing: ranks cannot be compared with their plan.",
-        "hisvd.json is missing or empty: nothing says how this was made.",
+        "plan.json is missing: ranks cannot be checked against the plan.",
+        "hisvd.json is missing or empty: the provenance is unknown.",
     ]
 
 
 @pytest.mark.parametrize("record", ["[]", "3", "{}", '{"model": 3, "calibration": {"data": []}}'])
 def test_a_record_that_is_none(record: str, checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "hisvd.json").write_text(record)
-    assert problems_of(checkpoint) == [
-        "hisvd.json is missing or empty: nothing says how this was made."
-    ]
+    assert problems_of(checkpoint) == ["hisvd.json is missing or empty: the provenance is unknown."]
     other = text_file(tmp_path, 300, seed=7)
     succeed("eval", checkpoint, "--dataset", other, "--seqlen", 32)
 
@@ -275,7 +274,7 @@ def test_a_pt_whose_parts_disagree(made: Path, tmp_path: Path) -> None:
     (problem,) = problems_of(path)
     assert problem.startswith(f"{UP}.weight: [")
     path = edit_pt(made / "one.pt", tmp_path / "b.pt", spoil)
-    assert problems_of(path) == [f"{UP}.weight: holds values that are NaN or infinite."]
+    assert problems_of(path) == [f"{UP}.weight: contains NaN or infinite values."]
     assert problems_of(path, "--no-check-values") == []
 
 
@@ -355,7 +354,7 @@ def test_models_of_other_tools(
     assert f"{foreign_class.__module__}.SVD_Layer" in document["provenance"]["classes"]
     assert foreign_class.__module__ not in sys.modules
     shown = succeed("inspect", path, env={"COLUMNS": "80"}).stdout
-    assert "nothing in it was run" in shown
+    assert "not executed" in shown
     fail("eval", path)
 
 

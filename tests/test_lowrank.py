@@ -83,12 +83,12 @@ def test_new_layers_hold_finite_numbers() -> None:
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank: int) -> None:
-    with pytest.raises(ValueError, match=f"at least 1, and is {rank}"):
+    with pytest.raises(ValueError, match=f"at least 1, not {rank}"):
         LowRankLinear(N, M, rank)
 
 
 def test_a_pivoted_layer_has_fewer_directions_than_outputs() -> None:
-    with pytest.raises(ValueError, match="below its 12 outputs, and is 12"):
+    with pytest.raises(ValueError, match="less than its 12 outputs, not 12"):
         PivotedLinear(N, M, M)
 
 

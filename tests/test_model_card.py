@@ -55,7 +55,7 @@ def test_the_card_of_a_checkpoint_claims_nothing(made: tuple[Path, Plan]) -> Non
     }
     text = (made[0] / "README.md").read_text(encoding="utf-8")
     assert "Not measured yet." in text
-    assert f"| kept of the whole model | {made[1].model_ratio:.2%} |" in text
+    assert f"| parameters kept, whole model | {made[1].model_ratio:.2%} |" in text
     assert 'from_pretrained("PATH", trust_remote_code=True)' in text
 
 
@@ -146,7 +146,7 @@ def test_later_results_join_or_replace_earlier_ones(folder: Path) -> None:
     assert text.endswith("\nMine.\n")
     path.write_text(text.replace("<!-- hisvd", "<!-- gone"), encoding="utf-8")
     update_card(folder, [])
-    assert "## What it costs\n\n<!-- hisvd" in path.read_text(encoding="utf-8")
+    assert "## Evaluation\n\n<!-- hisvd" in path.read_text(encoding="utf-8")
 
 
 def test_cards_that_cannot_be_updated(folder: Path) -> None:

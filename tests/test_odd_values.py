@@ -166,7 +166,7 @@ def test_a_safetensors_header_that_is_odd(header: object, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dtype", "told"), [("F6_E9", "stores its weights as F6_E9"), (None, "hold no tensors")]
+    ("dtype", "told"), [("F6_E9", "have the dtype F6_E9"), (None, "have no tensors")]
 )
 def test_weights_of_an_odd_dtype_or_none(dtype: str | None, told: str, model: Path) -> None:
     header = {"a": {**GOOD, "dtype": dtype}} if dtype else {}
@@ -296,7 +296,7 @@ def test_a_stored_evaluation_with_odd_values_is_measured_again(
 def test_an_index_that_leads_out_of_its_folder(name: str, model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     (model / "model.safetensors").rename(model / "shard.safetensors")  # it would win
-    assert "not a file of its folder" in fail("inspect", model)[0]
+    assert "not a file in its folder" in fail("inspect", model)[0]
 
 
 @pytest.mark.parametrize("weight_map", [[], 3, {"a": 3}, {"a": None}, {"a": ["x"]}])

@@ -395,13 +395,13 @@ def test_a_socket_is_refused_before_the_work(words: tuple[object, ...]) -> None:
 def test_a_plan_in_a_file_is_refused_before_the_work(here: Path) -> None:
     (here / "file").write_text("mine")
     message, _ = untouched(here, "plan", *QUICK, "--output", "file/p.json")
-    assert "file takes no files" in message
+    assert "file is not writable" in message
 
 
 def test_a_device_needs_no_folder_that_takes_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only root may write into /dev, and everybody to /dev/null."""
     monkeypatch.setattr(os, "access", lambda path, _: str(path) != "/dev")
-    text_output.check_text_place(Path("/dev/null"), "--csv")
+    text_output.check_text_place(Path("/dev/null"), "`csv`")
     text_output.write_through(Path("/dev/null"), "x")
 
 

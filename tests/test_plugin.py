@@ -415,7 +415,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "V too tall": (lambda t: t.update({f"{UP1}.weight": torch.zeros(7, 24)}), r"weight"),
     "V dense": (lambda t: t.update({f"{UP1}.weight": torch.zeros(40, 24)}), r"weight"),
     "bias too long": (lambda t: t.update({f"{Q0}.bias": torch.zeros(25)}), r"bias"),
-    "bias too many": (lambda t: t.update({f"{UP1}.bias": torch.zeros(40)}), r"place: .*up_proj\.b"),
+    "bias too many": (lambda t: t.update({f"{UP1}.bias": torch.zeros(40)}), r"json: .*up_proj\.b"),
     "U of no layer": (lambda t: t.update({"lm_head.weight_u": torch.zeros(40, 6)}), r"lm_head\.w"),
 }
 
@@ -486,7 +486,7 @@ def test_a_rank_for_what_is_no_linear_is_an_error_without_head(qwen2: Folder) ->
 @pytest.mark.parametrize("rank", [0, -3, 2.5, "6", True, None])
 def test_a_rank_that_is_no_positive_integer_is_an_error(rank: object, qwen2: Folder) -> None:
     edit_ranks(qwen2.path, lambda ranks: ranks.update({Q0: rank}))
-    with pytest.raises(ValueError, match=rf"no positive integer: {Q0}: {rank!r}"):
+    with pytest.raises(ValueError, match=rf"positive integers: {Q0}: {rank!r}"):
         load(qwen2.path)
 
 
@@ -499,7 +499,7 @@ def test_ranks_that_are_no_mapping_are_an_error() -> None:
 def test_an_unknown_format_version_is_an_error(version: object, qwen2: Folder) -> None:
     written = json.loads((qwen2.path / "config.json").read_text())["quantization_config"]
     edit_config(qwen2.path, quantization_config={**written, "format_version": version})
-    with pytest.raises(ValueError, match=rf"format version {version!r}.*reads version 1"):
+    with pytest.raises(ValueError, match=rf"format version {version!r}.*supports version 1"):
         load(qwen2.path)
 
 
@@ -537,7 +537,7 @@ def test_a_tied_head_cannot_be_low_rank(pristine: MakeFolder, tmp_path: Path) ->
 
 def test_an_unseen_loading_report_is_an_error() -> None:
     quantizer = HiSVDQuantizer(HiSVDConfig({}), pre_quantized=True)
-    with pytest.raises(RuntimeError, match="does not know"):
+    with pytest.raises(RuntimeError, match="is not supported"):
         quantizer._process_model_after_weight_loading(dense_model("llama"))
 
 

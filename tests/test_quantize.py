@@ -112,7 +112,7 @@ def test_bytes_on_disk_are_those_that_were_counted(
     assert document["dense_bytes"] == before["dense_bytes"] == 4 * before["dense_parameters"]
     assert as_json("convert", whole, "--quantize", "int4", "--group-size", 24, "--output", made,
                    "--overwrite")["bytes"] == document["bytes"]  # fmt: skip
-    assert "int4 in 21 sublayers, groups of 24" in (made / "README.md").read_text()
+    assert "int4 in 21 layers, groups of 24" in (made / "README.md").read_text()
 
 
 def _matrices(folder: Path) -> dict[str, tuple[int, int]]:
@@ -392,7 +392,7 @@ def test_bad_requests_say_what_to_do(checkpoint: MakeCheckpoint, tmp_path: Path)
     assert "no.txt" in message
     succeed("convert", whole, "--quantize", "int8", "--output", made)
     message, _ = fail("convert", made, "--quantize", "int4", *to)
-    assert "quantized already" in message
+    assert "already quantized" in message
     assert not (tmp_path / "other").exists()
 
 

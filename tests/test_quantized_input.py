@@ -256,8 +256,8 @@ def test_a_config_that_names_a_format_that_cannot_be_read(
     (folder / "README.md").write_text("---\nbase_model: org/original\n---\n")
     words = ("compress", "--model") if command == "compress" else (command,)
     message, hint = fail(*words, folder)
-    assert f"is quantized ({title}), a format that cannot be dequantized here" in message
-    assert hint.endswith("its card names 'org/original'.")
+    assert f"is quantized ({title}), a format that hisvd cannot dequantize" in message
+    assert hint.endswith("'org/original' according to its card.")
 
 
 MARKS = {
@@ -319,7 +319,7 @@ def test_a_quantization_config_that_is_no_object(
     folder = tmp_path / "model"
     shutil.copytree(tiny_model("llama"), folder)
     edit_json(folder / "config.json", quantization_config=said)
-    assert "quantization_config of config.json" in fail("eval", folder)[0]
+    assert "quantization_config in config.json" in fail("eval", folder)[0]
 
 
 def test_packed_integers_whose_values_straddle_words(tiny_model: MakeModel, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_scales_that_do_not_fit_their_weight(tiny_model: MakeModel, tmp_path: Pa
     name = "model.layers.0.self_attn.q_proj.weight_scale_inv"
     save_file({**tensors, name: torch.ones(3, 7)}, path, {"format": "pt"})
     message, _ = fail("eval", folder, "--dataset", text_file(tmp_path), "--seqlen", 32)
-    assert "cannot be dequantized: scales [3, 7] do not fit [32, 32]" in message
+    assert "cannot be dequantized: scales [3, 7] do not match [32, 32]" in message
 
 
 def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched(

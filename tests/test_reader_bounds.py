@@ -151,7 +151,7 @@ def header(model: Path) -> None:
 
 def test_a_model_that_declares_more_than_it_holds(tiny_model: MakeModel, tmp_path: Path) -> None:
     damages = {
-        expanded: "more numbers than the file",
+        expanded: "more values than its storage",
         inflated: "unpacks to",
         layers: "num_hidden_layers",
         wide: "head_dim",

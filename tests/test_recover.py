@@ -257,7 +257,7 @@ def test_distilling_lowers_the_held_out_divergence_and_writes_what_it_trained(
         assert recovery["data"]["dataset"] == "demo"
         assert "distill" in (output / "README.md").read_text(encoding="utf-8")
         assert as_json("inspect", output)["problems"] == []
-        assert "recovery" in succeed("inspect", output).output
+        assert "fine-tuning" in succeed("inspect", output).output
     assert names(tmp_path) == ["hisvd-cache", *made]
 
 

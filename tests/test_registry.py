@@ -44,7 +44,7 @@ def test_built_in_methods_are_found_without_an_import() -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(UsageError, match="No allocator is called 'hsvd'") as caught:
+    with pytest.raises(UsageError, match="There is no allocator 'hsvd'") as caught:
         ALLOCATORS.get("hsvd")
     assert caught.value.hint == "Did you mean 'hisvd'?"
     with pytest.raises(UsageError) as caught:
@@ -55,7 +55,7 @@ def test_an_unknown_name() -> None:
 def test_two_methods_of_one_name(empty: Registry[Method]) -> None:
     empty.register("mine")(str)
     empty.register("mine")(str)  # the very same one, such as on a second import
-    with pytest.raises(ValueError, match="Two methods are called 'mine'"):
+    with pytest.raises(ValueError, match="Two methods are named 'mine'"):
         empty.register("mine")(repr)  # type: ignore[arg-type]
 
 

@@ -158,7 +158,7 @@ def test_what_stops_a_report_stops_it_before_the_work(
     command: tuple[object, ...], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message, hint = fail(*command, "--report", here)
-    assert (message, hint) == (f"--report {here} is a folder.", "Name a file.")
+    assert (message, hint) == (f"--report {here} is a folder.", "Give the path of a file.")
     (here / "file").touch()
     assert "Cannot write --report" in fail(*command, "--report", here / "file" / "p.html")[0]
     monkeypatch.setattr(page, "find_spec", lambda name: None if name == "matplotlib" else name)

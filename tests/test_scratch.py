@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_used_names_the_lever(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="for temporary files") as caught:  # noqa: SIM117
         with scratch_folder(str(tmp_path / "file" / "x")):
             pass
-    assert "--scratch" in caught.value.hint
+    assert "`model.scratch`" in caught.value.hint
     assert "HISVD_CACHE" in caught.value.hint
 
 

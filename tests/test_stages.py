@@ -153,7 +153,7 @@ def test_the_checkpoint_names_the_original_and_its_stages(command: Command, here
     assert stages[2]["kept_parameters"] == record["kept_parameters"]
     assert len({stage["statistics"] for stage in stages}) == 3
     card = (here / "made" / "README.md").read_text(encoding="utf-8")
-    assert "| stages | 3, corrected by alpha-blend between |" in card
+    assert "| stages | 3, with alpha-blend correction in between |" in card
     audit = as_json("inspect", "made")
     assert audit["problems"] == []
     dataset = command[command.index("--dataset") + 1]

@@ -53,7 +53,7 @@ def test_prefixes_of_wrappers_are_left_out_and_named(
         assert perplexity(folder, text, stream) == pytest.approx(expected, rel=1e-6)
     done = succeed("inspect", folder, "--json")
     assert json.loads(done.stdout)["problems"] == []
-    assert "Warning: Read under another name: " in done.stderr
+    assert "Warning: Renamed: " in done.stderr
     assert "Ignored" not in done.stderr
 
 
@@ -74,7 +74,7 @@ def test_a_wrapped_model_is_compressed_to_the_bytes_of_the_bare_one(
 SURPLUS = {
     "v_head.summary.weight": ("of a value or classification head", (1, 32)),
     "score.weight": ("of a value or classification head", (2, 32)),
-    "model.layers.3.mlp.up_proj.weight": ("of blocks beyond the 3 that the config names", (48, 32)),
+    "model.layers.3.mlp.up_proj.weight": ("of blocks beyond the 3 of the config", (48, 32)),
     "mtp.proj.weight": ("that the model does not use", (32, 64)),
 }
 
@@ -109,7 +109,7 @@ def test_a_value_model_in_a_wrapper(tiny_model: MakeModel, tmp_path: Path) -> No
     wrapped = WRAPPERS["pretrained_model"]
     folder = renamed(tiny_model("llama"), tmp_path / "more", wrapped, **more)
     told = succeed("inspect", folder).stderr
-    assert "Read under another name: 29 tensors" in told
+    assert "Renamed: 29 tensors" in told
     assert "Ignored: 1 tensor of a value or classification head" in told
 
 
@@ -123,7 +123,7 @@ def test_a_classifier_is_not_called_damaged(tiny_model: MakeModel, tmp_path: Pat
     options = ("--dataset", text_file(tmp_path, 200), "--seqlen", 32)
     for stream in ("on", "off"):
         message, hint = fail("eval", folder, *options, "--stream", stream)
-        assert "has a value or classification head (score.weight) and lacks lm_head" in message
+        assert "has a value or classification head (score.weight) and no lm_head" in message
         assert "trained from" in hint
 
 
@@ -138,7 +138,7 @@ def test_an_adapter_among_the_weights(tiny_model: MakeModel, tmp_path: Path) -> 
     options = ("--dataset", text_file(tmp_path, 200), "--seqlen", 32)
     for stream in ("on", "off"):
         message, hint = fail("eval", folder, *options, "--stream", stream)
-        assert "hold an adapter that is not merged" in message
+        assert "contain an unmerged adapter" in message
         assert "merge_and_unload" in hint
 
 

@@ -173,7 +173,7 @@ def test_joined_files_hold_all_tensors(tmp_path: Path) -> None:
 def test_joining_a_damaged_part_names_it(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(9)}, tmp_path / "part")
     (tmp_path / "part").write_bytes((tmp_path / "part").read_bytes()[:-1])
-    with pytest.raises(SourceError, match="part holds"):
+    with pytest.raises(SourceError, match="part has"):
         join_files([tmp_path / "part"], tmp_path / "joined", {})
     assert not (tmp_path / "joined").exists()
 

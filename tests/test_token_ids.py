@@ -96,7 +96,7 @@ def test_a_config_that_names_a_dtype_which_torch_does_not_have(
         ("compress", "--model", folder, *data, "--samples", 4, "--ratio", 0.7),
     ):
         message, hint = fail(*words)
-        assert f"config.json of {folder} names the {key} {said!r}" in message
+        assert f"config.json of {folder} has the {key} {said!r}" in message
         assert "bfloat16" in hint
 
 

@@ -224,7 +224,7 @@ def test_code_of_a_model_travels_only_where_it_is_asked_for(
     succeed(*made, "--trust-remote-code", "--output", "own")
     assert proof.exists()
     assert {path.name for path in Path("own").glob("*.py")} == {"lure.py", "other.py"}
-    assert "code of the base model" in Path("own/README.md").read_text()
+    assert "base model's code" in Path("own/README.md").read_text()
     own = as_json("eval", "own", *EVALUATED, "--trust-remote-code")["results"][0]
     assert own == as_json("eval", "plain", *EVALUATED)["results"][0]
     succeed("inspect", "own", "--trust-remote-code")
@@ -249,7 +249,7 @@ def test_a_config_names_no_code_of_the_hub(
     edit_json(folder / "config.json", **changes)
     for words in (["inspect", folder], ["eval", folder, *EVALUATED]):
         message, hint = fail(*words)
-        assert "names code of the hub as" in message
+        assert "names Hub code as" in message
         assert "Remove" in hint
 
 

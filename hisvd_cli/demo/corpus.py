@@ -1,4 +1,4 @@
-"""The text of the demo model: read by chapters and split into four parts."""
+"""Reads the text of the demo model and splits its chapters into four parts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ VERSE = re.compile(r"(?P<chapter>[1-3]?[A-Za-z]+\d+):\d+ (?P<text>.+)")
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text, cut by whole chapters; ``calibration`` is part of ``training``, nothing else is.
+    """Disjoint parts of the text, except that ``calibration`` is a part of ``training``.
 
-    Two thirds of the chapters held out for evaluation are unused: the rest takes seconds to
-    evaluate.
+    Two thirds of the chapters held out for evaluation are unused, so that an evaluation takes
+    seconds.
     """
 
     training: str
@@ -24,7 +24,7 @@ class Corpus:
 
 
 def read_chapters(path: Path) -> list[str]:
-    """Return the chapters of a one-verse-a-line text in order, their verses one a line."""
+    """Return the chapters of a text with one verse per line, in order."""
     chapters: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         verse = VERSE.fullmatch(line)
@@ -35,23 +35,23 @@ def read_chapters(path: Path) -> list[str]:
 
 
 def split(chapters: list[str]) -> Corpus:
-    """Cut the chapters into four texts by their position, so that every text sees every book."""
+    """Split the chapters by position, so that every part contains text of the whole book."""
 
     def join(chosen: list[str]) -> str:
         return "\n\n".join(chosen) + "\n"
 
     evaluation = [c for i, c in enumerate(chapters) if i % 78 == 13]
     validation = [c for i, c in enumerate(chapters) if i % 52 == 0]
-    seen = [(i, c) for i, c in enumerate(chapters) if i % 26 != 13 and i % 52 != 0]
+    training = [(i, c) for i, c in enumerate(chapters) if i % 26 != 13 and i % 52 != 0]
     return Corpus(
-        training=join([c for _, c in seen]),
-        calibration=join([c for i, c in seen if i % 5 == 2]),
+        training=join([c for _, c in training]),
+        calibration=join([c for i, c in training if i % 5 == 2]),
         validation=join(validation),
         evaluation=join(evaluation),
     )
 
 
 def write_texts(folder: Path, corpus: Corpus) -> None:
-    """Write the two texts that are shipped with the model."""
+    """Write the two texts that are shipped with hisvd."""
     (folder / "calibration.txt").write_text(corpus.calibration, encoding="utf-8")
     (folder / "evaluation.txt").write_text(corpus.evaluation, encoding="utf-8")

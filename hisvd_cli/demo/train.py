@@ -1,11 +1,11 @@
-"""Train the embedded ``demo`` model from the King James Bible, and write all of its files.
+"""Trains the ``demo`` model on the King James Bible, and writes all of its files.
 
-The text is what the Debian package ``bible-kjv`` prints, one verse a line; see README.md::
+The text is the output of the Debian package ``bible-kjv``, one verse per line; see README.md::
 
     bible -f "Gen1:1-Rev22:21" > kjv.txt
     python train.py kjv.txt --output demo-model
 
-Progress goes to stderr, and one JSON document with sizes and perplexities to stdout.
+Progress is logged to stderr; a JSON document with sizes and perplexities is printed to stdout.
 
 Letters in shapes: B windows in a batch, T tokens in a window, N windows in a text, S tokens in a
 text, C vocabulary.
@@ -33,12 +33,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hisvd_cli.demo.corpus import read_chapters, split, write_texts
 
 LOG = logging.getLogger("train")
-BOUNDARY = "<|endoftext|>"  # begins and ends a text, and pads a batch
+BOUNDARY = "<|endoftext|>"  # begin, end and padding token
 BOUNDARY_ID = 0
-CONTEXT = 512  # tokens that the model is trained to see at once
+CONTEXT = 512  # context length in tokens
 
-# One key set that transformers 4.57 and 5 both read: 5 turns rope_theta into rope_parameters, and
-# 4.57 knows dtype. There is no pad_token_id, because it would freeze the boundary's embedding.
+# Keys that both transformers 4.57 and 5 read: 5 converts rope_theta to rope_parameters, and 4.57
+# supports dtype. Without pad_token_id, which would freeze the embedding of the boundary token.
 CONFIG: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -80,13 +80,13 @@ TOKENIZER_CONFIG: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the weights are found.
+    """Training schedule.
 
     Args:
-        steps: optimiser steps.
-        batch: windows a step, B.
-        peak: highest learning rate, reached after ``warmup`` steps; from there a line to zero.
-        warmup: steps.
+        steps: optimizer steps.
+        batch: windows per step, B.
+        peak: peak learning rate, reached after ``warmup`` steps and then decayed linearly to zero.
+        warmup: warm-up steps.
         decay: weight decay of the decoder's matrices.
     """
 
@@ -97,14 +97,14 @@ class Schedule:
     decay: float
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step (from 0)."""
+        """Return the learning rate of a step, counted from 0."""
         rising = (step + 1) / self.warmup
         falling = (self.steps - step) / max(1, self.steps - self.warmup)
         return self.peak * min(rising, falling)
 
 
 def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
-    """Learn a byte-level BPE of ``vocabulary`` tokens, which can therefore spell any text."""
+    """Train a byte-level BPE tokenizer with ``vocabulary`` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -124,49 +124,49 @@ def encode(tokenizer: Tokenizer, text: str) -> Tensor:
 
 
 def windows(ids: Tensor, length: int) -> Tensor:
-    """Cut ids [S] into whole, non-overlapping windows [N, T]; what is left over is dropped."""
+    """Split ids [S] into non-overlapping windows [N, T]; an incomplete last window is dropped."""
     count = ids.numel() // length
     return ids[: count * length].view(count, length)
 
 
 def batches(ids: Tensor, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches [B, T] for ever, one epoch after another, each cut at another offset."""
+    """Yield batches [B, T] indefinitely; every epoch splits the ids at another offset."""
     while True:
         offset = int(torch.randint(CONTEXT, (1,), generator=generator))
         epoch = windows(ids[offset:], CONTEXT)
         order = torch.randperm(len(epoch), generator=generator)
         for rows in order[: len(order) // batch * batch].view(-1, batch):
             chosen = epoch[rows].clone()
-            # Every second window begins with the boundary token: the model then knows it, and
-            # knows text without it as well.
+            # Every second window begins with the boundary token, so that the model learns text both
+            # with and without it.
             chosen[::2, 0] = BOUNDARY_ID
             yield chosen
 
 
 def prediction_loss(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood (nats a token) of a batch [B, T]."""
+    """Return the mean negative log-likelihood of a batch [B, T], in nats per token."""
     logits: Tensor = model(input_ids=batch).logits  # [B, T, C]
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, ids: Tensor, length: int) -> float:
-    """Return the perplexity over the predicted tokens of non-overlapping windows of ids [S]."""
-    # All windows are equally long, so the mean of their means is the mean over tokens.
+    """Return the perplexity of ids [S] over the predicted tokens of non-overlapping windows."""
+    # All windows have the same length, so the mean of their means is the mean over tokens.
     losses = [prediction_loss(model, row[None]).double() for row in windows(ids, length)]
     return math.exp(float(torch.stack(losses).mean()))
 
 
 def make_optimizers(model: LlamaForCausalLM, decay: float) -> list[torch.optim.Optimizer]:
-    """Return Muon for the decoder's matrices, AdamW for the embeddings and the norms.
+    """Return Muon for the decoder's matrices, and AdamW for the embeddings and norms.
 
-    A run of 500 steps at a peak rate of 3e-3 reached a held-out perplexity of 39 this way, and of
-    48 with AdamW alone.
+    After 500 steps at a peak rate of 3e-3, the held-out perplexity was 39, compared with 48 for
+    AdamW alone.
     """
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    # match_rms_adamw scales Muon's updates, so that both can share one learning rate.
+    # match_rms_adamw scales Muon's updates so that both optimizers can share a learning rate.
     muon = torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return [muon, adamw]
@@ -175,7 +175,7 @@ def make_optimizers(model: LlamaForCausalLM, decay: float) -> list[torch.optim.O
 def train(
     model: LlamaForCausalLM, ids: Tensor, held_out: Tensor, schedule: Schedule, seed: int
 ) -> None:
-    """Train the model in place on ids [S], and log its perplexity on held-out ids now and then."""
+    """Train the model in place on ids [S]; log the held-out perplexity every 200 steps."""
     optimizers = make_optimizers(model, schedule.decay)
     stream = batches(ids, schedule.batch, torch.Generator().manual_seed(seed))
     for step in range(schedule.steps):
@@ -198,8 +198,8 @@ def write_json(path: Path, document: dict[str, object]) -> None:
 
 
 def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    """Write a folder that ``from_pretrained`` of transformers 4.57 and 5 reads."""
-    # lm_head is tied to the embeddings, so its name is left out.
+    """Write a folder for ``from_pretrained`` of transformers 4.57 and 5."""
+    # lm_head is tied to the embeddings and not stored.
     tensors = {
         name: tensor.to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
@@ -214,11 +214,11 @@ def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Train the embedded demo model.")
-    parser.add_argument("text", type=Path, help='what bible -f "Gen1:1-Rev22:21" prints')
-    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
+    parser = argparse.ArgumentParser(description="Train the demo model.")
+    parser.add_argument("text", type=Path, help='output of bible -f "Gen1:1-Rev22:21"')
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
     parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch", type=int, default=4, help=f"windows of {CONTEXT} tokens a step")
+    parser.add_argument("--batch", type=int, default=4, help=f"{CONTEXT}-token windows per step")
     parser.add_argument("--rate", type=float, default=6e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--decay", type=float, default=0.1, help="weight decay")
@@ -228,7 +228,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, write, read back, and report."""
+    """Train the model, write it, and report the perplexity of the written files."""
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
@@ -242,7 +242,7 @@ def main() -> None:
     ids = encode(tokenizer, corpus.training)
     validation = encode(tokenizer, corpus.validation)
     evaluation = encode(tokenizer, corpus.evaluation)
-    LOG.info("%d tokens to train on, %d to evaluate on", len(ids), len(evaluation))
+    LOG.info("%d training tokens, %d evaluation tokens", len(ids), len(evaluation))
 
     schedule = Schedule(
         steps=arguments.steps,
@@ -251,7 +251,7 @@ def main() -> None:
         warmup=arguments.warmup,
         decay=arguments.decay,
     )
-    model = LlamaForCausalLM(config)  # float32, whatever the dtype of the files
+    model = LlamaForCausalLM(config)  # trained in float32, saved in bfloat16
     started = time.perf_counter()
     train(model, ids, validation, schedule, arguments.seed)
     seconds = time.perf_counter() - started

@@ -1,1 +1,1 @@
-"""Checkpoints in other forms, and their model cards."""
+"""Conversion of checkpoints to other formats, and model cards."""

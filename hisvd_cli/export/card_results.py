@@ -1,4 +1,4 @@
-"""Adds measured results to a model card: its ``model-index`` and a table."""
+"""Adds measured results to a model card: the ``model-index`` and a table."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ _DENSE = "dense"
 
 @dataclass(frozen=True)
 class CardResult:
-    """One measurement for a card.
+    """One result for a model card.
 
     Attributes:
-        dataset: as the user named it, or a task's name; of a path only the file's name is shown.
-        metric: perplexity, accuracy and the like.
-        value: what was measured; None where it is not finite.
-        split: of the dataset.
-        dense: the same of the model before compression, where that was measured.
-        details: how it was measured, such as windows and seqlen.
+        dataset: dataset as given by the user, or name of a task; of a path, only the file name is
+            shown.
+        metric: such as perplexity or accuracy.
+        value: the result; None if it is not finite.
+        split: split of the dataset.
+        dense: result of the original model, if it was measured.
+        details: evaluation settings, such as windows and seqlen.
     """
 
     dataset: str
@@ -48,14 +49,14 @@ class CardResult:
 
 
 def update_card(folder: Path, results: Sequence[CardResult]) -> None:
-    """Put results into the card of a checkpoint: its ``model-index``, and the table of its text.
+    """Add results to the card of a checkpoint: to its ``model-index`` and to its table.
 
-    A result replaces that of the same metric, dataset, split and details; all others stay, and so
-    does what the user wrote elsewhere in the card.
+    A result replaces an earlier one of the same metric, dataset, split and details. Other results
+    and other text of the card are kept.
 
     Raises:
-        SourceError: the folder has no card, or its metadata is damaged.
-        OutputError: it cannot be written.
+        SourceError: the folder has no card, or the card's metadata is damaged.
+        OutputError: the card cannot be written.
     """
     before = content_hash(folder / CARD)
     card = _load_card(folder / CARD)
@@ -76,13 +77,15 @@ def _load_card(path: Path) -> ModelCard:
     from huggingface_hub import ModelCard
 
     if not path.is_file():
-        raise SourceError(f"{path.parent} has no {CARD}.", "Give a folder that hisvd wrote.")
+        raise SourceError(
+            f"{path.parent} has no {CARD}.", "Give a checkpoint folder written by hisvd."
+        )
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise SourceError(
             f"The metadata of {path} is damaged: {reason(error)}",
-            "Fix the block between its first two lines of dashes.",
+            "Fix the YAML block between the first two lines of dashes.",
         ) from error
 
 
@@ -92,17 +95,18 @@ def _model_name(folder: Path) -> str:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return the parts of ``hisvd.json`` that a card shows. Raises SourceError."""
     path = folder / PROVENANCE
     try:
         record = read_json(path)
         known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
         return {**known, **{key: record.get(key) for key in ("update", "stages", "recovery")}}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{path} is missing or damaged.", "Compress again.") from error
+        raise SourceError(f"{path} is missing or damaged.", "Compress the model again.") from error
 
 
 def _key(result: EvalResult) -> tuple[object, ...]:
-    """Return what tells a result from others: all but its value and the dense model's."""
+    """Return what identifies a result: everything except the measured values."""
     details = {k: v for k, v in (result.metric_args or {}).items() if k != _DENSE}
     return (*result.unique_identifier, result.metric_type, repr(sorted(details.items())))
 
@@ -129,29 +133,29 @@ def _eval_result(result: CardResult) -> EvalResult:
 
 
 def _rounded(value: float) -> float:
-    """Return five significant figures: more differ between machines."""
+    """Round to five significant digits; further digits differ between machines."""
     return float(f"{value:.5g}")
 
 
 def _table(results: Sequence[EvalResult]) -> str:
-    lines = ["| dataset | metric | before | this model | how |", "|---|---|---|---|---|"]
+    lines = ["| dataset | metric | original | this model | settings |", "|---|---|---|---|---|"]
     for result in results:
         details = dict(result.metric_args or {})
         dense = details.pop(_DENSE, "not measured")
         digest = details.pop("text_sha256", None)
-        how = ", ".join(f"{name} {value}" for name, value in details.items())
-        how += f", text {str(digest)[:12]}" if digest else ""
+        settings = ", ".join(f"{name} {value}" for name, value in details.items())
+        settings += f", text {str(digest)[:12]}" if digest else ""
         split = f" ({result.dataset_split})" if result.dataset_split else ""
         cells = (f"{result.dataset_name}{split}", result.metric_type, dense, result.metric_value)
-        lines.append(f"| {' | '.join(map(markdown_text, (*cells, how)))} |")
+        lines.append(f"| {' | '.join(map(markdown_text, (*cells, settings)))} |")
     return "\n".join(lines)
 
 
 def _with_table(text: str, table: str) -> str:
-    """Put the table between its two marks, or behind a text whose marks were removed."""
+    """Insert the table between its two markers, or append it if the markers were removed."""
     block = f"{BEGIN}\n{table}\n{END}"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end:
         return f"{before}{block}{after}"
-    return f"{text.rstrip()}\n\n## What it costs\n\n{block}\n"
+    return f"{text.rstrip()}\n\n## Evaluation\n\n{block}\n"

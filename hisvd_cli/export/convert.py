@@ -1,4 +1,4 @@
-"""A checkpoint in another form: a Hugging Face folder, one ``.pt`` file, or a dense model."""
+"""Converts checkpoints between folders, single ``.pt`` files and dense models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.export.model_card import write_dense_card
-from hisvd_cli.inspection.pt_files import OWN_TEXTS, PT_FORMAT, PT_VERSION, load_pt, travels
+from hisvd_cli.inspection.pt_files import OWN_TEXTS, PT_FORMAT, PT_VERSION, is_unpacked, load_pt
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.modeling.checkpoints.checkpoint_config import (
     architecture_of,
@@ -35,12 +35,12 @@ from hisvd_cli.utils.files.tensorfile import serializing
 
 
 def to_pt(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint as one file that ``torch.load(path, weights_only=True)`` reads.
+    """Write a checkpoint as one file for ``torch.load(path, weights_only=True)``.
 
-    Tensors are mapped from the shards, not copied into memory first. Raises OutputError.
+    Tensors are mapped from the shards, not copied to memory. Raises OutputError.
     """
     checkpoint.refuse_own_code()
-    path = path.resolve()  # a link stays a link
+    path = path.resolve()  # keeps a symbolic link in place
     document = {
         "format": PT_FORMAT,
         "format_version": PT_VERSION,
@@ -50,7 +50,7 @@ def to_pt(checkpoint: Checkpoint, path: Path) -> None:
         "files": {p.name: _as_tensor(p.read_bytes()) for p in _texts(checkpoint.folder)},
     }
     with replacing(path) as temporary, serializing(path), temporary.open("wb") as file:
-        torch.save(document, file)  # of a path, the name would go into the archive
+        torch.save(document, file)  # a path would store the temporary name in the archive
 
 
 def _texts(folder: Path) -> list[Path]:
@@ -62,7 +62,7 @@ def _as_tensor(data: bytes) -> Tensor:
 
 
 def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write one of our ``.pt`` files as a Hugging Face folder. Raises SourceError, OutputError."""
+    """Write a ``.pt`` file of hisvd as a Hugging Face folder. Raises SourceError, OutputError."""
     document = load_pt(path)
     tensors: dict[str, Tensor] = document["tensors"]
     known = quantization_of(document["config"], path)
@@ -82,25 +82,25 @@ def from_pt(path: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
             ),
         )
         for name, data in document["files"].items():
-            if travels(name):
+            if is_unpacked(name):
                 (partial / name).write_bytes(data.numpy().tobytes())
         write_loader(partial)
         write_record(partial, document["provenance"])
 
 
 def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the plain dense model that equals a checkpoint: integers made numbers again, and every
-    pair multiplied out.
+    """Write the dense model that is equivalent to a checkpoint: weights are dequantized and factors
+    multiplied.
 
-    Products are taken in float32 and rounded to the dtype of the other weights. One shard is in
-    memory.
+    Products are computed in float32 and rounded to the dtype of the other weights. One shard at a
+    time is in memory.
 
     Raises:
-        SourceError: a factor is missing, or is no such thing.
+        SourceError: a factor is missing or invalid.
         OutputError: the folder cannot be written.
     """
     checkpoint.refuse_own_code()
-    record = checkpoint.provenance  # first: a link to elsewhere is refused
+    record = checkpoint.provenance  # first: rejects links to other folders
     infos, read = checkpoint.weights.infos, checkpoint.weights.read
     factors = _factor_names(checkpoint)
     inner = {name for names in factors.values() for name in names.values()} - set(factors)
@@ -118,7 +118,9 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
             return read(name)
         stored = {leaf: read(full) for leaf, full in factors[name].items()}
         if "weight_order" in stored and not is_order(stored["weight_order"]):
-            raise SourceError(f"{name}_order is not a permutation of rows.", "Compress again.")
+            raise SourceError(
+                f"{name}_order is not a permutation of rows.", "Compress the model again."
+            )
         plain = dequantized(stored, shapes[name][1], checkpoint.group_size)
         weight = dense_product(plain) if "weight_u" in plain else plain["weight"]
         return weight.to(dtype)
@@ -132,11 +134,10 @@ def to_dense(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTE
 
 
 def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return, for the weight of each low-rank or quantized sublayer, the names of its tensors on
-    disk.
+    """Return weight name → {tensor → name on disk} for each low-rank or quantized sublayer.
 
     Raises:
-        SourceError: one is missing.
+        SourceError: a tensor is missing.
     """
     names: dict[str, dict[str, str]] = {}
     for sublayer in {**checkpoint.ranks, **checkpoint.bits}:
@@ -147,12 +148,12 @@ def _factor_names(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
         names[f"{sublayer}.weight"] = {leaf: f"{sublayer}.{leaf}" for leaf in leaves}
     for name in (name for each in names.values() for name in each.values()):
         if name not in checkpoint.weights:
-            raise SourceError(f"{checkpoint.folder} lacks {name}.", "Compress again.")
+            raise SourceError(f"{checkpoint.folder} lacks {name}.", "Compress the model again.")
     return names
 
 
 def repack(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-    """Write a checkpoint folder again, with shards of another size. Raises OutputError."""
+    """Write a checkpoint folder with another shard size. Raises OutputError."""
     checkpoint.refuse_own_code()
     weights, record = checkpoint.weights, checkpoint.provenance
     with building(folder, _key("repack", checkpoint, shard_bytes)) as partial:
@@ -166,13 +167,13 @@ def repack(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
 
 
 def _key(form: str, checkpoint: Checkpoint, shard_bytes: int) -> str:
-    """Return the hash of everything that the shards of another form depend on."""
+    """Return the hash of everything that the converted shards depend on."""
     source = Source(str(checkpoint.folder), checkpoint.folder)
     return digest(form, source.fingerprint, str(shard_bytes))
 
 
 def unpacked(path: Path, scratch: Path) -> Path:
-    """Return a folder for a checkpoint that may be one ``.pt`` file (unpacked into ``scratch``)."""
+    """Return the folder of a checkpoint; a ``.pt`` file is unpacked into ``scratch``."""
     if path.is_dir():
         open_checkpoint(path)
         return path

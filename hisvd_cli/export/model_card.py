@@ -1,5 +1,4 @@
-"""``README.md`` of a checkpoint: a Hugging Face model card that says what it is, how to load it,
-what was kept, and what that cost where it was measured."""
+"""Writes the Hugging Face model card (``README.md``) of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 
 from hisvd_cli.allocation.plan import Plan, load_plan
 from hisvd_cli.export.card_results import BEGIN, END, TASK, read_provenance
-from hisvd_cli.inspection.audit import stages_text, told_recovery
+from hisvd_cli.inspection.audit import recovery_text, stages_text
 from hisvd_cli.modeling.sources.companions import CARD, card_metadata, licences
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.escaping import markdown_code, markdown_text
@@ -21,32 +20,32 @@ _CARRIED = ("license", "license_name", "license_link", "language")
 _UNMEASURED = "Not measured yet."
 
 _BODY = """
-# {name}, {kept:.0%} kept
+# {name} at keep ratio {kept:g}
 
 {what}
 
 | | |
 |---|---|
-| kept of the compressible sublayers | {kept_exact:.2%} |
-| kept of the whole model | {model_kept:.2%} |
-| low-rank sublayers | {low_rank} of {sublayers}, {storage} |{integers}
+| parameters kept, compressible layers | {kept_exact:.2%} |
+| parameters kept, whole model | {model_kept:.2%} |
+| low-rank layers | {low_rank} of {sublayers}, {storage} |{integers}
 | rank allocation | {allocator} |
 | decomposition | {decomposer} |{stages}
 | calibration | {calibration} |
 
-## What it costs
+## Evaluation
 
 {results}
 
-## Load it
+## Usage
 
 {loading}
 
-Every setting stands in `hisvd.json`{and_plan}.
+All settings are recorded in `hisvd.json`{and_plan}.
 """
 _LOW_RANK = """\
-The linear layers of the decoder blocks of {model} replaced by low-rank pairs with
-hisvd, {training}."""
+{model}, compressed with hisvd: the linear layers of its decoder blocks are replaced by
+low-rank factors, {training}."""
 _LOADING = """\
 With hisvd installed (`pip install hisvd`):
 
@@ -57,13 +56,13 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
-Without hisvd, with the code in this folder:
+Without hisvd, using the code in this folder:
 
 ```python
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```"""
 _CODE_LOADING = """\
-With hisvd installed (`pip install hisvd`), and the code of the base model in this folder:
+With hisvd installed (`pip install hisvd`), using the base model's code in this folder:
 
 ```python
 import hisvd_cli
@@ -72,9 +71,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 ```"""
 _MULTIPLIED = """\
-The linear layers of the decoder blocks of {model} truncated to low rank with
-hisvd, {training}, and multiplied out again: a plain model
-of the original size."""
+{model}, compressed with hisvd: the linear layers of its decoder blocks are truncated to
+low rank, {training}, and converted back to dense weights of the original size."""
 _PLAIN_LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM
@@ -86,7 +84,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 def write_card(folder: Path, source: Source, plan: Plan, record: Mapping[str, Any]) -> None:
     """Write the model card of a checkpoint from its plan and its provenance record.
 
-    The licence is that of the source, as its own card or licence file says.
+    The licence is taken from the card or the licence file of the source.
     """
     metadata: dict[str, Any] = dict(_licence(source.folder))
     if "/" in source.name and source.revision:
@@ -95,9 +93,14 @@ def write_card(folder: Path, source: Source, plan: Plan, record: Mapping[str, An
 
 
 def rewrite_card(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the card of a checkpoint that was made from another one, with its provenance record.
+    """Write the card of a checkpoint that was derived from another one.
 
-    It claims no results: none were measured of it. Without a plan there is no card.
+    It contains no results, because none were measured yet. Without a plan, no card is written.
+
+    Args:
+        checkpoint: folder of the original checkpoint.
+        folder: folder of the new one.
+        record: provenance of the new one.
 
     Raises:
         SourceError: a file of the checkpoint is damaged.
@@ -106,9 +109,9 @@ def rewrite_card(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> N
 
 
 def write_dense_card(checkpoint: Path, folder: Path) -> None:
-    """Write the card of the dense model that a checkpoint was multiplied out to.
+    """Write the card of the dense model that a checkpoint was converted to.
 
-    It claims no results: none were measured of that model. Without a plan there is no card.
+    It contains no results, because none were measured yet. Without a plan, no card is written.
 
     Raises:
         SourceError: a file of the checkpoint is damaged.
@@ -150,25 +153,25 @@ def _write(
 
 def _body(plan: Plan, record: Mapping[str, Any], multiplied: bool, carries_code: bool) -> str:
     named = record["model"]["name"]
-    # A path says where the model lay on one machine, which is nobody's business.
+    # Local paths are private: only the last part is published.
     model = Path(named).name if Path(named).exists() or Path(named).is_absolute() else named
     integers: Mapping[str, Any] = record.get("quantization", {})
-    pairs = {"pair": "stored as plain pairs", "pivoted": "stored as pivoted pairs"}[
+    pairs = {"pair": "stored as plain factors", "pivoted": "stored as pivoted factors"}[
         integers.get("storage", plan.storage)
     ]
-    trained = told_recovery(record)
+    tuned = recovery_text(record)
     return _BODY.format(
         name=markdown_text(Path(named).name),
         what=(_MULTIPLIED if multiplied else _LOW_RANK).format(
             model=markdown_code(model),
-            training=f"then trained ({markdown_text(trained)})" if trained else "without training",
+            training=f"then fine-tuned ({markdown_text(tuned)})" if tuned else "without training",
         ),
         kept=plan.ratio,
         kept_exact=plan.kept_ratio,
         model_kept=plan.model_ratio,
         low_rank=len(plan.ranks),
         sublayers=len(plan.sublayers),
-        storage="multiplied out" if multiplied else pairs,
+        storage="converted to dense weights" if multiplied else pairs,
         integers="" if multiplied else _integers(integers),
         allocator=markdown_text(plan.allocator),
         decomposer=markdown_text(record["decomposer"] + _updated(record.get("update"))),
@@ -176,13 +179,13 @@ def _body(plan: Plan, record: Mapping[str, Any], multiplied: bool, carries_code:
         calibration=markdown_text(_calibration(record["calibration"])),
         results=f"{BEGIN}\n{_UNMEASURED}\n{END}",
         loading=_PLAIN_LOADING if multiplied else _CODE_LOADING if carries_code else _LOADING,
-        and_plan="" if multiplied else ", the rank of every sublayer in `plan.json`",
+        and_plan="" if multiplied else ", the rank of every layer in `plan.json`",
     )
 
 
 def _licence(folder: Path) -> dict[str, Any]:
-    """Return what a model's card says of its licence and language; where it says nothing of a
-    licence, its licence file stands for it."""
+    """Return licence and language from a model's card; without a licence there, the licence file
+    is referenced instead."""
     known = card_metadata(folder)
     carried = {key: known[key] for key in _CARRIED if known.get(key)}
     files = licences(folder)
@@ -192,20 +195,20 @@ def _licence(folder: Path) -> dict[str, Any]:
 
 
 def _integers(made: Mapping[str, Any]) -> str:
-    """Return the lines that say how numbers are stored, where some are integers."""
+    """Return the table rows about quantization; empty if nothing is quantized."""
     if not made:
         return ""
     counts = Counter(made["bits"].values())
-    kinds = ", ".join(f"int{bits} in {count} sublayers" for bits, count in sorted(counts.items()))
+    kinds = ", ".join(f"int{bits} in {count} layers" for bits, count in sorted(counts.items()))
     groups = f", groups of {made['group_size']}" if 4 in counts else ""
     size, before = made["bytes"], made["dense_bytes"]
     share = f"{size / 1e6:,.1f} MB, {size / before:.2%} of {before / 1e6:,.1f} MB"
-    told = markdown_text(f"{kinds}{groups}; rounded by {made['method']}")
-    return f"\n| numbers | {told} |\n| bytes of all weights | {share} |"
+    text = markdown_text(f"{kinds}{groups}; method {made['method']}")
+    return f"\n| quantization | {text} |\n| size of all weights | {share} |"
 
 
 def _updated(update: Mapping[str, Any] | None) -> str:
-    """Say how sublayers were fitted to the inputs of the compressed model, if they were."""
+    """Describe the update of sublayers to the compressed model's inputs; empty without one."""
     if update is None:
         return ""
     return f", updated ({update['method']}) on {update['samples']} × {update['seqlen']} tokens"
@@ -213,7 +216,7 @@ def _updated(update: Mapping[str, Any] | None) -> str:
 
 def _calibration(manifest: Mapping[str, Any] | None) -> str:
     if manifest is None:
-        return "none: from the weights alone"
+        return "none (weights only)"
     data = manifest["data"]
     name = Path(data["dataset"]).name
     return f"{data['samples']} × {data['seqlen']} tokens of {name} (seed {data['seed']})"

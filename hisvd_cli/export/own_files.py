@@ -1,4 +1,4 @@
-"""Which files hisvd wrote: what may be replaced, and what belongs to somebody else."""
+"""Distinguishes files that hisvd wrote, and may replace, from files of the user."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hisvd_cli.modeling.sources.weights import INDEX, SINGLE, shard_files
 from hisvd_cli.utils.errors import SourceError
 
 KINDS = ("checkpoint", "dense")
-"""What ``hisvd.json`` says of a folder that hisvd wrote."""
+"""Values of ``kind`` in ``hisvd.json``."""
 _WRITTEN = ("config.json", INDEX, PROVENANCE, PLAN_FILE, CARD)
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Tell whether hisvd wrote a checkpoint or a dense model into a folder: its record says so."""
+    """Return whether ``hisvd.json`` identifies a folder as a checkpoint or dense model of hisvd."""
     record = read_record(folder)
     return record.get("kind") in KINDS and all(
         isinstance(record.get(key), dict) for key in ("model", "versions")
@@ -33,15 +33,15 @@ def is_own_folder(folder: Path) -> bool:
 
 
 def written_files() -> list[str]:
-    """Return the names of what hisvd writes beside weights."""
+    """Return the names of the files that hisvd writes besides weights."""
     from hisvd_cli.modeling.layers.transformers_plugin import remote_code_files
 
     return [*_WRITTEN, *remote_code_files()]
 
 
 def foreign_files(folder: Path) -> Iterator[Path]:
-    """Yield what hisvd did not write among the entries of a checkpoint's folder; of weights, all
-    but those that its index lists."""
+    """Yield the entries of a checkpoint folder that hisvd did not write. Weight files count as
+    written by hisvd only if the index lists them."""
     always = {PROVENANCE, *_weight_files(folder)}
     files = recorded(read_record(folder))
     is_ours = partial(_is_recorded, files) if files else _by_name(folder)
@@ -56,7 +56,7 @@ def _is_recorded(files: Mapping[str, str], path: Path) -> bool:
 
 
 def _by_name(folder: Path) -> Callable[[Path], bool]:
-    """Return what tells our files by their names: all that a record without hashes allows."""
+    """Return a predicate on file names, for records without hashes."""
     names = {*written_files(), *_carried_code(folder)}
     return lambda path: path.name in names or is_companion(path.name)
 
@@ -65,12 +65,12 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / INDEX
     try:
         return shard_files(index) if index.exists() else [SINGLE]
-    except SourceError:  # a damaged index lists nothing
+    except SourceError:  # a damaged index
         return []
 
 
 def _carried_code(folder: Path) -> list[str]:
-    """Return the names of the Python files that a checkpoint took over from its base model."""
+    """Return the names of the Python files that a checkpoint copied from its base model."""
     config = read_object(folder / "config.json")
     carries = code_modules(config) and not names_own_loader(config)
     return [path.name for path in folder.glob("*.py")] if carries else []

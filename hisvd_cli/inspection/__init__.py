@@ -1,1 +1,1 @@
-"""Audits of anything on disk."""
+"""Inspection of checkpoints, models, plans, calibrations and pickles."""

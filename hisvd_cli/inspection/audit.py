@@ -1,4 +1,4 @@
-"""What an inspection finds: sublayers as they are on disk, totals, and problems."""
+"""The result of an inspection: layers, totals and problems."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from hisvd_cli.modeling.sublayers import Sublayer
 
 
 def part(document: object, name: str) -> dict[str, Any]:
-    """Return an object inside an object of JSON data, empty where a file holds something else."""
+    """Return the object ``name`` of a JSON document; empty if there is none."""
     inner = document.get(name) if isinstance(document, dict) else None
     return inner if isinstance(inner, dict) else {}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How sublayers are stored, as a config or a plan says.
+    """How sublayers are stored according to a config or a plan.
 
     Attributes:
-        ranks: name → rank of the low-rank ones.
-        storage: of those.
-        bits: name → 8 or 4 of those of integers.
-        group_size: columns that share a scale, with 4 bits.
+        ranks: name → rank, for low-rank sublayers.
+        storage: storage of their factors.
+        bits: name → 8 or 4, for quantized sublayers.
+        group_size: columns per scale with 4 bits.
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -42,16 +42,16 @@ class Layout:
     group_size: int = 1
 
     def line(self) -> str:
-        """Say in a line how numbers are stored."""
+        """Return a summary of the quantization in one line."""
         counts = sorted(Counter(self.bits.values()).items())
-        kinds = ", ".join(f"int{bits} in {count} sublayers" for bits, count in counts)
+        kinds = ", ".join(f"int{bits} in {count} layers" for bits, count in counts)
         return kinds + (f", groups of {self.group_size}" if 4 in self.bits.values() else "")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sublayer as found: ``rank`` is the full rank where it is dense, ``bits`` those of a
-    number on disk."""
+    """One sublayer on disk; ``rank`` is the full rank if it is dense, ``bits`` the bits per stored
+    value."""
 
     name: str
     layer: int | None
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the pair, or of the dense matrix; of integers, as many as there are
+        """Parameters of the factors or of the dense matrix; of quantized layers, the number of
         codes."""
         if self.dense:
             return prod(self.shape)
@@ -74,20 +74,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
         kind: checkpoint, pt, plan, calibration or model.
-        target: what was inspected, as the user named it.
-        parameters: of everything on disk, None where that is not known.
-        dense_parameters: of the model before compression, None where that is not known.
-        bytes: on disk, of weights.
-        dense_bytes: of the model before compression, in the dtype of the weights that are no
-            integers; None where that is not known.
-        sublayers: a row each.
-        provenance: what the files say of how they were made.
-        problems: what is wrong, a line each.
-        table: name → value, for a person.
+        target: what was inspected, as given by the user.
+        parameters: number of parameters on disk; None if unknown.
+        dense_parameters: those of the original model; None if unknown.
+        bytes: size of the weights on disk.
+        dense_bytes: size of the original model in the dtype of the unquantized weights; None if
+            unknown.
+        sublayers: one row per sublayer.
+        provenance: how it was made, as recorded in the files.
+        problems: one line per problem.
+        table: name → value, for display.
     """
 
     kind: str
@@ -103,18 +103,18 @@ class Audit:
 
     @property
     def bytes_ratio(self) -> float | None:
-        """Share of the whole model's bytes that are on disk."""
+        """Size on disk relative to the original model."""
         return self.bytes / self.dense_bytes if self.dense_bytes else None
 
     @property
     def ratio(self) -> float | None:
-        """Share kept of the sublayers, or None where there are none."""
+        """Keep ratio of the sublayers; None without sublayers."""
         full = sum(row.shape[0] * row.shape[1] for row in self.sublayers)
         return sum(row.parameters for row in self.sublayers) / full if full else None
 
     @property
     def model_ratio(self) -> float | None:
-        """Share kept of the whole model."""
+        """Keep ratio of the whole model; None if unknown."""
         if not self.parameters or not self.dense_parameters:
             return None
         return self.parameters / self.dense_parameters
@@ -136,17 +136,17 @@ class Audit:
         }
 
     def line(self) -> str:
-        """Return the outcome in one line."""
+        """Return the result in one line."""
         count = len(self.problems)
         return f"{self.kind}: {count or 'no'} problem{'s' * (count != 1)}"
 
 
 def rows_of(sublayers: Iterable[Sublayer], dtypes: Mapping[str, str], layout: Layout) -> list[Row]:
-    """Return a row per sublayer.
+    """Return one row per sublayer.
 
     Args:
-        sublayers: of the dense model.
-        dtypes: name of a tensor on disk → its dtype.
+        sublayers: sublayers of the dense model.
+        dtypes: tensor name on disk → dtype.
         layout: how they are stored.
     """
     rows = []
@@ -170,12 +170,13 @@ def _bits_of(dtype: str) -> int | None:
 def sublayer_shapes(
     sublayers: Iterable[Sublayer], layout: Layout, *, packed: bool = True
 ) -> dict[str, tuple[int, ...]]:
-    """Return tensor name → shape of every sublayer.
+    """Return tensor name → shape for every sublayer.
 
     Args:
-        sublayers: of the dense model.
+        sublayers: sublayers of the dense model.
         layout: how they are stored.
-        packed: of integers, as on disk, with their scales; else the shapes of the matrices.
+        packed: for quantized layers, return the shapes on disk, with scales, instead of the shapes
+            of the matrices.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for s in sublayers:
@@ -191,10 +192,10 @@ def sublayer_shapes(
 def parameters_on_disk(
     matrices: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """Return the parameters of the tensors found, each code of integers one, scales none.
+    """Return the number of parameters on disk; of quantized layers, codes count, scales do not.
 
     Args:
-        matrices: name → shape, of integers those of the matrices.
+        matrices: name → shape of the (unpacked) matrices.
         found: name → shape on disk.
     """
     return sum(
@@ -205,44 +206,46 @@ def parameters_on_disk(
 def tensor_problems(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """Compare the shapes of tensors on disk with those that a config asks for."""
+    """Compare the shapes of tensors on disk with those that the config requires."""
     problems = []
     for name, shape in expected.items():
         if name not in found:
             problems.append(f"{name}: missing.")
         elif found[name] != shape:
-            problems.append(f"{name}: {list(found[name])} on disk, {list(shape)} by config.json.")
+            problems.append(
+                f"{name}: {list(found[name])} on disk, {list(shape)} expected by config.json."
+            )
     return problems
 
 
 def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Find values that are no numbers, and orders of rows that are none."""
+    """Find NaN or infinite values, and row orders that are not permutations."""
     problems = []
     for name, tensor in tensors:
         numbers = tensor.view(torch.float16) if name.endswith(SCALE) else tensor
         if not bool(numbers.isfinite().all()):
-            problems.append(f"{name}: holds values that are NaN or infinite.")
+            problems.append(f"{name}: contains NaN or infinite values.")
         elif name.endswith(".weight_order") and not is_order(tensor):
-            problems.append(f"{name}: is not a permutation of rows.")
+            problems.append(f"{name}: not a permutation of rows.")
     return problems
 
 
 def plan_problems(plan: Plan, rows: Iterable[Row]) -> list[str]:
-    """Compare the ranks found with those of the plan that came with them."""
+    """Compare the ranks on disk with those of the plan."""
     found = {row.name: row for row in rows}
     problems = []
     for planned in plan.sublayers:
         row = found.get(planned.name)
-        # With 4 bits a pivoted pair has become a plain one, of more parameters.
+        # With 4 bits, pivoted factors are stored as plain ones, which have more parameters.
         parameters = planned.parameters if row is None or row.bits == 4 else row.parameters
         if row is None or (row.rank, parameters) != (planned.rank, planned.parameters):
-            have = "absent" if row is None else f"rank {row.rank}"
-            problems.append(f"{planned.name}: {have}, but the plan says rank {planned.rank}.")
+            have = "missing" if row is None else f"rank {row.rank}"
+            problems.append(f"{planned.name}: {have}, but the plan has rank {planned.rank}.")
     return problems
 
 
-def told_recovery(made: Mapping[str, Any]) -> str:
-    """Return in a line what a provenance says of a short training, empty where there was none."""
+def recovery_text(made: Mapping[str, Any]) -> str:
+    """Describe the fine-tuning recorded in a provenance in one line; empty without one."""
     trained = part(made, "recovery")
     if not trained:
         return ""
@@ -251,14 +254,13 @@ def told_recovery(made: Mapping[str, Any]) -> str:
 
 
 def provenance_table(made: dict[str, Any]) -> dict[str, str]:
-    """Return the lines that a person reads of how a checkpoint was made, as far as they are
-    recorded."""
+    """Return the display rows about how a checkpoint was made, as far as recorded."""
     data = part(part(made, "calibration"), "data")
     table = {
-        "made from": part(made, "model").get("name"),
+        "base model": part(made, "model").get("name"),
         "allocator": made.get("allocator"),
         "decomposer": made.get("decomposer"),
-        "recovery": told_recovery(made),
+        "fine-tuning": recovery_text(made),
     }
     if data:
         table["calibration"] = (
@@ -269,8 +271,8 @@ def provenance_table(made: dict[str, Any]) -> dict[str, str]:
 
 
 def stages_text(made: Mapping[str, Any]) -> str:
-    """Say in how many stages a checkpoint was made, as far as it is recorded; empty for one."""
+    """Describe the stages in which a checkpoint was made; empty for one stage or if unknown."""
     stages = made.get("stages")
     if not isinstance(stages, list) or not stages or not isinstance(stages[0], dict):
         return ""
-    return f"{len(stages)}, corrected by {stages[0].get('correction')} between"
+    return f"{len(stages)}, with {stages[0].get('correction')} correction in between"

@@ -1,4 +1,4 @@
-"""Audit what is on disk: finds out what it is, and compares it with what it should be."""
+"""Inspects models, checkpoints, plans and calibrations on disk."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def audit(
     check_values: bool,
     reporter: Reporter,
 ) -> Audit:
-    """Find out what ``target`` is, and audit it.
+    """Detect the kind of ``target`` and inspect it.
 
     Args:
         target: path or model name.
-        revision: of a model on the hub.
-        trust_remote_code: for a model that ships its own code.
-        check_values: read every tensor and look for values that are not finite.
-        reporter: told of progress.
+        revision: revision of a model on the Hub.
+        trust_remote_code: run the code that a model ships.
+        check_values: read every tensor and check for NaN and infinite values.
+        reporter: receives progress.
 
     Raises:
-        SourceError: nothing there, or not readable at all.
+        SourceError: the target does not exist or is unreadable.
     """
     path = expanded(target)
     if path.is_file() and path.suffix == ".json":
@@ -130,7 +130,7 @@ def _moment_problems(calibration: Calibration, layer: int) -> list[str]:
     except HisvdError as error:
         return [error.message]
     return [
-        f"{name}: its moment is not finite."
+        f"{name}: the second moment is not finite."
         for name, moment in moments.items()
         if not bool(moment.matrix.isfinite().all())
     ]
@@ -139,7 +139,7 @@ def _moment_problems(calibration: Calibration, layer: int) -> list[str]:
 def _skeleton(
     source: Source,
 ) -> tuple[PreTrainedModel, list[Sublayer], dict[str, tuple[int, ...]]]:
-    """Return the dense model without weights, its sublayers, and name → shape of its tensors."""
+    """Return the dense model without weights, its sublayers, and tensor name → shape."""
     model = build_meta_model(source, compressed=True)
     prefix, layers = decoder_blocks(model)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -164,10 +164,10 @@ def _audit_checkpoint(
     if (checkpoint.folder / PLAN_FILE).is_file():
         problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
     else:
-        problems.append(f"{PLAN_FILE} is missing: ranks cannot be compared with their plan.")
+        problems.append(f"{PLAN_FILE} is missing: ranks cannot be checked against the plan.")
     made = checkpoint.provenance
     if not part(made, "model"):
-        problems.append(f"{PROVENANCE} is missing or empty: nothing says how this was made.")
+        problems.append(f"{PROVENANCE} is missing or empty: the provenance is unknown.")
     if check_values:
         problems += _value_problems(weights, reporter)
     return Audit(
@@ -185,11 +185,11 @@ def _audit_checkpoint(
 
 
 def _numbers(layout: Layout) -> dict[str, str]:
-    return {"numbers": layout.line()} if layout.bits else {}
+    return {"quantization": layout.line()} if layout.bits else {}
 
 
 def _is_copy(model: PreTrainedModel, name: str, found: dict[str, tuple[int, ...]]) -> bool:
-    """Tell a tied output head that is not stored beside the embedding it equals."""
+    """Return whether a tensor is a tied output head, which is stored once, as the embedding."""
     if name in found or not model.config.get_text_config().tie_word_embeddings:
         return False
     head = model.get_output_embeddings()
@@ -202,10 +202,10 @@ def _name_problems(
     expected: dict[str, tuple[int, ...]],
     found: dict[str, tuple[int, ...]],
 ) -> list[str]:
-    """Find ranks and tensors that belong to nothing."""
+    """Find ranks and tensors that do not belong to the model."""
     known = {s.name for s in sublayers}
     problems = [
-        f"{name}: config.json gives a rank, but it is not a linear layer of the model."
+        f"{name}: has a rank in config.json, but is not a linear layer of the model."
         for name in ranks
         if name not in known
     ]

@@ -1,4 +1,4 @@
-"""Audit a pickle, ours or another tool's, without running anything in it."""
+"""Inspects pickles of hisvd or of other tools without executing them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hisvd_cli.inspection.audit import (
     tensor_problems,
     value_problems,
 )
-from hisvd_cli.inspection.pt_files import check_parts, open_pt, travels
+from hisvd_cli.inspection.pt_files import check_parts, is_unpacked, open_pt
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.modeling.checkpoints.checkpoint_config import quantization_of
 from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor, read_foreign
@@ -40,11 +40,11 @@ _MAX_CLASSES = 6
 
 
 def audit_pickle(target: str, path: Path, check_values: bool) -> Audit:
-    """Audit a pickle: first without running a thing, then, where it names nothing but tensors and
-    is one of ours, its config and provenance as well.
+    """Inspect a pickle without executing it. If it only contains tensors and was written by hisvd,
+    its config and provenance are inspected as well.
 
     Raises:
-        SourceError: the file is damaged, or no pickle of torch.
+        SourceError: the file is damaged, or not a torch pickle.
     """
     found = read_foreign(path)
     if not found.classes and all(map(_PLAIN.fullmatch, found.globals_seen)):
@@ -67,15 +67,17 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         plan = plan_from(parse_json(document["files"][PLAN_FILE].numpy().tobytes()))
         provenance = dict(document["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(f"{path} is damaged: its parts do not fit.", "Write it again.") from error
+        raise SourceError(
+            f"{path} is damaged: its parts are inconsistent.", "Convert the checkpoint again."
+        ) from error
     sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
     rows = rows_of(sublayers, dtypes, layout)
     expected = sublayer_shapes(sublayers, layout)
     problems = tensor_problems(expected, shapes) + plan_problems(plan, rows)
     problems += [
-        f"It holds the file '{name}', which is none of a checkpoint's: convert leaves it out."
+        f"The file '{name}' does not belong to a checkpoint: 'hisvd convert' ignores it."
         for name in document["files"]
-        if not travels(str(name))
+        if not is_unpacked(str(name))
     ]
     if check_values:
         problems += value_problems(tensors.items())
@@ -112,8 +114,8 @@ def _audit_foreign(target: str, found: ForeignCheckpoint) -> Audit:
         provenance={"classes": classes, "globals": list(found.globals_seen)},
         problems=list(found.problems),
         table={
-            "format": "pickle of another tool; nothing in it was run",
-            "tensors": f"{len(found.tensors)} of {found.tensor_bytes:,} bytes",
+            "format": "pickle of another tool; not executed",
+            "tensors": f"{len(found.tensors)}, {found.tensor_bytes:,} bytes",
             "classes": ", ".join(shown) or "none: a plain state dict",
         },
     )
@@ -127,5 +129,5 @@ def _dense_row(tensor: ForeignTensor) -> Row:
 
 
 def _saved(rows: list[Row]) -> int:
-    """Return how many parameters the dense matrices would hold more."""
+    """Return how many more parameters the dense matrices would have."""
     return sum(prod(row.shape) - row.parameters for row in rows)

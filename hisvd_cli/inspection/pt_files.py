@@ -1,4 +1,4 @@
-"""Reading ``.pt`` files of hisvd: are their parts what every reader takes them for?"""
+"""Reads and checks ``.pt`` files written by hisvd."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ tensors (name → tensor) and files (name → bytes as a uint8 tensor)."""
 OWN_TEXTS = (CARD, PLAN_FILE)
 
 
-def travels(name: str) -> bool:
-    """Tell whether a file of this name is unpacked from a ``.pt`` file."""
+def is_unpacked(name: str) -> bool:
+    """Return whether a file of this name is unpacked from a ``.pt`` file."""
     return name in OWN_TEXTS or is_companion(name)
 
 
 def is_own_pt(document: object) -> bool:
-    """Tell whether what ``torch.load`` gave is a file of ours."""
+    """Return whether a loaded document is a ``.pt`` file of hisvd."""
     return isinstance(document, dict) and document.get("format") == PT_FORMAT
 
 
 def load_pt(path: Path) -> dict[str, Any]:
-    """Read one of our ``.pt`` files, its tensors mapped from the file, and check its parts.
+    """Read a ``.pt`` file of hisvd, with memory-mapped tensors, and check its parts.
 
     Raises:
-        SourceError: another kind of file, or a damaged one.
+        SourceError: the file is of another kind, or damaged.
     """
     document = open_pt(path)
     check_parts(path, document)
@@ -47,26 +47,26 @@ def load_pt(path: Path) -> dict[str, Any]:
 
 
 def open_pt(path: Path) -> dict[str, Any]:
-    """Read one of our ``.pt`` files; its parts may be anything. Raises SourceError for others."""
-    hint = f"Look at it safely with: hisvd inspect {path}"
+    """Read a ``.pt`` file of hisvd, without checking its parts. Raises SourceError for others."""
+    hint = f"Inspect it safely with: hisvd inspect {path}"
     damaged = SourceError(f"{path} is not a .pt file of hisvd, or it is damaged.", hint)
-    read_foreign(path)  # first: it holds what it declares, which torch would believe
+    read_foreign(path)  # first: checks the declared sizes, which torch would trust
     with library_errors(lambda _: damaged):
         document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not is_own_pt(document) or document.get("format_version") != PT_VERSION:
-        raise SourceError(f"{path} is not a .pt file of this version of hisvd.", hint)
+        raise SourceError(f"{path} is a .pt file of another hisvd version or another tool.", hint)
     loaded: dict[str, Any] = document
     return loaded
 
 
 def check_parts(path: Path, document: Mapping[str, Any]) -> None:
-    """Raise SourceError where a part is missing, or is not what it should be.
+    """Raise SourceError if a part of the document is missing or has the wrong type.
 
     Args:
         path: the file.
-        document: what ``torch.load`` gave.
+        document: the loaded content.
     """
-    hint = f"Look at it safely with: hisvd inspect {path}"
+    hint = f"Inspect it safely with: hisvd inspect {path}"
     for part in ("tensors", "files"):
         held = document.get(part)
         if not isinstance(held, dict) or not all(
@@ -80,7 +80,7 @@ def check_parts(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _is_json(document: object) -> bool:
-    """Tell whether a document can be written as JSON, and is the same when it is read again."""
+    """Return whether a document is a dict that survives a round trip through JSON."""
     try:
         return isinstance(document, dict) and parse_json(json.dumps(document)) == document
     except (ValueError, TypeError, RecursionError):

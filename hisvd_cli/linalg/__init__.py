@@ -1,1 +1,1 @@
-"""The mathematics of low-rank truncation, on tensors alone."""
+"""Linear algebra of low-rank truncation."""

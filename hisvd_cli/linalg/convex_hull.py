@@ -1,4 +1,4 @@
-"""The largest convex, falling curve below a set of points."""
+"""The lower convex hull of a set of points, restricted to its decreasing part."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from collections.abc import Sequence
 
 
 def lower_hull(places: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Return which points are corners of the largest convex, falling curve below all.
+    """Return the corners of the decreasing part of the lower convex hull (Andrew's monotone chain).
 
-    Points behind the lowest one, where the curve would rise, are left out; of equally low ones the
-    first is kept (Andrew's monotone chain).
+    The hull ends at the lowest point, at the first of several.
 
     Args:
-        places: where each point is, rising; at least one.
-        values: how high it is.
+        places: x coordinates, ascending; at least one.
+        values: y coordinates.
 
     Returns:
-        Indices, rising; the first point is always a corner.
+        Indices of the corners, ascending; the first point is always a corner.
     """
     corners: list[int] = []
     for i, value in enumerate(values):
         if corners and value >= values[corners[-1]]:
-            continue  # the curve stays level or a later point ends it
+            continue  # not below the last corner
         while len(corners) > 1:
             first, middle = corners[-2], corners[-1]
             fall = (values[first] - values[middle]) * (places[i] - places[middle])

@@ -1,4 +1,4 @@
-"""The leading eigenvectors of a symmetric matrix, and no more than those where that is faster."""
+"""Leading eigenvectors of a symmetric matrix."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from hisvd_cli.linalg.subspace import leading_subspace
 from hisvd_cli.linalg.tridiagonal import leading_part
 
 Solver = Literal["auto", "eigh", "svd", "partial", "subspace"]
-"""How eigenvectors are found: all of them (eigh, or the singular vectors of a root, svd), those
-that are kept (partial), or nearly those (subspace)."""
+"""How eigenvectors are computed: all (eigh), as singular vectors of a root (svd), only those that
+are kept (partial), or approximately (subspace)."""
 
 _LEAST_PART = 2048
-"""A smaller matrix has all its eigenvectors as soon as a part of them."""
+"""For smaller matrices, computing all eigenvectors takes no longer than computing a part."""
 _WHOLE = 0.7
-"""From this share of all eigenvectors on, all are found (4096 × 4096 in float32 on two cores: 5.5 s
-for all, 2.6 s for a fifth and 5.1 s for 0.7 of them)."""
+"""Share of wanted eigenvectors from which all are computed (4096 × 4096 in float32 on two cores:
+5.5 s for all, 2.6 s for a fifth and 5.1 s for 0.7 of them)."""
 
 
 def leading(gram: Tensor, rank: int, solver: Solver = "auto") -> tuple[Tensor, Tensor]:
-    """Return the largest eigenvalues ``[rank]`` and their eigenvectors ``[p, rank]``, falling.
+    """Return the largest eigenvalues ``[rank]`` and their eigenvectors ``[p, rank]``, descending.
 
-    What ``partial`` and ``subspace`` cannot be sure of is found by ``eigh``.
+    Falls back to ``eigh`` if ``partial`` or ``subspace`` is not accurate enough.
 
     Args:
         gram: symmetric, positive semidefinite ``[p, p]``.
         rank: at least 1 and at most p.
-        solver: ``auto`` picks by size, rank and device; ``svd`` means ``eigh`` here.
+        solver: ``auto`` selects by size, rank and device; ``svd`` means ``eigh`` here.
 
     Raises:
-        LinAlgError: it did not converge.
+        LinAlgError: the eigendecomposition did not converge.
     """
     found = None
     if solver == "subspace":
@@ -46,5 +46,5 @@ def leading(gram: Tensor, rank: int, solver: Solver = "auto") -> tuple[Tensor, T
 
 
 def _is_partial(gram: Tensor, rank: int, solver: Solver) -> bool:
-    """Tell whether ``auto`` finds only the eigenvectors that are kept."""
+    """Return whether ``auto`` computes only the eigenvectors that are kept."""
     return solver == "auto" and len(gram) >= _LEAST_PART and rank < _WHOLE * len(gram)

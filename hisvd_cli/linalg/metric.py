@@ -1,11 +1,11 @@
-"""The weighted error that a decomposition minimises.
+"""The weighted error that a decomposition minimizes.
 
 Legend: W ``[m, n]``, Δ = W − W′ the error of a replacement, p = min(m, n). A metric weights the
 outputs by H = L Lᵀ ``[m, m]`` and the inputs by G ``[n, n]``: ``loss(Δ) = tr(H Δ G Δᵀ)``.
 
 With A = Lᵀ W G^½, the best W′ of rank k is ``L⁻ᵀ Q_k Q_kᵀ Lᵀ W``, Q_k the top eigenvectors of
-``A Aᵀ = Lᵀ W G Wᵀ L``, and the eigenvalues beyond k add up to its loss (Eckart and Young 1936). So
-no root and no inverse of G is ever taken, G may be singular, and M = W G Wᵀ will do in its place.
+``A Aᵀ = Lᵀ W G Wᵀ L``, and its loss is the sum of the eigenvalues beyond k (Eckart and Young 1936).
+This requires neither a root nor an inverse of G: G may be singular, and M = W G Wᵀ is sufficient.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from hisvd_cli.linalg.statistics import Channels, Statistics, required
 from hisvd_cli.utils.errors import NumericalError, SourceError
 
 FLOOR = 1e-12
-"""The least damping of H, relative to the mean of its diagonal: L can be inverted where H is
-singular, and all else changes by no more than rounding."""
-_RAISE = 100.0  # a damping that did not do is raised so much
+"""Minimum damping of H, relative to the mean of its diagonal. It makes L invertible if H is
+singular; other results change by no more than rounding."""
+_RAISE = 100.0  # factor by which an insufficient damping is raised
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How an error is weighted.
+    """The weights of an error.
 
     Attributes:
-        left: L ``[m, m]``, lower triangular, or the diagonal of a diagonal one ``[m]``; None
-            weights all outputs alike.
+        left: L ``[m, m]``, lower triangular, or the diagonal of a diagonal L ``[m]``; None for the
+            identity.
         right: the second moment G, or M = W G Wᵀ, or the diagonal of a diagonal G ``[n]``; None
-            weights all inputs alike.
-        transposed: it is a metric for Wᵀ: left is the root of G, right is H or Wᵀ H W.
+            for the identity.
+        transposed: the metric applies to Wᵀ: left is the root of G, right is H or Wᵀ H W.
     """
 
     left: Tensor | None = None
@@ -57,19 +57,18 @@ class Metric:
         return solved
 
     def narrows(self, weight: Tensor) -> bool:
-        """Return whether A Aᵀ has a smaller equivalent ``[n, n]``; with M in place of G it has
-        none."""
+        """Return whether A Aᵀ has a smaller equivalent ``[n, n]``, which requires G, not M."""
         return weight.shape[0] > weight.shape[1] and not self.knows_outputs
 
     @property
     def knows_outputs(self) -> bool:
-        """Whether the right side is M, and not G."""
+        """Whether the right side is M instead of G."""
         return isinstance(self.right, Moment) and self.right.side == "output"
 
     def gram(self, weighted: Tensor) -> Tensor:
-        """Return B G Bᵀ ``[r, r]`` for B ``[r, n]``: A Aᵀ where B = Lᵀ W.
+        """Return B G Bᵀ ``[r, r]`` for B ``[r, n]``; for B = Lᵀ W this is A Aᵀ.
 
-        Where M is known in place of G, B can be nothing but Lᵀ W, and the answer is Lᵀ M L.
+        If M is known instead of G, B must be Lᵀ W, and the result is Lᵀ M L.
         """
         if self.right is None:
             return weighted @ weighted.T
@@ -80,8 +79,7 @@ class Metric:
         return self.right.of_output(weighted)
 
     def whitened(self, weighted: Tensor) -> Tensor:
-        """Return a root of B G Bᵀ ``[r, r]`` for B ``[r, n]``, up to damping: B G^½ where G is
-        known.
+        """Return a root of B G Bᵀ ``[r, r]`` for B ``[r, n]``, up to damping; B G^½ if G is known.
 
         Raises:
             NumericalError: see :func:`triangular_root`.
@@ -99,16 +97,16 @@ class Metric:
 def fisher_metric(
     weight: Tensor, statistics: Statistics, input_shrinkage: float, output_shrinkage: float
 ) -> Metric:
-    """Return the K-FAC metric of the loss (Martens and Grosse 2015), H and G shrunk.
+    """Return the K-FAC metric of the loss (Martens and Grosse 2015), with shrinkage of H and G.
 
     Args:
         weight: W ``[m, n]``.
-        statistics: its moment and gradient; the channels too, where the moment is M.
-        input_shrinkage: s of G, from 0 to 1.
-        output_shrinkage: s of H.
+        statistics: moment and gradient of the sublayer; also its channels if the moment is M.
+        input_shrinkage: shrinkage s of G, from 0 to 1.
+        output_shrinkage: shrinkage s of H, from 0 to 1.
 
     Raises:
-        SourceError: without a moment or a gradient, or with both on the far side of W.
+        SourceError: the moment or the gradient is missing, or neither G nor H is known directly.
         NumericalError: see :func:`triangular_root`.
     """
     moment = required(statistics.moment, "fisher", "moments")
@@ -123,8 +121,8 @@ def fisher_metric(
         return Metric(triangular_root(outputs.matrix), inputs)
     if moment.side == "output":
         raise SourceError(
-            f"A weight {list(weight.shape)} has the moment of its output, and the gradient's at "
-            "its input: no root of either side is known.",
+            f"For a weight {list(weight.shape)}, the calibration holds the moment of the output "
+            "and the gradient moment of the input; the fisher metric needs one on its own side.",
             "Calibrate again.",
         )
     return Metric(triangular_root(inputs.matrix), Moment(outputs.matrix, "output"), transposed=True)
@@ -133,7 +131,7 @@ def fisher_metric(
 def _shrunk_inputs(
     weight: Tensor, moment: Moment, channels: Channels | None, shrinkage: float
 ) -> Moment:
-    """Return G, or M = W G Wᵀ, with G shrunk."""
+    """Return G, or M = W G Wᵀ, after shrinkage of G."""
     square = 0.0
     if shrinkage and moment.side == "output":
         square = float(required(channels, "fisher", "moments").mean_square.double().mean())
@@ -143,15 +141,14 @@ def _shrunk_inputs(
 def _mixed(
     moment: Moment, matrix: Tensor, mean_square: float, shrinkage: float, own: Side
 ) -> Moment:
-    """Return a moment whose underlying A is shrunk: A itself on its ``own`` side, or X A Xᵀ on the
-    other, which is linear in A.
+    """Apply shrinkage of A to a moment that is A itself or X A Xᵀ, which is linear in A.
 
     Args:
-        moment: A, or X A Xᵀ.
+        moment: A (on the side ``own``) or X A Xᵀ (on the other).
         matrix: X.
-        mean_square: the mean of the diagonal of A, where only X A Xᵀ is known.
+        mean_square: mean of the diagonal of A, for when only X A Xᵀ is known.
         shrinkage: s.
-        own: the side on which A itself lies.
+        own: the side of A.
     """
     known = moment.matrix.double()
     if moment.side == own:
@@ -168,15 +165,15 @@ def shrunk(matrix: Tensor, shrinkage: float) -> Tensor:
 
 
 def triangular_root(matrix: Tensor, damping: float = FLOOR) -> Tensor | None:
-    """Return L ``[m, m]``, lower triangular, with L Lᵀ = H up to a damping; None where H is zero.
+    """Return L ``[m, m]``, lower triangular, with L Lᵀ = H up to damping; None if H is zero.
 
     Args:
         matrix: H ``[m, m]`` in float64.
-        damping: above 0; what is added to the diagonal, relative to its mean. Where rounding has
-            left H with negative eigenvalues, it is raised hundredfold until they are gone.
+        damping: positive; added to the diagonal, relative to its mean. If rounding gave H negative
+            eigenvalues, it is raised by factors of 100 until the factorization succeeds.
 
     Raises:
-        NumericalError: not finite, or far from positive semidefinite.
+        NumericalError: H is not finite, or far from positive semidefinite.
     """
     if _is_zero(matrix):
         return None
@@ -189,27 +186,26 @@ def triangular_root(matrix: Tensor, damping: float = FLOOR) -> Tensor | None:
             return root
         damping *= _RAISE
     raise NumericalError(
-        f"A second moment of gradients {list(matrix.shape)} is not positive semidefinite.",
+        f"A second moment {list(matrix.shape)} is not positive semidefinite.",
         "Calibrate again.",
     )
 
 
 def diagonal_root(values: Tensor) -> Tensor | None:
-    """Return L ``[m]`` of a diagonal H ``[m]``, its zeros raised to the floor; None where all
-    are zero.
+    """Return L ``[m]`` of a diagonal H ``[m]``, damped by ``FLOOR``; None if H is zero.
 
     Raises:
-        NumericalError: not finite.
+        NumericalError: H is not finite.
     """
     wide = values.double()
     return None if _is_zero(wide) else (wide + FLOOR * wide.mean()).sqrt()
 
 
 def _is_zero(matrix: Tensor) -> bool:
-    """Return whether all is zero. Raises NumericalError where something is not finite."""
+    """Return whether all values are zero. Raises NumericalError if one is not finite."""
     if not bool(matrix.isfinite().all()):
         raise NumericalError(
-            f"A second moment of gradients {list(matrix.shape)} is not finite.",
-            "Calibrate again with --dtype float32.",
+            f"A second moment {list(matrix.shape)} is not finite.",
+            "Calibrate again with `model.dtype` float32.",
         )
     return not bool(matrix.any())

@@ -1,4 +1,4 @@
-"""Second moments of what flows through a sublayer, accumulated as a stream.
+"""Second moments of activations, accumulated over batches.
 
 Legend: m outputs, n inputs, T tokens; G = E[x xᵀ] ``[n, n]`` of the input, M = E[y yᵀ] ``[m, m]``
 of the output without its bias, M = W G Wᵀ.
@@ -17,16 +17,16 @@ from hisvd_cli.linalg.products import gram
 
 Side = Literal["input", "output"]
 AddUp = Callable[[Tensor], None]
-"""Sums a tensor over all processes into that of the first, in place."""
+"""Sums a tensor over all processes, in place on the first one."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A second moment, of a sublayer's input or of its output.
+    """A second moment of a sublayer's input or output.
 
     Attributes:
         matrix: ``[n, n]`` (input) or ``[m, m]`` (output), symmetric, positive semidefinite.
-        side: which of the two it is.
+        side: input or output.
     """
 
     matrix: Tensor
@@ -41,23 +41,23 @@ class Moment:
 
 
 def add_up_count(count: int, add_up: AddUp) -> int:
-    """Return a count summed by ``add_up``; it means something on the first process."""
+    """Return a count summed by ``add_up``; only valid on the first process."""
     total = torch.tensor(count)
     add_up(total)
     return int(total)
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Return ``device``, or the CPU where it has no float64 (Apple's GPUs)."""
+    """Return ``device``, or the CPU if the device does not support float64 (Apple GPUs)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 class MomentSum:
-    """Running Σ x xᵀ: products in float32, their sum in float64.
+    """Running Σ x xᵀ: products in float32, summed in float64.
 
     Args:
         width: length of x.
-        device: where activations come from; the sum stays there if it has float64.
+        device: device of the activations; the sum is kept there if it supports float64.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class MomentSum:
         self._tokens += rows.shape[0]
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add up the sums of all processes, on the first one."""
         add_up(self._sum)
         self._tokens = add_up_count(self._tokens, add_up)
 
@@ -82,11 +82,11 @@ class MomentSum:
 
 
 class ChannelSum:
-    """Running Σ|x_j| and Σ x_j² of each channel: products in float32, their sum in float64.
+    """Running Σ|x_j| and Σ x_j² per channel: batch sums in float32, totals in float64.
 
     Args:
         width: length of x.
-        device: where activations come from.
+        device: device of the activations.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -100,7 +100,7 @@ class ChannelSum:
         self._tokens += rows.shape[0]
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add up the sums of all processes, on the first one."""
         add_up(self._sum)
         self._tokens = add_up_count(self._tokens, add_up)
 

@@ -1,11 +1,11 @@
-"""A pair of factors written as some of the product's own rows, and what makes the others of them.
+"""Pivoting factorization: r rows of the product, and coefficients of the other rows.
 
-A pair U V of rank r has r² parameters too many: U A and A⁻¹ V are the same product for every
-invertible A. Taking for A⁻¹ the inverse of r independent rows of U turns those rows into the
-identity, which need not be stored. What is left are r rows of the product, V′ ``[r, n]``, the
-coefficients C ``[m − r, r]`` that make the other rows of them, and the order of the rows: r(m+n−r)
-parameters and m indices (pivoting factorization, Zhao et al. 2025, arXiv 2501.19090, section 3).
-Nothing is lost but rounding, so the rows are chosen for small coefficients.
+Factors U V of rank r have r² redundant parameters, because (U A)(A⁻¹ V) is the same product for
+every invertible A. With A the inverse of r independent rows of U, those rows become the identity,
+which need not be stored. What remains are r rows of the product, V′ ``[r, n]``, the coefficients
+C ``[m − r, r]`` of the other rows, and the order of the rows: r(m+n−r) parameters and m indices
+(Zhao et al. 2025, arXiv 2501.19090, section 3). The only loss is rounding, so rows are chosen that
+give small coefficients.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 def pivoted(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return V′, C and the order of the rows, so that ``U V = cat(V′, C V′)[order]``.
 
-    Partial pivoting (Gauss) chooses rows of U, so that triangular solves give C without inverting
-    anything that may be singular.
+    Rows of U are chosen by partial pivoting, so that C follows from triangular solves without
+    inverting a possibly singular matrix.
 
     Args:
         u: U ``[m, r]``, r < m.
@@ -41,7 +41,7 @@ def pivoted(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _permutation(swaps: Tensor, rows: int) -> Tensor:
-    """Return which row stands where after LAPACK's swaps, which count from 1."""
+    """Return the row order after LAPACK's swaps, which are 1-based."""
     order = list(range(rows))
     for i, other in enumerate(swaps.tolist()):
         order[i], order[other - 1] = order[other - 1], order[i]

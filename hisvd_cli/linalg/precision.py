@@ -1,10 +1,10 @@
-"""Truncation of large matrices in as much precision as the result needs.
+"""Truncation of large matrices in the lowest precision that the result allows.
 
-Everything in float32 takes a CPU half the time, and most GPUs a fraction. Rounding moves the
-eigenvalues of ``Lᵀ W G Wᵀ L`` by about ε times their sum each, and the loss of a truncation by no
-more than √p times that. Where the loss itself is large beside it, the truncation is as good as the
-exact one; where it is not, as for a layer whose inputs have a few huge channels, the answer is None
-and float64 must do.
+Float32 takes half the time on a CPU, and a fraction on most GPUs. Rounding changes each eigenvalue
+of ``Lᵀ W G Wᵀ L`` by about ε times their sum, and the loss of a truncation by at most √p times
+that. If the loss is large compared with this bound, the truncation is as good as the exact one.
+If it is not, as for layers whose inputs have a few huge channels, the functions return None, and
+float64 is needed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from hisvd_cli.linalg.products import (
 )
 
 TOLERANCE = 3e-3
-"""How much of the optimal loss the bound on rounding may be. The bound is loose: where it was
-5e-3, rounding added 1e-5 of the loss or less, and 5e-3 where it was 1.3e-2."""
+"""Maximum rounding bound relative to the optimal loss. The bound is loose: at a bound of 5e-3,
+rounding added at most 1e-5 of the loss, and 5e-3 at a bound of 1.3e-2."""
 LEAST_SIZE = 1024
-"""Smaller matrices take no time worth saving."""
+"""Smaller matrices are always handled in float64."""
 _PROBES = 64
 _MOST_SPREAD = 1e2
-"""Between the diagonal's numbers of a triangle that is solved with."""
+"""Maximum ratio of the diagonal entries of a triangular matrix that is used for solving."""
 _SKEW = 1e-3
 _ALIGNED = 16
-"""Products whose sizes are multiples of this take two thirds of the time (4096 × 11008 × 1790, in
-float32 on a CPU: 1.28 s; × 1792: 0.86 s), so a few components more are found, and dropped."""
+"""Products whose sizes are multiples of this take two thirds of the time (4096 × 11008 × 1790 in
+float32 on a CPU: 1.28 s; × 1792: 0.86 s), so a few extra components are computed and dropped."""
 
 _FAST_DOUBLES = {(8, 0), (9, 0), (10, 0)}  # compute capabilities
 
@@ -47,17 +47,18 @@ _FAST_DOUBLES = {(8, 0), (9, 0), (10, 0)}  # compute capabilities
 def truncate_in(
     dtype: torch.dtype, weight: Tensor, metric: Metric, rank: int, solver: Solver = "auto"
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the factors of the best replacement of W of rank k, from products in a precision.
+    """Return the factors of the best approximation of W of rank k, computed in ``dtype``.
 
     Args:
         dtype: float32 or float64.
         weight: W ``[m, n]``.
-        metric: what is minimised; not transposed.
+        metric: the error to minimize; not transposed.
         rank: k.
-        solver: finds the eigenvectors.
+        solver: computes the eigenvectors.
 
     Returns:
-        U ``[m, k]`` and V ``[k, n]`` in it; None where it may not be enough, or W is small.
+        U ``[m, k]`` and V ``[k, n]`` in ``dtype``; None if the precision may not be sufficient, or
+        if W is small.
 
     Raises:
         LinAlgError: the eigenvectors did not converge.
@@ -65,7 +66,7 @@ def truncate_in(
     if rank >= min(weight.shape):
         return None
     problem = _pose(dtype, weight, metric)
-    # Before the work of finding eigenvectors: what a truncation loses at most.
+    # Checked before computing eigenvectors: an upper bound of the truncation loss.
     if problem is None or _most_loss(problem.gram, rank) < problem.least_loss:
         return None
     size = len(problem.gram)
@@ -78,16 +79,16 @@ def truncate_in(
 
 
 def energies_in(dtype: torch.dtype, weight: Tensor, metric: Metric) -> Tensor | None:
-    """Return the eigenvalues ``[min(m, n)]`` that :func:`truncate_in` finds vectors of, falling and
-    in float64; None where those of the lesser half may be no more than rounding.
+    """Return the eigenvalues ``[min(m, n)]`` of the problem of :func:`truncate_in`, in descending
+    order and in float64; None if the smaller half may be dominated by rounding.
 
     Args:
-        dtype: in which they are found, float32 or float64.
+        dtype: precision of the computation, float32 or float64.
         weight: W ``[m, n]``.
         metric: not transposed.
 
     Raises:
-        LinAlgError: they did not converge.
+        LinAlgError: the eigenvalues did not converge.
     """
     problem = _pose(dtype, weight, metric)
     if problem is None:
@@ -98,13 +99,13 @@ def energies_in(dtype: torch.dtype, weight: Tensor, metric: Metric) -> Tensor | 
 
 @dataclass(frozen=True)
 class _Wide:
-    """Eigenvectors of ``gram = Lᵀ M L`` ``[m, m]`` are wanted.
+    """The eigenproblem of ``gram = Lᵀ M L`` ``[m, m]``.
 
     Attributes:
         weight: W ``[m, n]``.
         left: L ``[m, m]``, lower triangular; None for the identity.
-        gram: in the dtype of W, as all here.
-        scale: the sum of what was added up for the diagonal of ``gram``.
+        gram: in the dtype of W, like the other tensors.
+        scale: sum of the magnitudes that were added up for the diagonal of ``gram``.
     """
 
     weight: Tensor
@@ -114,7 +115,7 @@ class _Wide:
 
     @property
     def least_loss(self) -> float:
-        """The least loss that stands above rounding."""
+        """The smallest loss that is reliable despite rounding."""
         return _least_loss(self.gram, self.scale)
 
     def factors(self, _values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,13 +128,13 @@ class _Wide:
 
 @dataclass(frozen=True)
 class _Narrow:
-    """m > n: eigenvectors of ``gram = Rᵀ C R`` ``[n, n]`` are wanted, C = WᵀW and G = R Rᵀ.
+    """The eigenproblem of ``gram = Rᵀ C R`` ``[n, n]`` for m > n, with C = WᵀW and G = R Rᵀ.
 
     Attributes:
         weight: W ``[m, n]``.
-        columns: C ``[n, n]``, of which what is above the diagonal may be missing.
+        columns: C ``[n, n]``; the part above the diagonal may be undefined.
         root: R ``[n, n]``, lower triangular; None for the identity.
-        gram: in the dtype of W, as all here.
+        gram: in the dtype of W, like the other tensors.
     """
 
     weight: Tensor
@@ -143,12 +144,12 @@ class _Narrow:
 
     @property
     def least_loss(self) -> float:
-        """The least loss that stands above rounding."""
+        """The smallest loss that is reliable despite rounding."""
         return _least_loss(self.gram, float(self.gram.diagonal().double().sum()))
 
     def factors(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return ``U = W R E Λ^-½`` ``[m, k]``, orthonormal, and ``V = Uᵀ W`` for eigenvalues Λ and
-        eigenvectors E. None where rounding leaves no U."""
+        eigenvectors E. None if U cannot be orthonormalized because of rounding."""
         directions = vectors / values.sqrt()
         if self.root is not None:
             directions = triangular_product(self.root, directions)
@@ -160,8 +161,8 @@ class _Narrow:
         return None if made is None else (made, made.T @ self.weight)
 
     def _right(self, values: Tensor, vectors: Tensor, directions: Tensor) -> Tensor:
-        """Return V ``[k, n]`` as ``(R E Λ^-½)ᵀ C``, without an inverse of anything; or, where R is
-        far from singular, as ``Λ^½ Eᵀ R⁻¹``, which is the same in half the time."""
+        """Return V ``[k, n]`` as ``(R E Λ^-½)ᵀ C``, which needs no inverse, or, if R is far from
+        singular, as the equivalent ``Λ^½ Eᵀ R⁻¹``, in half the time."""
         if self.root is None or not _is_invertible(self.root):
             return directions.T @ filled(self.columns)
         scaled = (vectors * values.sqrt()).T
@@ -170,8 +171,8 @@ class _Narrow:
 
 
 def _norms(matrix: Tensor) -> Tensor:
-    """Return the norms ``[k]`` of the columns, by rows that stay in a cache (11008 × 1792 in
-    float32, two cores: 4 ms, where torch's own take 49)."""
+    """Return the column norms ``[k]``, computed on row chunks that fit the cache (11008 × 1792 in
+    float32 on two cores: 4 ms instead of torch's 49 ms)."""
     return torch.stack([part.square().sum(0) for part in matrix.split(512)]).sum(0).sqrt()
 
 
@@ -180,7 +181,7 @@ def _least_loss(gram: Tensor, scale: float) -> float:
 
 
 def _pose(dtype: torch.dtype, weight: Tensor, metric: Metric) -> _Wide | _Narrow | None:
-    """Return the eigenproblem on the smaller side of W; None where this is not for it."""
+    """Return the eigenproblem on the smaller side of W; None if this module does not apply."""
     moment, left = metric.right, metric.left
     if min(weight.shape) < LEAST_SIZE:
         return None
@@ -190,7 +191,7 @@ def _pose(dtype: torch.dtype, weight: Tensor, metric: Metric) -> _Wide | _Narrow
         return None
     wide = weight.to(dtype)
     matrix = None if moment is None else moment.matrix.to(dtype)
-    # A sum that is not finite stands for its terms, in a twentieth of the time of their tests.
+    # A non-finite sum implies a non-finite term; 20 times faster than testing every term.
     if not bool((wide if matrix is None else matrix).sum().isfinite()):
         return None
     if left is None and metric.narrows(weight):
@@ -213,8 +214,8 @@ def _pose(dtype: torch.dtype, weight: Tensor, metric: Metric) -> _Wide | _Narrow
 
 
 def has_fast_doubles(device: torch.device) -> bool:
-    """Tell whether float64 costs a GPU no more than twice what float32 does: A100, H100, B200 and
-    their kin; other GPUs, and CPUs, do not."""
+    """Return whether float64 takes at most twice the time of float32: true for A100, H100, B200 and
+    related GPUs; false for other GPUs and CPUs."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in _FAST_DOUBLES
 
 
@@ -224,7 +225,7 @@ def _is_invertible(root: Tensor) -> bool:
 
 
 def _root(matrix: Tensor) -> Tensor | None:
-    """Return R of G = R Rᵀ, lower triangular; None where G is zero."""
+    """Return the lower triangular R of G = R Rᵀ; None if G is zero."""
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrix)
     if not int(failed):
@@ -234,8 +235,8 @@ def _root(matrix: Tensor) -> Tensor | None:
 
 
 def _most_loss(gram: Tensor, rank: int) -> float:
-    """Return what a truncation loses at most: all eigenvalues but some large ones, those beyond the
-    rank no larger than the others."""
+    """Return an upper bound of the truncation loss: the trace minus some large eigenvalues, scaled
+    to the number of dropped components."""
     size = len(gram)
     count = min(_PROBES, rank)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Products of matrices of which part is known beforehand: a mirror, or zeros."""
+"""Matrix products with symmetric results or triangular factors."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from hisvd_cli.linalg.blas import lower_gram as blas_gram
 from hisvd_cli.linalg.blas import serves
 
 _STRIPS = 8
-_FINE_STRIPS = 16  # of what is a triangle on both sides
-_LEAST_SIZE = 256  # a smaller mirror costs more than the half that it saves
+_FINE_STRIPS = 16  # for products of two triangular matrices
+_LEAST_SIZE = 256  # for smaller matrices, the full product is faster
 
 
 def congruence(outer: Tensor, inner: Tensor) -> Tensor:
     """Return ``B G Bᵀ`` ``[r, r]`` for B ``[r, n]`` and a symmetric G ``[n, n]``.
 
-    Only its lower triangle is multiplied out, in strips; the upper one is its mirror.
+    Only the lower triangle is computed, in strips, and mirrored.
     """
     return mirrored_product(outer @ inner, outer)
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``; no more than a triangle is multiplied out."""
+    """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``; only one triangle is computed."""
     return filled(blas_gram(rows)) if _by_blas(rows) else mirrored_product(rows, rows)
 
 
 def lower_gram(rows: Tensor) -> Tensor:
-    """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``, of which only the triangle on and below the
-    diagonal is sure to be it."""
+    """Return ``X Xᵀ`` ``[r, r]`` for X ``[r, n]``; the part above the diagonal is undefined."""
     return blas_gram(rows) if _by_blas(rows) else mirrored_product(rows, rows)
 
 
@@ -37,7 +36,7 @@ def _by_blas(rows: Tensor) -> bool:
 
 
 def filled(lower: Tensor) -> Tensor:
-    """Return the symmetric matrix ``[r, r]`` of which the lower triangle is given, in its place."""
+    """Mirror the lower triangle of a symmetric matrix ``[r, r]``, in place."""
     for start, end in _strips(len(lower)):
         corner = lower[start:end, start:end]
         corner.copy_(corner.tril() + corner.tril(-1).T)
@@ -46,7 +45,7 @@ def filled(lower: Tensor) -> Tensor:
 
 
 def mirrored_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``A Bᵀ`` ``[r, r]``, known to be symmetric, for A and B ``[r, n]``."""
+    """Return ``A Bᵀ`` ``[r, r]`` for A and B ``[r, n]``, assuming that it is symmetric."""
     size = len(left)
     if size < _LEAST_SIZE:
         return left @ right.T
@@ -59,12 +58,12 @@ def mirrored_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def triangular_congruence(root: Tensor, inner: Tensor) -> Tensor:
-    """Return ``Rᵀ C R`` ``[n, n]`` for a lower triangular R and a symmetric C ``[n, n]``, of which
-    what is above the diagonal is not looked at.
+    """Return ``Rᵀ C R`` ``[n, n]`` for a lower triangular R and a symmetric C ``[n, n]``; only the
+    lower triangle of C is read.
 
-    With C = S + Sᵀ for a lower triangular S it is X + Xᵀ of ``X = Rᵀ (S R)``. S R is lower
-    triangular as well, so that both products take n³ operations, where C R and half the result take
-    a third more (n = 4096 in float32, two cores: 0.49 instead of 0.63 s).
+    With C = S + Sᵀ for a lower triangular S, the result is X + Xᵀ for ``X = Rᵀ (S R)``. S R is
+    lower triangular too, so both products together take n³ operations; C R and half of the result
+    would take a third more (n = 4096 in float32, two cores: 0.49 s instead of 0.63 s).
     """
     strips = _strips(len(root), _FINE_STRIPS)
     product = _lower_product(inner, root, strips)
@@ -73,14 +72,14 @@ def triangular_congruence(root: Tensor, inner: Tensor) -> Tensor:
         corner = strip[:, start:]
         corner += corner.T.clone()
         strip[:, :start] += (root[start:, :start].T @ product[start:, start:end]).T
-        # No later strip needs these rows: the result takes their place.
+        # Later strips do not read these rows, so the result overwrites them.
         product[start:end, :end] = strip
         product[:start, start:end] = strip[:, :start].T
     return product
 
 
 def _lower_product(inner: Tensor, root: Tensor, strips: list[tuple[int, int]]) -> Tensor:
-    """Return the blocks ``[n, n]`` on and below the diagonal of S R, any numbers above them."""
+    """Return S R ``[n, n]``; blocks above the diagonal are undefined."""
     product = torch.empty_like(inner)
     for i, (top, bottom) in enumerate(strips):
         rows = inner[top:bottom, :bottom].tril(top)
@@ -100,8 +99,8 @@ def triangular_product(root: Tensor, right: Tensor) -> Tensor:
 
 
 def orthonormal(columns: Tensor) -> Tensor | None:
-    """Return orthonormal columns ``[m, k]`` of the same span, from nearly orthonormal ones: twice
-    by Cholesky's factor (CholeskyQR2, Yamamoto and others 2015). None where they are not."""
+    """Orthonormalize nearly orthonormal columns ``[m, k]`` by two Cholesky factorizations
+    (CholeskyQR2, Yamamoto et al. 2015). Returns None if a factorization fails."""
     for _ in range(2):
         products = gram(columns.T)
         factor, failed = torch.linalg.cholesky_ex(products, upper=True)

@@ -1,4 +1,4 @@
-"""What calibration knows of one sublayer: all that a decomposer may look at beside the weight.
+"""Calibration statistics of one sublayer, the input of decomposers besides the weight.
 
 Legend: W ``[m, n]``, input x ``[n]``, output y = W x ``[m]``; g = ∂loss/∂y ``[m]`` at one token,
 the loss summed over tokens; D = ∂loss/∂W = Σ_t g xᵀ ``[m, n]`` of one whole sequence.
@@ -15,7 +15,7 @@ from hisvd_cli.linalg.moments import Moment
 from hisvd_cli.utils.errors import SourceError
 
 Need = Literal["moments", "gradients", "weight-gradients"]
-"""What a method asks of a calibration, each made by one flag of ``hisvd calibrate``."""
+"""Statistics that a method may require."""
 
 COMMANDS: dict[Need, str] = {
     "moments": "hisvd calibrate",
@@ -48,7 +48,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class WeightGradients:
-    """Means over whole sequences of D = ∂loss/∂W.
+    """Means over sequences of D = ∂loss/∂W.
 
     Attributes:
         mean: E[D] ``[m, n]``.
@@ -63,15 +63,15 @@ class WeightGradients:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of one sublayer; None where it was not taken.
+    """The statistics of one sublayer; None for those that were not collected.
 
     Attributes:
         moment: second moment of the input (G) or of the output (M).
-        channels: means of the input's channels.
+        channels: means of the input channels.
         gradient: second moment of the gradient at the output, over tokens.
-        weight_gradients: means over sequences of the weight's gradient.
-        halves: moment and gradient of every other sequence alone, and of the rest; None where
-            there is but one sequence.
+        weight_gradients: means of the weight gradient, over sequences.
+        halves: moment and gradient of the even and of the odd sequences; None if there is only one
+            sequence.
     """
 
     moment: Moment | None = None
@@ -82,10 +82,10 @@ class Statistics:
 
 
 def required(value: Value | None, method: str, need: Need) -> Value:
-    """Return a statistic, or say how to take it.
+    """Return a statistic that must be present.
 
     Raises:
-        SourceError: it was not taken; names the command that takes it.
+        SourceError: it was not collected; the hint names the command that collects it.
     """
     if value is None:
         raise missing(method, need)
@@ -93,8 +93,8 @@ def required(value: Value | None, method: str, need: Need) -> Value:
 
 
 def missing(method: str, need: Need) -> SourceError:
-    """Return the error of a method whose statistics were not taken."""
+    """Return the error for a method whose statistics were not collected."""
     return SourceError(
-        f"'{method}' needs {need.replace('-', ' ')}, which this calibration does not hold.",
+        f"'{method}' needs {need.replace('-', ' ')}, which this calibration does not contain.",
         f"Run: {COMMANDS[need]}",
     )

@@ -1,12 +1,11 @@
-"""The leading eigenvectors by block iteration: products of the matrix, and one small eigenproblem.
+"""Leading eigenvectors by block subspace iteration with Chebyshev filtering.
 
-A random block is drawn towards the leading eigenvectors by Chebyshev polynomials of the matrix that
-are small on the part of the spectrum not wanted (Zhou, Saad, Tiago and Chelikowsky 2006), made
-orthonormal by Cholesky's factor twice, and turned to eigenvectors within its span (Rayleigh and
-Ritz). Where products cost little beside eigendecompositions, or few vectors are wanted, that is the
-shorter way.
+A random block is multiplied by Chebyshev polynomials of the matrix that are small on the unwanted
+part of the spectrum (Zhou, Saad, Tiago and Chelikowsky 2006), orthonormalized by CholeskyQR2, and
+rotated to Ritz vectors. This is faster than an eigendecomposition if products are cheap or few
+vectors are wanted.
 
-Legend: A ``[p, p]``, positive semidefinite; k vectors wanted, a block of b > k; θ Ritz values.
+Legend: A ``[p, p]``, positive semidefinite; k wanted vectors, a block of b > k; θ Ritz values.
 """
 
 from __future__ import annotations
@@ -17,24 +16,25 @@ from torch import Tensor
 from hisvd_cli.linalg.products import mirrored_product, orthonormal
 
 EXCESS = 1e-3
-"""By what share of the optimum the loss of a truncation may lie above it."""
-_EXTRA = 8  # one vector more for each so many that are wanted
+"""Allowed excess of the truncation loss, relative to the optimum."""
+_EXTRA = 8  # one extra vector per this many wanted ones
 _LEAST_EXTRA = 16
-_MOST = 0.75  # share of all vectors from which on a block saves nothing
+_MOST = 0.75  # share of all vectors beyond which a block is not faster
 _DEGREE = 6
 _ROUNDS = 5
 
 
 def leading_subspace(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return nearly the largest eigenvalues ``[k]`` and their eigenvectors ``[p, k]``, falling.
+    """Return approximations of the largest eigenvalues ``[k]`` and their eigenvectors ``[p, k]``,
+    in descending order.
 
     Args:
         gram: A ``[p, p]``, symmetric.
         rank: k.
 
     Returns:
-        None where the loss ``tr A − Σ θ`` may lie more than ``EXCESS`` above the least one,
-        ``Σ_{j>k} λ_j``, or where the block would be nearly all of A.
+        None if the loss ``tr A − Σ θ`` may exceed the optimum ``Σ_{j>k} λ_j`` by more than
+        ``EXCESS``, or if the block would be nearly as large as A.
     """
     size = len(gram)
     width = rank + max(_LEAST_EXTRA, rank // _EXTRA)
@@ -57,7 +57,7 @@ def leading_subspace(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _ritz(gram: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return θ ``[b]``, falling, their Ritz vectors X ``[p, b]`` and A X."""
+    """Return θ ``[b]`` in descending order, the Ritz vectors X ``[p, b]``, and A X."""
     image = gram @ block
     values, turn = torch.linalg.eigh(mirrored_product(block.T, image.T))
     turn = turn.flip(1)
@@ -65,11 +65,11 @@ def _ritz(gram: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _excess(values: Tensor, block: Tensor, image: Tensor, rank: int) -> float:
-    """Return how much larger the sum of the k largest eigenvalues may be than that of θ.
+    """Bound how much the sum of the k largest eigenvalues exceeds that of their Ritz values.
 
-    ``Σ_{i≤k} ‖A x_i − θ_i x_i‖² / (θ_i − c)`` (Kato and Temple), c an eigenvalue that nothing
-    outside the block exceeds: taken to be the Ritz value halfway between the k-th and the last,
-    which lies above the first that the block leaves out unless it is far from done.
+    ``Σ_{i≤k} ‖A x_i − θ_i x_i‖² / (θ_i − c)`` (Kato and Temple), where c bounds the eigenvalues
+    outside the block. The Ritz value halfway between the k-th and the last is used for c: it
+    exceeds them unless the iteration is far from convergence.
     """
     gaps = (values[:rank] - values[(rank + len(values)) // 2]).double()
     residuals = (image[:, :rank] - block[:, :rank] * values[:rank]).double().square().sum(0)
@@ -77,13 +77,13 @@ def _excess(values: Tensor, block: Tensor, image: Tensor, rank: int) -> float:
 
 
 def _filter(gram: Tensor, block: Tensor, image: Tensor, bound: float) -> Tensor:
-    """Return T_d(2A/c − 1) X, its columns scaled to unit norm: T_d, Chebyshev's polynomial, stays
-    within ± 1 on [0, c] and grows fast above.
+    """Return T_d(2A/c − 1) X with columns scaled to unit norm. The Chebyshev polynomial T_d stays
+    within ±1 on [0, c] and grows fast above.
 
     Args:
         gram: A.
-        block: Ritz vectors X ``[p, b]``; each grows by a factor of its own, so scaling at the end
-            keeps the columns apart.
+        block: Ritz vectors X ``[p, b]``; each is scaled by a different factor, so that
+            normalization keeps the columns separate.
         image: A X.
         bound: c.
     """

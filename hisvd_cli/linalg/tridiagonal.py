@@ -1,14 +1,14 @@
-"""Some eigenvectors of a large symmetric matrix on a CPU, by way of a tridiagonal one.
+"""Leading eigenvectors of a large symmetric matrix on a CPU, by tridiagonal reduction.
 
-LAPACK reduces the matrix to a tridiagonal T and finds its eigenvalues; the eigenvectors wanted are
-then those of T, each from a twisted factorization of ``T − λI`` (Dhillon and Parlett 2004), turned
-back by the reflections of the reduction. Drivers that find vectors by index orthogonalize them one
-by one, and take longer than all vectors do from a third of them on.
+LAPACK reduces the matrix to a tridiagonal T and computes its eigenvalues. Each wanted eigenvector
+of T is computed by a twisted factorization of ``T − λI`` (Dhillon and Parlett 2004) and transformed
+back by the reflections of the reduction. LAPACK's drivers for a subset of vectors orthogonalize
+them one by one; beyond a third of all vectors they take longer than computing all.
 
-Eigenvalues nearer to each other than rounding can tell apart would give the same vector twice; that
-is looked at, and nothing returned where it happened.
+Eigenvalues that rounding cannot separate would give the same vector twice. This is detected, and
+nothing is returned then.
 
-Legend: A ``[p, p]`` = Q T Qᵀ, k vectors wanted.
+Legend: A ``[p, p]`` = Q T Qᵀ, k wanted vectors.
 """
 
 from __future__ import annotations
@@ -21,49 +21,54 @@ from torch import Tensor
 from hisvd_cli.utils.prefetch import ahead
 
 _ARRAY_BYTES = 30 << 20
-"""Of an array of the vectors that are made at a time: many, as a call of numpy for each row of T is
-most of what they cost, but less than what malloc takes from the system anew each time."""
+"""Size of the array of vectors computed together. Large, because the cost is dominated by numpy
+calls per row of T, but below the size that malloc requests from the system on every call."""
 _MIXTURES = 8
 _SKEW = 1e-3
-"""How far a random combination of the vectors may be from one of orthonormal ones: rounding of
-float32 leaves some 1e-5, a vector that stands twice some 1."""
+"""Allowed deviation from orthonormality, measured on random combinations of the vectors. Rounding
+in float32 causes about 1e-5, a duplicate vector about 1."""
 
 
 def leading_part(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the largest eigenvalues ``[k]`` and their eigenvectors ``[p, k]``, falling.
+    """Return the largest eigenvalues ``[k]`` and their eigenvectors ``[p, k]``, descending.
 
     Args:
         gram: A ``[p, p]``, symmetric, in float32 or float64 on a CPU.
         rank: k, at least 1 and at most p.
 
     Returns:
-        In the dtype of A; None where some vectors cannot be told apart, or A is not finite.
+        Values and vectors in the dtype of A; None if vectors are not orthogonal, or A is not
+        finite.
     """
     from scipy.linalg import LinAlgError, eigvalsh_tridiagonal, get_lapack_funcs
 
     size = len(gram)
     (reduce,) = get_lapack_funcs(("sytrd",), (gram.numpy(),))
-    # LAPACK counts by columns: the transpose, which is the same matrix, is read without a copy.
-    packed, diagonal, beside, scales, failed = reduce(gram.numpy().T, lower=1, lwork=64 * size)
+    # LAPACK is column-major: the transpose, which is the same matrix, is passed without a copy.
+    packed, diagonal, off_diagonal, scales, failed = reduce(
+        gram.numpy().T, lower=1, lwork=64 * size
+    )
     if failed:
         return None
-    diagonal, beside = diagonal.astype("float64"), beside.astype("float64")
+    diagonal, off_diagonal = diagonal.astype("float64"), off_diagonal.astype("float64")
     try:
-        values = eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")[::-1][:rank]
-    except (LinAlgError, ValueError):  # no convergence, or numbers that are not finite
+        values = eigvalsh_tridiagonal(diagonal, off_diagonal, lapack_driver="sterf")[::-1][:rank]
+    except (LinAlgError, ValueError):  # no convergence, or non-finite values
         return None
     vectors, together = gram.new_empty(size, rank), max(1, _ARRAY_BYTES // (8 * size))
     reflections = torch.from_numpy(packed)[1:, :-1], torch.from_numpy(scales)
 
     def twisted(span: slice) -> Tensor:
-        return torch.from_numpy(_twisted_vectors(diagonal, beside, values[span])).to(gram.dtype)
+        return torch.from_numpy(_twisted_vectors(diagonal, off_diagonal, values[span])).to(
+            gram.dtype
+        )
 
     spans = [slice(start, start + together) for start in range(0, rank, together)]
     for span, inner in ahead(twisted, spans):
-        # The first reflection leaves the first row as it is.
+        # The reflections do not change the first row.
         vectors[0, span] = inner[0]
         vectors[1:, span] = torch.ormqr(*reflections, inner[1:])
-    # A vector that stands twice shows in every combination of them.
+    # A duplicate vector changes every random combination.
     mixtures = torch.randn(rank, _MIXTURES, generator=torch.Generator().manual_seed(0))
     mixtures = mixtures.to(gram.dtype)
     skew = float((vectors.T @ (vectors @ mixtures) - mixtures).abs().max())
@@ -72,24 +77,24 @@ def leading_part(gram: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     return torch.from_numpy(values.copy()).to(gram.dtype), vectors
 
 
-def _twisted_vectors(diagonal: Any, beside: Any, values: Any) -> Any:
-    """Return unit eigenvectors of T, one a column, for its eigenvalues.
+def _twisted_vectors(diagonal: Any, off_diagonal: Any, values: Any) -> Any:
+    """Return unit eigenvectors of T, one per column, for given eigenvalues.
 
-    For each λ, ``T − λI`` is factored from both ends, D⁺ downward and D⁻ upward; where they meet
-    with the smallest pivot γ = D⁺ + D⁻ − (T − λI), the vector has a large entry, and from there it
-    follows outward by one product each. Its residual is γ, so λ need not be improved.
+    For each λ, ``T − λI`` is factored from both ends, D⁺ downward and D⁻ upward. At the index with
+    the smallest pivot γ = D⁺ + D⁻ − (T − λI) the vector has a large entry; the other entries follow
+    outward from there, by one product each. The residual is γ, so λ need not be refined.
 
     Args:
-        diagonal: of T ``[p]``, numpy float64, as all here.
-        beside: T's entries beside the diagonal ``[p − 1]``.
+        diagonal: diagonal of T ``[p]``, numpy float64 like the other arrays.
+        off_diagonal: off-diagonal of T ``[p − 1]``.
         values: λ ``[k]``.
     """
     import numpy as np
 
-    size, squares, step = len(diagonal), beside**2, np.empty(len(values))
+    size, squares, step = len(diagonal), off_diagonal**2, np.empty(len(values))
     down = diagonal[:, None] - values
     up = down.copy()
-    # A pivot of zero makes the next infinite, and the one after it what it would be without it.
+    # A zero pivot makes the next one infinite; the one after that is regular again.
     with np.errstate(all="ignore"):
         for i in range(1, size):
             down[i] -= np.divide(squares[i - 1], down[i - 1], out=step)
@@ -100,13 +105,13 @@ def _twisted_vectors(diagonal: Any, beside: Any, values: Any) -> Any:
             up[i] -= step
         np.abs(meeting, out=meeting)
         np.nan_to_num(meeting, copy=False, nan=np.inf)
-        twist = torch.from_numpy(meeting).argmin(0).numpy()  # numpy's takes ten times as long
-        vectors = meeting  # used again: new memory costs more than the arithmetic
+        twist = torch.from_numpy(meeting).argmin(0).numpy()  # ten times faster than numpy's argmin
+        vectors = meeting  # reused: allocating costs more than the arithmetic
         vectors.fill(0)
         vectors[twist, np.arange(len(values))] = 1
         rows = np.arange(size)[:, None]
         for pivots, beyond in ((down[:-1], rows[:-1] >= twist), (up[1:], rows[1:] <= twist)):
-            np.divide(beside[:, None], pivots, out=pivots)
+            np.divide(off_diagonal[:, None], pivots, out=pivots)
             pivots[beyond] = 0
         for i in range(size - 2, -1, -1):
             vectors[i] -= np.multiply(down[i], vectors[i + 1], out=step)

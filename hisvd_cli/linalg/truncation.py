@@ -1,4 +1,4 @@
-"""The best low-rank answer in a metric, and what each of its components is worth.
+"""The best low-rank approximation in a metric, and the loss of each component.
 
 Legend: as in :mod:`hisvd_cli.linalg.metric`.
 """
@@ -26,15 +26,15 @@ Eigenvectors = Callable[[Tensor, int], Tensor]
 
 @contextmanager
 def decomposing(sublayer: str) -> Iterator[None]:
-    """Have numerical failures of the body name the sublayer. Raises NumericalError."""
+    """Add the sublayer's name to numerical errors of the body. Raises NumericalError."""
     try:
         yield
     except NumericalError as error:
         raise NumericalError(f"{sublayer}: {error.message}", error.hint) from error
     except LinAlgError as error:
         raise NumericalError(
-            f"{sublayer}: its decomposition did not converge; its statistics may not be finite.",
-            "Check them with 'hisvd inspect', and calibrate again.",
+            f"{sublayer}: the decomposition did not converge; the statistics may not be finite.",
+            "Check the calibration with 'hisvd inspect', or calibrate again.",
         ) from error
 
 
@@ -45,26 +45,26 @@ def truncate(
     solver: Solver = "auto",
     eigenvectors: Eigenvectors | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors of the best replacement of W of rank k in a metric.
+    """Return the factors of the best approximation of W of rank k in a metric.
 
-    The columns of U have unit norm, whatever the scale of the metric: gradients are tiny, and both
-    factors are to survive half precision. The first j components of a larger rank are the answer
-    of rank j, where ``eigenvectors`` are nested, as the exact ones are.
+    The columns of U have unit norm whatever the scale of the metric, because gradients are tiny
+    and both factors must be representable in half precision. If the eigenvectors are nested, as
+    exact ones are, the first j components are the best approximation of rank j.
 
     Args:
         weight: W ``[m, n]``.
-        metric: what is minimised.
+        metric: the error to minimize.
         rank: k, at least 1 and at most ``min(m, n)``.
-        solver: finds the eigenvectors, in float32 where the matrix is large and the result is the
-            same; ``svd`` finds them as singular vectors in float64.
-        eigenvectors: finds them in its place.
+        solver: computes the eigenvectors, in float32 if the matrix is large and the result is the
+            same; ``svd`` computes singular vectors in float64.
+        eigenvectors: function that replaces the solver.
 
     Returns:
-        U ``[m, k]`` and V ``[k, n]``, both in float64, or in float32 where that did; best component
-        first. Without a left side U is orthonormal.
+        U ``[m, k]`` and V ``[k, n]`` in float64, or in float32 if that was sufficient; best
+        component first. Without a left side of the metric, U is orthonormal.
 
     Raises:
-        LinAlgError: non-finite numbers.
+        LinAlgError: values are not finite.
     """
     if metric.transposed:
         plain = replace(metric, transposed=False)
@@ -92,22 +92,23 @@ def _top(gram: Tensor, rank: int, solver: Solver) -> Tensor:
 
 
 def _singular_vectors(metric: Metric, weighted: Tensor, rank: int) -> Tensor:
-    """Return the left singular vectors ``[m, rank]`` of A, whose squares were never added up."""
+    """Return the left singular vectors ``[m, rank]`` of A, computed without forming A Aᵀ."""
     top: Tensor = torch.linalg.svd(metric.whitened(weighted), full_matrices=False).U[:, :rank]
     return top.contiguous()
 
 
 def _balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same product with columns of U of unit norm; a zero column stays one."""
+    """Scale the columns of U to unit norm, keeping the product; zero columns stay zero."""
     norms = u.norm(dim=0)
     norms = torch.where(norms > 0, norms, 1.0)
     return u / norms, v * norms[:, None]
 
 
 def energies(weight: Tensor, metric: Metric) -> Tensor:
-    """Return what each component of W adds to the loss when it is dropped ``[min(m, n)]``.
+    """Return the loss of dropping each component of W, ``[min(m, n)]``.
 
-    Falling, in float64 on the CPU: ``Σ_{j>k}`` is the loss of :func:`truncate` at rank k.
+    In descending order, in float64 on the CPU: ``Σ_{j>k}`` is the loss of :func:`truncate` at
+    rank k.
     """
     if metric.transposed:
         return energies(weight.T, replace(metric, transposed=False))

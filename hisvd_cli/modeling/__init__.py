@@ -1,1 +1,1 @@
-"""What a model is: its structure, its blocks, and the checkpoints that hold it."""
+"""Models: sources, weights, structure, block walk, layers and checkpoints."""

@@ -1,4 +1,4 @@
-"""Records the arguments that a model passes to its blocks, with a stub in place of each block."""
+"""Records the arguments that a model passes to its blocks, with stubs in place of the blocks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class DivertedError(Exception):
-    """A block was given something else than the state that the one before it returned."""
+    """A block did not receive the output of the block before it."""
 
 
 def run_stubs(
     model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor, as_tuple: bool
 ) -> tuple[Tensor, list[Arguments]]:
-    """Return the first block's input, and what each block was called with beside it.
+    """Return the first block's input, and the other arguments of each block.
 
     Raises:
-        DivertedError: a block was given something else than that input.
+        DivertedError: a block received another hidden state.
     """
     calls: list[Arguments] = []
     states: list[Tensor] = []
@@ -49,7 +49,7 @@ def run_stubs(
 
 @contextmanager
 def stubbed(layers: nn.ModuleList, stub: Callable[..., Tensor | tuple[Tensor]]) -> Iterator[None]:
-    """Let ``stub(index, …)`` stand for every block while the body runs."""
+    """Replace the forward method of every block with ``stub(index, …)`` for the body."""
     for index, layer in enumerate(layers):
         layer.forward = partial(stub, index)
     try:
@@ -60,7 +60,7 @@ def stubbed(layers: nn.ModuleList, stub: Callable[..., Tensor | tuple[Tensor]]) 
 
 
 def same_arguments(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
-    """Tell whether two calls' arguments are equal; masks that blocks share are compared once."""
+    """Return whether the arguments of two calls are equal; shared masks are compared once."""
     if one is other or (id(one), id(other)) in seen:
         return True
     if type(one) is not type(other):

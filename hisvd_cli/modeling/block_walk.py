@@ -1,8 +1,8 @@
-"""Walk the decoder blocks of a model one at a time: memory is one block and the hidden states.
+"""Runs the decoder blocks of a model one at a time, with one block in memory.
 
-The model is built on the meta device. A first pass with every block replaced by a stub records
-what each block is called with (masks, positions, rotary embeddings), so that nothing of a model's
-own forward pass is rebuilt here; then each block is filled from disk, run and freed in turn.
+The model is built on the meta device. A first pass with stubs in place of the blocks records the
+arguments of each block (masks, positions, rotary embeddings), so that the model's own forward pass
+need not be reimplemented. Then each block is loaded from disk, run and freed in turn.
 
 Legend: S sequences, L tokens each, d hidden width; hidden states ``[S, L, d]``.
 """
@@ -42,20 +42,20 @@ if TYPE_CHECKING:
 
 
 class _ReachedError(Exception):
-    """A module was reached; what it is given was all that was wanted."""
+    """Stops a forward pass after the input of a module was captured."""
 
 
 class BlockWalk:
-    """A model whose blocks pass through memory one at a time.
+    """Loads, runs and frees the blocks of a model one at a time.
 
     Args:
         source: the model.
-        device: where blocks are run.
-        dtype: in which blocks are run.
+        device: device on which blocks run.
+        dtype: dtype in which blocks run.
         batch: sequences per forward pass.
-        home: where hidden states live; by default on the device.
-        model: its structure on the meta device, where that is not the dense one of its config.
-        refuse_nonfinite: stop at a block whose output is not finite.
+        home: storage of the hidden states; by default on the device.
+        model: structure on the meta device, if it differs from the dense model of the config.
+        refuse_nonfinite: raise an error if the output of a block is not finite.
     """
 
     def __init__(
@@ -85,16 +85,16 @@ class BlockWalk:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, compute_hidden: bool = True) -> None:
-        """Embed ``tokens [S, L]`` into hidden states, and record what each block is called with.
+        """Embed ``tokens [S, L]`` into hidden states, and record the arguments of each block.
 
         Args:
             tokens: token ids.
-            compute_hidden: False only records, for a walk that goes on from stored hidden states.
+            compute_hidden: False only records, for a walk that resumes from stored hidden states.
         """
-        if not len(tokens):  # one of more processes than there are sequences
+        if not len(tokens):  # there are more processes than sequences
             return
         self._fill_outside()
-        self._record(tokens[:1].to(self.device))  # what ``probe`` runs on
+        self._record(tokens[:1].to(self.device))  # for ``probe``, which runs one sequence
         for start in range(0, len(tokens), self.batch):
             ids = tokens[start : start + self.batch]
             if compute_hidden or len(ids) not in self._arguments:
@@ -104,16 +104,17 @@ class BlockWalk:
         self._empty_outside()
 
     def _keep(self, start: int, state: Tensor, count: int) -> None:
-        if start == 0:  # all of the memory at once: joining parts would need it twice
+        if start == 0:  # allocated at once: concatenating parts would need twice the memory
             self.hidden = self.home.take((count, *state.shape[1:]), state.dtype)
         self.hidden[start : start + len(state)] = state
         self.home.settle()
 
     def load(self, index: int) -> nn.Module:
-        """Fill block ``index`` from disk and return it.
+        """Load block ``index`` from disk and return it.
 
         Raises:
-            SourceError, NumericalError: a tensor cannot be read, is misshapen or not finite.
+            SourceError: a tensor cannot be read, or has the wrong shape.
+            NumericalError: a tensor is not finite.
         """
         layer = self.layers[index]
         name = f"{self.prefix}.{index}."
@@ -122,21 +123,21 @@ class BlockWalk:
         return layer
 
     def probe(self, index: int) -> None:
-        """Run the loaded block ``index`` over the first sequence for what watches it; the hidden
-        states stay as they are."""
+        """Run the loaded block ``index`` on the first sequence, for its hooks; hidden states are
+        not changed."""
         self._run(index, self.hidden[:1].to(self.device))
 
     def observe(self, index: int) -> None:
-        """Run the loaded block ``index`` over all hidden states for what watches it; they stay as
-        they are. Raises NumericalError."""
+        """Run the loaded block ``index`` on all hidden states, for its hooks, without changing
+        them. Raises NumericalError."""
         for start in range(0, len(self.hidden), self.batch):
             self._run(index, self.hidden[start : start + self.batch].to(self.device))
 
     def advance(self, index: int) -> None:
-        """Run the loaded block ``index`` over all hidden states, in place.
+        """Run the loaded block ``index`` on all hidden states, in place.
 
         Raises:
-            NumericalError: the block's output is not finite.
+            NumericalError: the output is not finite.
         """
         for start in range(0, len(self.hidden), self.batch):
             part = self.hidden[start : start + self.batch]
@@ -145,12 +146,13 @@ class BlockWalk:
 
     @torch.no_grad()
     def entering(self, index: int, part: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-        """Run the loaded block ``index`` up to the first of ``modules``, and return its input.
+        """Run the loaded block ``index`` up to the first of ``modules``, and return the input of
+        that module.
 
         Args:
             index: the block.
-            part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be fewer).
-            modules: modules of the block, one of which runs on every token.
+            part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be smaller).
+            modules: modules of the block, at least one of which is called.
         """
         seen: list[Tensor] = []
 
@@ -172,7 +174,7 @@ class BlockWalk:
 
         Args:
             index: the block.
-            part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be fewer).
+            part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be smaller).
             gradient: the gradient at its output, of the same shape.
         """
         entered = part.to(self.device, self.dtype).requires_grad_()
@@ -183,7 +185,7 @@ class BlockWalk:
     def loss_gradient(self, ids: Tensor, state: Tensor) -> Tensor:
         """Return the gradient of the summed loss at the last block's output.
 
-        Within :meth:`whole_outside`, after :meth:`embed`.
+        Must be called after :meth:`embed`, within :meth:`whole_outside`.
 
         Args:
             ids: tokens ``[1, L]``.
@@ -204,7 +206,7 @@ class BlockWalk:
     def logits(self, ids: Tensor, state: Tensor) -> Tensor:
         """Return the logits ``[B, L, vocabulary]`` for the last block's output.
 
-        Within :meth:`whole_outside`, after :meth:`embed`.
+        Must be called after :meth:`embed`, within :meth:`whole_outside`.
 
         Args:
             ids: tokens ``[B, L]``, on the walk's device.
@@ -236,7 +238,7 @@ class BlockWalk:
         return state
 
     def free(self, index: int) -> None:
-        """Give back the memory of block ``index``."""
+        """Free the memory of block ``index``."""
         drop_weights(self.layers[index], recurse=True)
 
     def _read(self, name: str) -> Tensor:
@@ -244,7 +246,7 @@ class BlockWalk:
         return read_tensor(self.source, stored, name, expected, self.dtype).to(self.device)
 
     def _outside(self) -> Iterator[tuple[nn.Module, str, str]]:
-        """Yield (module, local name, full name) of each stored tensor that is in no block."""
+        """Yield (module, local name, full name) of each stored tensor outside the blocks."""
         for name in self.names:
             if not name.startswith(f"{self.prefix}."):
                 parent, _, local = name.rpartition(".")
@@ -252,7 +254,7 @@ class BlockWalk:
 
     @contextmanager
     def whole_outside(self) -> Iterator[None]:
-        """Hold everything that is in no block, the output head too, while the body runs."""
+        """Load all tensors outside the blocks, including the output head, for the body."""
         self._fill_outside(with_head=True)
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head.weight.device.type == "meta":  # tied: stored once, under the embedding's name
@@ -264,7 +266,7 @@ class BlockWalk:
     def _fill_outside(self, with_head: bool = False) -> None:
         head = self.model.get_output_embeddings()
         for module, local, name in self._outside():
-            if with_head or module is not head:  # else logits are not computed
+            if with_head or module is not head:
                 module.load_state_dict({local: self._read(name)}, strict=False, assign=True)
         for buffer_name, buffer in list(self.model.named_buffers()):
             if buffer.device.type != "meta":
@@ -276,9 +278,9 @@ class BlockWalk:
             drop_weights(module, recurse=False)
 
     def _record(self, ids: Tensor) -> Tensor:
-        """Return the first block's input ``[B, L, d]`` and keep every block's other arguments."""
-        # Blocks return a tensor in most of transformers and a tuple in older parts of it. With the
-        # wrong one the next block gets something else than the state that was passed on.
+        """Return the first block's input ``[B, L, d]``, and record the arguments of every block."""
+        # Blocks of most transformers models return a tensor, those of older ones a tuple. With the
+        # wrong kind, the next block does not receive the hidden state.
         for as_tuple in (False, True):
             try:
                 state, calls = run_stubs(self.model, self.layers, ids, as_tuple)
@@ -287,13 +289,12 @@ class BlockWalk:
             self._as_tuple = as_tuple
             if not same_arguments(calls, self._arguments.setdefault(len(ids), calls), set()):
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__} gives its blocks more than the hidden state of "
-                    "the text, such as embeddings per block.",
+                    f"{type(self.model).__name__} passes its blocks more inputs that depend on the "
+                    "text than the hidden states, such as per-layer embeddings.",
                     SUPPORTED,
                 )
             return state
         raise UnsupportedModelError(
-            f"{type(self.model).__name__} does more between its blocks than pass on the hidden "
-            "state.",
+            f"{type(self.model).__name__} processes the hidden states between its blocks.",
             SUPPORTED,
         )

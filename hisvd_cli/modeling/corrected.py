@@ -1,5 +1,4 @@
-"""A model whose truncated weights were multiplied out and corrected: the original with some tensors
-of other files over it, so that nothing else is copied."""
+"""A model with some weights replaced by corrected ones, without copying the rest."""
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Corrected(Source):
-    """A model with weights of its own for some sublayers.
+    """A model with replaced weights for some sublayers.
 
     Attributes:
-        teacher: the original, whose everything else it has.
-        changed: folder of safetensors files with those weights, by their names on disk.
+        teacher: the original model, which provides everything else.
+        changed: folder of safetensors files with the replaced weights, by their names on disk.
     """
 
     teacher: Source
@@ -34,12 +33,12 @@ class Corrected(Source):
 
     @property
     def original(self) -> Source:
-        """The model as it was published."""
+        """The original model."""
         return self.teacher
 
     @cached_property
     def weights(self) -> Weights:
-        """The tensors on disk, its own before the original's. Raises SourceError."""
+        """The tensors on disk, with replaced weights taking precedence. Raises SourceError."""
         weights = self.teacher.weights
         infos, where, recipes = dict(weights.infos), dict(weights.where), dict(weights.recipes)
         for path in self.changed_files:
@@ -51,18 +50,18 @@ class Corrected(Source):
 
     @property
     def changed_files(self) -> list[Path]:
-        """The files of its own weights, sorted by name."""
+        """The files of the replaced weights, sorted by name."""
         return sorted(self.changed.glob("*.safetensors"))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the original's fingerprint and of its own weights."""
+        """sha256 of the original's fingerprint and of the replaced weights."""
         own = [f"{path.name} {file_digest(path)}" for path in self.changed_files]
         return digest("corrected", self.teacher.fingerprint, *own)
 
 
 def corrected(teacher: Source, changed: Path) -> Corrected:
-    """Return a model with the weights in ``changed`` in the place of its own."""
+    """Return ``teacher`` with the weights in ``changed`` replacing its own."""
     return Corrected(
         teacher.name,
         teacher.folder,
@@ -76,7 +75,7 @@ def corrected(teacher: Source, changed: Path) -> Corrected:
 
 @torch.no_grad()
 def take_corrected(source: Source, model: PreTrainedModel) -> None:
-    """Put the corrected weights of ``source``, where it has any, into its loaded original."""
+    """Copy the corrected weights of ``source``, if any, into the loaded original model."""
     if not isinstance(source, Corrected):
         return
     own = {name for path in source.changed_files for name in read_header(path).tensors}

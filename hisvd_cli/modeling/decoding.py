@@ -1,4 +1,4 @@
-"""The two parts of a causal language model: its decoder, and the output head behind it."""
+"""Runs the decoder and the output head of a causal language model separately."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def logits_from_states(model: PreTrainedModel, ids: Tensor, states: Tensor) -> Tensor:
-    """Return the logits ``[B, L, V]`` of the decoder's output ``[B, L, d]``.
+    """Return the logits ``[B, L, V]`` for decoder output ``[B, L, d]``.
 
-    The model's own forward pass runs with the decoder replaced, so that everything behind the
-    decoder is applied: output head, bias, scale and soft cap. The decoder's weights are not read.
+    The model's own forward pass runs with the decoder replaced, so that output head, bias, scale
+    and soft cap are all applied. The decoder's weights are not read.
 
     Args:
         model: the whole model.
         ids: tokens ``[B, L]``, on the device of ``states``.
-        states: what the decoder returned for them, after its final norm.
+        states: the decoder's output for them, after the final norm.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Given
 
@@ -58,7 +58,7 @@ class TwoParts:
         return states
 
     def head(self, states: Tensor) -> Tensor:
-        """Return the logits ``[T, V]`` of the decoder's output ``[T, d]``."""
+        """Return the logits ``[T, V]`` for decoder output ``[T, d]``."""
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
         with self._precision():
             return logits_from_states(self.model, ids, states[None])[0]

@@ -1,4 +1,4 @@
-"""Losses of tokens from logits, and how far one model's predictions are from another's.
+"""Token losses, and the KL divergence between the predictions of two models.
 
 Legend: L tokens of a window, V vocabulary.
 """
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_ROWS = 128  # positions whose distributions are held in float32 at a time: few stay in the cache
+_ROWS = 128  # positions converted to float32 at a time, so that they fit the cache
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the negative log-likelihood in nats of all tokens but the first: ``[L − 1]``.
+    """Return the negative log-likelihood in nats of all tokens except the first, ``[L − 1]``.
 
     Args:
         logits: ``[L, V]``.
@@ -27,14 +27,14 @@ def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def token_divergences(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(reference ‖ other) in nats, and whether both rank the same token first.
+    """Return KL(reference ‖ other) in nats, and whether both models rank the same token first.
 
     Args:
-        reference: logits ``[L, V]``.
-        logits: of the other model ``[L, V]``.
+        reference: logits of the reference ``[L, V]``.
+        logits: logits of the other model ``[L, V]``.
 
     Returns:
-        Two ``[L − 1]``: of the last position nothing is known of the token that follows.
+        Two tensors ``[L − 1]``; the last position has no next token and is left out.
     """
     divergences, agreements = [], []
     for one, other in zip(reference[:-1].split(_ROWS), logits[:-1].split(_ROWS), strict=True):

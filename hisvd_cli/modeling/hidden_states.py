@@ -1,7 +1,7 @@
-"""Where the hidden states of a walk live: on the device, in host memory, or in a mapped file.
+"""Storage of a block walk's hidden states: on the device, in host memory or in a mapped file.
 
-They are the only part of a walk that grows with the text. Wherever they live they are one tensor
-``[S, L, d]``, of which a walk takes a few sequences at a time. Legend: as in
+Hidden states are the only part of a walk that grows with the text. They are one tensor
+``[S, L, d]`` in any storage, processed a few sequences at a time. Legend: as in
 :mod:`hisvd_cli.modeling.block_walk`.
 """
 
@@ -24,19 +24,19 @@ from hisvd_cli.utils.files.tensorfile import write_parts
 
 Place = Literal["device", "host", "file"]
 NAME = "hidden"
-"""Name of the tensor in files of states."""
+"""Name of the tensor in files of hidden states."""
 _CHUNK = 1 << 25
-"""Bytes of states that are copied at a time."""
+"""Bytes copied at a time."""
 
 
 class StatesHome:
-    """Gives out memory for the states of one walk.
+    """Allocates memory for the hidden states of one walk.
 
     Args:
-        device: where blocks run.
-        place: where the states live.
-        folder: where the file goes that holds them. It has no name there: whatever ends the
-            process, its space comes back.
+        device: device on which blocks run.
+        place: where the states are stored.
+        folder: folder of the file, if any. The file is unlinked, so that its space is freed
+            however the process ends.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class StatesHome:
         self._map: mmap.mmap | None = None
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor whose content is not defined yet, in place of the one before.
+        """Return an uninitialized tensor, which replaces an earlier one.
 
         Raises:
-            OutputError: no space for the file.
+            OutputError: there is no space for the file.
         """
         if self._folder is None:
             return torch.empty(*shape, dtype=dtype, device=self._device)
@@ -61,38 +61,38 @@ class StatesHome:
                 self._map = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise OutputError(
-                f"Cannot keep {size / 1e9:.1f} GB of hidden states in {self._folder}: "
+                f"Cannot store {size / 1e9:.1f} GB of hidden states in {self._folder}: "
                 f"{reason(error)}",
                 write_hint(self._folder),
             ) from error
         return torch.frombuffer(self._map, dtype=dtype).view(*shape)
 
     def settle(self) -> None:
-        """Let go of the pages of the file that were read and written: they are in it."""
+        """Release the pages of the file from memory."""
         if self._map is not None:
             settle(self._map)
 
     def save(self, path: Path, states: Tensor) -> None:
-        """Write states, without a copy of all of them. Raises OutputError."""
+        """Write states to a file in chunks. Raises OutputError."""
         write_parts(path, NAME, [part for _, part in chunks(states)], {}, self.settle)
 
 
 def settle(mapped: mmap.mmap) -> None:
-    """Let go of the pages of a mapped file, which holds what they hold."""
+    """Release the pages of a mapped file from memory; their content stays in the file."""
     if hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def chunks(states: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield states ``[S, …]`` a few at a time, each part with the number of its first."""
+    """Yield (first row, rows) for chunks of states ``[S, …]``."""
     rows = max(1, _CHUNK // (states[0].numel() * states.element_size()))
     for start in range(0, len(states), rows):
         yield start, states[start : start + rows]
 
 
 def reserve(file: int, size: int) -> None:
-    """Make an open file that long, and take its blocks now: a disk that is full later would end the
-    process (SIGBUS) where a map of the file is written, and it now raises OSError."""
+    """Extend an open file to ``size`` bytes and allocate its blocks, so that a full disk raises
+    OSError here instead of SIGBUS when the mapped file is written."""
     before = os.fstat(file).st_size
     try:
         if hasattr(os, "posix_fallocate"):
@@ -102,5 +102,5 @@ def reserve(file: int, size: int) -> None:
         while (left := size - os.fstat(file).st_size) > 0:
             os.write(file, bytes(min(left, _CHUNK)))
     except OSError:
-        os.ftruncate(file, before)  # what was taken of it comes back
+        os.ftruncate(file, before)  # frees the blocks allocated so far
         raise

@@ -1,4 +1,4 @@
-"""Detects activations that are not finite, and says what to do about them."""
+"""Detects non-finite activations."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def all_finite(state: Tensor) -> bool:
-    """Tell whether all numbers are finite. Their sum says it in a tenth of the time, unless finite
-    ones add up to more than float32 holds."""
+    """Return whether all values are finite. The sum is tested first, in a tenth of the time; it is
+    only inconclusive if finite values overflow float32."""
     return bool(state.sum(dtype=torch.float32).isfinite()) or bool(state.isfinite().all())
 
 
 def overflow_hint(dtype: torch.dtype) -> str:
-    """Say what to do about activations that are not finite."""
+    """Return the hint for non-finite activations in a dtype."""
     if dtype == torch.float16:
-        return "Use --dtype bfloat16 or float32; float16 overflows on many models."
-    return "The model itself overflows: try it with 'hisvd eval', or use another checkpoint."
+        return "Use `model.dtype` bfloat16 or float32; float16 overflows on many models."
+    return "The model itself overflows: check it with 'hisvd eval', or use another checkpoint."

@@ -1,9 +1,9 @@
-"""Forward passes over windows of text: the whole model in memory, or one block at a time.
+"""Forward passes over windows of text, with the whole model or one block at a time in memory.
 
-Both give the same logits. Of a baseline, what its decoder returns is kept on disk, in its own
-precision: vocabulary ÷ width times less than logits, and its output head makes the same logits of
-it again, so that one pass of the baseline serves any number of models, each of them in memory
-alone.
+Both give the same logits. The decoder outputs of a baseline are stored on disk, in their own
+precision: they are smaller than logits by a factor of vocabulary ÷ width, and the output head
+recomputes the same logits. One pass of the baseline thus serves any number of models, with only
+one model in memory at a time.
 
 Legend: N windows of L tokens, B of them in a batch; d hidden width, V vocabulary.
 """
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """What a batch of windows gave: logits ``[B, L, V]`` and the decoder's output ``[B, L, d]``
-    (None for a model without a decoder that transformers can name)."""
+    """The output for a batch of windows: logits ``[B, L, V]`` and decoder output ``[B, L, d]``
+    (None if transformers cannot identify the model's decoder)."""
 
     logits: Tensor
     final: Tensor | None
 
 
 class Pass(Protocol):
-    """A model that windows are put through."""
+    """A model that can be run on windows."""
 
     def run(self, ids: Tensor) -> Iterator[Output]:
         """Yield the output of each batch of windows ``[N, L]``, in order."""
@@ -54,11 +54,11 @@ class Placement:
     """How a model is run.
 
     Attributes:
-        device: where.
-        dtype: in which precision.
+        device: device of forward passes.
+        dtype: precision of forward passes.
         batch: windows per forward pass.
-        streamed: one block in memory at a time.
-        states_bytes: hidden states of the windows that then go through the blocks together.
+        streamed: keep one block in memory at a time.
+        states_bytes: limit for the hidden states of windows that are streamed together.
     """
 
     device: torch.device
@@ -69,7 +69,7 @@ class Placement:
 
 
 class Resident:
-    """A model in memory."""
+    """A model that is in memory as a whole."""
 
     def __init__(self, model: PreTrainedModel, batch: int) -> None:
         self._model = model
@@ -85,10 +85,10 @@ class Resident:
 
 
 class Streamed:
-    """A model on disk, of which one block at a time is in memory.
+    """A model on disk, with one block at a time in memory.
 
-    Windows go through the blocks together, as many as their hidden states fit into so many bytes,
-    so that the weights are read seldom.
+    Windows are processed together as long as their hidden states fit into ``states_bytes``, so
+    that weights are read rarely.
     """
 
     def __init__(self, walk: BlockWalk, states_bytes: int) -> None:
@@ -117,21 +117,21 @@ class Streamed:
 
 
 class Head:
-    """What stands behind a decoder: makes logits of what the decoder returned."""
+    """Computes logits from decoder outputs."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self._model = model
         self._device = device
 
     def logits(self, ids: Tensor, final: Tensor) -> Tensor:
-        """Return the logits ``[B, L, V]`` of tokens ``[B, L]`` and the decoder's output for
-        them."""
+        """Return the logits ``[B, L, V]`` for tokens ``[B, L]`` and their decoder output ``[B, L,
+        d]``."""
         with torch.inference_mode():
             return logits_from_states(self._model, ids.to(self._device), final.to(self._device))
 
 
 class _Tap:
-    """Keeps what a model's decoder returned last."""
+    """Captures the last output of a model's decoder."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         decoder = model.get_decoder()
@@ -140,7 +140,7 @@ class _Tap:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Watch while the body runs."""
+        """Capture outputs while the body runs."""
         if self._decoder is None:
             yield
             return
@@ -151,7 +151,7 @@ class _Tap:
             handle.remove()
 
     def take(self) -> Tensor | None:
-        """Return what was seen, once."""
+        """Return the captured output and forget it."""
         seen, self._seen = self._seen, None
         return seen
 
@@ -161,11 +161,11 @@ class _Tap:
 
 @contextmanager
 def open_pass(source: Source, how: Placement) -> Iterator[Pass]:
-    """Open a model, dense or compressed, to be run; its memory is given back after the body.
+    """Open a model, dense or compressed, for running; its memory is freed after the body.
 
     Raises:
-        SourceError: its weights are missing, damaged or misshapen.
-        UnsupportedModelError: it cannot be built, or not be streamed.
+        SourceError: weights are missing or damaged, or have the wrong shape.
+        UnsupportedModelError: the model cannot be built or streamed.
     """
     if how.streamed:
         yield Streamed(_walk(source, how), how.states_bytes)
@@ -176,7 +176,7 @@ def open_pass(source: Source, how: Placement) -> Iterator[Pass]:
 
 @contextmanager
 def open_head(source: Source, how: Placement) -> Iterator[Head]:
-    """Open what stands behind a model's decoder, and hold only that while the body runs.
+    """Open the output head of a model, and keep only that in memory while the body runs.
 
     Raises:
         HisvdError: as for :func:`open_pass`.
@@ -193,13 +193,13 @@ def open_head(source: Source, how: Placement) -> Iterator[Head]:
 
 def _walk(source: Source, how: Placement) -> BlockWalk:
     model = build_stored_model(source, how.dtype)
-    # A window that is not finite is told of in the result: it does not stop the others.
+    # Non-finite windows are reported in the result and do not stop the others.
     return BlockWalk(source, how.device, how.dtype, how.batch, model=model, refuse_nonfinite=False)
 
 
 @dataclass(frozen=True)
 class FinalStates:
-    """What a decoder returned for each window, on disk: a file with ``[L, d]`` each."""
+    """Decoder outputs on disk, one file with ``[L, d]`` per window."""
 
     folder: Path
 
@@ -207,30 +207,30 @@ class FinalStates:
         return self.folder / f"window-{window:06d}.safetensors"
 
     def count(self) -> int:
-        """Return how many windows, from the first on, are kept and were not damaged."""
+        """Return the number of consecutive windows, from the first, with an intact file."""
         count = 0
         while intact(self._path(count)):
             count += 1
         return count
 
     def keep(self, first: int, final: Tensor | None) -> None:
-        """Write the output ``[B, L, d]`` for the windows from ``first`` on.
+        """Write the outputs ``[B, L, d]`` of the windows that begin with ``first``.
 
         Raises:
-            UnsupportedModelError: the model has none.
-            OutputError: it cannot be written.
+            UnsupportedModelError: ``final`` is None.
+            OutputError: a file cannot be written.
         """
         if final is None:
             raise UnsupportedModelError(
-                "The baseline keeps its decoder where it cannot be found, so nothing can be "
-                "compared with it.",
-                "Evaluate without --baseline; perplexities need no decoder.",
+                "The decoder of the baseline cannot be identified, so nothing can be compared with "
+                "it.",
+                "Evaluate without `eval.baseline`; perplexity does not need the decoder.",
             )
         for i, state in enumerate(final):
             write_tensors(self._path(first + i), {"final": state}, {})
 
     def read(self, first: int, count: int) -> Tensor:
-        """Return the output ``[count, L, d]`` for the windows from ``first`` on.
+        """Return the outputs ``[count, L, d]`` of the windows that begin with ``first``.
 
         Raises:
             SourceError: a file is missing or damaged.

@@ -1,7 +1,6 @@
-"""A tensor ``[S, …]`` on disk in files that hold some of its rows each.
+"""A tensor ``[S, …]`` stored as several files of rows.
 
-Several processes write theirs beside each other, and a later run, of however many processes, reads
-any rows.
+Each process writes its own rows; a later run with any number of processes can read any rows.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class RowFiles:
     stem: str
 
     def keep(self, first: int, rows: Tensor, home: StatesHome) -> None:
-        """Write rows, of memory of ``home``, from number ``first`` on; nothing where there are
-        none. Raises OutputError."""
+        """Write rows, allocated by ``home``, that begin at row ``first``; nothing if empty. Raises
+        OutputError."""
         if len(rows):
             name = f"{self.stem}.{first:06d}-{first + len(rows):06d}.safetensors"
             home.save(self.folder / name, rows)
@@ -42,7 +41,8 @@ class RowFiles:
         return [(int(span[1]), int(span[2]), path) for span, path in found if span]
 
     def _pieces(self, start: int, end: int) -> list[tuple[Path, slice]] | None:
-        """Return which rows of which files are rows ``start`` to ``end``; None where some lack."""
+        """Return the (file, rows in it) that cover rows ``start`` to ``end``; None if any are
+        missing."""
         pieces = []
         spans = self._spans()
         while start < end:
@@ -56,14 +56,14 @@ class RowFiles:
         return pieces
 
     def sound(self, count: int) -> bool:
-        """Tell whether rows 0 to ``count`` are all there; files that were damaged are removed."""
+        """Return whether rows 0 to ``count`` are complete, after removing damaged files."""
         for _, _, path in self._spans():
             if not intact(path):
                 path.unlink(missing_ok=True)
         return self._pieces(0, count) is not None
 
     def read(self, start: int, end: int) -> Tensor:
-        """Return rows ``start`` to before ``end``, reading no others.
+        """Return rows ``start`` to ``end`` (exclusive), reading no others.
 
         Raises:
             SourceError: rows are missing, or a file is damaged.
@@ -75,11 +75,11 @@ class RowFiles:
         return torch.cat(parts) if parts else torch.empty(0)
 
     def load(self, start: int, end: int, home: StatesHome) -> Tensor:
-        """Return rows ``start`` to ``end`` in memory of ``home``, read a few at a time.
+        """Return rows ``start`` to ``end`` in memory allocated by ``home``, read in chunks.
 
         Raises:
             SourceError: see :meth:`read`.
-            OutputError: no space for them.
+            OutputError: there is no space for them.
         """
         if start == end:
             return torch.empty(0)
@@ -102,12 +102,12 @@ def _read(path: Path, which: slice) -> Tensor:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What a walk carries from block to block, kept now and then for a run that goes on after it.
+    """Intermediate tensors of a walk, saved at some blocks so that a run can resume there.
 
     Attributes:
-        folder: where the files lie.
-        name: what is carried; files are called ``NAME-BLOCK.FIRST-END.safetensors``.
-        count: rows of the whole.
+        folder: folder of the files.
+        name: name of the tensor; files are named ``NAME-BLOCK.FIRST-END.safetensors``.
+        count: number of rows.
     """
 
     folder: Path
@@ -115,17 +115,17 @@ class Checkpoints:
     count: int
 
     def at(self, block: int) -> RowFiles:
-        """Return the files of what goes next into ``block``."""
+        """Return the files of the input of ``block``."""
         return RowFiles(self.folder, f"{self.name}-{block:05d}")
 
     def blocks(self) -> list[int]:
-        """Return for which blocks all rows are there; files that were damaged are removed."""
+        """Return the blocks with complete rows, after removing damaged files."""
         stems = {path.name.partition(".")[0] for path in self.folder.glob(f"{self.name}-*.*")}
         blocks = sorted(int(stem.rpartition("-")[2]) for stem in stems)
         return [block for block in blocks if self.at(block).sound(self.count)]
 
     def remove(self, but: int | None = None) -> None:
-        """Remove all files but those for one block."""
+        """Remove all files except those of block ``but``."""
         for path in self.folder.glob(f"{self.name}-*.safetensors"):
             if but is None or not path.name.startswith(f"{self.name}-{but:05d}."):
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The structure of a model without its weights: built on the meta device, read from its folder."""
+"""Builds models without weights on the meta device, and maps tensor names to those on disk."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from hisvd_cli.modeling.sources.source import Source
     from hisvd_cli.utils.progress import Reporter
 
-SUPPORTED = "Supported: llama, mistral, qwen2, qwen3, opt, gemma and phi, and models built alike."
+SUPPORTED = "Supported: llama, mistral, qwen2, qwen3, opt, gemma, phi and similar decoder models."
 
 
 def build_meta_model(
     source: Source, dtype: torch.dtype = torch.float32, compressed: bool = False
 ) -> PreTrainedModel:
-    """Build the model without weights (rotary buffers are real).
+    """Build the dense model without weights; rotary buffers are initialized.
 
     Args:
         source: the model.
-        dtype: of its parameters.
-        compressed: accept a compressed checkpoint, and build the dense model that it stands for.
+        dtype: dtype of the parameters.
+        compressed: accept a compressed checkpoint, and build the equivalent dense model.
 
     Raises:
-        UnsupportedModelError: no decoder-only language model, or one that is compressed already.
+        UnsupportedModelError: not a decoder-only language model, or already compressed.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -50,12 +50,12 @@ def build_meta_model(
     _check_precision(source, compressed)
     if getattr(source.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{source.name} ('{source.config.model_type}') has an encoder beside its decoder.",
+            f"{source.name} ('{source.config.model_type}') is an encoder-decoder model.",
             SUPPORTED,
         )
     with library_errors(partial(_not_built, source)), init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            copy.deepcopy(source.config),  # the model writes its dtype into the config
+            copy.deepcopy(source.config),  # from_config writes the dtype into the config
             dtype=dtype,
             trust_remote_code=source.runs_code,
         )
@@ -72,12 +72,11 @@ def _not_built(source: Source, why: str) -> UnsupportedModelError:
 
 
 def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a model without weights as it lies on disk: with low-rank layers where it is
-    compressed.
+    """Build a model without weights as stored on disk: with low-rank layers if it is compressed.
 
     Raises:
         UnsupportedModelError: see :func:`build_meta_model`.
-        SourceError: the ranks in its config do not fit the model.
+        SourceError: the ranks in its config do not match the model.
     """
     model = build_meta_model(source, dtype, compressed=True)
     if source.quantization.get("quant_method") == "hisvd":
@@ -88,7 +87,7 @@ def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         except (ValueError, TypeError) as error:
             raise SourceError(
                 f"{source.name} cannot be built: {reason(error)}",
-                f"Look closer with: hisvd inspect {source.name}",
+                f"Run: hisvd inspect {source.name}",
             ) from error
     return model
 
@@ -96,19 +95,19 @@ def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 def _check_precision(source: Source, compressed: bool) -> None:
     if source.quantization.get("quant_method") == OWN and not compressed:
         raise UnsupportedModelError(
-            f"{source.name} is compressed already.",
-            "Give the original model; 'hisvd inspect' tells where a checkpoint came from.",
+            f"{source.name} is already compressed.",
+            "Use the original model; 'hisvd inspect' shows the base model of a checkpoint.",
         )
     check_config(source.name, source.folder, read_config(source.folder))
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of the decoder's blocks. Raises UnsupportedModelError."""
+    """Return the name and the module list of the decoder blocks. Raises UnsupportedModelError."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps no list of decoder blocks under get_decoder().layers.",
+            f"{type(model).__name__} has no list of decoder blocks at get_decoder().layers.",
             SUPPORTED,
         )
     name = next(name for name, module in model.named_modules() if module is layers)
@@ -116,12 +115,14 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
-    """Return name in the model → name on disk, tied tensors once.
+    """Return tensor name in the model → name on disk; tied tensors are listed once.
 
-    A checkpoint that was saved from the headless model lacks the base model's prefix.
+    Names on disk may lack the base model's prefix, if the model was saved without a head.
 
     Raises:
-        SourceError: a tensor of the model is not on disk.
+        SourceError: a tensor of the model is missing on disk.
+        UnsupportedModelError: the weights contain an unmerged adapter, or a value head instead of
+            a language model head.
     """
     wanted = list(model.state_dict())
     names = find_names(wanted, source.weights, model.base_model_prefix)
@@ -131,36 +132,36 @@ def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
         refuse_unmerged(source.name, source.weights)
         if found := value_head(source.weights):
             raise UnsupportedModelError(
-                f"{source.name} has a value or classification head ({found}) and lacks {name}, so "
-                "it is not a language model.",
-                "Give the language model that it was trained from.",
+                f"{source.name} has a value or classification head ({found}) and no {name}, so it "
+                "is not a language model.",
+                "Use the language model that it was trained from.",
             )
         raise SourceError(
-            f"{source.name} lacks the tensor {name}, which its config asks for.",
-            "The checkpoint is incomplete or of another architecture: fetch it again.",
+            f"{source.name} lacks the tensor {name}, which its config requires.",
+            "The files are incomplete or of another architecture: download the model again.",
         )
     return names
 
 
 def own_head(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
-    """Tell whether the output head lies on disk although the config ties it to the embedding.
+    """Return whether the output head is on disk although the config ties it to the embedding.
 
-    transformers 4 ties it all the same, and drops what is on disk.
+    transformers 4 ties it nevertheless, and ignores the stored tensor.
     """
     return (_tied_names(model) or ("", ""))[0] in names
 
 
 def tell_notes(source: Source, reporter: Reporter) -> None:
-    """Warn of what is dequantized, merged, renamed or ignored where a model is read.
+    """Warn about weights that are dequantized, merged, renamed or ignored.
 
     Raises:
-        SourceError, UnsupportedModelError: its weights cannot be read.
+        SourceError, UnsupportedModelError: the weights cannot be read.
     """
     for note in source.notes:
         reporter.warn(note)
     if source.quantization.get("quant_method") == OWN:
         return
-    with suppress(SourceError, UnsupportedModelError):  # the command itself says what is wrong
+    with suppress(SourceError, UnsupportedModelError):  # reported later by the command itself
         model = build_meta_model(source)
         prefix, layers = decoder_blocks(model)
         names, base = tensor_names(model, source), model.base_model_prefix
@@ -171,17 +172,18 @@ def tell_notes(source: Source, reporter: Reporter) -> None:
 def read_tensor(
     source: Source, stored: str, name: str, expected: torch.Size, dtype: torch.dtype
 ) -> Tensor:
-    """Read one tensor of a model, its numbers in ``dtype``.
+    """Read one tensor of a model and convert it to ``dtype``.
 
     Args:
         source: the model.
         stored: name on disk.
-        name: in the model.
-        expected: its shape there.
-        dtype: of numbers; counters and masks stay what they are.
+        name: name in the model.
+        expected: shape in the model.
+        dtype: target dtype; tensors that are not floating-point keep their own.
 
     Raises:
-        SourceError, NumericalError: it cannot be read, is misshapen or not finite.
+        SourceError: it cannot be read, or has the wrong shape.
+        NumericalError: it is not finite.
     """
     tensor = source.weights.read(stored)
     check_shape(name, tensor.shape, expected)
@@ -189,20 +191,20 @@ def read_tensor(
 
 
 def check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    """Raise SourceError where a tensor on disk has not the shape that the config asks for."""
+    """Raise SourceError if the shape of a tensor on disk differs from that of the config."""
     if tuple(found) != tuple(expected):
         raise SourceError(
-            f"{name} is {list(found)} on disk where the config asks for {list(expected)}.",
-            "Config and weights belong to different models: fetch both again.",
+            f"{name} has the shape {list(found)}, but the config requires {list(expected)}.",
+            "Config and weights belong to different models: download both again.",
         )
 
 
 def _untie(
     model: PreTrainedModel, source: Source, names: dict[str, str], missing: dict[str, None]
 ) -> None:
-    """Name the tensor of a tied head once, by the embedding, whichever of them is on disk.
+    """List a tied head only once, under the embedding's name, whichever of the two is on disk.
 
-    As in transformers, a head on disk that differs from the embedding is no copy, and stays.
+    As in transformers, a head on disk that differs from the embedding is kept as untied.
     """
     head, embedding = _tied_names(model) or ("", "")
     if head in missing:
@@ -217,7 +219,7 @@ def _untie(
 
 
 def _tied_names(model: PreTrainedModel) -> tuple[str, str] | None:
-    """Return the names of an output head and of the embedding that it shares its matrix with."""
+    """Return the names of an output head and of the embedding that it is tied to, if it is."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config = model.config.get_text_config()
     if head is None or embedding is None or not getattr(config, "tie_word_embeddings", False):
@@ -227,7 +229,7 @@ def _tied_names(model: PreTrainedModel) -> tuple[str, str] | None:
 
 
 def drop_weights(module: nn.Module, recurse: bool) -> None:
-    """Send parameters to the meta device; buffers, which no file may hold, stay."""
+    """Move parameters to the meta device; buffers are kept, because they may not be on disk."""
     for part in module.modules() if recurse else [module]:
         for name, parameter in list(part.named_parameters(recurse=False)):
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

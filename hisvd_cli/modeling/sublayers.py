@@ -1,4 +1,4 @@
-"""Which linears of a model can be factored, and how they are clustered: by structure alone."""
+"""Finds the linear layers of a model's blocks, and groups them by type."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
 
 Shape = tuple[int, int]
 """Outputs m and inputs n of a sublayer."""
-_HINT = (
-    "Supported: decoders whose blocks are made of torch.nn.Linear (llama, mistral, qwen, opt …)."
-)
+_HINT = "Supported: decoders with torch.nn.Linear layers, such as llama, mistral, qwen and opt."
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,14 @@ class Sublayer:
 
 
 def find_sublayers(prefix: str, layers: Sequence[nn.Module]) -> list[Sublayer]:
-    """Return the linears of all blocks, in the order of their definition.
+    """Return the linear layers of all blocks, in order of definition.
 
     Args:
         prefix: name of the list of blocks in the model, such as ``model.layers``.
-        layers: the blocks (they may lie on the meta device).
+        layers: the blocks, possibly on the meta device.
 
     Raises:
-        UnsupportedModelError: a block holds a weight that is no plain linear's.
+        UnsupportedModelError: a block contains matrices that are not in a torch.nn.Linear.
     """
     found: list[tuple[int, str, nn.Linear]] = []
     for index, layer in enumerate(layers):
@@ -52,7 +50,7 @@ def find_sublayers(prefix: str, layers: Sequence[nn.Module]) -> list[Sublayer]:
         _check_matrices(block, layer)
         linears = [(index, n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
         if not linears:
-            raise UnsupportedModelError(f"{block} holds no torch.nn.Linear.", _HINT)
+            raise UnsupportedModelError(f"{block} has no torch.nn.Linear layers.", _HINT)
         found += linears
     clusters = _cluster_names(list(dict.fromkeys(name for _, name, _ in found)))
     return [
@@ -62,13 +60,13 @@ def find_sublayers(prefix: str, layers: Sequence[nn.Module]) -> list[Sublayer]:
 
 
 def _check_experts(block: str, layer: nn.Module) -> None:
-    """Refuse a mixture of experts: a list of modules with linears, or one stacked tensor."""
+    """Reject mixtures of experts: a list of modules with linear layers, or a stacked tensor."""
     for name, module in layer.named_modules():
         parts = list(module) if isinstance(module, nn.ModuleList) else []
         if any(isinstance(m, nn.Linear) for part in parts for m in part.modules()):
             raise UnsupportedModelError(
-                f"{block}.{name} is a list of {len(parts)} modules with weights of their own: "
-                "mixtures of experts are not supported.",
+                f"{block}.{name} is a list of {len(parts)} modules with linear layers: mixtures of "
+                "experts are not supported.",
                 _HINT,
             )
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -82,7 +80,7 @@ def _check_experts(block: str, layer: nn.Module) -> None:
 
 
 def _check_matrices(block: str, layer: nn.Module) -> None:
-    """Refuse a matrix that is no linear's: it could not be found, and would stay as it is."""
+    """Reject matrices outside of torch.nn.Linear, which would not be compressed."""
     for name, module in layer.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 2 and not isinstance(module, nn.Linear):
@@ -98,8 +96,8 @@ def _join(*parts: str) -> str:
 
 
 def _cluster_names(names: Sequence[str]) -> dict[str, str]:
-    """Return the shortest distinct ending of each name: ``q_proj``, or ``mlp.dense`` where the
-    last part alone stands for several."""
+    """Return the shortest distinct suffix of each name: ``q_proj``, or ``mlp.dense`` if the last
+    part is ambiguous."""
     last = Counter(name.rpartition(".")[2] for name in names)
     return {
         name: name if last[name.rpartition(".")[2]] > 1 else name.rpartition(".")[2]
@@ -110,17 +108,17 @@ def _cluster_names(names: Sequence[str]) -> dict[str, str]:
 def select(
     sublayers: Sequence[Sublayer], include: Sequence[str], exclude: Sequence[str]
 ) -> list[Sublayer]:
-    """Return the sublayers that match a pattern of ``include`` (all where it is empty) and none of
-    ``exclude``. A pattern is a shell glob of the full name, the cluster, or any ending of the name.
+    """Return the sublayers that match a pattern of ``include`` (all if it is empty) and none of
+    ``exclude``. A pattern is a shell glob for the full name, the cluster, or a suffix of the name.
 
     Raises:
-        UsageError: a pattern that matches nothing, or a selection that is empty.
+        UsageError: a pattern matches nothing, or the selection is empty.
     """
     for pattern in [*include, *exclude]:
         if not any(_matches(s, pattern) for s in sublayers):
             raise UsageError(
-                f"The pattern '{pattern}' matches no sublayer.",
-                f"Sublayer types here: {', '.join(dict.fromkeys(s.cluster for s in sublayers))}.",
+                f"The pattern '{pattern}' does not match any layer.",
+                f"Layer types: {', '.join(dict.fromkeys(s.cluster for s in sublayers))}.",
             )
     chosen = [
         s
@@ -129,7 +127,9 @@ def select(
         and not any(_matches(s, p) for p in exclude)
     ]
     if not chosen:
-        raise UsageError("--include and --exclude leave no sublayer.", "Loosen the patterns.")
+        raise UsageError(
+            "`plan.include` and `plan.exclude` select no layer.", "Use less restrictive patterns."
+        )
     return chosen
 
 

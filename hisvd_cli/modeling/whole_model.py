@@ -1,5 +1,4 @@
-"""A model in memory as a whole: by transformers where it can read what is on disk, else filled here
-from the same tensors that the walk over blocks reads."""
+"""Loads a whole model into memory, through transformers if it can read the files."""
 
 from __future__ import annotations
 
@@ -27,14 +26,14 @@ if TYPE_CHECKING:
 def load_source(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load a model, dense or compressed.
 
-    Its weights are the same as those of the walk over blocks: dequantized, with an adapter merged
-    in, without the prefixes of wrappers, and with the output head that lies on disk.
+    The weights are the same as those of the block walk: dequantized, with adapters merged, without
+    wrapper prefixes, and with the output head that is on disk.
 
     Raises:
-        SourceError: tensors are missing, damaged or misshapen.
-        UnsupportedModelError: it cannot be built, or not be read.
+        SourceError: tensors are missing or damaged, or have the wrong shape.
+        UnsupportedModelError: the model cannot be built or read.
     """
-    if is_checkpoint(source.folder):  # its own copy of the loader is not needed here
+    if is_checkpoint(source.folder):  # the installed loader is used, not the checkpoint's copy
         source = replace(source, trust_remote_code=False)
     model = build_stored_model(source, dtype)
     try:
@@ -58,7 +57,7 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype) -> Pre
 
 
 def _is_other(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
-    """Tell whether transformers would read other tensors than those named, or none."""
+    """Return whether transformers would read other tensors than these, or none."""
     prefix = f"{model.base_model_prefix}."
     if any(stored not in (name, name.removeprefix(prefix)) for name, stored in names.items()):
         return True
@@ -66,7 +65,7 @@ def _is_other(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Share the embedding with a head that has no tensor; a head of its own stays so."""
+    """Tie the head to the embedding if it has no tensor on disk; otherwise record it as untied."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embedding is None:
         return
@@ -78,7 +77,7 @@ def _tie(model: PreTrainedModel) -> None:
 
 
 def _configure(model: PreTrainedModel, source: Source) -> None:
-    """Give a model the generation settings of its folder, as ``from_pretrained`` does."""
+    """Load the generation settings of the folder, as ``from_pretrained`` does."""
     from transformers import GenerationConfig
 
     if model.can_generate() and (source.folder / "generation_config.json").is_file():
@@ -90,17 +89,17 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a dense or compressed folder with transformers, strictly.
 
-    The loader that a compressed folder carries is not run: the installed one does the same.
+    For a compressed folder, the installed loader is used instead of the copy in the folder.
 
     Raises:
-        SourceError: tensors are missing, superfluous or misshapen.
+        SourceError: tensors are missing or have the wrong shape.
     """
     from transformers import AutoModelForCausalLM
 
     import hisvd_cli.modeling.layers.transformers_plugin  # noqa: F401  (registers the loader)
 
     open_weights(folder)
-    hint = f"Look closer with: hisvd inspect {folder}"
+    hint = f"Run: hisvd inspect {folder}"
     with library_errors(lambda why: SourceError(f"transformers cannot load {folder}: {why}", hint)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -115,9 +114,9 @@ def load_model(
 
 
 def _check_loading(folder: Path, report: Mapping[str, Sequence[Any]]) -> None:
-    for kind, word in (("missing_keys", "lacks"), ("mismatched_keys", "holds misshapen")):
+    for kind, fault in (("missing_keys", "missing"), ("mismatched_keys", "of the wrong shape")):
         if keys := sorted(str(key) for key in report.get(kind, ())):
             raise SourceError(
-                f"{folder} {word} {len(keys)} tensors: {', '.join(keys[:3])}.",
-                f"Look closer with: hisvd inspect {folder}",
+                f"{folder} has {len(keys)} tensors that are {fault}: {', '.join(keys[:3])}.",
+                f"Run: hisvd inspect {folder}",
             )

@@ -1,1 +1,1 @@
-"""What everything else rests on: errors, progress, devices, several processes."""
+"""Shared utilities: errors, progress, files, devices, distributed runs."""

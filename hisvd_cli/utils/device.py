@@ -1,4 +1,4 @@
-"""Names of devices and dtypes ─► torch's, with a word on what ``auto`` means."""
+"""Selects torch devices and dtypes from their names, including ``auto``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _RUNNABLE = {
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` is the GPU where there is one, and each of
-    several processes has its own.
+    """Return the device ``name``; ``auto`` selects a GPU if there is one. In a distributed run,
+    each process gets its own GPU.
 
     Raises:
-        UsageError: no such device here, or not one for each process.
+        UsageError: there is no such device, or fewer GPUs than processes.
     """
     name = own_gpu(name)
     if name == "auto":
@@ -35,10 +35,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # 'meta' is a device too, but holds no numbers
+        torch.empty(1, device=device).item()  # rejects 'meta', which holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
-            f"There is no device '{name}' here.", "Use --device cpu, cuda, cuda:1, mps or auto."
+            f"Device '{name}' is not available.",
+            "Set `model.device` to cpu, cuda, cuda:1, mps or auto.",
         ) from error
     return device
 
@@ -46,9 +47,14 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
     """Return the dtype for forward passes.
 
-    ``auto`` is the dtype of the weights on disk where this device multiplies it at least as fast
-    as float32, else float32. It is float32 too for float16 on a CPU, which overflows on many
-    models, and for anything that no forward pass runs in.
+    ``auto`` selects the dtype of the weights on disk if products in it are at least as fast as in
+    float32 on this device, else float32. It also selects float32 for float16 on a CPU, which
+    overflows on many models, and for dtypes that forward passes do not support.
+
+    Args:
+        name: ``auto`` or a dtype.
+        stored: dtype of the weights on disk.
+        device: where forward passes run.
     """
     dtype = _RUNNABLE.get(stored if name == "auto" else name, torch.float32)
     if name != "auto" or dtype.itemsize >= torch.float32.itemsize:
@@ -59,7 +65,7 @@ def pick_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that a device has left, or None where the system does not say."""
+    """Return the free memory of a device in bytes; None if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     known = Path("/proc/meminfo")
@@ -70,7 +76,7 @@ def free_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch while the body runs, and put its state back afterwards."""
+    """Seed torch for the body, and restore its random state afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Several processes on one model: started by ``torchrun``, joined through ``torch.distributed``.
+"""Distributed runs: started by ``torchrun``, connected through ``torch.distributed``.
 
-Every process runs the same command. Process 0 decides, draws, writes and prints; the others hold
-their share of the calibration sequences and of the sublayers. Without ``torchrun`` there is one
-process, and all below does nothing.
+Every process runs the same command. Process 0 decides, samples, writes and prints; each process
+handles its share of the calibration sequences and of the sublayers. Without ``torchrun`` there is
+one process, and the functions below do nothing.
 """
 
 from __future__ import annotations
@@ -25,56 +25,56 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 TIMEOUT = timedelta(days=7)
-"""For how long processes wait for what one does alone, such as measuring a model. Those that die
-are noticed by their closed connections, and not by time."""
+"""How long processes wait for work that one does alone, such as an evaluation. Dead processes are
+detected by closed connections, not by this timeout."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, of which this is number ``rank`` of ``size``."""
+    """The processes of a run: this one is ``rank`` of ``size``."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that decides, writes and prints."""
+        """Whether this process decides, writes and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return which of ``count`` things in a row are this process's; none where there are fewer
-        than processes and it is one of the last."""
+        """Return the contiguous share of ``count`` items that belongs to this process; empty if
+        there are more processes than items and this is one of the last."""
         each, more = divmod(count, self.size)
         start = self.rank * each + min(self.rank, more)
         return range(start, start + each + (self.rank < more))
 
     def wait(self) -> None:
-        """Wait until all processes are here. Raises LostProcessError."""
+        """Wait until all processes reach this point. Raises LostProcessError."""
         if self.size > 1:
             import torch
             from torch.distributed import all_reduce
 
-            with _noticing():  # numbers on the CPU: gloo, which notices a dead process
+            with _detecting_loss():  # a CPU tensor uses gloo, which detects dead processes
                 all_reduce(torch.zeros(1))
 
     def agreed(self, work: Callable[[], Result]) -> Result:
-        """Return on all processes what ``work`` returns on the first, which alone runs it.
+        """Run ``work`` on the first process only, and return its result on all.
 
         Raises:
-            LostProcessError: a process died; on the first, whatever ``work`` raises.
+            LostProcessError: a process died; on the first process, whatever ``work`` raises.
         """
         if self.size == 1:
             return work()
         from torch.distributed import broadcast_object_list
 
         box = [work()] if self.first else [None]
-        with _noticing():
+        with _detecting_loss():
             broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[return-value]  # it holds the first's result now
+        return box[0]  # type: ignore[return-value]  # filled by the broadcast
 
     def after_first(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` on all processes, on the first before the others, which then find what it
-        downloaded or cached. Raises LostProcessError."""
+        """Run ``work`` on the first process, then on the others, which find what it downloaded or
+        cached. Raises LostProcessError."""
         if self.first:
             result = work()
             self.wait()
@@ -83,31 +83,31 @@ class World:
         return work()
 
     def gathered(self, value: Result) -> list[Result]:
-        """Return on all processes the values of all. Raises LostProcessError."""
+        """Return the values of all processes, on all processes. Raises LostProcessError."""
         if self.size == 1:
             return [value]
         from torch.distributed import all_gather_object
 
         box: list[Result] = [value] * self.size
-        with _noticing():
+        with _detecting_loss():
             all_gather_object(box, value)
         return box
 
     def add_up(self, tensor: Tensor) -> None:
-        """Sum a tensor of all processes into that of the first, in place; on the others it holds
-        anything afterwards. Raises LostProcessError."""
+        """Sum a tensor over all processes, in place on the first; its content is undefined on the
+        others. Raises LostProcessError."""
         if self.size == 1:
             return
         from torch.distributed import reduce
 
         if tensor.is_cuda:
-            self.wait()  # nccl would wait for a dead process, gloo does not
-        with _noticing():
+            self.wait()  # gloo detects a dead process, nccl would wait for it
+        with _detecting_loss():
             reduce(tensor, dst=0)
 
 
 def world() -> World:
-    """Return the processes that this one belongs to."""
+    """Return the processes of this run."""
     if not launched():
         return World()
     from torch.distributed import get_rank, get_world_size, is_initialized
@@ -116,20 +116,20 @@ def world() -> World:
 
 
 def launched() -> bool:
-    """Tell whether torchrun started this process beside others."""
+    """Return whether torchrun started this process as one of several."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def launched_rank() -> int:
-    """Return the number of this process, before it has joined the others too."""
+    """Return the rank of this process, also before it has joined the process group."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def own_gpu(device: str) -> str:
-    """Return the name of the device that a process takes where the settings say ``device``.
+    """Return the device of this process for the setting ``device``.
 
     Raises:
-        UsageError: one GPU is named for several processes, or there are fewer than those.
+        UsageError: one GPU is named for several processes, or there are fewer GPUs than processes.
     """
     if not launched() or device == "cpu":
         return device
@@ -137,27 +137,27 @@ def own_gpu(device: str) -> str:
 
     if device.startswith("cuda:"):
         raise UsageError(
-            f"--device {device} is one GPU for several processes.",
-            "Leave it out: each process takes a GPU of its own.",
+            f"`model.device` {device} names one GPU for several processes.",
+            "Omit `model.device`: each process uses its own GPU.",
         )
     if not torch.cuda.is_available() or device not in ("auto", "cuda"):
         return "cpu" if device == "auto" else device
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= count:
         raise UsageError(
-            f"There are more processes than the {count} GPUs of this machine.",
+            f"There are more processes than GPUs ({count}) on this machine.",
             f"Start torchrun with --nproc-per-node {count}.",
         )
     return f"cuda:{local}"
 
 
 @contextmanager
-def joining(device: str, tell: Callable[[HisvdError], None]) -> Iterator[None]:
-    """Join the processes that torchrun started while the body runs, and end with them.
+def joining(device: str, show: Callable[[HisvdError], None]) -> Iterator[None]:
+    """Join the process group that torchrun started while the body runs.
 
     Args:
-        device: that of the settings; the processes join through nccl too where it is a GPU.
-        tell: prints the error that ends the run.
+        device: the device setting; with a GPU, nccl is used in addition to gloo.
+        show: prints the error that ends the run.
 
     Raises:
         UsageError: see :func:`own_gpu`.
@@ -173,8 +173,8 @@ def joining(device: str, tell: Callable[[HisvdError], None]) -> Iterator[None]:
     on_gpu = name.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(name)
-    with guarding(tell):
-        with _noticing():
+    with guarding(show):
+        with _detecting_loss():
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=connect(),
@@ -187,18 +187,18 @@ def joining(device: str, tell: Callable[[HisvdError], None]) -> Iterator[None]:
 
 
 def leave() -> None:
-    """End this process at once if torchrun started it and it has done all its work.
+    """Exit immediately if torchrun started this process. To be called after all work is done.
 
-    An interpreter that ends takes threads of the processes' connections apart, which aborted
-    (SIGABRT) now and then when all was done: torchrun took the run for failed.
+    A regular interpreter exit tears down connection threads, which occasionally aborts (SIGABRT);
+    torchrun then reports a failed run.
     """
     if launched():
         os._exit(0)
 
 
 @contextmanager
-def _noticing() -> Iterator[None]:
-    """Have a failure of what the body does with the other processes say so."""
+def _detecting_loss() -> Iterator[None]:
+    """Convert communication failures of the body to LostProcessError."""
     from torch import OutOfMemoryError
 
     try:
@@ -211,10 +211,10 @@ def _noticing() -> Iterator[None]:
 
 @contextmanager
 def building_together(folder: Path, key: str) -> Iterator[Path]:
-    """Have all processes build a folder; the first one does with it what :func:`building` does.
+    """Build a folder with all processes; the first one handles it as :func:`building` does.
 
     Raises:
-        OutputError: see there.
+        OutputError: see :func:`building`.
         LostProcessError: a process died.
     """
     here = world()
@@ -230,13 +230,13 @@ def building_together(folder: Path, key: str) -> Iterator[Path]:
 
 
 def share_by_cost(groups: Sequence[Sequence[tuple[str, int]]], size: int) -> dict[str, int]:
-    """Return name → process, so that all have about as much to do.
+    """Return name → process, with the cost balanced over processes.
 
-    Groups are dealt one after the other, of each the most costly first, to the process that has
-    least so far (longest processing time first, Graham 1969).
+    Items are assigned group by group, the most costly first, to the process with the least load
+    (longest processing time first, Graham 1969).
 
     Args:
-        groups: (name, cost) of what belongs together; processes work through groups in order.
+        groups: (name, cost) pairs per group; processes work through the groups in order.
         size: number of processes.
     """
     load = [0] * size

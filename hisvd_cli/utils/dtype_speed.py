@@ -1,7 +1,7 @@
-"""Whether a device multiplies in half precision at least as fast as in float32.
+"""Measures whether a device multiplies in half precision at least as fast as in float32.
 
 Processors without bfloat16 instructions emulate them, up to fifty times slower than float32. One
-small product of each dtype tells; the answer is kept in the cache, for a machine of its kind.
+small product per dtype is timed; the result is cached for each kind of machine.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hisvd_cli.utils.files.json_files import read_json, write_json
 from hisvd_cli.utils.files.safetensors_header import dtype_name
 
 _RUNS = 3
-_HOPELESS = 4.0  # so many times slower in the first run: no further run changes the answer
+_HOPELESS = 4.0  # slowdown beyond which no further runs are timed
 _known: dict[tuple[str, torch.dtype], bool] = {}
 
 
 def as_fast_as_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether products in ``dtype`` take no longer than in float32 on ``device``.
+    """Return whether products in ``dtype`` take no longer than in float32 on ``device``.
 
-    Measured once per process, and once per kind of machine where the cache can be written.
+    Measured once per kind of machine, or once per process if the cache cannot be written.
     """
     key = (device.type, dtype)
     if key not in _known:
@@ -37,7 +37,7 @@ def as_fast_as_float32(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def share_measurements(device: torch.device) -> None:
-    """Let all processes of a run take the first one's answers, so that they run in one dtype.
+    """Share the first process's measurements with all others, so that all run in one dtype.
 
     Raises:
         LostProcessError: a process died.
@@ -48,7 +48,7 @@ def share_measurements(device: torch.device) -> None:
 
 
 def _recorded(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return the answer in the cache, measured and stored now where there is none."""
+    """Return the cached result; measure and store it if there is none."""
     machine = _machine(device)
     name = dtype_name(dtype)
     path = cache_root() / "machine" / f"{digest(name, *machine.values())[:16]}.json"
@@ -57,15 +57,15 @@ def _recorded(dtype: torch.dtype, device: torch.device) -> bool:
         if isinstance(known, dict) and isinstance(known.get("as_fast"), bool):
             return bool(known["as_fast"])
     half, single = _times(dtype, device)
-    answer = half <= single
-    record = {"as_fast": answer, "dtype": name, "seconds": half, "float32_seconds": single}
-    with suppress(OutputError):  # only saves the next process the measurement
+    as_fast = half <= single
+    record = {"as_fast": as_fast, "dtype": name, "seconds": half, "float32_seconds": single}
+    with suppress(OutputError):  # without a record, the next process measures again
         write_json(path, {**record, **machine})
-    return answer
+    return as_fast
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    """Return what the speed of products depends on."""
+    """Return the properties that the speed depends on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,
@@ -76,7 +76,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Return the processor's name, and a hash of its instruction sets where the system has it."""
+    """Return the processor's name, with a hash of its instruction sets if the system lists them."""
     known = Path("/proc/cpuinfo")
     if not known.is_file():
         return f"{platform.machine()} {platform.processor()}"
@@ -87,11 +87,11 @@ def _processor() -> str:
 
 
 def _times(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Return the seconds of one product in ``dtype`` and in float32, each the least of a few."""
+    """Return the seconds of one product in ``dtype`` and in float32, each the best of a few."""
     rows, width = (128, 512) if device.type == "cpu" else (2048, 2048)
     single = [torch.ones(rows, width, device=device), torch.ones(width, width, device=device)]
     half = [matrix.to(dtype) for matrix in single]
-    for pair in (half, single):  # loads libraries, and chooses their algorithm
+    for pair in (half, single):  # warm-up: loads libraries, selects algorithms
         _seconds(pair)
     halves, singles = [], []
     for _ in range(_RUNS):
@@ -104,7 +104,7 @@ def _times(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
 
 def _seconds(pair: list[Tensor]) -> float:
     left, right = pair
-    left[0, 0].item()  # waits for what a GPU still has to do
+    left[0, 0].item()  # waits for pending GPU work
     started = time.perf_counter()
     (left @ right)[0, 0].item()
     return time.perf_counter() - started

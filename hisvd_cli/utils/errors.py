@@ -1,4 +1,4 @@
-"""The errors that a user sees: what is wrong with which value, and what to do about it."""
+"""Errors shown to the user: what is wrong, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class HisvdError(Exception):
-    """A failure with a cause that the user can act on.
+    """A failure that the user can act on.
 
     Args:
-        message: one line, what is wrong with which value.
-        hint: one line, what to do.
+        message: one line: what is wrong, with the offending value.
+        hint: one line: what to do.
     """
 
     exit_code = 1
@@ -23,7 +23,7 @@ class HisvdError(Exception):
 
 
 class UsageError(HisvdError):
-    """Wrong flags, environment or profile; nothing was started."""
+    """Invalid options, environment variables or profile; no work was started."""
 
     exit_code = 2
 
@@ -33,11 +33,11 @@ class SourceError(HisvdError):
 
 
 class UnsupportedModelError(HisvdError):
-    """A model whose blocks hold something that cannot be factored."""
+    """A model that cannot be compressed or read by hisvd."""
 
 
 class DataError(HisvdError):
-    """A text that is missing, empty, too short, or the wrong one."""
+    """A dataset that is missing, empty, too short or unsuitable."""
 
 
 class StaleArtifactError(HisvdError):
@@ -49,25 +49,26 @@ class NumericalError(HisvdError):
 
 
 class BudgetError(HisvdError):
-    """A budget that cannot be met."""
+    """A parameter or byte budget that cannot be met."""
 
 
 class OutputError(HisvdError):
-    """An output path that is in the way, or cannot be written."""
+    """An output path that already exists or cannot be written."""
 
 
 class MemoryLimitError(HisvdError):
-    """More memory was asked for than there is."""
+    """The run needs more memory than is available."""
 
 
 class LostProcessError(HisvdError):
-    """Another process of a run of several has ended."""
+    """Another process of a distributed run has ended."""
 
     def __init__(self, message: str = "Another process of this run has ended.") -> None:
         super().__init__(
             message,
-            "Run the same command again, with any number of processes: finished blocks are kept. "
-            "Out of memory? Lower --batch, --seqlen or --samples.",
+            "Run the same command again, with any number of processes: it resumes after the last "
+            "completed block. If memory ran out, lower `calibration.batch`, `calibration.seqlen` "
+            "or `calibration.samples`.",
         )
 
 
@@ -78,7 +79,7 @@ class StoppedError(HisvdError):
 
 
 def suggest(value: str, known: Iterable[str]) -> str:
-    """Return a sentence with the nearest known name, or all of them where none is near."""
+    """Return a sentence with the closest known name, or with all names if none is close."""
     names = sorted(known)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.6)
     near = near or [name for name in names if value and name.startswith(value)]
@@ -86,7 +87,7 @@ def suggest(value: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return in one line what an error of the operating system or of a library says."""
+    """Return the first line of the message of an operating system or library error."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     line = str(text).splitlines()[0].strip()
     return line if line.endswith((".", "!", "?", ":")) else f"{line}."

@@ -1,4 +1,4 @@
-"""Errors of other libraries on files that they cannot use ─► errors that a user can act on."""
+"""Converts errors that other libraries raise on unusable files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from hisvd_cli.utils.errors import HisvdError, reason
 
 @contextmanager
 def library_errors(refused: Callable[[str], HisvdError]) -> Iterator[None]:
-    """Raise what ``refused`` makes of the reason of any error of the body.
+    """Convert any error raised in the body to the one that ``refused`` returns.
 
-    Only calls of another library on a file belong into the body. On a damaged file transformers,
-    torch and gguf raise whatever their code stumbles over (AttributeError, ZeroDivisionError,
-    RecursionError), tokenizers raises ``Exception`` itself, and Rust's panics are no ``Exception``:
-    no list of types would do. The interrupt of the user passes, and so do errors of our own.
+    The body should only contain calls of another library on a file. On damaged files,
+    transformers, torch and gguf raise arbitrary types (AttributeError, ZeroDivisionError,
+    RecursionError), tokenizers raises ``Exception`` itself, and Rust panics do not derive from
+    ``Exception``, so a list of types would never be complete. KeyboardInterrupt and
+    :class:`HisvdError` pass through unchanged.
 
     Args:
-        refused: makes the error from one line that says why.
+        refused: returns the error for a one-line reason.
     """
     try:
         yield

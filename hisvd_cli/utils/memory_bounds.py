@@ -1,4 +1,4 @@
-"""How much memory a run may take: the text of ``--max-memory`` ─► bytes."""
+"""Parses memory limits, such as ``3GB`` or ``cpu=8GB,cuda=20GB``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 from pydantic_core import PydanticCustomError
 
-_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or with an i of 1024
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000; of 1024 with an i, as in GiB
 _LARGEST = 1 << 62
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
 HOST = "cpu"
 DEVICES = (HOST, "cuda", "mps")
-_WANTED = "a size such as 3GB or 512MiB, or one for each device: cpu=8GB,cuda=20GB"
+_WANTED = "a size such as 3GB or 512MiB, or one per device: cpu=8GB,cuda=20GB"
 
 
 @dataclass(frozen=True)
 class MemoryBounds:
-    """Bytes that may be taken, at the peak.
+    """Peak memory limits in bytes.
 
     Attributes:
-        host: of the machine's memory, resident; None is no bound.
-        devices: type of a device → bytes of its own memory.
+        host: resident host memory; None for no limit.
+        devices: device type → bytes of device memory.
     """
 
     host: int | None
@@ -29,10 +29,10 @@ class MemoryBounds:
 
 
 def parse_bounds(text: str) -> MemoryBounds:
-    """Read ``3GB`` (the host's), or ``cpu=8GB,cuda=20GB``; GB are 10⁹ bytes, GiB 2³⁰.
+    """Parse ``3GB`` (host memory) or ``cpu=8GB,cuda=20GB``; a GB is 10⁹ bytes, a GiB 2³⁰.
 
     Raises:
-        ValueError: something else.
+        ValueError: the text has another form.
     """
     found: dict[str, int] = {}
     for part in text.split(","):
@@ -45,7 +45,7 @@ def parse_bounds(text: str) -> MemoryBounds:
 
 
 def checked(text: str) -> str:
-    """Return a text that :func:`parse_bounds` reads. Raises PydanticCustomError: any other."""
+    """Return ``text`` if :func:`parse_bounds` accepts it. Raises PydanticCustomError otherwise."""
     try:
         parse_bounds(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Get the next thing ready while this one is worked on."""
+"""Prepares the next item in a thread while the current one is processed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Result = TypeVar("Result")
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with what ``work`` makes of it, in a thread of its own and one item ahead.
+    """Yield each item with the result of ``work``, which runs in a thread, one item ahead.
 
     Raises:
-        Exception: whatever ``work`` raises, when the item's turn has come.
+        Exception: what ``work`` raises for an item, when that item is due.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting: tuple[Item, Future[Result]] | None = None

@@ -1,4 +1,4 @@
-"""How the library reports its progress: to nobody, or on stderr."""
+"""Progress reporters: silent, or on stderr."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from rich.text import Text
 
 from hisvd_cli.utils.escaping import printable
 
-_LOG_SECONDS = 30.0  # between two lines on a stage where no progress bar can be drawn
+_LOG_SECONDS = 30.0  # between two log lines of a stage without a progress bar
 
 
 class Reporter(Protocol):
-    """What long work calls; the command line shows it, tests may collect it."""
+    """Interface through which long operations report progress and messages."""
 
     def stage(self, label: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """Open a stage of ``total`` steps; the function it yields counts one step."""
+        """Open a stage of ``total`` steps; yields a function that counts one step."""
         ...
 
     def note(self, message: str) -> None:
-        """Tell something worth knowing."""
+        """Report additional information."""
         ...
 
     def suggest(self, message: str) -> None:
-        """Tell of something better that the user could do."""
+        """Suggest a better way to do the same."""
         ...
 
     def warn(self, message: str) -> None:
-        """Tell something that may change a result."""
+        """Report something that may change a result."""
         ...
 
 
 class Silent:
-    """A reporter that says nothing."""
+    """A reporter that discards everything."""
 
     @contextmanager
     def stage(self, label: str, total: int) -> Iterator[Callable[[], None]]:  # noqa: ARG002
@@ -56,17 +56,17 @@ class Silent:
         yield lambda: None
 
     def note(self, message: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def suggest(self, message: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def warn(self, message: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 class _RateColumn(ProgressColumn):
-    """Steps per second, or seconds per step where a step is long."""
+    """Steps per second, or seconds per step if a step takes longer than a second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -76,10 +76,9 @@ class _RateColumn(ProgressColumn):
 
 
 class SafeConsole(RichConsole):
-    """Rich's console, which lets no text reach the terminal as a control sequence.
+    """A rich console that removes control sequences from text.
 
-    Nor does a name break the line that it stands in, and so forge another one: no text here holds
-    a line break on purpose.
+    Line breaks in text are replaced too, so that a name from a file cannot forge a second line.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -88,24 +87,24 @@ class SafeConsole(RichConsole):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        """Yield the pieces of what is printed: texts without control characters, and rich's own
+        """Yield the segments to print: text without control characters, and rich's own control
         sequences."""
         if isinstance(renderable, str):
             renderable = renderable.replace("\n", " ")
         elif isinstance(renderable, Text) and "\n" in renderable.plain:
             renderable = renderable.copy()
-            renderable.plain = renderable.plain.replace("\n", " ")  # styles stay at their places
+            renderable.plain = renderable.plain.replace("\n", " ")  # keeps the styles in place
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 class StderrReporter:
-    """Reports on stderr. No text is taken for markup, or printed with control characters.
+    """Reports on stderr. Text is not parsed as markup; control characters are removed.
 
     Args:
-        quiet: neither progress nor hints.
-        verbose: notes that are otherwise left out.
-        muted: print nothing at all, as one of several processes that do the same.
+        quiet: hide progress and suggestions.
+        verbose: show notes.
+        muted: print nothing, for all but the first process of a distributed run.
     """
 
     def __init__(self, quiet: bool = False, verbose: bool = False, muted: bool = False) -> None:
@@ -115,32 +114,32 @@ class StderrReporter:
         self._err = SafeConsole(stderr=True)
 
     def worded(self, message: str) -> str:
-        """Return a message as it is shown; subclasses name the settings in it their own way."""
+        """Return a message as it is shown; subclasses replace the names of settings."""
         return message
 
     def note(self, message: str) -> None:
-        """Tell something worth knowing (--verbose)."""
+        """Print additional information, if verbose."""
         if self.verbose:
             self._tell(Text(self.worded(message), style="dim"))
 
     def warn(self, message: str) -> None:
-        """Tell something that may change a result."""
+        """Print something that may change a result."""
         self._tell(Text.assemble(("Warning: ", "yellow"), self.worded(message)))
 
     def suggest(self, message: str) -> None:
-        """Tell of something better that the user could do."""
+        """Print a suggestion, unless quiet."""
         if not self.quiet:
             self._tell(Text.assemble(("Note: ", "dim"), self.worded(message)))
 
     def _tell(self, text: Text) -> None:
-        # Lines are left to the terminal to break, so that a command in them can be copied.
+        # The terminal wraps lines, so that a command in a message can be copied.
         if not self.muted:
             self._err.print(text, soft_wrap=True)
 
     def stage(self, label: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """Show progress through ``total`` steps; the function it yields counts one.
+        """Show progress through ``total`` steps; yields a function that counts one step.
 
-        A terminal gets a bar with rate and time left, a log file a line now and then.
+        On a terminal: a bar with rate and remaining time; elsewhere: a line every 30 seconds.
         """
         drawn = self._err.is_terminal and not (self.quiet or self.muted)
         draw = self._bar if drawn else self._log
@@ -162,15 +161,15 @@ class StderrReporter:
 
     @contextmanager
     def _log(self, label: str, total: int) -> Iterator[Callable[[], None]]:
-        started = told = time.monotonic()
+        started = printed = time.monotonic()
         done = 0
 
         def step() -> None:
-            nonlocal done, told
+            nonlocal done, printed
             done += 1
             now = time.monotonic()
-            if not self.quiet and (done == total or now - told >= _LOG_SECONDS):
+            if not self.quiet and (done == total or now - printed >= _LOG_SECONDS):
                 self._tell(Text(f"{label}: {done}/{total} in {now - started:.1f} s", style="dim"))
-                told = now
+                printed = now
 
         yield step

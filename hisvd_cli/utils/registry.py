@@ -1,4 +1,4 @@
-"""Methods found by name: built in, or brought by another package through an entry point."""
+"""Methods by name: built in, or from other packages through entry points."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 class Registry(Generic[F]):
-    """Functions of one kind.
+    """Methods of one kind, by name.
 
     Args:
-        kind: what an error message calls them.
-        package: the package whose modules register themselves on import.
-        group: the entry-point group of other packages' methods.
+        kind: the kind as error messages name it, such as "allocator".
+        package: the package whose modules register methods on import.
+        group: the entry-point group for methods of other packages.
     """
 
     def __init__(self, kind: str, package: str, group: str) -> None:
@@ -34,44 +34,44 @@ class Registry(Generic[F]):
         """Return a decorator that adds a function under ``name``.
 
         Args:
-            name: what users call it.
-            needs: what it needs of a calibration, see :data:`hisvd_cli.linalg.statistics.Need`.
+            name: the name in settings.
+            needs: the statistics it requires, see :data:`hisvd_cli.linalg.statistics.Need`.
         """
 
         def add(method: F) -> F:
             if self._methods.setdefault(name, method) is not method:
-                raise ValueError(f"Two {self._kind}s are called '{name}'.")
+                raise ValueError(f"Two {self._kind}s are named '{name}'.")
             self._needs[name] = frozenset(needs)
             return method
 
         return add
 
     def needs(self, name: str) -> frozenset[str]:
-        """Return what the method called ``name`` needs of a calibration. Raises as ``get``.
+        """Return the statistics that the method ``name`` requires. Raises as :meth:`get`.
 
-        One of another package says so in an attribute ``needs``.
+        Methods of other packages declare them in an attribute ``needs``.
         """
         method = self.get(name)
         return self._needs.get(name) or frozenset(getattr(method, "needs", ()))
 
     def names(self) -> list[str]:
-        """Names of all methods, sorted."""
+        """Return the names of all methods, sorted."""
         self._load_builtin()
         return sorted({*self._methods, *(point.name for point in entry_points(group=self._group))})
 
     def get(self, name: str) -> F:
-        """Return the method called ``name``; a built-in one wins.
+        """Return the method ``name``; built-in methods take precedence.
 
         Raises:
-            UsageError: there is none; names the nearest.
-            HisvdError: the package that brings it cannot be loaded.
+            UsageError: there is none; suggests the closest name.
+            HisvdError: the package that provides it cannot be loaded.
         """
         self._load_builtin()
         if name not in self._methods:
             for point in entry_points(group=self._group, name=name):
                 self._methods[name] = self._load(point)
         if name not in self._methods:
-            raise UsageError(f"No {self._kind} is called '{name}'.", suggest(name, self.names()))
+            raise UsageError(f"There is no {self._kind} '{name}'.", suggest(name, self.names()))
         return self._methods[name]
 
     def _load(self, point: EntryPoint) -> F:
@@ -80,7 +80,7 @@ class Registry(Generic[F]):
         except (ImportError, AttributeError) as error:
             raise HisvdError(
                 f"The {self._kind} '{point.name}' ({point.value}) cannot be loaded: {error}.",
-                "Update or remove the package that brings it.",
+                "Update or remove the package that provides it.",
             ) from error
         return method
 
@@ -90,12 +90,14 @@ class Registry(Generic[F]):
             importlib.import_module(f"{self._package}.{module.name}")
 
 
-def accepted(method: Callable[..., object], knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of ``knobs`` that a method names as keyword-only parameters, or all of them
-    where it takes any."""
+def accepted(method: Callable[..., object], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``options`` that a method accepts as keyword-only parameters; all of them if it
+    takes ``**kwargs``."""
     parameters = inspect.signature(method).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(knobs)
+        return dict(options)
     return {
-        p.name: knobs[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in knobs
+        p.name: options[p.name]
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name in options
     }

@@ -1,4 +1,4 @@
-"""The versions that every artifact records."""
+"""The library versions that every artifact records."""
 
 from __future__ import annotations
 

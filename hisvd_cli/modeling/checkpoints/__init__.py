@@ -1,1 +1,1 @@
-"""Checkpoint folders: config, weight files, and the record of small files."""
+"""Checkpoint folders: config, weight files and provenance record."""

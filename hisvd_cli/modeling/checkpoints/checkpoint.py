@@ -1,4 +1,4 @@
-"""Compressed checkpoint folders: their contents and how they are opened."""
+"""Opens compressed checkpoint folders."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A compressed folder on disk."""
+    """A compressed checkpoint folder."""
 
     folder: Path
     config: dict[str, Any]
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Name → rank of each low-rank sublayer, as the config says. Raises SourceError."""
+        """Name → rank of each low-rank sublayer. Raises SourceError."""
         if not isinstance(self.config["quantization_config"].get("ranks"), dict):
             raise SourceError(
-                f"config.json of {self.folder} names no ranks.", "Compress the model again."
+                f"config.json of {self.folder} has no ranks.", "Compress the model again."
             )
         return dict(self._loader.ranks)
 
     @property
     def bits(self) -> dict[str, int]:
-        """Name → 8 or 4 of each sublayer whose matrices are integers. Raises SourceError."""
+        """Name → 8 or 4 for each quantized sublayer. Raises SourceError."""
         return self._loader.bits
 
     @property
     def group_size(self) -> int:
-        """How many columns share a scale, with 4 bits. Raises SourceError."""
+        """Columns per scale with 4 bits. Raises SourceError."""
         return self._loader.group_size
 
     def refuse_quantized(self) -> None:
-        """Raise SourceError where something is integers already."""
+        """Raise SourceError if the checkpoint is quantized."""
         if self.bits:
             raise SourceError(
-                f"{self.folder} is quantized already.",
+                f"{self.folder} is already quantized.",
                 "Quantize the checkpoint that it was made from.",
             )
 
     def refuse_own_code(self) -> None:
-        """Raise SourceError where a folder needs code of its base model, which only compress copies
-        into a checkpoint, and only where somebody asks for it."""
+        """Raise SourceError if loading needs Python code of the base model. Only compress copies
+        such code, and only with ``trust_remote_code``."""
         if code_modules(self.config) and not names_own_loader(self.config):
             raise SourceError(
-                f"{self.folder} is loaded by Python code of its base model, which hisvd neither "
-                "converts nor uploads.",
+                f"{self.folder} needs Python code of its base model, which hisvd neither converts "
+                "nor uploads.",
                 "Use the folder as it is, or compress the model again.",
             )
 
@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def storage(self) -> Storage:
-        """How its pairs are written. Raises SourceError."""
+        """Storage of the factors. Raises SourceError."""
         return self._loader.storage
 
     @property
@@ -87,22 +87,22 @@ class Checkpoint:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What ``hisvd.json`` records, empty where it is missing or holds no JSON object.
+        """Content of ``hisvd.json``; empty if it is missing or not a JSON object.
 
         Raises:
-            SourceError: the file is no JSON, or a link to one elsewhere.
+            SourceError: the file is not valid JSON, or links to a file outside the folder.
         """
         path = self.folder / PROVENANCE
         if not path.is_file():
             return {}
-        if not is_own_file(path):  # all of it is written into what is made from this checkpoint
+        if not is_own_file(path):  # its content is copied into derived checkpoints
             raise SourceError(
-                f"{path} links to a file outside its folder.", "Put the file itself there."
+                f"{path} links to a file outside its folder.", "Replace the link with the file."
             )
         try:
             document = read_json(path)
         except (OSError, ValueError) as error:
-            raise SourceError(f"{path} is not valid JSON.", "Compress again.") from error
+            raise SourceError(f"{path} is not valid JSON.", "Compress the model again.") from error
         return document if isinstance(document, dict) else {}
 
     @cached_property
@@ -112,7 +112,7 @@ class Checkpoint:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder holds a model that hisvd compressed."""
+    """Return whether a folder contains a model compressed by hisvd."""
     if not (folder / "config.json").is_file():
         return False
     quantization = read_config(folder).get("quantization_config")
@@ -120,10 +120,15 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a compressed folder. Raises SourceError where it is none."""
+    """Open a compressed checkpoint folder.
+
+    Raises:
+        SourceError: it is not a compressed checkpoint.
+        UnsupportedModelError: it also contains a LoRA adapter.
+    """
     if not is_checkpoint(folder):
         raise SourceError(
-            f"{folder} is not a compressed model.", "Give a folder that 'hisvd compress' wrote."
+            f"{folder} is not a compressed model.", "Give a folder written by 'hisvd compress'."
         )
     if (folder / adapter_input.CONFIG).is_file():
         raise UnsupportedModelError(*adapter_input.on_compressed(str(folder)))

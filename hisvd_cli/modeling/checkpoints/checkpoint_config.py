@@ -1,4 +1,4 @@
-"""``config.json`` of compressed checkpoints, and of the dense models made from them."""
+"""``config.json`` of compressed checkpoints and of dense models made from them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ QUANT_METHOD = "hisvd"
 
 
 def quantization_of(config: Mapping[str, Any], where: Path) -> HiSVDConfig:
-    """Return ranks, storage and bits as a config.json names them, checked as the loader does.
+    """Return the checked quantization config (ranks, storage, bits) of a config.json.
 
     Args:
-        config: its content.
-        where: the folder or file that holds it.
+        config: content of config.json.
+        where: the folder or file that contains it.
 
     Raises:
-        SourceError: it names none, or what cannot be.
+        SourceError: the quantization config is missing or invalid.
     """
     from hisvd_cli.modeling.layers.transformers_plugin import HiSVDConfig
 
@@ -33,7 +33,7 @@ def quantization_of(config: Mapping[str, Any], where: Path) -> HiSVDConfig:
         return HiSVDConfig(**config["quantization_config"])
     except (ValueError, TypeError, KeyError) as error:
         raise SourceError(
-            f"config.json of {where} cannot be used: {reason(error)}",
+            f"config.json of {where} is invalid: {reason(error)}",
             "Compress the model again, or use the version of hisvd that wrote it.",
         ) from error
 
@@ -42,7 +42,9 @@ def architecture_of(config: Mapping[str, Any], where: Path) -> str:
     """Return the class name of the model of a config.json. Raises SourceError."""
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
-        raise SourceError(f"config.json of {where} names no architecture.", "Compress again.")
+        raise SourceError(
+            f"config.json of {where} has no architecture.", "Compress the model again."
+        )
     return str(named[0])
 
 
@@ -53,14 +55,15 @@ def compressed_config(
     storage: Storage,
     **quantized: Any,
 ) -> dict[str, Any]:
-    """Return config.json of the compressed model: the base model's, ranks, and how to load it.
+    """Return the config.json of a compressed model: that of the base model, with the quantization
+    config and the loader added.
 
     Args:
-        config: of the base model.
+        config: config.json of the base model.
         architecture: class name of the model.
-        ranks: of the low-rank sublayers.
-        storage: of those.
-        quantized: ``bits`` and ``group_size``, where some are integers.
+        ranks: name → rank of the low-rank sublayers.
+        storage: storage of their factors.
+        quantized: ``bits`` and ``group_size``, if sublayers are quantized.
     """
     from hisvd_cli.modeling.layers.transformers_plugin import (
         AUTO_MAP,
@@ -79,13 +82,13 @@ def compressed_config(
 
 
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json without anything that hisvd added."""
+    """Return config.json without the keys that hisvd added."""
     added = {"quantization_config", "auto_map"}
     return {key: value for key, value in config.items() if key not in added}
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json of a model whose output head is stored beside the embedding."""
+    """Return config.json for a model with an untied output head."""
     text = config.get("text_config")
     inner = (
         {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
@@ -94,8 +97,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_loader(folder: Path) -> None:
-    """Put the code beside the weights that ``trust_remote_code=True`` needs where hisvd is not
-    installed."""
+    """Copy the loader code into a folder, for ``trust_remote_code=True`` without hisvd."""
     from hisvd_cli.modeling.layers.transformers_plugin import remote_code_files
 
     for name, path in remote_code_files().items():

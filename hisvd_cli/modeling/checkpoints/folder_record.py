@@ -1,6 +1,6 @@
-"""What ``hisvd.json`` says of the files beside it, so that nobody's work is taken for hisvd's.
+"""Records in ``hisvd.json`` which files of a folder hisvd wrote, with their hashes.
 
-A checkpoint's small files have common names: a user puts a ``LICENSE`` there, or edits the card.
+This distinguishes them from files that a user added or edited, such as ``LICENSE`` or the card.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from hisvd_cli.utils.files.json_files import read_json, write_json
 
 PROVENANCE = "hisvd.json"
 Describe = Callable[[Path, Mapping[str, Any]], None]
-"""Writes the model card of a folder, from its record."""
+"""Writes the model card of a folder from its record."""
 FILES = "files"
-"""The part of the record that says what lies beside it, and not what it was made of."""
+"""Key of the file hashes in the record."""
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write ``hisvd.json``, with a hash of every other file of the folder that holds no weights.
+    """Write ``hisvd.json``, with the hashes of all other files except weights.
 
-    It comes last: it says what the folder holds. Raises OutputError.
+    Must be called after all other files were written. Raises OutputError.
     """
     write_json(folder / PROVENANCE, {**record, FILES: _hashes(folder)})
 
 
 def renew_record(folder: Path, name: str, before: str) -> None:
-    """Record a file that hisvd wrote again, unless somebody else had changed it.
+    """Update the hash of a file that hisvd rewrote, unless the user had changed the file before.
 
     Args:
-        folder: whose.
-        name: of the file.
-        before: its :func:`content_hash` ahead of that.
+        folder: folder of the file.
+        name: name of the file.
+        before: its :func:`content_hash` before it was rewritten.
 
     Raises:
         OutputError: the record cannot be written.
@@ -45,12 +45,12 @@ def renew_record(folder: Path, name: str, before: str) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what ``hisvd.json`` of a folder says, empty where there is nothing to be read."""
+    """Return the content of ``hisvd.json`` in a folder; empty if it cannot be read."""
     return read_object(folder / PROVENANCE)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file, empty for a link, or where there is no such thing."""
+    """Return the object in a JSON file; empty if it is a link, unreadable or not an object."""
     try:
         document = {} if path.is_symlink() else read_json(path, strict=False)
     except (OSError, ValueError):
@@ -59,15 +59,15 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def recorded(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the hashes of a record by the files' names, empty for one of an older hisvd."""
+    """Return file name → hash of a record; empty for records of older versions."""
     files = record.get(FILES)
     return files if isinstance(files, dict) else {}
 
 
 def content_hash(path: Path) -> str:
-    """Return the sha256 of a file, '' where it cannot be read."""
+    """Return the sha256 of a file; '' if it cannot be read."""
     try:
-        if not path.is_file():  # a pipe would never end
+        if not path.is_file():  # reading a pipe would block
             return ""
         return content_digest(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Weight files of a checkpoint: shards, their index, and joining finished parts."""
+"""Writes the weight files of a checkpoint: shards and their index."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 5 * 10**9
-_METADATA = {"format": "pt"}  # transformers refuses safetensors files without it
+_METADATA = {"format": "pt"}  # transformers rejects safetensors files without it
 
 
 def shard_names(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Split names, in order, into groups of at most ``limit`` bytes (one item may exceed it)."""
+    """Split names, in order, into groups of at most ``limit`` bytes; a single tensor may exceed
+    it."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -38,8 +39,15 @@ def shard_file(index: int, count: int) -> str:
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[str]], total_bytes: int) -> None:
-    """Write the index of a sharded checkpoint (file → tensor names); a single file needs none.
-    Other weight files, and an index that is not needed, are removed."""
+    """Write the index of a sharded checkpoint; a single file needs none.
+
+    Other weight files and an unneeded index are removed.
+
+    Args:
+        folder: the checkpoint folder.
+        files: file → tensor names.
+        total_bytes: size of all tensors.
+    """
     for path in folder.glob("*.safetensors"):
         if path.name not in files:
             path.unlink()
@@ -54,11 +62,15 @@ def write_index(folder: Path, files: Mapping[str, Iterable[str]], total_bytes: i
 
 
 def parts_left(home: Path, shards: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the parts (of shard → parts) that are to be made: no run has written them yet, or they
-    were damaged since.
+    """Return the parts that are missing or damaged.
 
-    Parts are joined once all are there. Where one is missing nevertheless, a file was damaged: then
-    weight files that were joined already are removed, as what is made may follow from their parts.
+    Parts are joined only when all are complete. If a part is missing although shards were joined,
+    a file was damaged; the joined shards are then removed, because later parts may depend on the
+    parts that they were joined from.
+
+    Args:
+        home: folder of the parts and shards.
+        shards: shard file → names of its parts.
     """
 
     def left() -> list[str]:
@@ -82,13 +94,13 @@ def join_parts(
     names: Mapping[str, Sequence[str]],
     total_bytes: int,
 ) -> None:
-    """Join finished parts (``PART.part``) into weight files, remove the parts, write the index.
+    """Join finished parts (``PART.part``) into shards, remove the parts and write the index.
 
     Args:
-        home: where they lie.
-        shards: file → its parts.
+        home: folder of the parts and shards.
+        shards: shard file → names of its parts.
         names: part → names of its tensors.
-        total_bytes: of all tensors.
+        total_bytes: size of all tensors.
     """
     for file, parts in shards.items():
         pieces = [home / f"{part}.part" for part in parts]
@@ -108,13 +120,13 @@ def write_shards(
     make: Callable[[str], Tensor],
     limit: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors into shards of at most ``limit`` bytes; one shard is in memory. Shards that an
-    interrupted run left are kept.
+    """Write tensors into shards of at most ``limit`` bytes, with one shard in memory at a time.
+    Intact shards of an interrupted run are kept.
 
     Args:
-        folder: where to.
-        sizes: name → bytes.
-        make: returns a tensor by its name; called in the order of ``sizes``.
+        folder: output folder.
+        sizes: tensor name → bytes.
+        make: returns the tensor of a name; called in the order of ``sizes``.
         limit: bytes per shard.
     """
     groups = shard_names(sizes, limit)

@@ -1,1 +1,1 @@
-"""Low-rank and quantized layers, and how transformers loads them; these travel with checkpoints."""
+"""Low-rank and quantized layers and their integration with transformers and peft."""

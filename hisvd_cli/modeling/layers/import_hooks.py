@@ -1,7 +1,7 @@
-"""Does something right after a module is imported, and at once where it is imported already.
+"""Runs an action when a module is imported, or immediately if it already is.
 
-This file travels with every checkpoint (see ``transformers_plugin.remote_code_files``), so it
-imports the standard library and nothing else.
+This file is copied into every checkpoint (see ``transformers_plugin.remote_code_files``), so it
+only imports the standard library.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from importlib.abc import Loader, MetaPathFinder
-else:  # importing the module of these takes longer than the rest of this package
+else:  # importing importlib.abc takes longer than importing the rest of this package
     Loader = MetaPathFinder = object
 
 Action = Callable[[ModuleType], object]
 
 
 def when_imported(name: str, action: Action) -> None:
-    """Call ``action`` with the module ``name`` once it is there.
+    """Call ``action`` with the module ``name`` once it is imported.
 
-    It is not imported for that: libraries that may never be needed take seconds.
+    The module is not imported here, because large libraries take seconds to import.
     """
     if name in sys.modules:
         action(sys.modules[name])
@@ -42,7 +42,7 @@ class _Loader(Loader):
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._inner  # the module must not show that it was watched
+        module.__loader__ = self._inner  # the module must look as if imported normally
         if module.__spec__ is not None:
             module.__spec__.loader = self._inner
         self._inner.exec_module(module)
@@ -51,7 +51,7 @@ class _Loader(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Waits for the import of one module; finds nothing else."""
+    """Wraps the import of one module; finds no others."""
 
     def __init__(self, name: str, action: Action) -> None:
         self.name = name
@@ -65,7 +65,7 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        # Others may wait for the same module: each wraps what the finders behind it find.
+        # Several finders may wait for the same module: each wraps the result of the next.
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
         waiting = next((f for f in behind if isinstance(f, _Finder) and f.name == fullname), None)
         spec = (waiting or PathFinder).find_spec(fullname, path, target)

@@ -1,11 +1,11 @@
-"""Low-rank layers: two thin matrices in the place of one ``nn.Linear``, in one of two storages.
+"""Low-rank layers: two factors in place of one ``nn.Linear``, in one of two storages.
 
-A ``pair`` is U and V. A ``pivoted`` pair is r rows of the product U V and what makes the others of
-them: r² − m numbers fewer for the same product (pivoting factorization, Zhao et al. 2025, arXiv
-2501.19090).
+``pair`` stores U and V. ``pivoted`` stores r rows of the product U V and the coefficients of the
+other rows: r² − m values fewer for the same product (pivoting factorization, Zhao et al. 2025,
+arXiv 2501.19090).
 
-This file travels with every checkpoint (see ``transformers_plugin.remote_code_files``), so it
-imports torch and nothing else.
+This file is copied into every checkpoint (see ``transformers_plugin.remote_code_files``), so it
+only imports torch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "pair": ("weight", "weight_u"),
     "pivoted": ("weight", "weight_u", "weight_order"),
 }
-"""Storage → the names of a layer's tensors, its bias apart."""
+"""Storage → names of a layer's tensors, without the bias."""
 
-# So many multiplications an output are taken to cost no more than moving it to its place. Seen on
-# one AVX-512 core, 128 tokens: at 52 an output (m 1536, r 284) multiplying takes 0.76 × the time in
-# bfloat16 and 1.18 × in float32, at 187 (m 576, r 328) 1.00 × and 1.31 ×, at 19 (m 576, r 104)
-# 0.59 × and 1.01 ×.
+# Extra multiplications per output that are assumed to cost no more than permuting the outputs.
+# Relative time of multiplying, measured on one AVX-512 core with 128 tokens: with 52 per output
+# (m 1536, r 284) 0.76 in bfloat16 and 1.18 in float32; with 187 (m 576, r 328) 1.00 and 1.31; with
+# 19 (m 576, r 104) 0.59 and 1.01.
 _MULTIPLICATIONS = 64
 
 
 def factor_shapes(
     storage: Storage, out_features: int, in_features: int, rank: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors of a weight ``[out_features, in_features]``."""
+    """Return name → shape of the tensors that replace a weight ``[out_features, in_features]``."""
     made = out_features - rank if storage == "pivoted" else out_features
     shapes = ((rank, in_features), (made, rank), (out_features,))
     return dict(zip(FACTORS[storage], shapes, strict=False))
@@ -45,8 +45,8 @@ def factor_shapes(
 class LowRankLinear(nn.Module):
     """A linear layer whose weight is a product: ``y = U(Vx) + b``.
 
-    V is stored under the name ``weight``, so that a loader which knows nothing of this layer stops
-    at a shape mismatch; any other name would leave its dense ``weight`` random and only warn.
+    V is stored under the name ``weight``, so that a loader without support for this layer stops at
+    a shape mismatch; under any other name it would only warn and leave ``weight`` random.
 
     Attributes:
         weight: V, ``[rank, in_features]``.
@@ -79,10 +79,10 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         if rank < 1:
-            raise ValueError(f"The rank of a low-rank layer must be at least 1, and is {rank}.")
+            raise ValueError(f"The rank of a low-rank layer must be at least 1, not {rank}.")
         if self.storage == "pivoted" and rank >= out_features:
             raise ValueError(
-                f"The rank of a pivoted layer must be below its {out_features} outputs, and is "
+                f"The rank of a pivoted layer must be less than its {out_features} outputs, not "
                 f"{rank}."
             )
         self.in_features = in_features
@@ -101,7 +101,7 @@ class LowRankLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the tensors at random, with ``nn.Linear``'s bounds for either factor."""
+        """Initialize both factors at random, with the bounds of ``nn.Linear``."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.weight_u, a=math.sqrt(5))
         if self.bias is not None:
@@ -114,27 +114,27 @@ class LowRankLinear(nn.Module):
         return F.linear(F.linear(x, v), u, self.bias)
 
     def matrices(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Return V and U as numbers to multiply with; a quantized layer makes them in ``dtype``."""
+        """Return V and U; quantized layers dequantize them to ``dtype``."""
         return self.weight, self.weight_u
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the names and shapes of the layer's tensors, its bias apart."""
+        """Return name → shape of the layer's tensors, without the bias."""
         return factor_shapes(self.storage, self.out_features, self.in_features, self.rank)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``U @ V`` ``[out_features, in_features]``.
 
-        The product is taken in float32 at least, and rounded once.
+        The product is computed in float32 or wider, and rounded once.
 
         Args:
-            dtype: of the result; None gives the layer's own.
+            dtype: dtype of the result; by default that of the layer.
         """
         v, u = self.matrices()
         product = dense_product({**self.state_dict(), "weight": v, "weight_u": u})
         return product.to(dtype or v.dtype)
 
     def extra_repr(self) -> str:
-        """Describe the layer as ``nn.Linear`` does, with its rank."""
+        """Describe the layer as ``nn.Linear`` does, with the rank added."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}"
@@ -145,9 +145,9 @@ class PivotedLinear(LowRankLinear):
     """A low-rank layer in pivoted storage: ``y = cat(V′x, C V′x)[order] + b``.
 
     Attributes:
-        weight: V′, r rows of the whole weight, ``[rank, in_features]``.
+        weight: V′, r rows of the dense weight, ``[rank, in_features]``.
         weight_u: C, ``[out_features − rank, rank]``.
-        weight_order: where each output stands in the concatenation, ``[out_features]``, int32.
+        weight_order: position of each output in the concatenation, ``[out_features]``, int32.
         bias: b, ``[out_features]``, or None.
     """
 
@@ -157,10 +157,10 @@ class PivotedLinear(LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``[..., in_features]`` to y ``[..., out_features]``.
 
-        Putting the outputs of many tokens in order takes as long as a product does. Where r² is
-        small, the rows of U are put in order instead, the r of them that are an identity included:
-        r² more multiplications a token, and less time. Other wide outputs are made and put in order
-        as rows, and returned as a view of those.
+        For many tokens, permuting the outputs takes as long as a product. If r² is small, the
+        rows of U are permuted instead, including its r identity rows: r² more multiplications per
+        token, but less time. Otherwise, wide outputs are computed and permuted as rows, and
+        returned as a transposed view.
         """
         v, c = self.matrices(x.dtype)
         tokens = x.numel() // self.in_features
@@ -188,15 +188,15 @@ LAYERS: dict[str, type[LowRankLinear]] = {c.storage: c for c in (LowRankLinear, 
 
 
 def is_order(order: Tensor) -> bool:
-    """Tell whether ``weight_order`` ``[out_features]`` names every row once."""
+    """Return whether ``weight_order`` ``[out_features]`` is a permutation."""
     return torch.equal(order.sort().values, torch.arange(len(order)).to(order))
 
 
 def dense_product(factors: Mapping[str, Tensor]) -> Tensor:
-    """Return the weight ``[out_features, in_features]`` of factors, in float32 or wider.
+    """Return the dense weight ``[out_features, in_features]`` of factors, in float32 or wider.
 
     Args:
-        factors: tensors by the names of :func:`factor_shapes`; what else there is is left alone.
+        factors: tensors by the names of :func:`factor_shapes`; others are ignored.
     """
     wide = torch.promote_types(factors["weight"].dtype, torch.float32)
     v, u = factors["weight"].to(wide), factors["weight_u"].to(wide)

@@ -1,12 +1,11 @@
-"""LoRA of the peft library on low-rank layers: ``get_peft_model`` takes them like dense ones.
+"""Support for PEFT LoRA adapters on low-rank and quantized layers.
 
-An adapter of a whole layer adds ``s B A x`` to ``y = U(Vx) + b``. Merged, a pair becomes a pair of
-the summed ranks, ``[U, sB] [V; A]``, which is exact; where that rank would exceed the matrix's own,
-and for pivoted storage, the layer becomes a dense one. Integers take adapters, but cannot be merged
-with them.
+An adapter adds ``s B A x`` to ``y = U(Vx) + b``. Merging it gives factors of the summed ranks,
+``[U, sB] [V; A]``, which is exact; if that rank would exceed the full rank, or with pivoted
+storage, the layer becomes dense. Quantized layers accept adapters, but cannot be merged with them.
 
-This file travels with every checkpoint (see ``transformers_plugin.remote_code_files``), so it
-imports torch, what travels along, and peft where that is in use.
+This file is copied into every checkpoint (see ``transformers_plugin.remote_code_files``), so it
+only imports torch, the other copied files, and peft if it is in use.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from .import_hooks import when_imported
 from .lowrank import LowRankLinear
 from .quantized import QuantizedLinear, QuantizedLowRankLinear
 
-_DISPATCHERS = "peft.tuners.lora.model"  # the module that chooses a layer's adapter
+_DISPATCHERS = "peft.tuners.lora.model"  # the module that selects the adapter class of a layer
 _PLAIN_STARTS = ("gaussian", "orthogonal")
-"""Ways to initialize an adapter that do not look at the weight of its layer."""
+"""Adapter initializations that do not need the layer's weight."""
 
 
 def support_adapters() -> None:
-    """Let peft put adapters on low-rank and quantized layers, once peft is imported."""
+    """Register low-rank and quantized layers with peft, once peft is imported."""
     when_imported(_DISPATCHERS, _extend)
 
 
 def _extend(module: Any) -> None:
-    """Put a choice for these layers in front of peft's own."""
-    try:  # transformers takes an import outside of this for something that a checkpoint requires
+    """Extend peft's dispatch function by low-rank and quantized layers."""
+    try:  # transformers treats imports outside of try as requirements of the checkpoint
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise
@@ -45,14 +44,14 @@ def _extend(module: Any) -> None:
         whole = kwargs.get("parameter_name") is None
         if not whole and isinstance(base, QuantizedLinear | QuantizedLowRankLinear):
             raise ValueError(
-                "Adapters of one factor cannot be added to integers: name the whole layer in "
-                "target_modules."
+                "A quantized layer cannot have an adapter on a single factor: name the whole layer "
+                "in target_modules."
             )
         if not whole or not isinstance(base, LowRankLinear | QuantizedLinear):
             made: nn.Module | None = original(target, adapter_name, **kwargs)
             return made
         _check(kwargs.get("config") or kwargs.get("lora_config"))
-        kwargs.pop("lora_config", None)  # peft before 0.18 takes it apart itself
+        kwargs.pop("lora_config", None)  # peft before 0.18 unpacks it itself
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")
             layer: nn.Module = adapted(target, adapter_name, **kwargs)
@@ -64,17 +63,17 @@ def _extend(module: Any) -> None:
 def _check(config: Any) -> None:
     """Raise ``ValueError`` for adapters that need the dense weight of their layer."""
     if getattr(config, "use_dora", False):
-        raise ValueError("DoRA needs the dense weight of a layer, which a low-rank layer has not.")
+        raise ValueError("DoRA needs dense weights, which low-rank layers do not have.")
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
         raise ValueError(
-            f"init_lora_weights={start!r} needs the dense weight of a layer, which a low-rank "
-            "layer has not. Use True or 'gaussian'."
+            f"init_lora_weights={start!r} needs dense weights, which low-rank layers do not have. "
+            "Use True or 'gaussian'."
         )
 
 
 def _adapted_class() -> type[nn.Module]:
-    """Return peft's layer of adapters, with a merge for factors."""
+    """Return the subclass of peft's LoRA layer for low-rank and quantized layers."""
     try:
         from peft.tuners.lora.layer import Linear
         from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -82,14 +81,14 @@ def _adapted_class() -> type[nn.Module]:
         raise
 
     class LowRankLora(Linear):
-        """Adapters of a layer whose weight is a product, or made of integers."""
+        """LoRA adapters on a low-rank or quantized layer."""
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            """Replace the layer by one that equals it with its adapters.
+            """Merge the adapters into the base layer.
 
             Raises:
-                ValueError: a layer of integers, numbers that are not finite, or a bias of an
-                    adapter where the layer has none.
+                ValueError: the layer is quantized, merged values are not finite, or an adapter has
+                    a bias and the layer has none.
             """
             for name in check_adapters_to_merge(self, adapter_names) or ():
                 if name not in self.lora_A:
@@ -97,21 +96,21 @@ def _adapted_class() -> type[nn.Module]:
                 base = self.get_base_layer()
                 merged = _merged(base, *self._matrices(name))
                 if safe_merge and not all(bool(p.isfinite().all()) for p in merged.parameters()):
-                    raise ValueError(f"The adapter {name} is not finite.")
-                # Past nn.Module, which would count it as a part of the model.
+                    raise ValueError(f"Merging the adapter {name} gives non-finite values.")
+                # Bypasses nn.Module, which would register it as a submodule.
                 self.__dict__.setdefault("_plain", base)
                 self.base_layer = merged
                 self.merged_adapters.append(name)
 
         def _matrices(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-            """Return A ``[k, n]``, s B ``[m, k]`` and what the adapter adds to the bias."""
+            """Return A ``[k, n]``, s B ``[m, k]`` and the adapter's addition to the bias."""
             a: Any = self.lora_A[name]
             b: Any = self.lora_B[name]
             added = None if b.bias is None else b.bias.data * self.scaling[name]
             return a.weight.data, b.weight.data * self.scaling[name], added
 
         def unmerge(self) -> None:
-            """Put the layer back that was there before any merge."""
+            """Restore the layer from before the first merge."""
             self.base_layer = self.__dict__.pop("_plain", self.base_layer)
             self.merged_adapters.clear()
 
@@ -120,17 +119,17 @@ def _adapted_class() -> type[nn.Module]:
 
 @torch.no_grad()
 def _merged(base: nn.Module, a: Tensor, b: Tensor, added: Tensor | None) -> nn.Module:
-    """Return the layer that equals ``base`` with an adapter. Raises ``ValueError``."""
+    """Return ``base`` with an adapter merged in. Raises ``ValueError``."""
     if isinstance(base, QuantizedLinear | QuantizedLowRankLinear):
         raise ValueError(
-            "Adapters cannot be merged into integers. Merge them into the checkpoint that was "
-            "quantized, or call model.dequantize() before get_peft_model."
+            "Adapters cannot be merged into quantized layers. Merge them into the checkpoint "
+            "before it is quantized, or call model.dequantize() before get_peft_model."
         )
     bias = getattr(base, "bias", None)
     if added is not None and bias is None:
         raise ValueError("The bias of an adapter cannot be merged into a layer without one.")
     wide = b.float() @ a.float()
-    if isinstance(base, nn.Linear):  # an adapter before made it dense
+    if isinstance(base, nn.Linear):  # an earlier merge made it dense
         return _dense(base.weight.float() + wide, bias, added, base.weight.dtype)
     assert isinstance(base, LowRankLinear)
     rank = base.rank + len(a)

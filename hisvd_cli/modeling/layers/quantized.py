@@ -1,20 +1,20 @@
-"""Linear layers whose matrices are integers: 8 bits a number, or 4.
+"""Quantized linear layers, with 8 or 4 bits per value.
 
-A matrix ``[m, n]`` is stored as two tensors. With 8 bits: int8 codes ``[m, n]`` and a scale a row,
-``[m, 1]``. With 4 bits: two codes a byte (uint8 ``[m, ⌈n/2⌉]``, the even column in the lower half,
-each plus 8) and a scale for each group of ``group_size`` columns of a row, ``[m, ⌈n/group_size⌉]``,
-the last group short where n is no multiple. A number is code × scale; there is no zero point, and
-a scale may be negative, so that the code −8 serves whichever end reaches further. A low-rank layer
-of 4 bits is a plain pair, whatever the storage of the others (``rounding`` says why).
+A matrix ``[m, n]`` is stored as two tensors. With 8 bits: int8 codes ``[m, n]`` and one scale per
+row, ``[m, 1]``. With 4 bits: two codes per byte (uint8 ``[m, ⌈n/2⌉]``, the even column in the lower
+half, each offset by 8) and one scale per group of ``group_size`` columns of a row,
+``[m, ⌈n/group_size⌉]``; the last group may be smaller. A value is code × scale. There is no zero
+point; a scale may be negative, so that the code −8 represents the extreme of either sign. A 4-bit
+low-rank layer is always a plain pair, whatever the storage of the others (see ``rounding``).
 
-Scales are float16, and stored as their 16 bits in int16: transformers 4.57 rounds whatever floats a
-checkpoint holds to the model's dtype, and so does ``model.to(torch.bfloat16)``, which would leave a
-scale 8 bits. Libraries' own tensor types do not serve here: torchao's do not store in safetensors
-(0.18 with torch 2.13: "invalid python storage") unless torchao flattens them, and transformers
-takes that back only for checkpoints whose one quantization method is torchao.
+Scales are float16, stored as int16 bit patterns: transformers 4.57 and ``model.to(torch.bfloat16)``
+convert all floating-point tensors to the model's dtype, which would reduce scales to 8 bits.
+Tensor types of other libraries do not work here: torchao's cannot be stored in safetensors (0.18
+with torch 2.13: "invalid python storage") unless torchao flattens them, and transformers only
+restores flattened tensors of checkpoints whose quantization method is torchao.
 
-This file travels with every checkpoint (see ``transformers_plugin.remote_code_files``), so it
-imports torch and nothing else.
+This file is copied into every checkpoint (see ``transformers_plugin.remote_code_files``), so it
+only imports torch.
 """
 
 from __future__ import annotations
@@ -31,25 +31,29 @@ from .lowrank import LowRankLinear, PivotedLinear, Storage
 
 BITS = (4, 8)
 MATRICES = ("weight", "weight_u")
-"""Names of what is quantized, where a layer has it."""
+"""Names of the tensors that are quantized, if a layer has them."""
 SCALE = "_scale"
-"""Ending of the name of a matrix's scales."""
+"""Suffix of the name of a matrix's scales."""
 _LARGEST = {4: 8, 8: 127}
 
 
 def storage_with(bits: int | None, storage: Storage) -> Storage:
-    """Return how a low-rank layer is stored in a checkpoint of a storage (bits None: no
-    integers)."""
+    """Return the storage of a low-rank layer in a checkpoint of the given storage.
+
+    Args:
+        bits: bits of the layer; None if it is not quantized.
+        storage: storage of the checkpoint.
+    """
     return "pair" if bits == 4 else storage
 
 
 def quantized_bytes(shape: tuple[int, int], bits: int, group: int) -> int:
-    """Return the bytes that a matrix takes on disk, its scales included.
+    """Return the size of a quantized matrix on disk in bytes, including scales.
 
     Args:
         shape: ``(m, n)``.
         bits: 8 or 4.
-        group: columns that share a scale, with 4 bits.
+        group: columns per scale with 4 bits.
     """
     codes, scales = _shapes(shape, bits, group)
     return codes[0] * codes[1] + 2 * scales[0] * scales[1]
@@ -65,7 +69,13 @@ def _shapes(shape: tuple[int, ...], bits: int, group: int) -> tuple[tuple[int, i
 def quantized_shapes(
     shapes: Mapping[str, tuple[int, ...]], bits: int, group: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of a layer's tensors on disk from those in full precision."""
+    """Return name → shape of a layer's tensors on disk.
+
+    Args:
+        shapes: name → shape in full precision.
+        bits: 8 or 4.
+        group: columns per scale with 4 bits.
+    """
     stored = dict(shapes)
     for leaf in MATRICES:
         if leaf in shapes:
@@ -74,13 +84,13 @@ def quantized_shapes(
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Pack codes from −8 to 7, int8 ``[m, n]``, into bytes ``[m, ⌈n/2⌉]``."""
+    """Pack int8 codes from −8 to 7 ``[m, n]`` into bytes ``[m, ⌈n/2⌉]``."""
     shifted = F.pad(codes, (0, codes.shape[1] % 2)).add(8).to(torch.uint8)
     return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
 
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
-    """Return the codes ``[m, columns]``, int8, of packed bytes."""
+    """Return the int8 codes ``[m, columns]`` of packed bytes."""
     pairs = torch.stack([packed & 15, packed >> 4], -1)
     return pairs.flatten(1)[:, :columns].to(torch.int8) - 8
 
@@ -88,31 +98,30 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
 def dequantize(
     codes: Tensor, scales: Tensor, columns: int, group: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the matrix ``[m, columns]``: code × scale, a product in float32 that is rounded once.
+    """Return the matrix ``[m, columns]``: code × scale, computed in float32 and rounded once.
 
     Args:
-        codes: as stored: int8 (8 bits), or uint8 (two of 4 bits each).
-        scales: the bits of float16, int16.
+        codes: as stored: int8 (8 bits), or uint8 (two 4-bit codes).
+        scales: float16 bit patterns in int16.
         columns: n.
-        group: columns that share a scale, with 4 bits.
-        dtype: of the result.
+        group: columns per scale with 4 bits.
+        dtype: dtype of the result.
     """
     scale = scales.view(torch.float16).float()
     if codes.dtype != torch.uint8:
         return (codes * scale).to(dtype)
-    whole = F.pad(unpack(codes, columns), (0, -columns % group))  # groups as a dimension of theirs
+    whole = F.pad(unpack(codes, columns), (0, -columns % group))  # to a multiple of the group
     numbers = whole.view(len(codes), -1, group) * scale[..., None]
     return numbers.to(dtype).flatten(1)[:, :columns]
 
 
 def dequantized(tensors: Mapping[str, Tensor], inputs: int, group: int) -> dict[str, Tensor]:
-    """Return the tensors of a layer on disk with its matrices in float32, as they would be without
-    quantization.
+    """Return the tensors of a layer with its matrices dequantized to float32.
 
     Args:
-        tensors: by the names of :func:`quantized_shapes`.
+        tensors: the layer's tensors by the names of :func:`quantized_shapes`.
         inputs: n of the layer.
-        group: columns that share a scale, with 4 bits.
+        group: columns per scale with 4 bits.
     """
     columns = {"weight": inputs, "weight_u": len(tensors["weight"])}
     plain = {leaf: tensor for leaf, tensor in tensors.items() if not leaf.endswith(SCALE)}
@@ -124,24 +133,26 @@ def dequantized(tensors: Mapping[str, Tensor], inputs: int, group: int) -> dict[
 
 
 class _Quantized(nn.Module):
-    """Stands in front of a layer's class and keeps its matrices as codes and scales.
+    """Mixin that stores the matrices of a layer class as codes and scales.
 
-    They are parameters without gradients: such a layer cannot be trained.
+    They are parameters without gradients, so such a layer cannot be trained.
 
     Args:
-        args: of the layer.
+        args: arguments of the layer class.
         bits: 8 or 4.
-        group_size: columns that share a scale, with 4 bits.
-        kwargs: of the layer.
+        group_size: columns per scale with 4 bits.
+        kwargs: arguments of the layer class.
 
     Raises:
-        ValueError: other bits, or a group of no columns.
+        ValueError: ``bits`` is not 8 or 4, or ``group_size`` is less than 1.
     """
 
     def __init__(self, *args: Any, bits: int, group_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if bits not in BITS or group_size < 1:
-            raise ValueError(f"There are no {bits} bits in groups of {group_size}.")
+            raise ValueError(
+                f"Unsupported quantization: {bits} bits with a group size of {group_size}."
+            )
         self.bits = bits
         self.group_size = group_size
         self._columns: dict[str, int] = {}
@@ -150,7 +161,7 @@ class _Quantized(nn.Module):
                 self._set_random(leaf)
 
     def _set_random(self, leaf: str) -> None:
-        """Put random codes of the right shape in the place of a matrix."""
+        """Replace a matrix by random codes and constant scales."""
         matrix: Tensor = getattr(self, leaf)
         self._columns[leaf] = columns = matrix.shape[1]
         codes, scales = _shapes(tuple(matrix.shape), self.bits, self.group_size)
@@ -163,24 +174,24 @@ class _Quantized(nn.Module):
         self.register_parameter(leaf + SCALE, bits)
 
     def matrix(self, leaf: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a matrix as numbers, by default in float32."""
+        """Return a dequantized matrix, by default in float32."""
         codes, scales = getattr(self, leaf), getattr(self, leaf + SCALE)
         columns = self._columns[leaf]
         return dequantize(codes, scales, columns, self.group_size, dtype or torch.float32)
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the names and shapes of the layer's tensors, its bias apart."""
+        """Return name → shape of the layer's tensors, without the bias."""
         whole: dict[str, tuple[int, ...]] = super().stored_shapes()  # type: ignore[misc]
         return quantized_shapes(whole, self.bits, self.group_size)
 
     def extra_repr(self) -> str:
-        """Describe the layer as its class does, with its bits."""
+        """Describe the layer as its class does, with the bits added."""
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
 class _DenseLinear(nn.Module):
-    """The tensors of a dense layer. It is no ``nn.Linear``: what expects one would take codes for
-    numbers."""
+    """The tensors of a dense layer. Not an ``nn.Linear``, because code that expects one would use
+    the codes as values."""
 
     bias: nn.Parameter | None
 
@@ -210,7 +221,7 @@ class _DenseLinear(nn.Module):
 
 
 class QuantizedLinear(_Quantized, _DenseLinear):
-    """A dense layer of integers: ``y = Wx + b``, W made anew for each call."""
+    """A quantized dense layer: ``y = Wx + b``, with W dequantized on every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``[..., in_features]`` to y ``[..., out_features]``."""
@@ -222,18 +233,18 @@ class QuantizedLinear(_Quantized, _DenseLinear):
 
 
 class QuantizedLowRankLinear(_Quantized, LowRankLinear):
-    """A low-rank layer whose U and V are integers."""
+    """A low-rank layer with quantized U and V."""
 
     def matrices(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Return V and U as numbers, by default in float32."""
+        """Return the dequantized V and U, by default in float32."""
         return self.matrix("weight", dtype), self.matrix("weight_u", dtype)
 
 
 class QuantizedPivotedLinear(QuantizedLowRankLinear, PivotedLinear):
-    """A low-rank layer in pivoted storage whose V′ and C are integers."""
+    """A low-rank layer in pivoted storage with quantized V′ and C."""
 
 
 QUANTIZED: dict[str, type[QuantizedLowRankLinear]] = {
     c.storage: c for c in (QuantizedLowRankLinear, QuantizedPivotedLinear)
 }
-"""Storage → layer of integers."""
+"""Storage → quantized layer."""

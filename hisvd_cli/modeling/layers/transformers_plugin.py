@@ -1,22 +1,21 @@
-"""Loads low-rank checkpoints in plain transformers: ``from_pretrained``, unchanged.
+"""Loads low-rank checkpoints with ``from_pretrained`` of transformers.
 
-To transformers, ``hisvd`` is a quantization method that the checkpoint's ``config.json`` names:
-``{"quant_method": "hisvd", "format_version": 1, "ranks": {name: rank}}``. While the model is still
-without memory (on the meta device), each ``nn.Linear`` X that ``ranks`` names becomes a
-``LowRankLinear`` with the tensors ``X.weight`` = V ``[r, n]``, ``X.weight_u`` = U ``[m, r]`` and
-``X.bias`` ``[m]``; transformers then loads them like any others. Version 2 adds ``"storage":
-"pivoted"``, for a ``PivotedLinear`` with ``X.weight`` ``[r, n]``, ``X.weight_u`` ``[m − r, r]`` and
-``X.weight_order`` ``[m]``. Version 3, of either storage, adds ``"bits": {name: 8 or 4}`` and
-``"group_size"``, for layers whose matrices are integers, low-rank or dense ones; ``quantized``
-describes their tensors.
+For transformers, ``hisvd`` is a quantization method named in ``config.json``: ``{"quant_method":
+"hisvd", "format_version": 1, "ranks": {name: rank}}``. While the model is on the meta device, each
+``nn.Linear`` X listed in ``ranks`` is replaced by a ``LowRankLinear`` with the tensors ``X.weight``
+= V ``[r, n]``, ``X.weight_u`` = U ``[m, r]`` and ``X.bias`` ``[m]``, which transformers then loads
+like any others. Version 2 adds ``"storage": "pivoted"``, for a ``PivotedLinear`` with ``X.weight``
+``[r, n]``, ``X.weight_u`` ``[m − r, r]`` and ``X.weight_order`` ``[m]``. Version 3, with either
+storage, adds ``"bits": {name: 8 or 4}`` and ``"group_size"`` for quantized low-rank or dense
+layers; ``quantized`` describes their tensors.
 
-Importing this file registers the method. It is also the code that travels with a checkpoint, as
-``modeling_hisvd.py``, for ``trust_remote_code=True`` where hisvd is not installed; so it imports
-nothing of hisvd but the files that travel along, and raises plain ``ValueError`` (a wrong
-``config.json``) and ``RuntimeError`` (wrong tensors). It serves transformers 4.57 and 5 alike.
+Importing this file registers the method. The file is also copied into checkpoints as
+``modeling_hisvd.py``, for ``trust_remote_code=True`` without hisvd. It therefore only imports files
+that are copied too, and raises plain ``ValueError`` (invalid ``config.json``) and ``RuntimeError``
+(invalid tensors). It supports transformers 4.57 and 5.
 
-The file is longer than others may be. The names of the files that travel along are part of the
-checkpoint's format, and one more of them would not be enough to bring this one below 300 lines.
+The file exceeds the usual length limit, because the names of the copied files are part of the
+checkpoint format.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .import_hooks import when_imported  # noqa: F401 (4.57 copies only what this file names)
+from .import_hooks import when_imported  # noqa: F401 (4.57 only copies files imported here)
 from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, Storage, is_order
 from .peft_support import support_adapters
 from .quantized import BITS, MATRICES, QUANTIZED, SCALE, QuantizedLinear, storage_with
 
-if TYPE_CHECKING:  # at run time transformers may be in the middle of importing these
+if TYPE_CHECKING:  # at run time, transformers may still be importing these
     from transformers import PretrainedConfig, PreTrainedModel
 
 QUANT_METHOD = "hisvd"
@@ -58,13 +57,13 @@ AUTO_MAP = {
     "AutoConfig": "modeling_hisvd.HiSVDAutoConfig",
 }
 
-_LARGEST = (1 << 31) - 1  # no matrix has more rows or columns
+_LARGEST = (1 << 31) - 1  # upper bound for ranks and group sizes
 _ADDED = {leaf for leaves in FACTORS.values() for leaf in leaves} - {"weight"}
 _ADDED |= {leaf + SCALE for leaf in MATRICES}
 
 _CASTS = ("half", "float")
 
-# Where transformers, having loaded, sorts out which keys were missing and which were unexpected.
+# The method in which transformers finalizes the lists of missing and unexpected keys.
 _REPORT_METHOD = "_adjust_missing_and_unexpected_keys"
 
 
@@ -72,20 +71,19 @@ class HiSVDConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a low-rank checkpoint.
 
     Args:
-        ranks: the rank of each low-rank layer, by module name.
-        format_version: of the checkpoint's layout: 1 for the storage pair, 2 for pivoted, 3 for
-            either with bits.
+        ranks: module name → rank of each low-rank layer.
+        format_version: version of the layout: 1 for the storage pair, 2 for pivoted, 3 for either
+            with bits.
         storage: how factors are stored.
-        bits: 8 or 4 for each layer of integers, by module name; others are in full precision.
-        group_size: columns that share a scale, with 4 bits.
-        kwargs: what transformers hands back from ``config.json``; not used.
+        bits: module name → 8 or 4 for each quantized layer.
+        group_size: columns per scale with 4 bits.
+        kwargs: other keys of ``config.json``; ignored.
 
     Raises:
-        ValueError: an unknown format version or storage, a rank that is not a positive integer, or
-            bits or a group that there are not.
+        ValueError: unknown format version or storage, or invalid ranks, bits or group size.
     """
 
-    quant_method: Any  # a plain string: transformers' enumeration knows only its own methods
+    quant_method: Any  # a plain string, because transformers' enum only has its own methods
 
     def __init__(
         self,
@@ -94,20 +92,20 @@ class HiSVDConfig(QuantizationConfigMixin):
         storage: str = "pair",
         bits: Mapping[str, int] | None = None,
         group_size: int = GROUP_SIZE,
-        **kwargs: Any,  # noqa: ARG002 (``quant_method`` itself comes back here)
+        **kwargs: Any,  # noqa: ARG002 (contains ``quant_method``)
     ) -> None:
         known = isinstance(storage, str) and storage in FORMAT_VERSIONS
         if not known or format_version != format_version_of(storage, bits):
             raise ValueError(
-                f"This checkpoint has the hisvd format version {format_version!r} and the storage "
-                f"{storage!r}, and this code reads version 1 (pair), 2 (pivoted) and 3 (either, "
-                "quantized); it needs another version of hisvd."
+                f"This checkpoint has hisvd format version {format_version!r} and storage "
+                f"{storage!r}, but this code supports version 1 (pair), 2 (pivoted) and 3 (either, "
+                "quantized). Use another version of hisvd."
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.ranks = _checked("ranks", ranks, "no positive integer", _is_positive)
+        self.ranks = _checked("ranks", ranks, "positive integers", _is_positive)
         self.storage = cast(Storage, storage)
-        self.bits = _checked("bits", bits, f"none of {BITS}", _is_width)
+        self.bits = _checked("bits", bits, "4 or 8", _is_width)
         if not _is_positive(group_size):
             raise ValueError(
                 f"quantization_config.group_size is not a positive integer: {group_size}"
@@ -115,7 +113,7 @@ class HiSVDConfig(QuantizationConfigMixin):
         self.group_size = group_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``config.json`` holds; plain pairs need not be named."""
+        """Return the content for ``config.json``, without default values."""
         document: dict[str, Any] = super().to_dict()
         if self.storage == "pair":
             document.pop("storage")
@@ -125,13 +123,13 @@ class HiSVDConfig(QuantizationConfigMixin):
 
 
 class HiSVDQuantizer(HfQuantizer):
-    """Puts low-rank layers into a model before its weights are loaded, and checks them after.
+    """Replaces layers before the weights are loaded, and checks them afterwards.
 
-    A missing, extra or misshapen low-rank tensor stops the load with a ``RuntimeError``, where
-    transformers by itself would warn and go on with random numbers.
+    A missing or extra low-rank tensor, or one of the wrong shape, raises ``RuntimeError``;
+    transformers itself would only warn and continue with random values.
     """
 
-    requires_calibration = True  # only checkpoints that are low-rank already can be loaded
+    requires_calibration = True  # dense checkpoints cannot be converted while loading
     quantization_config: HiSVDConfig
 
     def __init__(self, quantization_config: HiSVDConfig, **kwargs: Any) -> None:
@@ -139,24 +137,24 @@ class HiSVDQuantizer(HfQuantizer):
         self._report_seen = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Swap the layers of a model that is on the meta device, and have the load watched."""
+        """Replace the layers of a model on the meta device, and hook into the loading report."""
         replace_linears(model, self.quantization_config)
         files = kwargs.get("checkpoint_files")  # transformers 5 only
         _check_file_shapes(model, files or ())
         self._watch_report(model)
 
     def _watch_report(self, model: PreTrainedModel) -> None:
-        """Check the loading report of this one load.
+        """Check the loading report of this model.
 
-        Transformers shows a quantizer no report, so this steps into the method of this one model
-        that makes it. If a future version stops calling that method, the load is refused.
+        Transformers does not pass the report to quantizers, so the method of this model instance
+        that produces it is wrapped. If a future version does not call it, loading raises an error.
         """
         original = getattr(model, _REPORT_METHOD)
 
         def checked(*args: Any, **kwargs: Any) -> Any:
-            delattr(model, _REPORT_METHOD)  # adapters that are loaded later are none of ours
+            delattr(model, _REPORT_METHOD)  # adapters loaded later are not checked
             result = original(*args, **kwargs)
-            # 5.3 and later amend a report in place; earlier versions return two lists of keys.
+            # 5.3 and later modify a report in place; earlier versions return two lists of keys.
             report = next(iter((*args, *kwargs.values())))
             if hasattr(report, "missing_keys"):
                 missing, unexpected = report.missing_keys, report.unexpected_keys
@@ -172,17 +170,17 @@ class HiSVDQuantizer(HfQuantizer):
     def update_expected_keys(
         self, model: PreTrainedModel, expected_keys: list[str], loaded_keys: list[str]
     ) -> list[str]:
-        """Refuse low-rank tensors that will not be loaded (transformers 4 only).
+        """Reject checkpoints with low-rank tensors that will not be loaded (transformers 4 only).
 
-        This is called once with all keys of the checkpoint and again without those that
-        ``ignore_mismatched_sizes=True`` leaves out.
+        Called once with all keys of the checkpoint, and again without those that
+        ``ignore_mismatched_sizes=True`` skips.
         """
         present = set(loaded_keys)
         absent = sorted(name for name in _low_rank_tensors(model) if name not in present)
         if absent:
             raise RuntimeError(
-                f"The checkpoint lacks low-rank tensors, or has them in another shape than the "
-                f"ranks in config.json say: {_listed(absent)}."
+                "The checkpoint lacks low-rank tensors, or their shapes do not match the ranks in "
+                f"config.json: {_listed(absent)}."
             )
         return expected_keys
 
@@ -191,11 +189,11 @@ class HiSVDQuantizer(HfQuantizer):
         model: PreTrainedModel,
         **kwargs: Any,  # noqa: ARG002 (transformers 4 passes the config)
     ) -> PreTrainedModel:
-        """Check the layers as they now are, and have them saved with the code that loads them."""
+        """Check the loaded layers, and extend ``save_pretrained`` to save the loader code."""
         if not self._report_seen:
             raise RuntimeError(
-                "This version of transformers loads models in a way that hisvd does not know, so "
-                "it could not check that every low-rank tensor was found."
+                "This version of transformers is not supported: hisvd could not check that every "
+                "low-rank tensor was loaded."
             )
         _refuse_misshapen(
             (name, tuple(tensor.shape), shape)
@@ -210,10 +208,10 @@ class HiSVDQuantizer(HfQuantizer):
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
-        """Multiply the factors: ``model.dequantize()`` gives a plain dense model.
+        """Convert to a dense model, for ``model.dequantize()``.
 
-        Transformers 5 passes a dtype: the caller's, or else that of the model's config, which is
-        a string once the model has been saved.
+        Transformers 5 passes a dtype: that of the caller or of the model's config, which is a
+        string after the model was saved.
 
         Raises:
             ValueError: some layers are offloaded, so that their tensors are not in memory.
@@ -222,49 +220,49 @@ class HiSVDQuantizer(HfQuantizer):
         absent = [name for name, layer in layers.items() if layer.weight.is_meta]
         if absent:
             raise ValueError(
-                f"Cannot multiply factors that are offloaded: {_listed(absent)}. Load the model "
+                f"Cannot dequantize layers that are offloaded: {_listed(absent)}. Load the model "
                 "with a device_map that keeps them in memory."
             )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        if dtype is None and self.quantization_config.bits:  # integers do not say
+        if dtype is None and self.quantization_config.bits:  # codes have no floating-point dtype
             dtype = model.dtype
         for name, layer in layers.items():
             _set_module(model, name, _dense_linear(layer, dtype))
         if dtype is not None and dtype != model.dtype:
-            nn.Module.to(model, dtype)  # the other layers too: a model of two dtypes does not run
+            nn.Module.to(model, dtype)  # all layers: mixed dtypes would not run
         _drop_code(model)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:  # noqa: ARG002
-        """Low-rank models can be saved: their tensors are plain ones."""
+        """Low-rank models can be saved, because they consist of plain tensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Low-rank models can be trained, their tensors are plain parameters; integers cannot."""
+        """Low-rank models can be trained; quantized ones cannot."""
         return not self.quantization_config.bits
 
     @property
     def is_qat_trainable(self) -> bool:
-        """As ``is_trainable``; without it the Trainer asks for adapters."""
+        """Same as ``is_trainable``; otherwise the Trainer requires adapters."""
         return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
-        """``torch.compile`` sees two matrix products."""
+        """Low-rank models support ``torch.compile``."""
         return True
 
 
 class HiSVDForCausalLM:
-    """What ``auto_map`` names: hands over to the model's own class, with low-rank layers.
+    """Entry point in ``auto_map``, which delegates to the model's own class.
 
-    It is no model itself; ``from_pretrained`` gives a ``LlamaForCausalLM`` or whatever the
-    checkpoint's architecture is. An architecture that is remote code itself cannot be served.
+    Not a model class: ``from_pretrained`` returns the checkpoint's architecture, such as
+    ``LlamaForCausalLM``. Architectures defined by remote code are not supported.
     """
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Load a low-rank checkpoint; takes what ``AutoModelForCausalLM.from_pretrained`` does."""
+        """Load a low-rank checkpoint; arguments as for ``AutoModelForCausalLM.from_pretrained``."""
         from transformers import AutoModelForCausalLM
 
         kwargs["trust_remote_code"] = False  # this call is the remote code
@@ -273,7 +271,7 @@ class HiSVDForCausalLM:
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
-        """Build a model of random weights in the checkpoint's low-rank shape."""
+        """Build a model with random weights in the checkpoint's low-rank structure."""
         from transformers import AutoModelForCausalLM
 
         kwargs["trust_remote_code"] = False
@@ -284,19 +282,19 @@ class HiSVDForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = AUTO_CLASS) -> None:
-        """Do nothing: transformers calls this to have a class's own file saved with the model."""
+        """Do nothing; transformers calls this to have the file of a class saved with the model."""
 
 
 class HiSVDAutoConfig:
-    """What ``auto_map`` names for the config: hands over to the model's own class.
+    """Entry point in ``auto_map`` for the config, which delegates to the model's own class.
 
-    Programs such as lm-eval read ``quantization_config`` before they load a model: by then this
-    file must have been imported, so that transformers knows the quantizer.
+    Programs such as lm-eval read ``quantization_config`` before they load a model; importing this
+    file at that point registers the quantizer.
     """
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Any:
-        """Load the config; takes and returns what ``AutoConfig.from_pretrained`` does."""
+        """Load the config; arguments and result as for ``AutoConfig.from_pretrained``."""
         from transformers import AutoConfig
 
         kwargs["trust_remote_code"] = False  # this call is the remote code
@@ -304,11 +302,11 @@ class HiSVDAutoConfig:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing, as for the model."""
+        """Do nothing, as :class:`HiSVDForCausalLM` does."""
 
 
 def remote_code_files() -> dict[str, Path]:
-    """Return the code that a checkpoint carries: file name in the folder, path of the source."""
+    """Return file name in a checkpoint → path of the source, for the loader code."""
     here = Path(__file__)
     names = ("lowrank.py", "quantized.py", "peft_support.py", "import_hooks.py")
     inner = {name: here.with_name(name) for name in names}
@@ -316,31 +314,31 @@ def remote_code_files() -> dict[str, Path]:
 
 
 def format_version_of(storage: str, bits: Mapping[str, int] | None) -> int:
-    """Return the version of a layout."""
+    """Return the format version of a layout."""
     return QUANTIZED_VERSION if bits else FORMAT_VERSIONS[storage]
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """Return the low-rank layers of a model by their names."""
+    """Return name → low-rank layer of a model."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
 def replaced_layers(model: nn.Module) -> dict[str, LowRankLinear | QuantizedLinear]:
-    """Return the low-rank layers and the dense ones of integers by their names."""
+    """Return name → layer for all low-rank and quantized layers of a model."""
     kinds = (LowRankLinear, QuantizedLinear)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def replace_linears(model: PreTrainedModel, config: HiSVDConfig) -> None:
-    """Put low-rank and quantized layers, of unset or random numbers, in the place of dense ones.
+    """Replace dense layers by low-rank and quantized ones with uninitialized or random values.
 
     Args:
-        model: a model, on the meta device or not. One without a head (``AutoModel``) takes the
-            names of the one with a head, and leaves out those that belong to the head.
-        config: names the layers.
+        model: a model, on the meta device or not. For a model without a head (``AutoModel``), the
+            names of the full model are used, and those of the head are ignored.
+        config: the layers to replace.
 
     Raises:
-        ValueError: a name is no ``nn.Linear`` of the model, or its rank is too large.
+        ValueError: a name is not an ``nn.Linear`` of the model, or its rank is too large.
     """
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
@@ -362,10 +360,10 @@ def replace_linears(model: PreTrainedModel, config: HiSVDConfig) -> None:
 
 
 def register() -> None:
-    """Make the method known to transformers; the first registration in a process stays.
+    """Register the method with transformers; the first registration in a process is kept.
 
-    A second copy of this file in the process (the installed one, or one from each checkpoint
-    loaded with ``trust_remote_code=True``) is no error.
+    Several copies of this file may be loaded in one process: the installed one, and one per
+    checkpoint that is loaded with ``trust_remote_code=True``.
     """
     support_adapters()
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -383,27 +381,27 @@ def _is_width(value: object) -> bool:
 
 
 def _checked(
-    key: str, values: object, fault: str, is_right: Callable[[object], bool]
+    key: str, values: object, expected: str, is_valid: Callable[[object], bool]
 ) -> dict[str, int]:
-    """Return a mapping of ``quantization_config`` (None: an empty one). Raises ``ValueError``."""
+    """Return a mapping of ``quantization_config``, empty for None. Raises ``ValueError``."""
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(f"quantization_config.{key} must map names to integers: {values!r}.")
-    wrong = [f"{name}: {value!r}" for name, value in values.items() if not is_right(value)]
+    wrong = [f"{name}: {value!r}" for name, value in values.items() if not is_valid(value)]
     if wrong:
-        raise ValueError(f"quantization_config.{key} holds what is {fault}: {_listed(wrong)}.")
+        raise ValueError(f"quantization_config.{key} must be {expected}: {_listed(wrong)}.")
     return dict(values)
 
 
 def _listed(items: Iterable[str], limit: int = 5) -> str:
-    """Join the first few items, and count the others."""
+    """Join the first items, and state how many follow."""
     shown = list(items)
     rest = f" and {len(shown) - limit} more" if len(shown) > limit else ""
     return ", ".join(shown[:limit]) + rest
 
 
 def _is_headless(model: PreTrainedModel) -> bool:
-    """Tell whether this is the base model itself, as ``AutoModel`` gives it."""
+    """Return whether this is a model without a head, as returned by ``AutoModel``."""
     return not hasattr(model, model.base_model_prefix)
 
 
@@ -413,18 +411,17 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _check_rank(linear: nn.Linear, name: str, config: HiSVDConfig) -> None:
-    """Raise ``ValueError`` if a rank is larger than the matrix that it is of."""
+    """Raise ``ValueError`` if a rank exceeds the full rank of its matrix."""
     largest = min(linear.in_features, linear.out_features)
     rank = config.ranks.get(name, 1)
     if rank > largest:
         raise ValueError(
-            f"quantization_config.ranks gives {name} the rank {rank}, and its largest is {largest}."
+            f"quantization_config.ranks: the rank {rank} of {name} exceeds its maximum, {largest}."
         )
 
 
 def _replacement(linear: nn.Linear, name: str, config: HiSVDConfig) -> nn.Module:
-    """Return the layer that a config puts in the place of a dense one, with its sizes, device and
-    dtype."""
+    """Return the layer that replaces a dense one, with the same sizes, device and dtype."""
     like: dict[str, Any] = {
         "in_features": linear.in_features,
         "out_features": linear.out_features,
@@ -444,7 +441,7 @@ def _replacement(linear: nn.Linear, name: str, config: HiSVDConfig) -> nn.Module
 
 
 def _dense_linear(layer: LowRankLinear | QuantizedLinear, dtype: torch.dtype | None) -> nn.Linear:
-    """Return the dense layer that computes what a low-rank or quantized one does."""
+    """Return the dense layer that is equivalent to a low-rank or quantized one."""
     has_bias = layer.bias is not None
     dense = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
     with torch.no_grad():
@@ -455,7 +452,7 @@ def _dense_linear(layer: LowRankLinear | QuantizedLinear, dtype: torch.dtype | N
 
 
 def _low_rank_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
-    """Return the tensors of all replaced layers, each with the shape that it must have."""
+    """Return name → (tensor, expected shape) for all replaced layers."""
     tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
     for name, layer in replaced_layers(model).items():
         for leaf, shape in layer.stored_shapes().items():
@@ -468,8 +465,8 @@ def _low_rank_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, tuple[i
 def _check_file_shapes(model: PreTrainedModel, files: Iterable[str]) -> None:
     """Compare the shapes of low-rank tensors in safetensors files with those of the model.
 
-    Transformers looks at shapes itself, but not in every version, not for layers that go to disk,
-    and it goes on where ``ignore_mismatched_sizes=True``.
+    Transformers does not check shapes in every version, nor for layers that are offloaded to disk,
+    nor with ``ignore_mismatched_sizes=True``.
 
     Raises:
         RuntimeError: a shape differs.
@@ -481,8 +478,8 @@ def _check_file_shapes(model: PreTrainedModel, files: Iterable[str]) -> None:
         if not str(file).endswith(".safetensors"):
             continue
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (it is no dict)
-                # A file may have been saved with a head and be loaded without, or the reverse.
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                # The model may have been saved with a head and be loaded without, or vice versa.
                 for name in (key, key.removeprefix(prefix), prefix + key):
                     if name in expected:
                         found.append((name, tuple(tensors.get_slice(key).get_shape())))
@@ -493,7 +490,7 @@ def _check_file_shapes(model: PreTrainedModel, files: Iterable[str]) -> None:
 def _refuse_misshapen(
     shapes: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]],
 ) -> None:
-    """Raise ``RuntimeError`` if, of (name, shape, expected shape), any two shapes differ."""
+    """Raise ``RuntimeError`` if any shape of (name, shape, expected shape) is wrong."""
     wrong = [
         f"{name} is {list(shape)} and should be {list(expected)}"
         for name, shape, expected in shapes
@@ -501,13 +498,13 @@ def _refuse_misshapen(
     ]
     if wrong:
         raise RuntimeError(
-            "The checkpoint has low-rank tensors in another shape than the ranks in config.json "
-            f"say: {_listed(wrong)}."
+            "The checkpoint has low-rank tensors whose shapes do not match the ranks in "
+            f"config.json: {_listed(wrong)}."
         )
 
 
 def _refuse_disordered(model: nn.Module) -> None:
-    """Raise ``RuntimeError`` if the outputs of a pivoted layer are not each one of its rows."""
+    """Raise ``RuntimeError`` if the order of a pivoted layer is not a permutation."""
     wrong = [
         f"{name}.weight_order"
         for name, layer in low_rank_layers(model).items()
@@ -522,7 +519,7 @@ def _refuse_disordered(model: nn.Module) -> None:
 
 
 def _refuse_nonfinite(model: nn.Module) -> None:
-    """Raise ``RuntimeError`` if a scale of integers is no number."""
+    """Raise ``RuntimeError`` if a quantization scale is not finite."""
     wrong = [
         f"{name}.{leaf}"
         for name, layer in replaced_layers(model).items()
@@ -536,10 +533,10 @@ def _refuse_nonfinite(model: nn.Module) -> None:
 
 
 def _refuse_missing(model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Raise ``RuntimeError`` if a low-rank tensor was not in the checkpoint.
+    """Raise ``RuntimeError`` if a tensor is missing in the checkpoint.
 
-    Nor may anything else be missing, but the head of a class that is not the checkpoint's own (a
-    classifier on top of a language model), which is new, as always in transformers.
+    Only the head of another model class than the checkpoint's may be missing, such as a classifier
+    on top of a language model.
     """
     own = type(model).__name__ in (model.config.architectures or ())
     required = own or _is_headless(model)
@@ -553,52 +550,51 @@ def _refuse_missing(model: PreTrainedModel, missing: Iterable[str]) -> None:
 
 
 def _refuse_extra(model: PreTrainedModel, config: HiSVDConfig, unexpected: Iterable[str]) -> None:
-    """Raise ``RuntimeError`` if the checkpoint holds a low-rank tensor that has no place."""
+    """Raise ``RuntimeError`` if the checkpoint contains low-rank tensors that no layer uses."""
     layers = replaced_layers(model)
     prefix = f"{model.base_model_prefix}."
     extra = []
     for key in sorted(unexpected):
         stem, _, leaf = key.rpartition(".")
         of_layer = stem in layers or stem.removeprefix(prefix) in layers
-        # A rank without a layer is that of a head, which a model without a head leaves out.
+        # A rank without a layer belongs to the head, which a model without a head lacks.
         if of_layer or (leaf in _ADDED and stem not in {**config.ranks, **config.bits}):
             extra.append(key)
     if extra:
         raise RuntimeError(
-            f"The checkpoint holds low-rank tensors for which the ranks in config.json leave no "
-            f"place: {_listed(extra)}."
+            "The checkpoint contains low-rank tensors that do not match the ranks in config.json: "
+            f"{_listed(extra)}."
         )
 
 
 def _names_our_code(config: PretrainedConfig) -> bool:
-    """Tell whether ``auto_map`` names this file, in the folder or in a hub repository."""
+    """Return whether ``auto_map`` refers to this file, in the folder or in a Hub repository."""
     auto_map = getattr(config, "auto_map", None) or {}
     return str(auto_map.get(AUTO_CLASS, "")).split("--")[-1] == AUTO_MAP[AUTO_CLASS]
 
 
 def _allow_casts(model: PreTrainedModel) -> None:
-    """Let ``model.half()`` and ``model.float()`` cast as they do for dense models.
+    """Enable ``model.half()`` and ``model.float()``, as for dense models.
 
-    Transformers refuses them for every quantization method. Here all numbers are plain, and what
-    is not (codes, the bits of scales, orders) has integer types that a cast leaves alone.
+    Transformers disables them for every quantization method. Here, tensors are either plain
+    floating-point ones or have integer types, which casts do not change.
     """
     for name in _CASTS:
         model.__dict__[name] = partial(getattr(nn.Module, name), model)
 
 
 def _carry_code(model: PreTrainedModel) -> None:
-    """Have ``model.save_pretrained`` write the ranks that the layers now have, and the code that
-    ``auto_map`` names.
+    """Extend ``model.save_pretrained`` to write the current ranks and the loader code.
 
-    Transformers keeps ``auto_map`` when it saves, and copies code only for classes that are
-    remote code themselves, which the real model classes here are not.
+    Transformers keeps ``auto_map`` when it saves a model, but only copies code for classes that
+    are defined by remote code, which the model classes here are not.
     """
-    # A partial, unlike a closure, is copied and pickled together with the model.
+    # A partial, unlike a closure, can be copied and pickled with the model.
     model.__dict__["save_pretrained"] = partial(_save_with_code, model)
 
 
 def _note_ranks(model: PreTrainedModel) -> None:
-    """Put the ranks of the layers into the config: merged adapters raise them, or make a layer
+    """Write the current ranks into the config; merging adapters raises ranks or makes layers
     dense."""
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, HiSVDConfig):
@@ -619,21 +615,21 @@ def _save_with_code(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Save as the model's class does, then add the code that loads the result."""
+    """Save the model with the method of its class, then add the loader code."""
     _note_ranks(model)
     with_code = _names_our_code(model.config)
-    if with_code:  # from now on the code is in the folder, and not in some hub repository
+    if with_code:  # the code is in the saved folder now, not in a Hub repository
         model.config.auto_map = {**model.config.auto_map, **AUTO_MAP}
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     folder = Path(save_directory)
-    # No config.json is written for a model with adapters, of which only the adapters are saved.
+    # For a model with adapters, only the adapters are saved, without a config.json.
     if with_code and is_main_process and (folder / "config.json").is_file():
         for name, source in remote_code_files().items():
             shutil.copyfile(source, folder / name)
 
 
 def _drop_code(model: PreTrainedModel) -> None:
-    """Undo ``_carry_code``, for a model that is dense again."""
+    """Undo ``_carry_code`` and ``_allow_casts``, for a dequantized model."""
     for name in ("save_pretrained", *_CASTS):
         model.__dict__.pop(name, None)
     if _names_our_code(model.config):

@@ -1,1 +1,1 @@
-"""Pickles of torch, read without running anything that is in them."""
+"""Reads torch pickles without executing them."""

@@ -7,19 +7,19 @@ from typing import IO
 from hisvd_cli.modeling.pickles.records import RefusedError
 
 MAX_PICKLE_BYTES = 1 << 30
-# What any archive may unpack to beyond its size: one byte can become a thousand of a pickle.
+# Allowed size of an unpacked pickle beyond the file size; compression can reach a factor of 1000.
 _FREE_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 20
 
 
 def check_inflated(size: int, file_bytes: int) -> None:
-    """Raise RefusedError where a compressed pickle unpacks to more than its file accounts for."""
+    """Raise RefusedError if a compressed pickle is too large for its file size."""
     if size > _FREE_BYTES + file_bytes:
-        raise RefusedError(f"its pickle unpacks to {size:,} bytes, from a file of {file_bytes:,}")
+        raise RefusedError(f"its pickle unpacks to {size:,} bytes, the file has {file_bytes:,}")
 
 
 class BoundedReader:
-    """The part of a binary file that `genops` needs, with a limit on what it reads."""
+    """The file methods that `genops` uses, with a limit on the bytes read."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         self._stream = stream
@@ -37,12 +37,12 @@ class BoundedReader:
         line = self._stream.readline(MAX_LINE_BYTES + 1)
         if len(line) > min(MAX_LINE_BYTES, self._limit - self._position):
             raise RefusedError("a text line of the pickle is too long")
-        if b"\\" in line:  # genops would unescape it, which a loader does not
-            raise RefusedError("a global's name holds a backslash")
+        if b"\\" in line:  # genops would unescape it, unlike a loader
+            raise RefusedError("a global's name contains a backslash")
         return self._advance(line)
 
     def tell(self) -> int:
-        """Bytes read so far."""
+        """Return the number of bytes read so far."""
         return self._position
 
     def _advance(self, data: bytes) -> bytes:

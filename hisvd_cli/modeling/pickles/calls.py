@@ -1,4 +1,4 @@
-"""Calls in a pickle ─► inert records: tensor descriptions where torch rebuilds tensors."""
+"""Converts calls in a pickle to inert records, and torch's rebuild calls to tensor descriptions."""
 
 from __future__ import annotations
 
@@ -19,36 +19,38 @@ MAX_COUNT = 1 << 62
 
 
 def kind_of(value: object) -> str:
+    """Return the type name of a value, for messages."""
     return value.kind if isinstance(value, Node) else type(value).__name__
 
 
 def add_states(target: Node | Tensor, states: list[object]) -> None:
+    """Append to the states of a record."""
     target.states = target.states or []
     target.states += states
 
 
 def called(function: object, args: object) -> object:
-    """Return the record of a call: a tensor's description where it is one, else a `Node`."""
+    """Return the record of a call: a tensor description for rebuild functions, else a `Node`."""
     if not isinstance(args, tuple):
-        raise RefusedError(f"the pickle calls with a {kind_of(args)} of arguments")
+        raise RefusedError(f"the arguments of a call are a {kind_of(args)}, not a tuple")
     if not isinstance(function, Global):
         return Node("call of an object", (function, *args))
     rebuild = _REBUILDERS.get(function.path)
     if rebuild is not None:
         return rebuild(args)
-    # The helpers that make an instance take its class as their first argument.
+    # These helpers take the class of the new instance as first argument.
     if function.path in _CONSTRUCTORS and args and isinstance(args[0], Global):
         return Node(args[0].path, args[1:])
     return Node(function.path, args)
 
 
 def _counts(value: object, what: str) -> tuple[int, ...]:
-    """Return a tensor's sizes or strides, checked."""
+    """Return a tensor's sizes or strides after checking them."""
     if not isinstance(value, tuple) or len(value) > _MAX_DIMENSIONS:
         raise RefusedError(f"a tensor's {what} is not a short tuple")
     counts = tuple(count for count in value if isinstance(count, int) and 0 <= count <= MAX_COUNT)
     if len(counts) != len(value):
-        raise RefusedError(f"a tensor's {what} holds something else than counts")
+        raise RefusedError(f"a tensor's {what} contains values that are not counts")
     return counts
 
 
@@ -82,7 +84,7 @@ def _parameter(args: tuple[object, ...]) -> object:
 
 
 def _tensor_with_attributes(args: tuple[object, ...]) -> object:
-    match args:  # the tensor's rebuild function, its type, that function's arguments, attributes
+    match args:  # rebuild function of the tensor, its type, arguments of that function, attributes
         case (Global() as function, _, tuple() as inner, *states):
             if _REBUILDERS.get(function.path) is _tensor:
                 tensor = _tensor(inner)

@@ -1,4 +1,4 @@
-"""Finds the globals of a pickle that run code when other tools load it."""
+"""Finds globals in a pickle that execute code when other tools load it."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ _CODE_CALL = re.compile(
 
 
 def _runs_code(named: Global) -> bool:
-    # Protocol 4 reaches a module through any other that imports it: "torch.hub" "os.system".
+    # With protocol 4, a module can be reached through another one: "torch.hub" "os.system".
     parts = (named.module.partition(".")[0], *named.name.split("."))
     return bool(_CODE_CALL.fullmatch(named.path)) or any(map(_CODE_MODULE.fullmatch, parts))
 
 
 def runners(machine: Machine) -> list[str]:
+    """Return the paths of the globals that execute code, sorted."""
     return sorted({named.path for named in machine.globals.values() if _runs_code(named)})
 
 
 def code_problems(machine: Machine) -> list[str]:
+    """Return the problems about code execution, one line each."""
     named = runners(machine)
     problems = [
-        f"names `{path}`, which runs code when loaded by other tools; nothing was executed here"
+        f"uses `{path}`, which executes code when loaded by other tools; it was not executed here"
         for path in named[:_MAX_REPORTED_GLOBALS]
     ]
     if len(named) > len(problems):
-        problems.append(f"names {len(named) - len(problems)} more of the kind")
+        problems.append(f"uses {len(named) - len(problems)} more globals of this kind")
     if machine.altered:
         first = next(iter(machine.altered))
-        problems.append(f"sets attributes of `{first}` itself, which was not done here")
+        problems.append(f"sets attributes of `{first}` itself; this was not executed here")
     return problems

@@ -1,11 +1,11 @@
-"""Audit a `.pt` file that another tool wrote, without running anything that is in it.
+"""Reads `.pt` files of other tools without executing them.
 
-SVD-LLM, HiSVD and ZS-SVD pickle whole models, whose classes exist only in their repositories.
+SVD-LLM, HiSVD and ZS-SVD pickle whole models, whose classes only exist in their repositories.
 `read_foreign` reads names, shapes, dtypes and sizes through `unpickle.Machine`, which builds inert
-records; `low_rank_pairs.find_pairs` recognises the low-rank factors by name and shape.
+records; `low_rank_pairs.find_pairs` recognizes low-rank factors by name and shape.
 
-A global that `problems` names is one that obviously runs code where other tools load the file. No
-such list can be complete: a file without one may still be unsafe for `torch.load`.
+`problems` lists globals that are known to execute code when other tools load the file. Such a list
+cannot be complete: a file without problems may still be unsafe for `torch.load`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class ForeignTensor:
-    """One named tensor of the file; tensors with one `storage` share their data."""
+    """A named tensor of the file; tensors with the same `storage` share their data."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,12 +49,15 @@ class ForeignTensor:
 
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """What a foreign file holds.
+    """The content of a foreign file.
 
     Attributes:
-        classes: module path to class name, as the file records them.
-        globals_seen: every global that the file names.
-        problems: what a reader should know before loading the file elsewhere.
+        path: the file.
+        tensors: name → tensor.
+        classes: module path → class name, as recorded in the file.
+        globals_seen: all globals that the file names.
+        file_bytes: size of the file.
+        problems: problems to consider before loading the file with other tools.
     """
 
     path: Path
@@ -66,15 +69,15 @@ class ForeignCheckpoint:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of tensor data in the file; data that several tensors share counts once."""
+        """Bytes of tensor data in the file; shared data is counted once."""
         return sum({t.storage: t.storage_bytes for t in self.tensors.values()}.values())
 
 
 def read_foreign(path: Path) -> ForeignCheckpoint:
-    """Read names, shapes, dtypes and sizes of a `torch.save` file; run nothing that is in it.
+    """Read names, shapes, dtypes and sizes of a `torch.save` file without executing it.
 
     Raises:
-        SourceError: the file is missing, damaged, no torch checkpoint, or refused.
+        SourceError: the file is missing, damaged, not a torch checkpoint, or rejected.
     """
     machine = Machine(0)
     try:
@@ -99,8 +102,8 @@ def _hint(machine: Machine) -> str:
     named = runners(machine)
     if named:
         several = ", ".join(f"`{path}`" for path in named[:3])
-        return f"It names {several}: load it with no other tool. Nothing was executed here."
-    return "Download or save it again. Files of torch.save are read, both zip and legacy format."
+        return f"It uses {several}: do not load it with other tools. It was not executed here."
+    return "Download or save it again. Supported: files of torch.save, in zip or legacy format."
 
 
 def _foreign(name: str, tensor: Tensor) -> ForeignTensor:
@@ -115,7 +118,7 @@ def _read_zip(file: BinaryIO, size: int, machine: Machine) -> tuple[object, list
         check_inflated(entry.file_size, size)
         with archive.open(entry) as stream:
             root = machine.load(BoundedReader(stream, entry.file_size))
-            stream.read(1)  # at the end of the entry, this is what checks its CRC
+            stream.read(1)  # reading past the end verifies the CRC
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     folder = entry.filename.removesuffix("data.pkl")
     wrong = [
@@ -125,16 +128,18 @@ def _read_zip(file: BinaryIO, size: int, machine: Machine) -> tuple[object, list
     ]
     problems = []
     if wrong:
-        problems.append(f"{len(wrong)} storages are missing or misfit, such as `{wrong[0]}`")
+        problems.append(
+            f"{len(wrong)} storages are missing or of the wrong size, such as `{wrong[0]}`"
+        )
     if any(name.startswith(f"{folder}code/") for name in sizes):
-        problems.append("a TorchScript archive: it holds code, which other tools compile")
+        problems.append("a TorchScript archive, with code that other tools compile")
     return root, problems
 
 
 def _pickle_entry(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     entries = [i for i in archive.infolist() if re.fullmatch(r"[^/]+/data\.pkl", i.filename)]
     if len(entries) != 1:
-        raise RefusedError(f"a zip file with {len(entries)} data.pkl, where torch writes one")
+        raise RefusedError(f"the zip file has {len(entries)} data.pkl instead of one")
     entry = entries[0]
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise RefusedError("its data.pkl is encrypted or compressed in an unusual way")
@@ -144,7 +149,7 @@ def _pickle_entry(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 def _read_legacy(file: BinaryIO, size: int, machine: Machine) -> tuple[object, list[str]]:
     reader = BoundedReader(file, size)
     if machine.load(reader) != _LEGACY_MAGIC:
-        raise RefusedError("a plain pickle, without torch's magic number")
+        raise RefusedError("it is a plain pickle without torch's magic number")
     machine.load(reader)  # protocol version
     machine.load(reader)  # sizes of the writer's C types
     root = machine.load(reader)
@@ -154,7 +159,7 @@ def _read_legacy(file: BinaryIO, size: int, machine: Machine) -> tuple[object, l
     needed = sum(8 + s.nbytes for s in machine.storages.values() if s.key in stored)
     missing = [key for key in machine.storages if key not in stored]
     if size - reader.tell() < needed:
-        raise RefusedError(f"it ends {needed - size + reader.tell():,} bytes too early")
+        raise RefusedError(f"it is {needed - size + reader.tell():,} bytes too short")
     problems = [f"{len(missing)} storages are missing, such as `{missing[0]}`"] if missing else []
     return root, problems
 
@@ -163,12 +168,12 @@ def _data_problems(walk: TensorWalk, machine: Machine) -> list[str]:
     problems = []
     beyond = [name for name, tensor in walk.tensors.items() if _end(tensor) > tensor.storage.nbytes]
     if beyond:
-        problems.append(f"{len(beyond)} tensors reach past their data, such as `{beyond[0]}`")
+        problems.append(f"{len(beyond)} tensors exceed their storage, such as `{beyond[0]}`")
     listed = {tensor.storage.key for tensor in walk.tensors.values()}
     unlisted = [s.nbytes for key, s in machine.storages.items() if key not in listed]
     if unlisted:
         total = f"{sum(unlisted):,} bytes"
-        problems.append(f"{len(unlisted)} storages ({total}) belong to no tensor that was found")
+        problems.append(f"{len(unlisted)} storages ({total}) are not used by any known tensor")
     return problems + walk.problems
 
 

@@ -1,4 +1,4 @@
-"""Low-rank factors of another tool's checkpoint, recognised by name and shape."""
+"""Recognizes low-rank factors in checkpoints of other tools by name and shape."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor
 
-# (name of U, name of V): siblings that differ in this alone, as a whole part of the dotted name
-# ("q_proj.u_proj") or as one word of it ("q_u_proj"). Which of A and B is U, the shapes tell.
+# (name of U, name of V): the names differ only in this token, which is a part of the dotted name
+# ("q_proj.u_proj") or a word in a part ("q_u_proj"). For A and B, shapes determine which one is U.
 _TOKENS = (
     ("u_proj", "v_proj"),
     ("linear_u", "linear_v"),
@@ -23,12 +23,16 @@ _TOKENS = (
 
 @dataclass(frozen=True)
 class LowRankPair:
-    """Two tensors U `[m, r]` and V `[r, n]` that stand for one dense matrix.
+    """Two tensors U `[m, r]` and V `[r, n]` that replace a dense matrix.
 
     Attributes:
-        name: the matrix's name, such as "model.layers.0.self_attn.q_proj".
+        name: name of the matrix, such as "model.layers.0.self_attn.q_proj".
+        layer: index of its block; None if unknown.
+        cluster: last part of the name.
         shape: (m, n).
-        u, v: the names of the two tensors.
+        rank: r.
+        dtype: dtype of U.
+        u, v: names of the two tensors.
     """
 
     name: str
@@ -42,11 +46,11 @@ class LowRankPair:
 
 
 def find_pairs(checkpoint: ForeignCheckpoint) -> tuple[list[LowRankPair], list[ForeignTensor]]:
-    """Find the low-rank pairs, and the 2-D weights of decoder blocks that are in none.
+    """Return the low-rank pairs, and the other 2-D weights of decoder blocks.
 
-    A pair has two names that differ in one u/v-like token and an inner dimension in common that
-    is smaller than the matrix it stands for. Names come out as `transformers` has them:
-    "q_u_proj" and "q_proj.u_proj" are both "q_proj".
+    The names of a pair differ in one u/v-like token, and its tensors share an inner dimension that
+    is smaller than the matrix. Names are converted to those of `transformers`: "q_u_proj" and
+    "q_proj.u_proj" both become "q_proj".
     """
     pairs: list[LowRankPair] = []
     used: set[str] = set()
@@ -64,7 +68,7 @@ def find_pairs(checkpoint: ForeignCheckpoint) -> tuple[list[LowRankPair], list[F
 
 
 def _partners(name: str) -> Iterator[tuple[str, str]]:
-    """Yield the name of V and of the dense matrix for each way in which `name` may be a U."""
+    """Yield (name of V, name of the dense matrix) for every interpretation of `name` as a U."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         for partner, base in _part_partners(part):
@@ -83,7 +87,7 @@ def _part_partners(part: str) -> list[tuple[str, str]]:
     for i, word in enumerate(words):
         for v in (v for u, v in _TOKENS if u == word):
             base = "_".join([*words[:i], *words[i + 1 :]])
-            base = re.sub(r"^(fc\d+)_proj$", r"\1", base)  # SVD-LLM makes fc1_u_proj of OPT's fc1
+            base = re.sub(r"^(fc\d+)_proj$", r"\1", base)  # SVD-LLM names OPT's fc1 fc1_u_proj
             found.append(("_".join([*words[:i], v, *words[i + 1 :]]), base))
     return found
 

@@ -1,4 +1,4 @@
-"""Inert records that stand for the classes, calls and tensors that a pickle names."""
+"""Inert records of the classes, calls and tensors in a pickle."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as prot
 
 
 class RefusedError(ValueError):
-    """A pickle that is damaged, over a bound, or holds what `torch.save` never writes."""
+    """A pickle is damaged, exceeds a limit, or contains what `torch.save` never writes."""
 
 
 def clean(text: str) -> str:
-    """Return text from a file as something that a terminal can show: short, no control codes."""
+    """Return text from a file shortened and without control characters, for display."""
     short = text if len(text) <= MAX_NAME_CHARACTERS else text[: MAX_NAME_CHARACTERS - 1] + "…"
     return short if short.isprintable() else short.encode("unicode_escape").decode("ascii")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """What the file names as a class or function: two strings, never the thing itself."""
+    """A class or function that the file names; it is never imported."""
 
     module: str
     name: str
@@ -37,25 +37,25 @@ class Global:
 
     @classmethod
     def named(cls, module: str, name: str) -> Global:
-        """Build one with its name for display."""
+        """Return a global with its name for display."""
         module = _RENAMED_MODULES.get(module, module)
         return cls(module, name, clean(f"{module}.{name}"))
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """An inert object: a container, an instance, or the result of a call that was not made."""
+    """A container, an instance, or the result of a call, which is not executed."""
 
     kind: str
     args: tuple[object, ...] = ()
-    items: list[object] | None = None  # None until needed: a crafted file holds millions of nodes
+    items: list[object] | None = None  # None until needed: malicious files have millions of nodes
     entries: list[tuple[object, object]] | None = None
     states: list[object] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """The description of a block of tensor data; the data is not read."""
+    """Description of a tensor storage; its data is not read."""
 
     key: str
     dtype: str
@@ -64,7 +64,7 @@ class Storage:
 
 @dataclass(slots=True, eq=False)
 class Tensor:
-    """The description of a tensor."""
+    """Description of a tensor."""
 
     storage: Storage
     offset: int

@@ -1,4 +1,4 @@
-"""Names the tensors of an unpickled model from the state of its modules."""
+"""Derives tensor names from the module state of an unpickled model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_DEPTH = 500
 _MAX_NAME = 1000
 _MAX_VISITS = 5_000_000
 _FREE_VISITS, _VISITS_PER_OPERATION = 10_000, 4
-"""How many objects are looked at: each as often as it is named, which is not often."""
+"""Limits of visited objects; shared objects are visited once per name."""
 _MAX_CHARACTERS = 1 << 27
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 
@@ -22,19 +22,19 @@ class _Visit:
     name: str
     value: object
     depth: int = 0
-    module: bool = False  # may be seen again under another name, as a shared submodule is
-    extra: bool = False  # an attribute: a tensor that was listed by its real name is not repeated
+    module: bool = False  # visited again under other names, as shared submodules are
+    extra: bool = False  # an attribute: tensors that are already listed are skipped
 
 
 class TensorWalk:
-    """Names every tensor below the root: parameters, buffers and submodules, attributes last."""
+    """Names all tensors below a root: parameters, buffers and submodules first, then attributes."""
 
     def __init__(self, root: object, operations: int) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.classes: dict[str, str] = {}
         self.problems: list[str] = []
         self._repeats: dict[str, int] = {}
-        self._listed: set[int] = set()  # of tensors, by identity: the file's values have no hash
+        self._listed: set[int] = set()  # tensors by identity, because records are not hashed
         self._seen: set[int] = set()
         self._later: deque[_Visit] = deque()
         self._run(root, min(_MAX_VISITS, _FREE_VISITS + _VISITS_PER_OPERATION * operations))
@@ -46,7 +46,7 @@ class TensorWalk:
             visit = stack.pop() if stack else self._later.popleft()
             visits += 1
             if visits > limit:
-                raise RefusedError(f"more than {limit:,} objects, or one inside itself")
+                raise RefusedError(f"more than {limit:,} objects, or a circular reference")
             if visit.depth > _MAX_DEPTH:
                 deep += 1
                 continue
@@ -56,7 +56,9 @@ class TensorWalk:
                 raise RefusedError(f"its names have more than {_MAX_CHARACTERS:,} characters")
             stack += reversed(children)
         if deep:
-            self.problems.append(f"{deep} objects lie deeper than {_MAX_DEPTH} levels: not read")
+            self.problems.append(
+                f"{deep} objects are nested more than {_MAX_DEPTH} levels: ignored"
+            )
 
     def _children(self, visit: _Visit) -> Iterator[_Visit]:
         value = visit.value
@@ -93,7 +95,7 @@ class TensorWalk:
 
 
 def _object(visit: _Visit, node: Node) -> Iterator[_Visit]:
-    """Yield what a container or an instance holds."""
+    """Yield the content of a container or an instance."""
     for key, value in _entries(node):
         if visit.depth == 0 and key in _WRAPPERS and isinstance(value, Node):
             yield _Visit("", value, 1, module=True)

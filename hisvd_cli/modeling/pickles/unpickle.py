@@ -1,13 +1,12 @@
-"""A pickle reader that cannot run anything.
+"""A pickle reader that never executes code.
 
-A pickle is a program for a small stack machine, and two of its instructions import and call
-whatever the file names. `Machine` interprets the instructions by itself and knows neither: a
-global becomes a `Global`, two strings; a call becomes a `Node` that notes who was called with
-what; state is stored in a list and never set as an attribute. Keys of the file's dicts are not
-hashed either. A crafted file finds nothing to take hold of.
+A pickle is a program for a stack machine, whose instructions can import and call anything that the
+file names. `Machine` interprets the instructions without importing or calling: a global becomes a
+`Global` (two strings), a call becomes a `Node` with function and arguments, and state is stored in
+a list instead of being set as attributes. Keys of dicts in the file are not hashed.
 
-Only the standard library's opcode parser (`pickletools.genops`) touches the bytes. Their number,
-the number of instructions and the length of a text line are bounded.
+The bytes are parsed by the standard library's `pickletools.genops`. The number of bytes, the number
+of instructions and the length of text lines are limited.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from hisvd_cli.modeling.pickles.records import (
     clean,
 )
 
-MAX_OPERATIONS = 10_000_000  # a pickled mixture of 37 000 linears takes about 6 million
-# What a small file may take, and how that grows with its size: one byte can become an object of 80.
+MAX_OPERATIONS = 10_000_000  # a pickled mixture of experts with 37 000 layers needs 6 million
+# Limit of instructions: a constant plus a share of the file size, as a byte can create 80 bytes.
 _FREE_OPERATIONS = 200_000
 _BYTES_PER_OPERATION = 4
 
@@ -54,10 +53,10 @@ class Machine:
     """Reads the pickles of one file into `Node`, `Tensor`, `Storage`, `Global` and plain values.
 
     Attributes:
-        globals: every global that the file names, by module and name.
-        storages: every storage that it refers to, by key; the first description of a key holds.
-        altered: the classes and functions whose own attributes the file would set.
-        operations: how many instructions were interpreted.
+        globals: all globals that the file names, by module and name.
+        storages: all storages that it refers to, by key; the first description of a key is kept.
+        altered: classes and functions whose attributes the file would set.
+        operations: number of instructions interpreted.
 
     Args:
         file_bytes: size of the file on disk, which bounds the number of instructions.
@@ -74,7 +73,7 @@ class Machine:
         self._memo: dict[int, object] = {}
 
     def load(self, reader: BoundedReader) -> object:
-        """Interpret one pickle, up to and including its STOP, and return what it builds."""
+        """Interpret one pickle up to its STOP, and return the resulting object."""
         self._stack, self._marks, self._memo = [], [], {}
         for opcode, argument, position in pickletools.genops(cast(IO[bytes], reader)):
             self.operations += 1
@@ -96,17 +95,17 @@ class Machine:
 
     def _pop(self) -> object:
         if not self._stack:
-            raise RefusedError("the pickle takes a value from an empty stack")
+            raise RefusedError("the pickle pops from an empty stack")
         return self._stack.pop()
 
     def _top(self) -> object:
         if not self._stack:
-            raise RefusedError("the pickle looks at an empty stack")
+            raise RefusedError("the pickle reads from an empty stack")
         return self._stack[-1]
 
     def _pop_mark(self) -> list[object]:
         if not self._marks:
-            raise RefusedError("the pickle closes a group that it never opened")
+            raise RefusedError("the pickle pops a mark that was never pushed")
         items, self._stack = self._stack, self._marks.pop()
         return items
 
@@ -121,7 +120,7 @@ class Machine:
         self._stack = []
 
     def _discard(self, _: Any) -> None:
-        # As in the stock machine: on an empty group, POP removes the mark itself.
+        # As in the standard unpickler: if the group is empty, POP removes the mark itself.
         if self._stack:
             self._stack.pop()
         else:
@@ -137,7 +136,7 @@ class Machine:
 
     def _get(self, index: int) -> None:
         if index not in self._memo:
-            raise RefusedError(f"the pickle refers to value {index}, which it never stored")
+            raise RefusedError(f"the pickle refers to memo {index}, which was never stored")
         self._stack.append(self._memo[index])
 
     # Containers.
@@ -179,7 +178,7 @@ class Machine:
         node.entries = node.entries or []
         node.entries += zip(items[::2], items[1::2], strict=True)
 
-    # Globals, calls and state: the instructions that run code elsewhere.
+    # Globals, calls and state: the instructions that execute code in other unpicklers.
 
     def _name(self, module: object, name: object) -> Global:
         if not (isinstance(module, str) and isinstance(name, str)):
@@ -207,7 +206,7 @@ class Machine:
     def _new_object_with_keywords(self, _: Any) -> None:
         keywords, args, cls = self._pop(), self._pop(), self._pop()
         if not isinstance(args, tuple):
-            raise RefusedError(f"the pickle calls with a {kind_of(args)} of arguments")
+            raise RefusedError(f"the arguments of a call are a {kind_of(args)}, not a tuple")
         self._stack.append(called(cls, (*args, keywords)))
 
     def _build(self, _: Any) -> None:
@@ -223,24 +222,24 @@ class Machine:
         match self._pop():
             case ("storage", Global() as cls, str(key), _, int(count), *view):
                 self._stack.append(self._storage(cls, key, count, view))
-            case ("module", Global() as cls, *_):  # the legacy format adds the class's source
+            case ("module", Global() as cls, *_):  # the legacy format includes the class's source
                 self._stack.append(cls)
             case _:
-                raise RefusedError("the pickle refers to outside data that is not tensor storage")
+                raise RefusedError("the pickle refers to external data that is not tensor storage")
 
     def _storage(self, cls: Global, key: str, count: int, view: list[object]) -> Storage:
         dtype = _STORAGE_DTYPES.get(cls.name.rpartition(".")[2])
         if dtype is None or cls.module.partition(".")[0] != "torch":
             raise RefusedError(f"`{cls.path}` is not a known type of tensor storage")
         if not 0 <= count <= MAX_COUNT:
-            raise RefusedError("a storage has an impossible number of elements")
+            raise RefusedError("a storage has an invalid number of elements")
         if view and view[0] is not None:
-            raise RefusedError("storage views, a format from before torch 0.4, are not read")
+            raise RefusedError("storage views, from before torch 0.4, are not supported")
         storage = Storage(clean(key), dtype, count * ITEM_SIZES[dtype])
         return self.storages.setdefault(storage.key, storage)
 
 
-# Their argument is the value.
+# Opcodes that push their argument.
 _VALUE_OPCODES = frozenset(
     {
         *("NONE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
@@ -254,8 +253,8 @@ def _push(make: Callable[[], object]) -> Callable[[Machine, Any], None]:
     return lambda machine, _: machine._stack.append(make())
 
 
-# What pickle writes under protocols 2 to 5. Not here, so refused: the text instructions of older
-# protocols (INST and OBJ among them), extension codes, text persistent ids, out-of-band buffers.
+# Opcodes of protocols 2 to 5. Not listed, and therefore rejected: text opcodes of older protocols
+# (including INST and OBJ), extension codes, text persistent ids, out-of-band buffers.
 _HANDLERS: dict[str, Callable[[Machine, Any], object]] = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda *_: None),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), Machine._put),

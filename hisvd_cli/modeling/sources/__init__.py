@@ -1,1 +1,1 @@
-"""Models as users have them: hub, folders, GGUF, quantized weights, adapters."""
+"""Model sources: Hub, folders, GGUF files, quantized weights and adapters."""

@@ -1,9 +1,10 @@
-"""A LoRA adapter beside the weights, or in a folder of its own: merged into what is read.
+"""Merges LoRA adapters into the weights while they are read.
 
-PEFT's definition: ``W + s · B A`` with ``s = alpha / r``, or ``alpha / √r`` with rank-stabilised
-scaling; a pattern may give single layers another alpha, and the rank is that of A. Whole tensors
-that an adapter holds (biases, ``modules_to_save``) take the place of the model's. Anything else is
-refused, because leaving it out would give another model.
+The adapter is beside the weights or in a separate folder. As in PEFT, the merged weight is
+``W + s · B A`` with ``s = alpha / r``, or ``alpha / √r`` with rank-stabilized scaling; patterns may
+override alpha for some layers, and r is the rank of A. Whole tensors of the adapter (biases,
+``modules_to_save``) replace those of the model. Anything else is rejected, because ignoring it
+would change the model.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _LARGEST_SCALE = 1e30
 _LONGEST_PATTERN, _MOST_REPEATS = 500, 4
 _OTHER = re.compile(r"\.lora_|\.token_adapter\.")
 _HINT = (
-    "Merge it with PEFT (merge_and_unload, then save_pretrained), or remove its files to work on "
-    "the model without it."
+    "Merge it with PEFT (merge_and_unload, then save_pretrained), or remove its files to use the "
+    "model without it."
 )
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that change the weights beneath the adapter."""
+"""Initializations that change the base weights."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Adapter:
     """A LoRA adapter on disk.
 
     Attributes:
-        folder: where it lies.
-        config: its adapter_config.json.
+        folder: its folder.
+        config: content of adapter_config.json.
     """
 
     folder: Path
@@ -52,29 +53,29 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """The model that it was trained for. Raises SourceError where it names none."""
+        """The base model. Raises SourceError if none is named."""
         named = self.config.get("base_model_name_or_path")
         if not isinstance(named, str) or not named:
             raise SourceError(
-                f"{self.folder / CONFIG} names no base model, and no weights lie beside it.",
-                "Put the adapter into the folder of its base model.",
+                f"{self.folder / CONFIG} names no base model, and its folder has no weights.",
+                "Copy the adapter into the folder of its base model.",
             )
         return named
 
     @property
     def files(self) -> list[Path]:
-        """Its config and its weights. Raises SourceError where the weights are missing."""
+        """The config and the weight file. Raises SourceError if the weights are missing."""
         for name in FILES:
             if (self.folder / name).is_file():
                 return [self.folder / CONFIG, self.folder / name]
         raise SourceError(
-            f"{self.folder} holds {CONFIG} but no {FILES[0]}.",
-            f"Bring the adapter's weights, or remove {CONFIG} if they are merged already.",
+            f"{self.folder} has {CONFIG} but no {FILES[0]}.",
+            f"Add the adapter's weights, or remove {CONFIG} if they are already merged.",
         )
 
 
 def open_adapter(folder: Path) -> Adapter | None:
-    """Return the adapter in a folder; None where there is none. Raises SourceError."""
+    """Return the adapter in a folder; None if there is none. Raises SourceError."""
     path = folder / CONFIG
     if not path.is_file():
         return None
@@ -82,48 +83,48 @@ def open_adapter(folder: Path) -> Adapter | None:
         config = read_json(path, strict=False)
     except (OSError, ValueError) as error:
         raise SourceError(
-            f"{path} is not a valid JSON file.", "Fetch the adapter again."
+            f"{path} is not a valid JSON file.", "Download the adapter again."
         ) from error
     if not isinstance(config, dict):
-        raise SourceError(f"{path} holds no JSON object.", "Fetch the adapter again.")
+        raise SourceError(f"{path} is not a JSON object.", "Download the adapter again.")
     return Adapter(folder, config)
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Refuse an adapter that is more than low-rank additions to weights.
+    """Reject adapters that are more than low-rank updates of weights.
 
     Raises:
-        UnsupportedModelError: it is.
+        UnsupportedModelError: the adapter is not supported.
     """
     config = adapter.config
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise _refusal(adapter, f"is of the type {kind!s:.40}")
+        raise _refusal(adapter, f"has the type {kind!s:.40}")
     for key in ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices"):
         if config.get(key):
             raise _refusal(adapter, f"uses {key}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGING_STARTS):
-        raise _refusal(adapter, f"starts from changed weights (init_lora_weights '{start:.40}')")
+        raise _refusal(adapter, f"changes the base weights (init_lora_weights '{start:.40}')")
 
 
 def _refusal(adapter: Adapter, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"The adapter in {adapter.folder} {why}, which cannot be merged here.", _HINT
+        f"The adapter in {adapter.folder} {why}, which hisvd cannot merge.", _HINT
     )
 
 
 def on_compressed(name: str) -> tuple[str, str]:
-    """Return what to say of an adapter on a checkpoint that hisvd compressed."""
+    """Return message and hint for an adapter on a compressed checkpoint."""
     return (
-        f"{name} is a compressed checkpoint with a LoRA adapter, which cannot be merged here.",
+        f"{name} is a compressed checkpoint with a LoRA adapter, which hisvd cannot merge.",
         _HINT,
     )
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """What is added to a weight: names of A ``[r, n]`` and B ``[m, r]``, and their factor."""
+    """The update of a weight: names of A ``[r, n]`` and B ``[m, r]``, and the scale."""
 
     a: str
     b: str
@@ -131,11 +132,11 @@ class _Pair:
 
 
 def merged(adapter: Adapter, weights: Weights) -> tuple[Weights, list[str]]:
-    """Return weights with an adapter merged in, each as it is read, and a note that says so.
+    """Return weights with the adapter merged in when they are read, and notes about it.
 
     Raises:
-        UnsupportedModelError: the adapter is more than low-rank additions.
-        SourceError: it does not fit the weights, or cannot be read.
+        UnsupportedModelError: the adapter is more than low-rank updates.
+        SourceError: it does not match the weights, or cannot be read.
     """
     check_adapter(adapter)
     held = open_file(adapter.files[1])
@@ -153,25 +154,25 @@ def merged(adapter: Adapter, weights: Weights) -> tuple[Weights, list[str]]:
         recipes[name] = partial(_add, beneath, name, held, pair, transposed)
         changed.add(name)
     if not changed:
-        raise SourceError(f"{adapter.files[1]} holds no tensors.", "Fetch the adapter again.")
+        raise SourceError(f"{adapter.files[1]} has no tensors.", "Download the adapter again.")
     note = f"The adapter in {adapter.folder} is merged into {len(changed)} tensors."
     view = replace(weights, recipes=recipes, parts=(*weights.parts, *adapter.files))
     return view, [note]
 
 
 def _whole(adapter: Adapter, held: Weights, weights: Weights) -> dict[str, str]:
-    """Return name on disk → name in the adapter of the tensors that it holds as a whole.
+    """Return name on disk → name in the adapter for tensors that the adapter replaces.
 
     Raises:
-        UnsupportedModelError: one that is neither whole nor a half of a pair, or of another shape.
-        SourceError: one that the model does not have.
+        UnsupportedModelError: a tensor is of an unsupported kind, or has another shape.
+        SourceError: the model does not have the tensor.
     """
     found = {}
     for given in held:
         if _HALF.search(given):
             continue
         if _OTHER.search(given):
-            raise _refusal(adapter, f"holds {given}")
+            raise _refusal(adapter, f"contains {given}")
         wanted = given.removeprefix(_PREFIX).replace(".base_layer.", ".")
         name = _stored_name(adapter, wanted, weights)
         here, there = held.infos[given].shape, weights.infos[name].shape
@@ -182,7 +183,7 @@ def _whole(adapter: Adapter, held: Weights, weights: Weights) -> dict[str, str]:
 
 
 def _pairs(adapter: Adapter, held: Weights) -> dict[str, _Pair]:
-    """Return module → its pair. Raises SourceError."""
+    """Return module → its A and B. Raises SourceError."""
     found: dict[str, dict[str, str]] = {}
     for name in held:
         if match := _HALF.search(name):
@@ -192,8 +193,8 @@ def _pairs(adapter: Adapter, held: Weights) -> dict[str, _Pair]:
     for module, halves in found.items():
         if halves.keys() != {"lora_A", "lora_B"}:
             raise SourceError(
-                f"The adapter in {adapter.folder} lacks a half of {module}.",
-                "It is incomplete: fetch it again.",
+                f"The adapter in {adapter.folder} lacks lora_A or lora_B of {module}.",
+                "It is incomplete: download it again.",
             )
         rank = held.infos[halves["lora_A"]].shape[0]
         pairs[module] = _Pair(halves["lora_A"], halves["lora_B"], _scale(adapter, module, rank))
@@ -201,7 +202,7 @@ def _pairs(adapter: Adapter, held: Weights) -> dict[str, _Pair]:
 
 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:
-    """Return what a module's product is multiplied by. Raises SourceError."""
+    """Return the scale s of a module. Raises SourceError."""
     alpha = adapter.config.get("lora_alpha", 8)
     patterns = adapter.config.get("alpha_pattern") or {}
     try:
@@ -213,42 +214,41 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
         scale = float(alpha) / (math.sqrt(rank) if stabilised else rank)
     except (AttributeError, TypeError, ValueError, re.error, ArithmeticError) as error:
         raise SourceError(
-            f"{adapter.folder / CONFIG} holds no usable lora_alpha for {module}.",
-            "Fetch the adapter again.",
+            f"{adapter.folder / CONFIG} has no valid lora_alpha for {module}.",
+            "Download the adapter again.",
         ) from error
     if not abs(scale) < _LARGEST_SCALE:
         raise SourceError(
-            f"{adapter.folder / CONFIG} gives {module} the alpha {alpha}.",
-            "Fetch the adapter again.",
+            f"{adapter.folder / CONFIG} has the invalid lora_alpha {alpha} for {module}.",
+            "Download the adapter again.",
         )
     return scale
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Tell whether a pattern of names, as PEFT takes it, names a module.
+    """Return whether a name pattern of PEFT matches a module.
 
     Raises:
-        ValueError: it could take a regular expression's worst case, which nobody waits for.
+        ValueError: the regular expression may take exponential time.
     """
     repeats = re.sub(r"\\.", "", pattern)
     if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]", repeats):
         raise ValueError(f"the pattern {pattern[:_LONGEST_PATTERN]} repeats a group")
     if len(re.findall(r"[*+{]", repeats)) > _MOST_REPEATS:
-        raise ValueError(f"the pattern {pattern} repeats too often")
+        raise ValueError(f"the pattern {pattern} has too many repetitions")
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _stored_name(adapter: Adapter, wanted: str, weights: Weights) -> str:
-    """Return the name on disk of a tensor, which may have another prefix there."""
+    """Return the name on disk of a tensor, which may have another prefix. Raises SourceError."""
     if wanted in weights:
         return wanted
     near = [n for n in weights if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
     if len(near) != 1:
         raise SourceError(
-            f"The adapter in {adapter.folder} changes {wanted}, which is not a tensor of the "
-            "model's own.",
-            "It belongs to another model, or that tensor is tied to another one; merge it with "
-            "PEFT.",
+            f"The adapter in {adapter.folder} changes {wanted}, which is not a stored tensor of "
+            "the model.",
+            "The adapter belongs to another model, or the tensor is tied; merge it with PEFT.",
         )
     return near[0]
 
@@ -260,8 +260,8 @@ def _check_shapes(
     given = (b[0], a[1]) if len(a) == len(b) == 2 and b[1] == a[0] else ()
     if (given[::-1] if transposed else given) != shape:
         raise SourceError(
-            f"The adapter in {adapter.folder} has {pair.a} {list(a)} and B {list(b)} for a weight "
-            f"{list(shape)}.",
+            f"The adapter in {adapter.folder} has {pair.a} {list(a)} and B {list(b)}, which do not "
+            f"match a weight {list(shape)}.",
             "It belongs to another model.",
         )
 
@@ -273,7 +273,7 @@ def _replaced(weights: Weights, name: str, held: Weights, given: str) -> Tensor:
 
 
 def _add(weights: Weights, name: str, held: Weights, pair: _Pair, transposed: bool) -> Tensor:
-    """Return a weight with its pair added in float32, rounded once."""
+    """Return a weight with its update added in float32, rounded once."""
     import torch
 
     weight = weights.read(name)

@@ -1,7 +1,7 @@
-"""The small files that travel with weights: tokenizer, generation config, processors, licence.
+"""The small files copied along with weights: tokenizer, generation config, processors, licence.
 
-They are known by their names, so that nothing else of a folder or of a ``.pt`` file gets into a
-checkpoint, and from there to the hub: no dot-file, no code, no profile.
+They are selected by name, so that nothing else of a folder or a ``.pt`` file, such as dotfiles,
+code or profiles, gets into a checkpoint and from there to the Hub.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _LICENCES = re.compile(_LICENCE, re.VERBOSE | re.ASCII)
 
 
 def is_companion(name: str) -> bool:
-    """Tell whether a file of this name travels with weights."""
+    """Return whether a file of this name is copied along with weights."""
     return _KNOWN.fullmatch(name) is not None
 
 
 def is_own_file(path: Path) -> bool:
-    """Tell whether a path is a file of the folder that it lies in.
+    """Return whether a path is a file that belongs to its folder.
 
-    A link counts if it ends inside that folder or in the hub's cache, whose folders consist of
-    links: elsewhere, it would copy whatever file of this machine it names.
+    Links must point into that folder or into the Hub cache, whose folders consist of links.
+    Following other links could copy any file of this machine.
     """
     if not path.is_file():
         return False
@@ -53,12 +53,12 @@ def _homes(folder: Path) -> list[Path]:
     homes = [folder, Path(HF_HUB_CACHE).resolve()]
     repository = folder.parent.parent
     if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
-        homes.append(repository)  # of a hub cache that lies elsewhere
+        homes.append(repository)  # in a Hub cache at another location
     return homes
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return the files of a folder that travel with its weights."""
+    """Return the files of a folder that are copied along with its weights."""
     return [path for path in _named(folder) if is_own_file(path)]
 
 
@@ -68,13 +68,13 @@ def licences(folder: Path) -> list[str]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the small files that travel with the weights."""
+    """Copy the small files that belong to the weights."""
     for path in companions(source):
         shutil.copyfile(path, target / path.name)
 
 
 def copy_code(source: Path, target: Path, modules: Iterable[str]) -> None:
-    """Copy the Python files of ``modules``, and those beside them that they import."""
+    """Copy the Python files of ``modules`` and the files in the same folder that they import."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     for path in (source / f"{module}.py" for module in sorted(modules)):
@@ -85,12 +85,12 @@ def copy_code(source: Path, target: Path, modules: Iterable[str]) -> None:
 
 
 def warn_of_links(folder: Path, reporter: Reporter) -> None:
-    """Name the files that would travel, if they were no links to somewhere else."""
+    """Warn about files that are not copied because they are links to other folders."""
     for path in _named(folder):
         if path.is_file() and not is_own_file(path):
             reporter.warn(
-                f"{path} links to a file outside its folder, so it is not copied. Put the file "
-                "itself there if it belongs to the model."
+                f"{path} links to a file outside its folder and is not copied. Replace the link "
+                "with the file if it belongs to the model."
             )
 
 
@@ -99,7 +99,7 @@ def _named(folder: Path) -> list[Path]:
 
 
 def card_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a folder's card, empty where it has none or it cannot be read."""
+    """Return the metadata of a folder's card; empty if there is none or it cannot be read."""
     import yaml
     from huggingface_hub import metadata_load
 

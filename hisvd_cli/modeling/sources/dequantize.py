@@ -1,11 +1,10 @@
-"""Stored low-precision weights ─► plain numbers, a slice of rows at a time.
+"""Dequantizes weights, a slice of rows at a time.
 
-The formats are defined by their own libraries: float8 with scales (DeepSeek-V3, Qwen, ModelOpt,
-FBGEMM), compressed-tensors (float8, int8, packed integers), and MXFP4 (the OCP microscaling
-format, as gpt-oss stores it). A value is always ``(stored − zero point) · scale``, in float32, and
-rounded once.
+Formats: float8 with scales (DeepSeek-V3, Qwen, ModelOpt, FBGEMM), compressed-tensors (float8, int8,
+packed integers), and MXFP4 (the OCP microscaling format, as stored by gpt-oss). A value is
+``(stored − zero point) · scale``, computed in float32 and rounded once.
 
-Legend: weights ``[m, n]``; a grid of scales ``[a, b]``, each of which belongs to a rectangle.
+Legend: weights ``[m, n]``; a grid of scales ``[a, b]``, one per rectangle of the weight.
 """
 
 from __future__ import annotations
@@ -16,16 +15,15 @@ import torch
 from torch import Tensor
 
 SLICE_VALUES = 1 << 22
-"""Values that are converted at a time: their float32 copy is all the memory beside input and
-output."""
+"""Values converted at a time; limits the size of the float32 copy."""
 
 _MX_GROUP = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""The magnitudes of 4-bit floating-point numbers; the highest bit is the sign."""
+"""Magnitudes of 4-bit floating-point numbers; the highest bit is the sign."""
 
 
 def scale_values(scale: Tensor) -> Tensor:
-    """Return scales in float32; bytes are exponents of two, biased by 127 (E8M0)."""
+    """Return scales in float32; uint8 scales are exponents of two with bias 127 (E8M0)."""
     if scale.dtype == torch.uint8:
         return torch.ldexp(torch.ones(scale.shape), scale.to(torch.int32) - 127)
     return scale.to(torch.float32)
@@ -43,21 +41,21 @@ def scaled(
 
     Args:
         stored: ``[m, n]``, float8 or integers.
-        scale: one, one a row ``[m]`` or ``[m, 1]``, or a grid ``[a, b]``.
-        dtype: of the result.
-        zero_point: of the scale's shape.
-        block: rows and columns of one rectangle of the grid, where the config names them.
-        groups: for each column the column of the grid that it belongs to ``[n]``.
+        scale: a single scale, one per row ``[m]`` or ``[m, 1]``, or a grid ``[a, b]``.
+        dtype: dtype of the result.
+        zero_point: of the same shape as the scale.
+        block: rows and columns of a rectangle of the grid, if the config specifies them.
+        groups: index of the grid column for each weight column ``[n]``.
 
     Raises:
-        ValueError: the scales do not fit the weight.
+        ValueError: the scales do not match the weight.
     """
     grid = _grid(scale_values(scale), stored)
     zeros = None if zero_point is None else _grid(zero_point.to(torch.float32), stored)
     height, columns = _rectangles(stored, grid, block)
     columns = columns if groups is None else groups.to(torch.long)
     if int(columns.max()) >= grid.shape[1] or int(columns.min()) < 0:
-        raise ValueError(f"there are {grid.shape[1]} groups of scales, and a column names another")
+        raise ValueError(f"a column refers to a group of scales beyond the {grid.shape[1]} stored")
 
     def convert(first: int, part: Tensor) -> Tensor:
         rows = torch.arange(first, first + len(part)) // height
@@ -76,23 +74,23 @@ def _grid(scale: Tensor, stored: Tensor) -> Tensor:
     if scale.ndim == 1 and len(scale) == len(stored):
         return scale[:, None]
     if scale.ndim != 2:
-        raise ValueError(f"scales {list(scale.shape)} do not fit {list(stored.shape)}")
+        raise ValueError(f"scales {list(scale.shape)} do not match {list(stored.shape)}")
     return scale
 
 
 def _rectangles(stored: Tensor, grid: Tensor, block: tuple[int, int] | None) -> tuple[int, Tensor]:
-    """Return the rows of one rectangle, and the grid's column for each of the weight ``[n]``."""
+    """Return the rows per rectangle, and the grid column of each weight column ``[n]``."""
     sides = []
     for axis, (size, count) in enumerate(zip(stored.shape, grid.shape, strict=True)):
         named = block[axis] if block else 0
         if count == 1:
             sides.append(size)
-        elif named and -(-size // named) == count:  # the last rectangle may be cut off
+        elif named and -(-size // named) == count:  # the last rectangle may be smaller
             sides.append(named)
         elif count and size % count == 0:
             sides.append(size // count)
         else:
-            raise ValueError(f"scales {list(grid.shape)} do not fit {list(stored.shape)}")
+            raise ValueError(f"scales {list(grid.shape)} do not match {list(stored.shape)}")
     return sides[0], torch.arange(stored.shape[1]) // sides[1]
 
 
@@ -105,7 +103,7 @@ def _spread(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _by_rows(
     stored: Tensor, width: int, dtype: torch.dtype, convert: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
-    """Convert a slice of rows at a time into a result ``[m, width]``."""
+    """Return the result ``[m, width]``, converted a slice of rows at a time."""
     made = torch.empty(len(stored), width, dtype=dtype)
     step = max(1, SLICE_VALUES // max(1, width))
     for first in range(0, len(stored), step):
@@ -115,16 +113,17 @@ def _by_rows(
 
 
 def unpacked(packed: Tensor, bits: int, width: int) -> Tensor:
-    """Return the signed integers ``[m, width]`` that int32 words ``[m, w]`` hold.
+    """Return the signed integers ``[m, width]`` packed in int32 words ``[m, w]``.
 
-    A word holds ``32 // bits`` values, the first in its lowest bits, each offset by half its range.
+    A word contains ``32 // bits`` values, the first in the lowest bits, each offset by half its
+    range.
 
     Raises:
-        ValueError: the words are fewer than the width needs.
+        ValueError: there are too few words for the width.
     """
     per_word = 32 // bits
     if packed.ndim != 2 or packed.shape[1] * per_word < width:
-        raise ValueError(f"{list(packed.shape)} words of {bits} bits are fewer than {width} values")
+        raise ValueError(f"words {list(packed.shape)} contain fewer than {width} {bits}-bit values")
     shifts = torch.arange(per_word, dtype=torch.int32) * bits
     mask, half = (1 << bits) - 1, 1 << (bits - 1)
     made = torch.empty(len(packed), width, dtype=torch.int8)
@@ -137,14 +136,21 @@ def unpacked(packed: Tensor, bits: int, width: int) -> Tensor:
 
 
 def microscaled(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the experts ``[E, in, out]`` of MXFP4 blocks ``[E, out, groups, 16]``, two 4-bit
-    numbers a byte (the lower half first), with exponents ``[E, out, groups]``.
+    """Dequantize MXFP4 experts.
+
+    Args:
+        blocks: ``[E, out, groups, 16]``, two 4-bit numbers per byte, the lower half first.
+        scales: exponents ``[E, out, groups]``.
+        dtype: dtype of the result.
+
+    Returns:
+        The experts ``[E, in, out]``.
 
     Raises:
-        ValueError: blocks and scales do not fit.
+        ValueError: blocks and scales do not match.
     """
     if blocks.ndim != 4 or blocks.shape[:3] != scales.shape or blocks.shape[3] != _MX_GROUP // 2:
-        raise ValueError(f"scales {list(scales.shape)} do not fit blocks {list(blocks.shape)}")
+        raise ValueError(f"scales {list(scales.shape)} do not match blocks {list(blocks.shape)}")
     experts, out, groups, half = blocks.shape
     known = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     exponents = scale_values(scales).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""``.gguf`` files as input: dequantized once by transformers into a cached folder."""
+"""Reads ``.gguf`` files, dequantized once by transformers into a cached folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def unpack_gguf(path: Path) -> Path:
     """Return a Hugging Face folder with the dequantized weights of a ``.gguf`` file.
 
-    The folder lies in the cache under the file's hash, so each file is unpacked once. Matrices in
+    The folder is cached under the hash of the file, so that each file is unpacked once. Matrices in
     float32, float16 or bfloat16 keep their precision; quantized ones are stored in bfloat16.
 
     Raises:
@@ -63,12 +63,12 @@ def _dequantize(path: Path, folder: Path, dtype: torch.dtype) -> None:
     where: dict[str, Any] = {
         "pretrained_model_name_or_path": path.parent,
         "gguf_file": path.name,
-        "trust_remote_code": False,  # else transformers asks whether it may run what lies there
+        "trust_remote_code": False,  # otherwise transformers prompts if the folder contains code
     }
     with library_errors(lambda why: _unreadable(path, why)):
         model = AutoModelForCausalLM.from_pretrained(**where, **_unpacking(), dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    # The dequantized model still says that it is quantized, and save_pretrained would refuse it.
+    # The dequantized model is still marked as quantized, which save_pretrained would reject.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.__dict__.update(hf_quantizer=None, is_quantized=False)
@@ -83,8 +83,8 @@ def _unreadable(path: Path, why: str) -> SourceError:
 
 
 def _unpacking() -> dict[str, Any]:
-    """Return what tells transformers to dequantize: newer ones otherwise keep the weights packed
-    where the package ``kernels`` is installed, and older ones know nothing else."""
+    """Return the arguments that make transformers dequantize. Newer versions otherwise keep weights
+    packed if the package ``kernels`` is installed; older versions always dequantize."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)

@@ -1,4 +1,4 @@
-"""What config.json says that holds for a model on disk, and not for its plain weights."""
+"""Checks and cleans up dtypes and quantization settings in config.json."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def check_dtype(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a dtype that transformers would look up in torch and not find, such as ``auto``.
+    """Reject dtypes that torch does not have, such as ``auto``.
 
     Raises:
-        SourceError: config.json names one.
+        SourceError: config.json names such a dtype.
     """
     import torch
 
@@ -23,8 +23,8 @@ def check_dtype(name: str, config: Mapping[str, Any]) -> None:
         known = getattr(torch, said, None) if isinstance(said, str) else None
         if not isinstance(known, torch.dtype):
             raise SourceError(
-                f"config.json of {name} names the {key} {said!r}, which torch does not have.",
-                'Name the dtype of the weights there, such as "bfloat16".',
+                f"config.json of {name} has the {key} {said!r}, which torch does not support.",
+                'Set it to the dtype of the weights, such as "bfloat16".',
             )
 
 
@@ -39,8 +39,8 @@ def _dtypes(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return config.json of the model with plain weights of ``dtype``: without what it says of a
-    quantization, also in its part for the text of several modalities."""
+    """Return config.json for dequantized weights of ``dtype``, without quantization settings, also
+    in the ``text_config`` of multimodal models."""
     plain = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     for key in _DTYPE_KEYS:
         if str(plain.get(key)).startswith("float8"):

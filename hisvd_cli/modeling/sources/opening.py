@@ -1,4 +1,4 @@
-"""What the user names ─► a model on disk: a hub id, a folder, a ``.gguf`` file or ``demo``."""
+"""Opens models by name: a Hub id, a folder, a ``.gguf`` file or ``demo``."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def open_source(
     trust_remote_code: bool = False,
     compressible: bool = True,
 ) -> Source:
-    """Find a model: an existing path wins, then ``demo``, then the hub.
+    """Open a model: an existing path takes precedence over ``demo``, and ``demo`` over the Hub.
 
     Args:
-        name: folder, ``.gguf`` file, ``demo`` or hub id.
-        revision: branch, tag or commit on the hub.
+        name: folder, ``.gguf`` file, ``demo`` or Hub id.
+        revision: branch, tag or commit on the Hub.
         trust_remote_code: run the Python code that the model ships.
-        compressible: of a hub model, refuse one that cannot be compressed before its weights are
-            fetched; False takes every causal language model, compressed ones too.
+        compressible: reject Hub models that cannot be compressed before their weights are
+            downloaded; False accepts every causal language model, including compressed ones.
 
     Raises:
-        SourceError: nothing by that name, or it cannot be fetched.
-        UnsupportedModelError: a hub model that cannot be worked on.
+        SourceError: the model does not exist, or cannot be downloaded.
+        UnsupportedModelError: the model is not supported.
     """
     path = expanded(name)
     if path.is_dir():
@@ -51,14 +51,14 @@ def open_source(
     if path.exists():
         raise SourceError(
             f"'{name}' is neither a folder nor a regular file.",
-            "Give the folder that holds config.json and the weights.",
+            "Give the folder that contains config.json and the weights.",
         )
     if name == DEMO:
         return Source(name, DEMO_FOLDER)
     if not _HUB_ID.fullmatch(name) or path.suffix in {".gguf", ".pt", ".safetensors"}:
         raise SourceError(
             f"No model at '{name}': it is not a folder, a .gguf file or a Hub id.",
-            "Check the path, or give a hub id such as 'HuggingFaceTB/SmolLM2-135M', or 'demo'.",
+            "Check the path, or use a Hub id such as 'HuggingFaceTB/SmolLM2-135M', or 'demo'.",
         )
     return _from_hub(name, revision, trust_remote_code, compressible)
 
@@ -66,8 +66,8 @@ def open_source(
 def _from_file(name: str, path: Path) -> Source:
     if path.suffix != ".gguf":
         raise SourceError(
-            f"'{name}' is a file, but no .gguf file.",
-            "Give the folder that holds config.json and the weights.",
+            f"'{name}' is a file, but not a .gguf file.",
+            "Give the folder that contains config.json and the weights.",
         )
     from hisvd_cli.modeling.sources.gguf_input import unpack_gguf
 
@@ -75,21 +75,21 @@ def _from_file(name: str, path: Path) -> Source:
 
 
 def _with_base(name: str, adapter: Adapter, trust_remote_code: bool, compressible: bool) -> Source:
-    """Return the base model of an adapter that lies in a folder of its own, with that adapter."""
+    """Return the base model of an adapter in a separate folder, together with that adapter."""
     check_adapter(adapter)
     _ = adapter.files
     named = adapter.config.get("revision")
     if _same_folder(adapter.base, adapter.folder):
         raise SourceError(
             f"The adapter in {adapter.folder} names itself as its base model.",
-            "Name its base model in adapter_config.json.",
+            "Set base_model_name_or_path in adapter_config.json to the base model.",
         )
     revision = named if isinstance(named, str) else None
     base = open_source(adapter.base, revision, trust_remote_code, compressible)
     if base.adapter:
         raise UnsupportedModelError(
-            f"The base model of {name}, {base.name}, has an adapter of its own.",
-            "Merge that one with PEFT first.",
+            f"The base model of {name}, {base.name}, has an adapter too.",
+            "Merge that adapter with PEFT first.",
         )
     return replace(base, name=name, adapter_folder=adapter.folder)
 
@@ -102,7 +102,7 @@ def _same_folder(name: str, folder: Path) -> bool:
 def _from_hub(
     name: str, revision: str | None, trust_remote_code: bool, compressible: bool
 ) -> Source:
-    """Fetch config and tokenizer first, so that an unsupported model fails before its weights."""
+    """Download config and tokenizer first, to reject unsupported models before the weights."""
     folder = _snapshot(name, revision, _SMALL_FILES)
     adapter = open_adapter(folder)
     if adapter:
@@ -116,15 +116,15 @@ def _from_hub(
     source = Source(name, folder, folder.name, trust_remote_code)
     _check_structure(source, compressible)
     for files in _weight_files(folder):
-        # By commit, so that weights and config stay of one kind if the branch moves meanwhile.
+        # By commit, so that weights and config match even if the branch moves meanwhile.
         _snapshot(name, source.revision, files)
         if (folder / files[0]).is_file():
             return source
     if adapter:
         return _with_base(name, adapter, trust_remote_code, compressible)
     raise SourceError(
-        f"'{name}' holds neither {LAYOUTS[0][1]} nor {LAYOUTS[1][1]}, whole or in shards.",
-        "Try another model; without a network, one that was fetched to its end before.",
+        f"'{name}' has neither {LAYOUTS[0][1]} nor {LAYOUTS[1][1]}, single or sharded.",
+        "Use another model; when offline, one that was completely downloaded before.",
     )
 
 
@@ -136,9 +136,9 @@ def _check_structure(source: Source, compressible: bool) -> None:
 
 
 def _weight_files(folder: Path) -> list[list[str]]:
-    """Return which files may hold the weights, exactly, in the order of preference.
+    """Return the alternatives for the weight files, in order of preference.
 
-    A repository may hold the same weights several times, in other formats and folders.
+    Exact names, because a repository may contain the same weights in several formats and folders.
     """
     return [
         files
@@ -158,13 +158,13 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise SourceError(
-            f"'{name}' is gated on the hub.",
-            "Accept its terms on the hub's page, then set HF_TOKEN or run 'hf auth login'.",
+            f"'{name}' is gated on the Hub.",
+            "Accept its terms on its Hub page, then set HF_TOKEN or run 'hf auth login'.",
         ) from error
     except RepositoryNotFoundError as error:
         raise SourceError(
-            f"No model '{name}': no such folder here and no such model on the hub.",
-            "Check the spelling; for a private model set HF_TOKEN.",
+            f"'{name}' is neither a local folder nor a model on the Hub.",
+            "Check the spelling; for a private model, set HF_TOKEN.",
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise SourceError(

@@ -1,7 +1,6 @@
-"""What is on disk ─► plain weights: quantized tensors by the names of what they stand for.
+"""Presents quantized weights on disk as plain weights.
 
-Nothing is converted here; each tensor is, when it is read. So memory holds one of them, and all
-that reads weights sees a model in full precision.
+Each tensor is dequantized when it is read, so that only one is in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ _PARTS = (
     *("input_scale", "input_zero_point", "output_scale", "activation_scale", "input_scale_ub"),
     *("input_global_scale", "k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale"),
 )
-"""Endings of names that belong to a quantized layer and stand for no weight of their own."""
+"""Suffixes of auxiliary tensors of quantized layers."""
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A weight that is made from stored tensors.
+    """A weight that is computed from stored tensors.
 
     Attributes:
         kind: name of the format.
-        shape: of the weight.
-        stored: name of the tensor that holds its values.
-        make: reads and converts it.
+        shape: shape of the weight.
+        stored: name of the tensor that contains the values.
+        make: reads and dequantizes it.
     """
 
     kind: str
@@ -58,11 +57,11 @@ class _Reader:
     """Finds the quantized weights of a folder.
 
     Attributes:
-        name: the model, as the user names it.
-        folder: where it lies.
+        name: the model as named by the user.
+        folder: its folder.
         raw: the tensors on disk.
-        said: what config.json says of the quantization.
-        dtype: of the plain weights.
+        said: quantization settings in config.json.
+        dtype: dtype of the plain weights.
     """
 
     name: str
@@ -72,11 +71,11 @@ class _Reader:
     dtype: str
 
     def find(self) -> dict[str, _Made]:
-        """Return the name of each weight that is not stored as plain numbers, and how it is made.
+        """Return name → how to compute it, for each weight that is not stored in plain form.
 
         Raises:
-            UnsupportedModelError: integers without a scale.
-            SourceError: a scale is missing.
+            UnsupportedModelError: the format is not supported.
+            SourceError: a tensor is missing or inconsistent.
         """
         made = {}
         for name, info in self.raw.infos.items():
@@ -96,8 +95,8 @@ class _Reader:
             return self._scaled(base, "float8")
         if self.said:
             raise SourceError(
-                f"{self.name} lacks the scale of {name}, which is stored in 8 bits.",
-                "The checkpoint is incomplete: fetch it again.",
+                f"{self.name} lacks the scale of {name}, an 8-bit tensor.",
+                "The checkpoint is incomplete: download it again.",
             )
 
         def cast() -> Tensor:
@@ -130,8 +129,8 @@ class _Reader:
             raise refusal(self.name, self.folder, "compressed-tensors", detail)
         if lost := [name for name in names.values() if name not in self.raw]:
             raise SourceError(
-                f"{self.name} lacks {lost[0]}, which {names['packed']} needs.",
-                "The checkpoint is incomplete: fetch it again.",
+                f"{self.name} lacks {lost[0]}, which {names['packed']} requires.",
+                "The checkpoint is incomplete: download it again.",
             )
         height, width = self._checked_shape(names["shape"], names["packed"])
         bits = self._bits(names["packed"], width)
@@ -140,7 +139,7 @@ class _Reader:
             values = unpacked(self.raw.read(names["packed"]), bits, width)
             scale, zero_point, groups = self.raw.read(names["scale"]), None, None
             if f"{base}.weight_zero_point" in self.raw:
-                # The zero points are packed along the rows: 32 // bits of them in a word.
+                # Zero points are packed along the rows, 32 // bits per word.
                 words = self.raw.read(f"{base}.weight_zero_point").T
                 zero_point = unpacked(words.contiguous(), bits, height).T
             if f"{base}.weight_g_idx" in self.raw:
@@ -153,14 +152,14 @@ class _Reader:
         shape, rows = self.raw.read(shape_name).flatten().tolist(), self.raw.infos[packed].shape
         if len(shape) != 2 or shape[0] != rows[0] or shape[1] < 1:
             raise SourceError(
-                f"{shape_name} names {shape}, which {packed} {list(rows)} does not hold.",
-                "The file is damaged: fetch it again.",
+                f"{shape_name} is {shape}, which does not match {packed} {list(rows)}.",
+                "The file is damaged: download it again.",
             )
         return int(shape[0]), int(shape[1])
 
     def _bits(self, packed: str, width: int) -> int:
-        """Return how many bits a value has: what the config says where that fits, else the most
-        that fit. Raises UnsupportedModelError."""
+        """Return the bits per value: those of the config if they match the tensor, else the most
+        that match. Raises UnsupportedModelError."""
         words = self.raw.infos[packed].shape[1]
         groups = self.said.get("config_groups")
         named = [
@@ -168,7 +167,7 @@ class _Reader:
             for group in (groups.values() if isinstance(groups, dict) else [])
             if isinstance(group, dict) and isinstance(weights := group.get("weights"), dict)
         ]
-        # Of other numbers of bits, values straddle words in some versions and not in others.
+        # With other bit widths, values may cross word boundaries, depending on the version.
         fitting = [bits for bits in (8, 4, 2, 1) if -(-width * bits // 32) == words]
         for bits in (*named, *fitting):
             if bits in fitting:
@@ -190,7 +189,7 @@ class _Reader:
         return _Made("MXFP4", (shape[0], shape[2] * shape[3] * 2, shape[1]), blocks, make)
 
     def _block(self) -> tuple[int, int] | None:
-        """Return the rectangle that shares a scale, where the config says it."""
+        """Return the rectangle that shares a scale, if the config specifies it."""
         groups = self.said.get("config_groups")
         inner = [
             weights.get("block_structure")
@@ -211,17 +210,17 @@ class _Reader:
 def dequantized(
     name: str, folder: Path, config: Mapping[str, Any], raw: Weights
 ) -> tuple[Weights, list[str]]:
-    """Return plain weights for what is on disk, and notes on what was quantized.
+    """Return the plain weights, and notes on what is dequantized.
 
     Args:
-        name: the model, as the user names it.
-        folder: where it lies.
+        name: the model as named by the user.
+        folder: its folder.
         config: the parsed config.json.
         raw: the tensors on disk.
 
     Raises:
-        UnsupportedModelError: a format that cannot be read.
-        SourceError: a part of it is missing or misshapen.
+        UnsupportedModelError: the format is not supported.
+        SourceError: a tensor is missing or inconsistent.
     """
     method, said = config_says(config)
     if method == OWN:
@@ -247,7 +246,7 @@ def dequantized(
 
 
 def _is_part(name: str, made: Mapping[str, _Made]) -> bool:
-    """Tell a tensor that only serves to make a weight, or belongs to its activations."""
+    """Return whether a tensor is only used for dequantization or belongs to activations."""
     if name.endswith(("_blocks", "_scales")):
         return name[:-7] in made
     return name.endswith(tuple(f".{part}" for part in _PARTS))
@@ -259,13 +258,13 @@ def _fitting(one: _Made, weight: str, name: str) -> Tensor:
     except ValueError as error:
         raise SourceError(
             f"{weight} of {name} cannot be dequantized: {error}.",
-            "The file is damaged or of another format: fetch it again.",
+            "The file is damaged or of another format: download it again.",
         ) from error
 
 
 def plain_dtype(config: Mapping[str, Any], raw: Weights) -> str:
-    """Return the dtype of dequantized weights: the config's, else that of most tensors that are
-    stored in full, else bfloat16."""
+    """Return the dtype for dequantized weights: that of the config, else that of most unquantized
+    tensors, else bfloat16."""
     text = config.get("text_config")
     for document in (config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):

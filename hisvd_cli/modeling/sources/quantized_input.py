@@ -1,7 +1,7 @@
-"""Models that are quantized already: recognised, and read as plain weights or refused.
+"""Recognizes quantized models, and rejects formats that cannot be dequantized.
 
-What a config says is checked before anything is fetched or opened; what the tensors themselves
-show is checked where they are opened, because a config may say nothing, or a file beside it may.
+The config is checked before weights are downloaded or opened. Tensor names are checked when the
+weights are opened, because the config may not mention the quantization.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FILES = (
     "quanto_qmap.json",
     "qmodel.pt",
 )
-"""Files beside config.json that say how a model is quantized."""
+"""Files beside config.json that may describe the quantization."""
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-"""Where config.json may say it."""
+"""Keys of config.json that may describe the quantization."""
 
 _TITLES = {
     "gptq": "GPTQ",
@@ -58,7 +58,7 @@ _READABLE_LAYOUTS = (
 """Layouts of compressed-tensors."""
 
 _MARKS = (
-    # (ending of a name, method); the first that any tensor has says which method it is
+    # (suffix of a tensor name, method); the first match determines the method
     (".qzeros", "gptq"),
     (".g_idx", "gptq"),
     (".SCB", "bitsandbytes"),
@@ -78,10 +78,10 @@ _MARKS = (
 
 
 def config_says(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the method that config.json names and what it says of it; empty for none.
+    """Return the quantization method and its settings in config.json; empty for none.
 
     Raises:
-        SourceError: it says so in another form than an object.
+        SourceError: the quantization settings are not a JSON object.
     """
     text = config.get("text_config")
     for document in (config, text if isinstance(text, dict) else {}):
@@ -91,8 +91,8 @@ def config_says(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
                 continue
             if not isinstance(said, dict):
                 raise SourceError(
-                    f"The {key} of config.json is {type(said).__name__}, not an object.",
-                    "Fetch the model again, or remove that key if the weights are not quantized.",
+                    f"{key} in config.json is of type {type(said).__name__}, not an object.",
+                    "Download the model again, or remove the key if the weights are not quantized.",
                 )
             return _method(said, key), dict(said)
     return "", {}
@@ -110,11 +110,11 @@ def _method(said: Mapping[str, Any], key: str) -> str:
 
 
 def check_config(name: str, folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what config.json says is quantized in a way that cannot be read.
+    """Reject models that are quantized in an unsupported format according to config.json.
 
     Raises:
-        UnsupportedModelError: it is.
-        SourceError: config.json says it in another form than an object.
+        UnsupportedModelError: the format is not supported.
+        SourceError: the quantization settings are not a JSON object.
     """
     method, said = config_says(config)
     if not method or method == OWN:
@@ -126,7 +126,7 @@ def check_config(name: str, folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_layout(name: str, folder: Path, said: Mapping[str, Any]) -> None:
-    """Refuse layouts of compressed-tensors that hold more than scaled numbers."""
+    """Reject layouts of compressed-tensors that are more than scaled values."""
     groups = said.get("config_groups")
     named = [said.get("format")]
     if isinstance(groups, dict):
@@ -142,15 +142,15 @@ def _check_layout(name: str, folder: Path, said: Mapping[str, Any]) -> None:
 
 
 def check_names(name: str, folder: Path, infos: Mapping[str, Any]) -> None:
-    """Refuse a model whose tensors show that it is quantized in a way that cannot be read.
+    """Reject models that are quantized in an unsupported format according to their tensors.
 
     Args:
-        name: the model, as the user names it.
-        folder: where it lies.
-        infos: name → information on each tensor on disk.
+        name: the model as named by the user.
+        folder: its folder.
+        infos: name → header entry of each tensor on disk.
 
     Raises:
-        UnsupportedModelError: it is.
+        UnsupportedModelError: the format is not supported.
     """
     for ending, method in _MARKS:
         if found := next((each for each in infos if each.endswith(ending)), None):
@@ -168,7 +168,7 @@ def check_names(name: str, folder: Path, infos: Mapping[str, Any]) -> None:
 
 
 def _is_awq(folder: Path) -> bool:
-    """Tell AWQ from GPTQ, whose tensors have the same names, by the file beside them."""
+    """Return whether the config files name AWQ, whose tensor names equal those of GPTQ."""
     for file in ("config.json", *FILES):
         try:
             text = (folder / file).read_text(encoding="utf-8")
@@ -180,8 +180,7 @@ def _is_awq(folder: Path) -> bool:
 
 
 def files_say(folder: Path) -> str:
-    """Return the method that a file beside config.json names, where it is one that cannot be read;
-    else nothing."""
+    """Return the unsupported method that a file beside config.json names; empty for none."""
     for file in FILES:
         path = folder / file
         if not path.is_file():
@@ -213,19 +212,19 @@ def _named_in(path: Path) -> str:
 
 
 def refusal(name: str, folder: Path, method: str, detail: str = "") -> UnsupportedModelError:
-    """Return the error for a format that cannot be read: which it is, and where the original is."""
+    """Return the error for an unsupported format; names the original model if the card does."""
     title = _TITLES.get(method, method)
     shown = f"{title}, {detail}" if detail else title
     original = original_of(folder)
-    where = f"; its card names '{original}'" if original else ""
+    where = f", '{original}' according to its card" if original else ""
     return UnsupportedModelError(
-        f"{name} is quantized ({shown}), a format that cannot be dequantized here.",
-        f"Give the model in full precision that it was made from{where}.",
+        f"{name} is quantized ({shown}), a format that hisvd cannot dequantize.",
+        f"Use the full-precision model that it was made from{where}.",
     )
 
 
 def original_of(folder: Path) -> str:
-    """Return the model that a model card says this one was made from; empty for none."""
+    """Return the base model named in the model card; empty for none."""
     named = card_metadata(folder).get("base_model")
     first = named[0] if isinstance(named, list) and named else named
     return first if isinstance(first, str) else ""

@@ -1,4 +1,4 @@
-"""A model on disk, as everything below reads it: config, tokenizer, weights and fingerprint."""
+"""A model on disk: config, tokenizer, weights and fingerprint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[2] / "demo"
 _LOADER = "modeling_hisvd"
-"""The module that compressed models carry for those who have no hisvd."""
+"""The loader module in compressed checkpoints, for use without hisvd."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Source:
     """A model on disk.
 
     Attributes:
-        name: what the user wrote.
+        name: the model as named by the user.
         folder: local folder with config, tokenizer and weights.
-        revision: the hub's commit, or None for a local model.
+        revision: commit on the Hub; None for a local model.
         trust_remote_code: run the Python code that the model ships.
-        adapter_folder: where a LoRA adapter lies, if not in ``folder``.
+        adapter_folder: folder of a LoRA adapter, if it is not ``folder``.
     """
 
     name: str
@@ -51,29 +51,29 @@ class Source:
 
     @property
     def original(self) -> Source:
-        """The model as it was published: itself, but for one with corrected weights."""
+        """The original model, for a model with corrected weights; otherwise itself."""
         return self
 
     @cached_property
     def runs_code(self) -> bool:
-        """Whether config and model are made by code that the model ships: it was asked for, and is
-        not a copy of hisvd's own loader, of which the installed one serves. Raises SourceError."""
+        """Whether to run the code that the model ships: if it is trusted, and not a copy of hisvd's
+        loader, for which the installed one is used. Raises SourceError."""
         return self.trust_remote_code and not names_own_loader(read_config(self.folder))
 
     @property
     def carries_code(self) -> bool:
-        """Whether what is made from the model needs the code that it ships. Raises SourceError."""
+        """Whether derived checkpoints need the code that the model ships. Raises SourceError."""
         if not self.runs_code:
             return False
         return "AutoModelForCausalLM" in (read_config(self.folder).get("auto_map") or {})
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The config.
+        """The model's config.
 
         Raises:
-            UnsupportedModelError: a type that transformers does not know.
-            SourceError: config.json is missing or damaged, or names a dtype that torch has not.
+            UnsupportedModelError: transformers does not support the model type.
+            SourceError: config.json is missing, damaged, or has a dtype unknown to torch.
         """
         from transformers import AutoConfig
 
@@ -85,50 +85,51 @@ class Source:
         check_config(config, self.name)
         if self.quantization.get("quant_method") != OWN:
             for part in (config, config.get_text_config()):
-                part.__dict__.pop("quantization_config", None)  # its weights are read as plain ones
+                part.__dict__.pop("quantization_config", None)  # weights are read dequantized
         return config
 
     def _unknown_config(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"transformers cannot read the config of {self.name}: {why}",
-            "Update transformers, or pass --trust-remote-code if the model ships its own code "
+            "Update transformers, or use `model.trust_remote_code` if the model ships its own code "
             "and you trust it.",
         )
 
     @cached_property
     def plain_config(self) -> dict[str, Any]:
-        """config.json without what it says of a quantization that is gone once weights are read."""
+        """config.json without the settings of a quantization that is undone when weights are
+        read."""
         document = read_config(self.folder)
         own = self.quantization.get("quant_method") == OWN
         return document if own else plain_config(document, self.weights.dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer. Raises SourceError where it is missing."""
+        """The model's tokenizer. Raises SourceError if it is missing or damaged."""
         from transformers import AutoTokenizer
 
         given = {}
         if self.trust_remote_code and not self.runs_code:
-            # Else transformers reads the config itself, and runs the code that it names.
+            # Otherwise transformers reads the config itself and runs the code named there.
             given["config"] = copy.deepcopy(self.config)
             given["config"].auto_map = {}
         with library_errors(self._no_tokenizer):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self._tokenizer_runs_code, **given
             )
-            tokenizer("a", verbose=False)  # odd values in its files are found when it is used
+            tokenizer("a", verbose=False)  # some invalid values only raise errors in use
         return tokenizer
 
     def _no_tokenizer(self, why: str) -> SourceError:
         return SourceError(
-            f"{self.name} has no tokenizer that loads: {why}",
-            "Put the tokenizer's files beside the weights.",
+            f"The tokenizer of {self.name} cannot be loaded: {why}",
+            "Put the tokenizer files into the model's folder.",
         )
 
     @property
     def _tokenizer_runs_code(self) -> bool:
-        """Whether the tokenizer is made by code of its own, which a model in plain transformers may
-        have, too."""
+        """Whether to run custom code for the tokenizer, which may exist without code for the
+        model."""
         path = self.folder / "tokenizer_config.json"
         if not (self.trust_remote_code and path.is_file()):
             return self.runs_code
@@ -136,17 +137,17 @@ class Source:
 
     @cached_property
     def weights(self) -> Weights:
-        """The model's tensors, read one at a time: dequantized, and with an adapter merged in.
+        """The model's tensors, dequantized and with an adapter merged in as they are read.
 
         Raises:
-            SourceError: they are missing or damaged.
-            UnsupportedModelError: quantized, or with an adapter, in a way that cannot be read.
+            SourceError: tensors are missing or damaged.
+            UnsupportedModelError: the quantization format or the adapter is not supported.
         """
         return self._opened[0]
 
     @property
     def notes(self) -> list[str]:
-        """What was done to what is on disk to make ``weights``. Raises HisvdError."""
+        """Notes on dequantized and merged weights. Raises HisvdError."""
         return self._opened[1]
 
     @cached_property
@@ -162,22 +163,22 @@ class Source:
 
     @cached_property
     def adapter(self) -> Adapter | None:
-        """The LoRA adapter that belongs to the model, if any. Raises SourceError."""
+        """The LoRA adapter of the model, if any. Raises SourceError."""
         return open_adapter(self.adapter_folder or self.folder)
 
     @cached_property
     def quantization(self) -> dict[str, Any]:
-        """What config.json says of a quantization, empty for a model in full precision.
+        """The quantization settings in config.json; empty for a model in full precision.
 
         Raises:
-            SourceError: it says so in another form than an object.
+            SourceError: they are not a JSON object.
         """
         return config_says(read_config(self.folder))[1]
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 that names config, weights, and all else that changes what the model computes: by
-        commit on the hub, by content elsewhere."""
+        """sha256 over config, weights and everything else that affects the model's outputs:
+        identified by commit for Hub models, by content for local ones."""
         if self.revision:
             parts = ["hub", self.name, self.revision]
         else:
@@ -204,30 +205,30 @@ _LARGEST = {
     "intermediate_size": 1 << 30,
     "vocab_size": 1 << 30,
 }
-"""Sizes in a config that take time or memory before any weight is looked at."""
+"""Limits for sizes in a config that cost time or memory before weights are read."""
 
 
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Raise UnsupportedModelError where a size of a config is one that no model has, or where its
-    architectures are no names."""
+    """Raise UnsupportedModelError if a size is out of range, or if the architectures are not
+    names."""
     text = config.get_text_config()
     for key, largest in _LARGEST.items():
         size = getattr(text, key, None)
         if isinstance(size, int) and not 1 <= size <= largest:
             raise UnsupportedModelError(
-                f"The config of {name} names {key} {size}, which must be from 1 to {largest}.",
+                f"The config of {name} has {key} {size}, which must be from 1 to {largest}.",
                 "Download the model again.",
             )
     named = config.architectures or []
     if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
         raise UnsupportedModelError(
-            f"The config of {name} names the architectures {clean(repr(named))}, not a list.",
+            f"The config of {name} has the architectures {clean(repr(named))}, not a list.",
             "Download the model again.",
         )
 
 
 def code_modules(config: Mapping[str, Any]) -> set[str]:
-    """Return the modules of the code that a config names, without their repositories."""
+    """Return the code modules that a config names, without their repositories."""
     auto_map = config.get("auto_map")
     named = auto_map.values() if isinstance(auto_map, dict) else auto_map or ()
     classes = [one for each in named for one in (each if isinstance(each, list) else [each])]
@@ -236,7 +237,7 @@ def code_modules(config: Mapping[str, Any]) -> set[str]:
 
 
 def names_own_loader(config: Mapping[str, Any]) -> bool:
-    """Tell whether the code that a config names is hisvd's loader."""
+    """Return whether the code that a config names is hisvd's loader."""
     return _LOADER in code_modules(config)
 
 
@@ -244,27 +245,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the parsed config.json of a folder.
 
     Raises:
-        SourceError: it is missing or damaged, or names code of the hub in the place of attention,
-            which transformers may run without being told to trust it.
+        SourceError: it is missing or damaged, or names Hub code as an attention implementation,
+            which transformers may run without ``trust_remote_code``.
     """
     path = folder / "config.json"
     config = _read_object(path)
     for key, value in _nested(config):
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise SourceError(
-                f"{path} names code of the hub as {key}: '{value}'.",
-                f"Remove the line from the file; {key} is not part of a model.",
+                f"{path} names Hub code as {key}: '{value}'.",
+                f"Remove {key} from the file; it is not part of a model.",
             )
     return config
 
 
 def _nested(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a JSON object and of those in it."""
+    """Yield the keys and values of a JSON object and of nested objects."""
     left: list[tuple[str, Any]] = list(document.items())
     while left:
         key, value = left.pop()
         yield key, value
-        if isinstance(value, dict):  # of attention, a value for each part of a model
+        if isinstance(value, dict):  # *_implementation may have a value for each submodel
             inner = key if key.endswith("_implementation") else ""
             left += [(inner or str(name), each) for name, each in value.items()]
 
@@ -274,11 +275,11 @@ def _read_object(path: Path) -> dict[str, Any]:
         document = read_json(path, strict=False)
     except FileNotFoundError as error:
         raise SourceError(
-            f"{path.parent} holds no {path.name}, so it is not a Hugging Face model.",
-            "Give the folder that holds config.json and the weights.",
+            f"{path.parent} has no {path.name}, so it is not a Hugging Face model.",
+            "Give the folder that contains config.json and the weights.",
         ) from error
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path} is not valid JSON.", "Fetch the model again.") from error
+        raise SourceError(f"{path} is not valid JSON.", "Download the model again.") from error
     if not isinstance(document, dict):
-        raise SourceError(f"{path} holds no JSON object.", "Fetch the model again.")
+        raise SourceError(f"{path} is not a JSON object.", "Download the model again.")
     return document

@@ -1,8 +1,8 @@
-"""Names of a model's tensors ─► names on disk, through what wrappers leave in them.
+"""Maps tensor names of a model to names on disk, including those left by wrappers.
 
-A model may be saved out of a wrapper (DataParallel, torch.compile, FSDP, PEFT, a value model),
-which puts a prefix before every name or a part into the middle of it; or it may hold more than the
-language model, such as a value head.
+Models saved from a wrapper (DataParallel, torch.compile, FSDP, PEFT, a value model) have a prefix
+or an extra part in all names. Files may also contain more than the language model, such as a value
+head.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ _VALUE_HEADS = (
     "regression_head.",
 )
 _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.masked_bias")
-"""Endings of tables that older versions of transformers stored and newer ones compute."""
+"""Suffixes of buffers that older versions of transformers stored and newer ones compute."""
 
 
 def find_names(wanted: Collection[str], stored: Iterable[str], base: str) -> dict[str, str]:
-    """Return name in the model → name on disk of all that can be found.
+    """Return name in the model → name on disk for all tensors that can be matched.
 
     Args:
         wanted: names in the model.
         stored: names on disk.
-        base: name of the base model within the model, which a checkpoint of the headless model
-            lacks.
+        base: prefix of the base model, which is missing if the model was saved without a head.
     """
     known = _without_inner(stored)
     best = _matched(wanted, known, base, "")
@@ -45,7 +44,7 @@ def find_names(wanted: Collection[str], stored: Iterable[str], base: str) -> dic
 
 
 def _without_inner(stored: Iterable[str]) -> dict[str, str]:
-    """Return names without what wrappers put into the middle → names on disk."""
+    """Return name without the parts inserted by wrappers → name on disk."""
     names = list(stored)
     known = {_INNER.sub("", name): name for name in names}
     return known if len(known) == len(names) else {name: name for name in names}
@@ -64,8 +63,8 @@ def _matched(
 
 
 def _prefixes(wanted: Collection[str], known: Mapping[str, str], base: str) -> list[str]:
-    """Return what may stand before all names, the shortest first: what stands before one of them,
-    the longest, of which there are few."""
+    """Return candidates for a common prefix of all names, the shortest first. They are derived from
+    the longest name, which has the fewest matches."""
     name = max(wanted, key=len)
     forms = {name, name.removeprefix(f"{base}.")}
     found = {n[: -len(form)] for form in forms for n in known if n.endswith(f".{form}")}
@@ -73,21 +72,20 @@ def _prefixes(wanted: Collection[str], known: Mapping[str, str], base: str) -> l
 
 
 def refuse_unmerged(name: str, stored: Iterable[str]) -> None:
-    """Refuse weights that hold an adapter among them.
+    """Reject weights that contain an unmerged adapter.
 
     Raises:
-        UnsupportedModelError: they do.
+        UnsupportedModelError: they contain one.
     """
     if found := next((each for each in stored if _UNMERGED.search(each)), None):
         raise UnsupportedModelError(
-            f"The weights of {name} hold an adapter that is not merged ({found}), and nothing says "
-            "how it is scaled.",
+            f"The weights of {name} contain an unmerged adapter of unknown scaling ({found}).",
             "Merge it with PEFT: merge_and_unload, then save_pretrained.",
         )
 
 
 def value_head(stored: Iterable[str]) -> str:
-    """Return the name of a tensor of a value or classification head, if there is one."""
+    """Return the name of a tensor of a value or classification head; empty if there is none."""
     return next((name for name in stored if _part_of(name, _VALUE_HEADS)), "")
 
 
@@ -98,15 +96,14 @@ def _part_of(name: str, starts: tuple[str, ...]) -> bool:
 def naming_notes(
     names: Mapping[str, str], stored: Iterable[str], base: str, blocks: str, count: int
 ) -> list[str]:
-    """Return what is worth knowing of the names on disk: prefixes that are left out, and tensors
-    that are ignored.
+    """Return notes on names on disk: tensors that are renamed or ignored.
 
     Args:
         names: name in the model → name on disk.
         stored: all names on disk.
-        base: name of the base model within the model.
+        base: prefix of the base model.
         blocks: name of the list of decoder blocks in the model.
-        count: how many blocks the model has.
+        count: number of blocks of the model.
     """
     renamed = {
         name: on_disk
@@ -116,8 +113,7 @@ def naming_notes(
     notes = []
     if renamed:
         name, on_disk = next(iter(renamed.items()))
-        shown = f"such as {on_disk} as {name}"
-        notes.append(f"Read under another name: {_counted(renamed)}, {shown}.")
+        notes.append(f"Renamed: {_counted(renamed)}, such as {on_disk} to {name}.")
     used = set(names.values())
     left = [name for name in stored if name not in used and not name.endswith(_BUFFERS)]
     left = [name for name in left if not name.endswith(("lm_head.weight", "embed_out.weight"))]
@@ -139,5 +135,5 @@ def _kind(name: str, blocks: str, base: str, count: int) -> str:
     local = re.escape(blocks.removeprefix(f"{base}."))
     match = re.search(rf"(?:^|\.){local}\.(\d+)\.", name)
     if match and int(match[1]) >= count:
-        return f"of blocks beyond the {count} that the config names"
+        return f"of blocks beyond the {count} of the config"
     return "that the model does not use"

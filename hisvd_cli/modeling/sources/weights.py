@@ -1,4 +1,4 @@
-"""The tensors of a model folder, found by name and read one at a time."""
+"""The tensors of a model folder, read one at a time by name."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ((INDEX, SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
-"""(index of shards, single file) in the order of preference. Of a layout that lies there in both
-forms the single file is read, as transformers does it."""
+"""(shard index, single file) in order of preference. If both exist, the single file is read, as in
+transformers."""
 _CHECKED = 1 << 22
-"""Values that are checked at a time."""
+"""Values checked at a time."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors of one folder.
+    """The tensors of one folder.
 
     Attributes:
         infos: name → dtype, shape and byte range, for every tensor on disk.
         where: name → file.
-        recipes: name → what makes a tensor that is not stored as it is read, such as one that is
-            dequantized.
-        parts: files that recipes read, beside those of ``where``.
+        recipes: name → function that computes a tensor that is not stored as it is read, such as a
+            dequantized one.
+        parts: additional files that recipes read.
     """
 
     infos: dict[str, TensorInfo]
@@ -54,8 +54,8 @@ class Weights:
 
     @property
     def dtype(self) -> str:
-        """The floating-point dtype that most of the tensors have, of all dtypes where there is
-        none. Raises SourceError where torch has no such dtype."""
+        """The floating-point dtype with the most bytes; any dtype if no tensor is floating-point.
+        Raises SourceError if torch does not support it."""
         sizes: dict[str, int] = {}
         for info in self.infos.values():
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
@@ -65,7 +65,8 @@ class Weights:
         dtype = max(floats, key=lambda dtype: floats[dtype])
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise SourceError(
-                f"{self.files[0].parent} stores its weights as {dtype}, which torch does not have.",
+                f"The weights in {self.files[0].parent} have the dtype {dtype}, which torch does "
+                "not support.",
                 "Use a version of the model in float32, float16 or bfloat16.",
             )
         return dtype
@@ -81,7 +82,7 @@ class Weights:
 
         Raises:
             SourceError: the file is damaged.
-            NumericalError: the tensor holds NaN or infinity.
+            NumericalError: the tensor contains NaN or infinite values.
         """
         path = self.where[name]
         if recipe := self.recipes.get(name):
@@ -91,16 +92,16 @@ class Weights:
             tensor = _read_safetensor(path, name) if mapped is None else mapped[name]
         if bad := _not_finite(tensor):
             raise NumericalError(
-                f"{name} in {path.name} holds {bad} values that are NaN or infinite.",
-                "The model itself is damaged: fetch it again or use another checkpoint.",
+                f"{name} in {path.name} contains {bad} values that are NaN or infinite.",
+                "The model is damaged: download it again or use another checkpoint.",
             )
         return tensor
 
 
 def _not_finite(tensor: Tensor) -> int:
-    """Return how many values are NaN or infinite. Looking at all of a tensor at once would take
-    two and a half times its memory."""
-    # Numbers of 8 bits are checked once they are dequantized: torch cannot tell of all of them.
+    """Return the number of NaN or infinite values. Works in chunks, because a check of the whole
+    tensor would take 2.5 times its memory."""
+    # torch does not support the check for all 8-bit dtypes; they are checked once dequantized.
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         return 0
     parts = tensor.reshape(-1).split(_CHECKED)
@@ -115,28 +116,28 @@ def _read_safetensor(path: Path, name: str) -> Tensor:
             tensor: Tensor = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise SourceError(
-            f"Cannot read {name} from {path}: {reason(error)}", "Fetch the file again."
+            f"Cannot read {name} from {path}: {reason(error)}", "Download the file again."
         ) from error
     return tensor
 
 
 def open_weights(folder: Path) -> Weights:
-    """Index the weights of a folder: safetensors, sharded or single, else ``.bin`` files.
+    """Open the weights of a folder: safetensors or ``.bin``, single or sharded.
 
     Raises:
-        SourceError: no weights, a missing shard, or a damaged file.
+        SourceError: there are no weights, a shard is missing, or a file is damaged.
     """
     files = _weight_files(folder)
     if not files:
         raise SourceError(
-            f"{folder} holds no weights ({SINGLE} or pytorch_model.bin, or an index of shards).",
-            "Give the folder that holds the weights.",
+            f"{folder} has no weights ({SINGLE}, pytorch_model.bin or a shard index).",
+            "Give the folder that contains the weights.",
         )
     return _opened(files)
 
 
 def open_file(path: Path) -> Weights:
-    """Index the tensors of one file, safetensors or ``.bin``. Raises SourceError."""
+    """Open the tensors of one safetensors or ``.bin`` file. Raises SourceError."""
     return _opened([path])
 
 
@@ -154,13 +155,13 @@ def _opened(files: Sequence[Path]) -> Weights:
         where.update(dict.fromkeys(found, path))
     if not infos:
         raise SourceError(
-            f"The weights of {files[0].parent} hold no tensors.", "Fetch the model again."
+            f"The weight files in {files[0].parent} have no tensors.", "Download the model again."
         )
     return Weights(infos, where, legacy)
 
 
 def has_weights(folder: Path) -> bool:
-    """Tell whether weights lie in a folder, whole or not."""
+    """Return whether a folder contains weight files or a shard index."""
     return any((folder / name).is_file() for layout in LAYOUTS for name in layout)
 
 
@@ -178,14 +179,14 @@ def shard_files(index: Path) -> list[str]:
     try:
         names = {Path(name).as_posix() for name in read_json(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{index} is not a valid shard index.", "Fetch it again.") from error
+        raise SourceError(f"{index} is not a valid shard index.", "Download it again.") from error
     for name in sorted(names):
-        # A name from a file must not lead out of the folder.
+        # Names from a file must not point outside the folder.
         path = Path(name)
         if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
             raise SourceError(
-                f"{index} names the shard '{name}', which is not a file of its folder.",
-                "Fetch the model again; do not use this one if you do not know its author.",
+                f"{index} names the shard '{name}', which is not a file in its folder.",
+                "Download the model again; do not use this one if you do not trust its author.",
             )
     return sorted(names)
 
@@ -195,13 +196,13 @@ def _indexed(index: Path) -> list[Path]:
     if missing := [path.name for path in files if not path.is_file()]:
         raise SourceError(
             f"{index.parent} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}.",
-            "Fetch the model again.",
+            "Download the model again.",
         )
     return files
 
 
 def _map_bin(path: Path) -> dict[str, Tensor]:
-    """Map a pickled state dict into memory; ``weights_only`` refuses any code in it."""
+    """Memory-map a pickled state dict; ``weights_only`` rejects any code in it."""
     import pickle
     import zipfile
 
@@ -210,27 +211,27 @@ def _map_bin(path: Path) -> dict[str, Tensor]:
     from hisvd_cli.modeling.pickles.foreign import read_foreign
     from hisvd_cli.utils.library_errors import library_errors
 
-    hint = "Fetch it again, or convert the model to safetensors."
-    read_foreign(path)  # first: it holds what it declares, which torch would believe
-    # Files from before PyTorch 1.6 are no archives, and cannot be mapped.
+    hint = "Download it again, or convert the model to safetensors."
+    read_foreign(path)  # first: checks the declared sizes, which torch would trust
+    # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
     mapped = zipfile.is_zipfile(path)
     with library_errors(lambda why: SourceError(f"Cannot read {path}: {why}", hint)):
         try:
             state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             raise SourceError(
-                f"{path} is damaged, or holds more than tensors; no code in it was run.", hint
+                f"{path} is damaged, or contains more than tensors; no code in it was run.", hint
             ) from error
     if not isinstance(state, dict):
-        raise SourceError(f"{path} holds no state dict.", "Convert the model to safetensors.")
+        raise SourceError(f"{path} is not a state dict.", "Convert the model to safetensors.")
     found = {str(name): each for name, each in state.items() if isinstance(each, torch.Tensor)}
     check_plain(path, found, hint)
     return found
 
 
 def check_plain(path: Path, tensors: Mapping[str, Tensor], hint: str) -> None:
-    """Raise SourceError where a tensor of a pickle is no plain one: sparse, packed, without data,
-    or of more numbers than its data has."""
+    """Raise SourceError if a tensor of a pickle is sparse, quantized or without data, or has more
+    values than its storage."""
     import torch
 
     for name, tensor in tensors.items():
@@ -238,7 +239,7 @@ def check_plain(path: Path, tensors: Mapping[str, Tensor], hint: str) -> None:
         if not plain or tensor.is_quantized or type(tensor) is not torch.Tensor:
             raise SourceError(f"{name} in {path} is not a plain tensor.", hint)
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise SourceError(f"{name} in {path} has more numbers than the file.", hint)
+            raise SourceError(f"{name} in {path} has more values than its storage.", hint)
 
 
 def _info(tensor: Tensor) -> TensorInfo:

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, checked, hashed, and found again."""
+"""Atomic files and folders, checksums, fingerprints, caches and temporary folders."""

@@ -1,4 +1,4 @@
-"""Atomic file writing: a file has a temporary name until it is complete."""
+"""Atomic file writing: files have a temporary name until they are complete."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from hisvd_cli.utils.files.cache import write_hint
 from hisvd_cli.utils.files.owners import TAG, is_abandoned, own_tag
 
 TEMPORARY = ".*.tmp"
-"""Matches what a killed run may leave of a file that it was writing."""
+"""Matches temporary files that a killed run may leave."""
 _OWNED = re.compile(rf"\..+\.({TAG})\.tmp")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its name once the body has succeeded.
+    """Yield a temporary path beside ``path`` that is renamed to it when the body succeeds.
 
     Raises:
-        OutputError: the operating system refuses the write.
+        OutputError: the file cannot be written.
     """
-    # Two processes may write the same file of a cache: each has a temporary name of its own.
+    # Two processes may write the same cache file, so each uses its own temporary name.
     temporary = path.with_name(f".{path.name}.{own_tag()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent.absolute())
         yield temporary
-        with temporary.open("rb+") as file:  # Windows flushes what is open for writing
+        with temporary.open("rb+") as file:  # Windows only flushes files open for writing
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner reads
+        temporary.chmod(0o666 & ~_umask())  # safetensors creates files only the owner can read
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
     finally:
-        with suppress(OSError):  # a path that cannot be written may be one that cannot be looked at
+        with suppress(OSError):  # the path may not be accessible at all
             temporary.unlink()
 
 
 @cache
 def _remove_abandoned(folder: Path) -> None:
-    """Remove, once for each folder, what processes that were killed had begun to write there."""
+    """Remove temporary files of killed processes, once per folder."""
     for path in folder.glob(TEMPORARY):
         owned = _OWNED.fullmatch(path.name)
         if owned and is_abandoned(owned[1], path):
@@ -59,6 +59,6 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises OutputError."""
+    """Write a text file atomically. Raises OutputError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where hisvd keeps what it makes when the user names no place."""
+"""The cache folder, and hints for paths that cannot be written."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 from hisvd_cli.utils.errors import UsageError
 
-_SPACE_HINT = "Free some space or choose another folder; a rerun goes on after the last block."
+_SPACE_HINT = (
+    "Free some space or choose another folder; a rerun resumes after the last completed block."
+)
 
 
 def expanded(name: str) -> Path:
-    """Return a path with ``~`` and ``~user`` replaced; as shells do, a user that there is not stays
-    a plain name."""
+    """Return a path with ``~`` and ``~user`` expanded; unknown users are kept as in shells."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -20,7 +21,7 @@ def expanded(name: str) -> Path:
 
 
 def cache_root() -> Path:
-    """Return ``$HISVD_CACHE``, else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """Return ``$HISVD_CACHE``, or else ``hisvd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
         UsageError: ``HISVD_CACHE`` begins with ``~`` and the name of an unknown user.
@@ -29,7 +30,7 @@ def cache_root() -> Path:
         root = expanded(named)
         if root.parts[0].startswith("~"):
             raise UsageError(
-                f"HISVD_CACHE is '{named}', and there is no user '{root.parts[0][1:]}'.",
+                f"HISVD_CACHE is '{named}', but there is no user '{root.parts[0][1:]}'.",
                 "Set HISVD_CACHE to an existing folder or one that can be created.",
             )
         return root
@@ -38,8 +39,8 @@ def cache_root() -> Path:
 
 
 def write_hint(path: Path) -> str:
-    """Say what to do where ``path`` cannot be written."""
+    """Return a hint for the case that ``path`` cannot be written."""
     root = cache_root().absolute()
     if path.absolute() == root or root in path.absolute().parents:
-        return f"Free some space in {root}, or name another folder in HISVD_CACHE."
+        return f"Free some space in {root}, or set HISVD_CACHE to another folder."
     return _SPACE_HINT

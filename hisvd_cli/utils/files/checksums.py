@@ -1,9 +1,9 @@
-"""Checksums of files that an interrupted run leaves: what was damaged since is made again.
+"""Checksums of intermediate files, so that a resumed run rebuilds damaged ones.
 
-A safetensors file that hisvd writes holds the XXH3 hash of all its other bytes, as the first entry
-of its metadata. So it stands at a fixed place, and a file and its checksum appear together. A
-file of another kind, or a folder (the files directly in it), is sealed: the hashes are written
-beside the file, or into the folder.
+A safetensors file written by hisvd contains the XXH3 hash of all its other bytes as the first
+metadata entry, at a fixed position; file and checksum are written together. Other files and
+folders (the files directly in them) are sealed: the hashes are stored beside the file or in the
+folder.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from hisvd_cli.utils.files.json_files import read_json
 KEY = "checksum"
 """Name of the checksum in the metadata of a safetensors file."""
 BLANK = "0" * xxh3_64().digest_size * 2
-"""Stands in the place of the checksum while the bytes are hashed."""
+"""Placeholder for the checksum while the bytes are hashed."""
 SEAL = ".seal"
 
 _START = f'{{"__metadata__":{{"{KEY}":"'.encode()
 PLACE = 8 + len(_START)
-"""Where in a file the checksum stands."""
+"""Offset of the checksum in a file."""
 _CHUNK = 1 << 20
 _WRITTEN: set[tuple[int, ...]] = set()
 
 
 def remember(path: Path) -> None:
-    """Note that this process has just written a file, so that it need not be read for a check."""
+    """Record that this process has just written a file, so that :func:`intact` need not read it."""
     _WRITTEN.add(_identity(path))
 
 
@@ -40,7 +40,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def intact(path: Path) -> bool:
-    """Tell whether a safetensors file is there and holds every byte that hisvd wrote."""
+    """Return whether a safetensors file exists and its checksum matches."""
     try:
         if _identity(path) in _WRITTEN:
             return True
@@ -51,18 +51,18 @@ def intact(path: Path) -> bool:
             state = xxh3_64(start)
             while chunk := file.read(_CHUNK):
                 state.update(chunk)
-    except OSError:  # absent, or it cannot be read: both mean making it again
+    except OSError:  # missing or unreadable: it has to be rebuilt
         return False
     return start[8:PLACE] == _START and found == state.hexdigest().encode()
 
 
 def text_checksum(text: str) -> str:
-    """Return the checksum of a text."""
+    """Return the XXH3 checksum of a text, in hexadecimal."""
     return xxh3_64(text.encode()).hexdigest()
 
 
 def seal(path: Path) -> None:
-    """Write down the checksums of a finished folder's files, or of one file.
+    """Store the checksums of the files of a finished folder, or of one file.
 
     Raises:
         OutputError: they cannot be written.
@@ -77,8 +77,8 @@ def seal(path: Path) -> None:
 
 
 def sealed(path: Path) -> bool:
-    """Tell whether a folder or file was sealed, and holds what it held then; files that came into
-    the folder later do not count."""
+    """Return whether a folder or file is sealed and unchanged; files added to a folder after
+    sealing are ignored."""
     try:
         kept = read_json(_mark(path))
         found = _checksums(path)

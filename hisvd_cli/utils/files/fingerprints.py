@@ -1,4 +1,4 @@
-"""Names and hashes of what is on disk."""
+"""File hashes, and names derived from models and ratios."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 20
-_SLUG = 100  # characters, so that what stands before and behind it fits into a name too
+_SLUG = 100  # characters; leaves room for prefixes and suffixes in a file name
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 def slug(text: str) -> str:
-    """Return ``text`` as a short file name: letters, digits, dots and dashes."""
+    """Return ``text`` as a short file name of letters, digits, dots and dashes."""
     stem = Path(text.rstrip("/")).name or text
     plain = re.sub(r"[^A-Za-z0-9.]+", "-", stem.removesuffix(".gguf")).strip("-.")
     return plain[:_SLUG].rstrip("-.") or "model"
 
 
 def ratio_name(ratio: float) -> str:
-    """Return a ratio as names hold it: short, and another text for every other ratio."""
+    """Return a ratio as used in names: as short as possible, and distinct for every ratio."""
     short = f"{ratio:g}"
     return short if float(short) == ratio else repr(ratio)
 
 
 def digest(*parts: str | bytes) -> str:
-    """Return the sha256 of ``parts``, each behind its length so that none runs into the next."""
+    """Return the sha256 of ``parts``, each prefixed with its length to keep them separate."""
     state = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -49,28 +49,28 @@ def digest(*parts: str | bytes) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file, remembered in the cache until the file changes.
+    """Return the sha256 of a file, cached until the file changes.
 
     Raises:
         SourceError: the file cannot be read.
     """
     try:
         record = _digest_record(path)
-        with suppress(OSError):  # not there, or not readable
+        with suppress(OSError):  # missing or unreadable
             if _DIGEST.fullmatch(known := record.read_bytes()):
                 return known.decode()
         found = content_digest(path)
     except OSError as error:
         raise SourceError(
-            f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
+            f"Cannot read {path}: {reason(error)}", "Check that the file exists and is readable."
         ) from error
-    with suppress(OutputError):  # without a record it is read again the next time
+    with suppress(OutputError):  # without a record the file is hashed again next time
         write_text(record, found)
     return found
 
 
 def content_digest(path: Path) -> str:
-    """Return the sha256 of a regular file, read now. Raises OSError."""
+    """Return the sha256 of a regular file, without the cache. Raises OSError."""
     state = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -79,7 +79,7 @@ def content_digest(path: Path) -> str:
 
 
 def _digest_record(path: Path) -> Path:
-    # The change time counts too: unlike the modification time, nothing can set it back.
+    # Includes the change time, which cannot be set back, unlike the modification time.
     stat = path.stat()
     times = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     return cache_root() / "digests" / digest(str(path.resolve()), times)

@@ -1,7 +1,7 @@
-"""JSON from files that anybody may have written: read up to a bound, parsed strictly.
+"""Reads untrusted JSON with a size limit and strict parsing.
 
-The standard library accepts NaN, halves of surrogate pairs and numbers of any size, and raises
-``RecursionError`` where values are nested too deep. Here all of that is a ``ValueError``.
+The standard library accepts NaN, unpaired surrogates and numbers of any size, and raises
+``RecursionError`` for deeply nested values. Here, all of these raise ``ValueError``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from hisvd_cli.utils.files.atomic import write_text
 
 MAX_BYTES = 100_000_000
-"""Largest JSON document that is read; the header of a safetensors file has the same bound."""
+"""Size limit of JSON documents; safetensors headers have the same limit."""
 _MAX_DEPTH = 100
 _MAX_INTEGER = 1 << 63
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -27,15 +27,15 @@ def read_bounded(path: Path, limit: int = MAX_BYTES) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, or holds more than ``limit`` bytes.
+        ValueError: it is not a regular file, or is larger than ``limit`` bytes.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is not a regular file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise ValueError(f"it holds more than {limit:,} bytes")
-        return file.read(size)  # as much memory as is asked for is taken, whatever there is
+            raise ValueError(f"it is larger than {limit:,} bytes")
+        return file.read(size)  # exact: read() allocates the requested size in advance
 
 
 def read_json(path: Path, strict: bool = True) -> Any:
@@ -57,11 +57,11 @@ def parse_json(data: str | bytes, strict: bool = True) -> Any:
 
     Args:
         data: the text; bytes are UTF-8.
-        strict: reject numbers that are not finite, or that are whole and need more than 64 bits.
+        strict: reject non-finite numbers and integers of more than 64 bits.
 
     Raises:
-        ValueError: not valid JSON, nested too deep, a number of too many digits, or half of a
-            surrogate pair, which no file can hold.
+        ValueError: invalid JSON, nested too deeply, a number with too many digits, or an unpaired
+            surrogate, which cannot be encoded.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
     numbers: dict[str, Any] = {
@@ -75,9 +75,9 @@ def parse_json(data: str | bytes, strict: bool = True) -> Any:
         if _SURROGATE.search(text):
             json.dumps(document, ensure_ascii=False).encode()
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
     except UnicodeEncodeError as error:
-        raise ValueError("it holds half of a surrogate pair") from error
+        raise ValueError("it contains an unpaired surrogate") from error
     return document
 
 
@@ -95,13 +95,12 @@ def _finite(text: str) -> float:
 def _integer(text: str) -> int:
     number = int(text)
     if not -_MAX_INTEGER <= number < _MAX_INTEGER:
-        raise ValueError("a whole number needs more than 64 bits")
+        raise ValueError("an integer needs more than 64 bits")
     return number
 
 
 def check_depth(document: object) -> None:
-    """Raise ValueError where objects and lists are nested too deep: what reads a document may call
-    itself once a level."""
+    """Raise ValueError if objects and lists are nested too deeply for recursive readers."""
     level = [document]
     for _ in range(_MAX_DEPTH):
         level = [
@@ -120,7 +119,7 @@ def _items(value: object) -> list[Any]:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write an indented JSON document whole or not at all. Raises OutputError."""
+    """Write a document as indented JSON, atomically. Raises OutputError."""
     write_text(path, json_text(document))
 
 

@@ -1,7 +1,7 @@
-"""Which process a temporary file belongs to, told by its name, and whether that one still runs.
+"""Identifies the process that owns a temporary file, and whether it still runs.
 
-A name holds the machine, the process and its start: another container on the same disk numbers its
-processes anew, and so does the same machine after a while.
+The file name contains the machine, the process id and its start time, because process ids repeat
+across containers that share a disk, and over time on the same machine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import psutil
 TAG = r"([0-9a-f]{4})-(\d+)-([0-9a-f]{4})"
 """Matches what :func:`own_tag` returns."""
 WEEK_SECONDS = 7 * 24 * 3600.0
-"""What nobody has touched for so long counts as abandoned, whoever made it."""
+"""Files that were not modified for this long are considered abandoned."""
 
 
 def own_tag() -> str:
-    """Return the text that names this process in the names of its temporary files."""
+    """Return the tag that identifies this process in the names of its temporary files."""
     return _tag(os.getpid())
 
 
@@ -33,11 +33,13 @@ def _tag(process: int) -> str:
 
 
 def is_abandoned(tag: str, path: Path) -> bool:
-    """Tell whether nobody will come back to a temporary file or folder.
+    """Return whether the owner of a temporary file or folder has ended.
+
+    For an owner on another machine, the file counts as abandoned if it was not modified for a week.
 
     Args:
-        tag: of its owner.
-        path: where it is.
+        tag: the owner's tag.
+        path: the file or folder.
     """
     found = re.fullmatch(TAG, tag)
     if found is None:
@@ -49,7 +51,7 @@ def is_abandoned(tag: str, path: Path) -> bool:
 
 
 def untouched(path: Path) -> bool:
-    """Tell whether nothing was written to a file, or made in a folder, for a week."""
+    """Return whether a file or folder was not modified for a week."""
     try:
         return time.time() - path.stat().st_mtime > WEEK_SECONDS
     except OSError:
@@ -64,11 +66,11 @@ def _machine() -> str:
 
 
 def _started(process: int) -> str | None:
-    """Return the time at which a process started, short; None where there is no such process."""
+    """Return a short hash of the start time of a process; None if there is no such process."""
     try:
         status = Path(f"/proc/{process}/stat")
         if Path("/proc/self/stat").is_file():
-            # In ticks since the machine started, which no clock that is set changes.
+            # Ticks since boot, which do not depend on the system clock.
             text = status.read_text(encoding="utf-8", errors="replace")
             ticks = int(text.rpartition(")")[2].split()[19])
         else:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what it says of each tensor, checked."""
+"""Parses and checks the header of a safetensors file."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ DTYPE_NAMES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-"""safetensors' name of a dtype → torch's."""
+"""Dtype name in safetensors → in torch."""
 _WIDTHS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
-"""safetensors' name of a dtype → bytes of an element."""
+"""Dtype name in safetensors → bytes per element."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return torch's name of a dtype, as settings and records write it: ``bfloat16``."""
+    """Return the name of a dtype as used in settings and records, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 _MOST_DIMENSIONS = 64
-"""As many as torch has."""
+"""Limit of torch."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; ``start`` and ``end`` are absolute byte positions."""
+    """Header entry of one tensor; ``start`` and ``end`` are byte positions in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -66,29 +66,29 @@ class TensorInfo:
 
     @property
     def width(self) -> float:
-        """Bytes of one element; infinite where there is none."""
+        """Bytes per element; infinite for an empty tensor."""
         count = math.prod(self.shape)
         return self.nbytes / count if count else math.inf
 
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of a file in file order, and its string metadata."""
+    """The tensors of a file, in file order, and its string metadata."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
 
 def parse_header(data: bytes, base: int) -> Header:
-    """Return what the JSON of a header says.
+    """Parse the JSON of a header.
 
     Args:
         data: the JSON.
-        base: where in the file the bytes of tensors begin.
+        base: offset of the tensor data in the file.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is not valid, or tensors overlap or
-            leave holes between them.
+        ValueError, KeyError, TypeError, AttributeError: it is invalid, or tensors overlap or leave
+            gaps.
     """
     entries = parse_json(data)
     metadata = _metadata(entries.pop("__metadata__", {}))
@@ -97,27 +97,27 @@ def parse_header(data: bytes, base: int) -> Header:
     end = base
     for name, info in ordered.items():
         if info.start != end:
-            raise ValueError(f"the bytes of {name} do not follow those of the tensor before it")
+            raise ValueError(f"the data of {name} overlaps the tensor before it or leaves a gap")
         end = info.end
     return Header(ordered, metadata)
 
 
 def _metadata(document: object) -> dict[str, str]:
     if not isinstance(document, dict) or not all(isinstance(v, str) for v in document.values()):
-        raise ValueError("its metadata are not texts")
+        raise ValueError("its metadata values are not strings")
     return document
 
 
 def _entry(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
-    """Return what a header says of one tensor. Raises ValueError where that cannot be."""
+    """Return the parsed entry of one tensor. Raises ValueError if it is inconsistent."""
     stored, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(stored, str) or not all(type(n) is int and n >= 0 for n in (*shape, start)):
-        raise ValueError(f"{name} has no dtype, shape or place")
+        raise ValueError(f"{name} has no valid dtype, shape or data offsets")
     if len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"{name} has {len(shape)} dimensions")
     if type(end) is not int or end < start:
         raise ValueError(f"{name} ends before it starts")
     width = _WIDTHS.get(stored)
     if width is not None and end - start != math.prod(shape) * width:
-        raise ValueError(f"{name} has {end - start} bytes, which is not {stored} {shape}")
+        raise ValueError(f"{name} has {end - start} bytes, which does not match {stored} {shape}")
     return TensorInfo(DTYPE_NAMES.get(stored, stored), tuple(shape), base + start, base + end)

@@ -1,6 +1,6 @@
-"""Temporary folders: all in one place, each with its owner in its name, and gone with it.
+"""Temporary folders, named after the process that owns them.
 
-A process that is killed leaves its own; the next command removes what has no owner any more.
+Folders of killed processes are removed by the next command.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _RESUMABLE = (
     "calibration/*/*/.*.partial",
     "gguf/.*.partial",
 )
-"""What runs leave in the cache to go on with."""
-_HINT = "Name another folder with --scratch, or another cache in HISVD_CACHE."
+"""Cache entries that interrupted runs leave for resuming."""
+_HINT = "Choose another folder with `model.scratch`, or another cache with HISVD_CACHE."
 
 
 def scratch_root(named: str | None) -> Path:
-    """Return the folder of temporary files: as the settings name it, else one in the cache."""
+    """Return the folder for temporary files: that of the settings, or else one in the cache."""
     return expanded(named) if named else cache_root() / "scratch"
 
 
 @contextmanager
 def scratch_folder(named: str | None) -> Iterator[Path]:
-    """Make a temporary folder, for while the body runs.
+    """Create a temporary folder for the body, and remove it afterwards.
 
     Args:
-        named: ``scratch`` of the settings.
+        named: the setting ``model.scratch``.
 
     Raises:
-        OutputError: it cannot be made, or what is written there does not fit.
+        OutputError: it cannot be created, or the disk is full.
     """
     root = scratch_root(named)
     try:
@@ -67,13 +67,13 @@ def scratch_folder(named: str | None) -> Iterator[Path]:
 
 
 def sweep(named: str | None) -> None:
-    """Remove temporary folders whose process has ended, and what a run left in the cache a week
-    ago or longer to go on with.
+    """Remove temporary folders of processes that have ended, and resumable work in the cache that
+    was not touched for a week.
 
     Args:
-        named: ``scratch`` of the settings.
+        named: the setting ``model.scratch``.
     """
-    with suppress(OSError):  # a folder that cannot be read or written stops no command
+    with suppress(OSError):  # an inaccessible folder must not stop a command
         for folder in scratch_root(named).iterdir():
             owned = _OWNED.fullmatch(folder.name)
             if owned and is_abandoned(owned[1], folder):
@@ -86,7 +86,7 @@ def sweep(named: str | None) -> None:
 
 
 def expire(folder: Path) -> None:
-    """Remove what a run left to go on with, where nobody has gone on with it for a week."""
+    """Remove the resumable work in ``folder`` if it was not touched for a week."""
     if untouched(folder) and not any(map(held, folder.parent.glob(".*.lock"))):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -105,13 +105,13 @@ def clear_beside(output: Path) -> None:
 
 
 def held(lock: Path) -> bool:
-    """Tell whether a process holds a lock. The file of one that nobody holds is removed."""
+    """Return whether a process holds a lock. The file of a lock that is not held is removed."""
     if not lock.is_file():
         return False
     try:
         with FileLock(lock, timeout=0):
             with suppress(OSError):
-                lock.unlink()  # while it is held, as in building()
+                lock.unlink()  # while held, as in building()
             return False
     except (Timeout, OSError):
         return True

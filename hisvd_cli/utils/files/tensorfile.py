@@ -1,8 +1,7 @@
-"""The safetensors file format: headers without tensors, and files joined without memory.
+"""Safetensors files: headers, checksummed writing, and joining files with little memory.
 
-A file is an 8-byte little-endian header length, a JSON header ``{name: {dtype, shape,
-data_offsets}}``, and the tensors' bytes. Only what the ``safetensors`` package does not offer is
-here; tensors themselves are read and written by it.
+A file consists of an 8-byte little-endian header length, a JSON header ``{name: {dtype, shape,
+data_offsets}}``, and the data. This module adds what the ``safetensors`` package does not offer.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from hisvd_cli.utils.files.safetensors_header import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-AGAIN = "Run the same command again: it makes anew what is damaged."
+AGAIN = "Run the same command again: it rebuilds damaged files."
 
 _CHUNK = 1 << 20
-_DAMAGED = "Fetch or write the file again; it is damaged or was not written to its end."
+_DAMAGED = "Download or write the file again; it is damaged or incomplete."
 
 
 def read_header(path: Path) -> Header:
     """Read the header of a safetensors file.
 
     Raises:
-        SourceError: the file is missing, truncated, or no safetensors file.
+        SourceError: the file is missing, truncated, or not a safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -51,7 +50,7 @@ def read_header(path: Path) -> Header:
             return _parse_header(path, file, size)
     except OSError as error:
         raise SourceError(
-            f"Cannot read {path}: {reason(error)}", "Check that the file is there and readable."
+            f"Cannot read {path}: {reason(error)}", "Check that the file exists and is readable."
         ) from error
 
 
@@ -69,22 +68,22 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
     header = Header(header.tensors, _without_checksum(header.metadata))
     end = max((info.end for info in header.tensors.values()), default=8 + length)
     if end != size:
-        raise SourceError(f"{path} holds {size} bytes where its header names {end}.", _DAMAGED)
+        raise SourceError(f"{path} has {size} bytes, but its header describes {end}.", _DAMAGED)
     return header
 
 
 def read_tensors(
     path: Path, hint: str, wanted: Callable[[str], bool] = bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors and its metadata.
+    """Return the tensors and the metadata of a safetensors file.
 
     Args:
         path: the file.
-        hint: what to do where it is missing or damaged.
-        wanted: tells by its name whether a tensor is read; by default all are.
+        hint: hint of the error if it is missing or damaged.
+        wanted: returns whether the tensor of a name is read; by default all are.
 
     Raises:
-        SourceError: the file is missing, truncated, or no safetensors file.
+        SourceError: the file is missing, truncated, or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -101,12 +100,12 @@ def _without_checksum(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: complete under its name, or not at all.
+    """Write a safetensors file atomically.
 
     Raises:
         OutputError: the file cannot be written, for example on a full disk.
     """
-    # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
+    # Wide elements first, as in safetensors, so that each tensor is aligned to its element size.
     named = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     infos = [
         (name, TensorInfo(dtype_name(t.dtype), tuple(t.shape), 0, t.numel() * t.element_size()))
@@ -143,10 +142,10 @@ def _write(
 
 @contextmanager
 def serializing(path: Path) -> Iterator[None]:
-    """Have what torch and safetensors raise in the body where the disk is full say so.
+    """Convert write errors of torch and safetensors in the body, such as on a full disk.
 
     Raises:
-        OutputError: the operating system refuses the write.
+        OutputError: the file cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -155,25 +154,25 @@ def serializing(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
     except RuntimeError as error:
-        # torch's writer of archives finds its own count of bytes wrong, and says only that.
+        # On a full disk, torch's archive writer only reports an unexpected byte count.
         if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter")):
             raise
         system = error.__context__
-        why = reason(system) if isinstance(system, OSError) else "not all bytes were taken."
+        why = reason(system) if isinstance(system, OSError) else "incomplete write."
         raise OutputError(f"Cannot write {path}: {why}", write_hint(path)) from error
 
 
 def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file that holds the tensors of all ``parts``, byte for byte.
+    """Join the tensors of all ``parts`` into one safetensors file.
 
-    The bytes are copied from file to file, so memory does not grow with the files' size.
+    Bytes are copied in chunks, so that memory use does not grow with the size of the files.
 
     Raises:
         OutputError: the file cannot be written.
         SourceError: a part is damaged.
     """
     placed = [(part, *item) for part in parts for item in read_header(part).tensors.items()]
-    # Wide elements first, as safetensors itself does it: so each starts at a multiple of its size.
+    # Wide elements first, as in safetensors, so that each tensor is aligned to its element size.
     placed.sort(key=lambda item: item[2].width, reverse=True)
     data = (chunk for part, _, info in placed for chunk in _chunks(part, info))
     _write(path, [(name, info) for _, name, info in placed], data, metadata)
@@ -186,13 +185,13 @@ def write_parts(
     metadata: Mapping[str, str],
     written: Callable[[], None],
 ) -> None:
-    """Write a safetensors file of one tensor, a part of its rows at a time.
+    """Write a safetensors file with one tensor, some rows at a time.
 
     Args:
         path: the file.
-        name: of the tensor.
-        parts: its rows, in order, of one dtype.
-        metadata: of the file.
+        name: name of the tensor.
+        parts: the rows, in order, of one dtype.
+        metadata: metadata of the file.
         written: called after each part.
 
     Raises:
@@ -210,7 +209,7 @@ def write_parts(
 
 
 def _header(tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
-    """Return what stands before the bytes of tensors that follow each other."""
+    """Return the length prefix and the JSON header for consecutive tensors."""
     names = {torch_name: name for name, torch_name in DTYPE_NAMES.items()}
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -222,7 +221,7 @@ def _header(tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, st
         }
         offset += info.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as the format asks
+    text += b" " * (-len(text) % 8)  # the format requires 8-byte alignment
     return struct.pack("<Q", len(text)) + text
 
 
@@ -233,6 +232,6 @@ def _chunks(part: Path, info: TensorInfo) -> Iterator[bytes]:
         while left:
             data = source.read(min(left, _CHUNK))
             if not data:
-                raise SourceError(f"{part} became shorter while it was read.", _DAMAGED)
+                raise SourceError(f"{part} was truncated while it was read.", _DAMAGED)
             left -= len(data)
             yield data

@@ -1,5 +1,4 @@
-"""Texts at a path that the user names, plans and reports: files are replaced whole, and streams,
-devices and pipes are written to."""
+"""Writes text to a path of the user: files atomically, streams, devices and pipes directly."""
 
 from __future__ import annotations
 
@@ -13,55 +12,55 @@ from hisvd_cli.utils.files.cache import write_hint
 
 
 def takes_text(path: Path) -> bool:
-    """Tell whether a path is written to as it is: stdout and stderr, wherever they lead, a
-    character device, or a pipe."""
+    """Return whether a path is written to directly: stdout or stderr (even if redirected to a
+    file), a character device, or a pipe."""
     return _descriptor(path) is not None or path.is_char_device() or path.is_fifo()
 
 
-def check_text_place(path: Path, flag: str) -> None:
-    """Find out before any work whether a text can be written.
+def check_text_place(path: Path, argument: str) -> None:
+    """Check, before any work, that text can be written to a path.
 
     Args:
-        path: the file, or what :func:`takes_text`.
-        flag: what named it.
+        path: a file, or a path that :func:`takes_text`.
+        argument: the argument that set it, as messages name it, such as `` `output` ``.
 
     Raises:
-        OutputError: a folder, a socket or a disk is there, or nothing can be written there.
+        OutputError: the path is a folder, a socket or a block device, or is not writable.
     """
-    another = f"Name another file with {flag}."
+    another = f"Choose another file with {argument}."
     if path.is_dir():
-        raise OutputError(f"{flag} {path} is a folder.", "Name a file.")
+        raise OutputError(f"{argument} {path} is a folder.", "Give the path of a file.")
     if takes_text(path):
         if not os.access(path, os.W_OK):
-            raise OutputError(f"Cannot write to {flag} {path}.", another)
+            raise OutputError(f"{argument} {path} is not writable.", another)
         return
     if path.exists() and not path.is_file():
-        raise OutputError(f"{flag} {path} is neither a file nor a pipe.", another)
+        raise OutputError(f"{argument} {path} is neither a file nor a pipe.", another)
     home = next(folder for folder in path.resolve().parents if folder.exists())
     if not (home.is_dir() and os.access(home, os.W_OK)):
-        raise OutputError(f"Cannot write {flag} {path}: {home} takes no files.", another)
+        raise OutputError(f"Cannot write {argument} {path}: {home} is not writable.", another)
 
 
 def write_through(path: Path, text: str) -> None:
-    """Write a text: a regular file whole or not at all, through links to it; to anything else as it
-    is. Raises OutputError."""
+    """Write text: atomically to a regular file (following links), directly to anything else.
+    Raises OutputError."""
     if not takes_text(path):
         write_text(path.resolve(), text)
         return
-    # Opened anew, a stream that leads to a file would begin at its start again.
+    # Opening a redirected stream again would overwrite the file from its start.
     number = _descriptor(path)
     try:
         descriptor = os.open(path, os.O_WRONLY) if number is None else os.dup(number)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
-    except BrokenPipeError:  # a reader that went away early has what it wants
+    except BrokenPipeError:  # the reader has closed the pipe early, as head does
         return
     except OSError as error:
         raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
 
 
 def _descriptor(path: Path) -> int | None:
-    """Return 1 or 2 where a path leads to the stdout or stderr of this process."""
+    """Return 1 or 2 if a path refers to the stdout or stderr of this process, else None."""
     for number in (1, 2):
         with suppress(OSError):
             if os.path.samestat(os.fstat(number), path.stat()):
