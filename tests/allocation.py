@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from hisvd_cli.allocation.budget import Budget
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.modeling.layers.lowrank import Storage
 from hisvd_cli.modeling.sublayers import Shape
@@ -55,6 +57,11 @@ def make_budget(
     shapes = [s.shape for s in spectra]
     total = sum(m * n for m, n in shapes)
     return Budget(shapes, round(ratio * total), [floor] * len(shapes), multiple_of, storage)
+
+
+def allocate(name: str, spectra: Sequence[Spectrum], budget: Budget, **values: Any) -> Allocation:
+    """Run an allocator with options, and whatever else it names, from ``values``."""
+    return ALLOCATORS.get(name)(spectra, budget, **ALLOCATORS.arguments(name, values))
 
 
 def choices(

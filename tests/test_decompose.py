@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hisvd_cli.allocation.spectrum import weight_energy, whitened_energy
+from hisvd_cli.allocation.energies import weight_energy, whitened_energy
 from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.linalg.moments import Moment, MomentSum, Side
 from hisvd_cli.linalg.statistics import Statistics

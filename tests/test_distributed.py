@@ -47,7 +47,7 @@ how = os.environ["HOW"]
 if (how, os.environ["RANK"]) == ("killed", "1"):
     BlockWalk.advance = die
 if (how, os.environ["RANK"]) == ("failing", "1"):
-    compress.Factory.gather = fail
+    compress.PartBuilder.read = fail
 main()
 """
 RUNS = {"whole": (2, 5), "killed": (2, 5), "failing": (2, 1)}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +16,18 @@ import pytest
 import tomli
 import typer
 
-from hisvd_cli.allocation import methods
 from hisvd_cli.allocation.methods import ALLOCATORS
 from hisvd_cli.cli.app import app
 from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.pipelines.config.presets import PRESETS
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import SECTIONS
-from hisvd_cli.utils.registry import Registry
-from tests.allocation import make_budget, make_spectra
 from tests.benchmarks.tables import MANUAL, README, TABLES, pages, refreshed
+from tests.cli_helpers import environment
 from tests.test_imports import ROOMS
+
+REPOSITORY = Path(__file__).parents[1]
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 NAMES = [path.name for path in pages()]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -176,12 +181,35 @@ def test_the_layout_is_that_of_the_imports() -> None:
     assert tuple(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == ROOMS
 
 
-def test_the_example_of_an_allocator_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry: Registry[Any] = Registry("allocator", "hisvd_cli.cli.commands", "hisvd.tests")
-    monkeypatch.setattr(methods, "ALLOCATORS", registry)
-    (code,) = blocks(page("contributing.md"), "python")
-    exec(code, {"__name__": "example"})
-    given = make_spectra(layers=3, seed=0)
-    budget = make_budget(given, 0.6)
-    ranks = registry.get("root")(given, budget).ranks
-    assert 0 < budget.spent(ranks) <= budget.parameters
+@pytest.mark.slow
+def test_the_example_of_a_method_works(tmp_path: Path) -> None:
+    """In a copy of the product: its file, its test, and what the commands print."""
+    shutil.copytree(REPOSITORY / "hisvd_cli", tmp_path / "hisvd_cli")
+    (tmp_path / "tests").mkdir()
+    for name in (
+        "pyproject.toml",
+        *(f"tests/{n}.py" for n in ("__init__", "conftest", "allocation")),
+    ):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    text = page("contributing.md")
+    named = re.findall(r"^`(\S+\.py)`:\n\n```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(named) == len(blocks(text, "python")) == 2
+    for path, code in named:
+        (tmp_path / path).write_text(code, encoding="utf-8")
+    (session,) = blocks(text, "console")
+    for part in session.removeprefix("$ ").split("\n$ "):
+        command, _, wanted = part.partition("\n")
+        shown = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env=environment({"PYTHONPATH": str(tmp_path), "PATH": PATH, "COLUMNS": "80"}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert told(shown.stdout) == told(wanted), shown.stderr
+
+
+def told(output: str) -> list[str]:
+    """Return the lines of an output, without what differs from run to run."""
+    return [re.sub(r" in [\d.]+s$", "", line.rstrip()) for line in output.rstrip().splitlines()]

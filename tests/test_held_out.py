@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hisvd_cli.allocation.held_out import held_out_energy, held_out_losses
-from hisvd_cli.allocation.spectrum import held_out_fisher_energy
+from hisvd_cli.allocation.energies import held_out_energy, held_out_fisher_energy, held_out_losses
 from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.linalg.moments import Moment
 from hisvd_cli.linalg.statistics import Channels, Gradient, Statistics

@@ -4,7 +4,7 @@ of every allocator."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,17 @@ from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Spectrum
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
 from hisvd_cli.modeling.sublayers import Shape
 from hisvd_cli.utils.errors import NumericalError
-from tests.allocation import choices, least_loss, make_budget, make_spectra, spent, tail_losses
+from tests.allocation import (
+    allocate as run_allocator,
+)
+from tests.allocation import (
+    choices,
+    least_loss,
+    make_budget,
+    make_spectra,
+    spent,
+    tail_losses,
+)
 
 GRID = [0.2, 0.4, 0.6, 0.8]
 
@@ -81,7 +91,7 @@ STEPS = [(1, 1), (2, 1), (2, 2)]
 
 def allocate(name: str, spectra: Sequence[Spectrum], budget: Budget) -> Allocation:
     probe = {"probe": FakeProbe(spectra, _weights(len(spectra)))} if name in MEASURING else {}
-    return ALLOCATORS.get(name)(spectra, budget, **KNOBS[name], **probe)
+    return run_allocator(name, spectra, budget, **KNOBS[name], **probe)
 
 
 def assert_next_to(budget: Budget, ranks: Sequence[int]) -> None:
@@ -147,7 +157,7 @@ def _falling(name: str, shape: Shape, decay: float) -> Spectrum:
 
 
 def _asvd(spectra: Sequence[Spectrum], budget: Budget, probe: FakeProbe) -> Allocation:
-    return ALLOCATORS.get("asvd")(spectra, budget, probe=probe, sensitivity_ratios=GRID)
+    return run_allocator("asvd", spectra, budget, probe=probe, sensitivity_ratios=GRID)
 
 
 @pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8, 0.9])
@@ -189,7 +199,7 @@ def test_asvd_scales_a_grid_that_keeps_too_much() -> None:
     spectra = make_spectra(4, seed=1)
     budget = make_budget(spectra, 0.3)
     probe = FakeProbe(spectra, _weights(len(spectra)))
-    ranks = ALLOCATORS.get("asvd")(spectra, budget, probe=probe, sensitivity_ratios=[0.7]).ranks
+    ranks = run_allocator("asvd", spectra, budget, probe=probe, sensitivity_ratios=[0.7]).ranks
     assert_next_to(budget, ranks)
 
 
@@ -204,8 +214,8 @@ def test_lems_minimises_measured_divergence_carried_along_the_tail(
     spectra = make_spectra(20, seed=5)
     budget = make_budget(spectra, ratio)
     probe = FakeProbe(spectra, _weights(len(spectra)))
-    ranks = ALLOCATORS.get("lems")(
-        spectra, budget, probe=probe, probe_ratio=0.5, depth_factor=depth_factor
+    ranks = run_allocator(
+        "lems", spectra, budget, probe=probe, probe_ratio=0.5, depth_factor=depth_factor
     ).ranks
     losses = []
     for i, s in enumerate(spectra):
@@ -222,7 +232,7 @@ def test_lems_measures_once_per_sublayer() -> None:
     spectra = make_spectra(3, seed=0)
     probe = FakeProbe(spectra, _weights(len(spectra)))
     budget = make_budget(spectra, 0.6)
-    ALLOCATORS.get("lems")(spectra, budget, probe=probe, probe_ratio=0.3, depth_factor=1.0)
+    run_allocator("lems", spectra, budget, probe=probe, probe_ratio=0.3, depth_factor=1.0)
     expected = [(s.name, max(1, int(0.3 * break_even(s.shape)))) for s in spectra]
     assert probe.asked == expected
 
@@ -231,8 +241,8 @@ def test_lems_depth_factor_favours_early_blocks() -> None:
     spectrum = _falling("model.layers.0", (96, 96), 0.05)
     spectra = [replace(spectrum, name=f"model.layers.{i}", layer=i) for i in range(4)]
     probe = FakeProbe(spectra, [1.0] * 4)
-    ranks = ALLOCATORS.get("lems")(
-        spectra, make_budget(spectra, 0.5), probe=probe, probe_ratio=0.5, depth_factor=5.0
+    ranks = run_allocator(
+        "lems", spectra, make_budget(spectra, 0.5), probe=probe, probe_ratio=0.5, depth_factor=5.0
     ).ranks
     assert ranks == sorted(ranks, reverse=True)
     assert ranks[0] > ranks[-1]
@@ -244,7 +254,8 @@ def test_lems_depth_factor_favours_early_blocks() -> None:
 def _learned(
     spectra: Sequence[Spectrum], budget: Budget, weights: Sequence[float], steps: int
 ) -> Allocation:
-    return ALLOCATORS.get("learned")(
+    return run_allocator(
+        "learned",
         spectra,
         budget,
         probe=FakeProbe(spectra, weights),
@@ -347,8 +358,7 @@ def test_a_measurement_that_is_nan_is_an_error_that_names_what_was_measured(name
         ) -> tuple[float, list[float]]:
             return math.nan, [0.0] * len(positions)
 
-    allocator: Callable[..., Allocation] = ALLOCATORS.get(name)
     probe = Broken(spectra, _weights(len(spectra)))
     with pytest.raises(NumericalError) as caught:
-        allocator(spectra, make_budget(spectra, 0.6), **KNOBS[name], probe=probe)
+        run_allocator(name, spectra, make_budget(spectra, 0.6), **KNOBS[name], probe=probe)
     assert ("step 1" if name == "learned" else spectra[1].name) in caught.value.message

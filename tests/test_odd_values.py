@@ -383,4 +383,4 @@ def test_a_home_of_nobody_is_a_plain_name(model: Path) -> None:
     message, _ = fail("plan", "--model", model, "--profile", "profile.toml", code=2)
     assert "without NUL" in message
     message, _ = fail("plan", "--model", model, "--drop", "a\udcff", code=2)
-    assert "a text of UTF-8" in message
+    assert "UTF-8 text" in message

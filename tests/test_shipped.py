@@ -135,7 +135,7 @@ def test_profiles_by_name(here: Path) -> None:
     brought = succeed("plan", "--profile", "mistral-7b", "--show-profile").stdout
     assert 'name = "mistralai/Mistral-7B-v0.1"' in brought
     message, hint = fail("plan", "--profile", "lama-2-7b", code=2)
-    assert message == "No profile 'lama-2-7b': no such file, and none that hisvd brings."
+    assert message == "'lama-2-7b' is neither a file nor a shipped profile."
     assert hint == "Did you mean 'llama-2-7b'?"
     assert "Cannot read the profile" in fail("plan", "--profile", "x/llama-7b", code=2)[0]
 

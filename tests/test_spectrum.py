@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hisvd_cli.allocation.spectrum import rank_density, tail_share, weight_energy
+from hisvd_cli.allocation.energies import weight_energy
+from hisvd_cli.allocation.spectrum import rank_density, tail_share
 from hisvd_cli.utils.errors import UsageError
 
 

@@ -74,7 +74,7 @@ def test_code_of_a_model_does_not_run_by_a_found_profile(
     assert (done.returncode, done.stdout) == (2, "")
     profile = (luring.parent / where / "hisvd.toml").resolve()
     assert message.startswith(f"{profile}: model.trust_remote_code = true runs the Python code")
-    assert "only a flag, the environment or --profile" in message
+    assert "which requires a flag, an environment variable or --profile" in message
     assert f"--profile {profile}" in hint
 
 

@@ -1,4 +1,4 @@
-"""A source ─► its structure: sublayers, sizes, and names of tensors."""
+"""The structure of a model: sublayers, sizes and tensor names."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _KEPT = "_anatomy"
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model's structure: all its sublayers, its size, and its tensors' names on disk."""
+    """The structure of a model: all sublayers, its size, and the names of its tensors on disk."""
 
     sublayers: list[Sublayer]
     total_parameters: int
     names: dict[str, str]
 
     def size(self, include: Sequence[str], exclude: Sequence[str]) -> ModelSize:
-        """Return the size of the whole, and of the sublayers that a plan covers."""
+        """Return the size of the model and of the sublayers that a plan covers."""
         chosen = select(self.sublayers, include, exclude)
         return ModelSize(self.total_parameters, sum(s.shape[0] * s.shape[1] for s in chosen))
 
 
 def dissect(source: Source) -> Anatomy:
-    """Find the sublayers of a model without reading a weight.
+    """Return the structure of a model, without reading weights.
 
-    What is found is kept with the source, as its cached properties are: building a large model
-    takes a second, and a run asks several times.
+    The result is cached with the source: building a large model takes a second, and a run needs the
+    structure several times.
 
     Raises:
-        UnsupportedModelError: its structure is not one that can be factored.
-        SourceError: a tensor is missing, or has another shape than the config asks for.
+        UnsupportedModelError: the model cannot be factored.
+        SourceError: a tensor is missing, or its shape differs from the config.
     """
     kept = vars(source)
     if _KEPT not in kept:

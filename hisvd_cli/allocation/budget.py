@@ -1,11 +1,11 @@
-"""Rank ↔ parameters: what a plan costs, and how a budget is met to the last parameter.
+"""Parameter budgets: the cost of ranks, and ranks that meet a budget.
 
-A pair of rank r costs ``r(m+n)`` parameters and a dense sublayer ``mn``; at the break-even rank
-``k* = mn/(m+n)`` both are equal, and a rank at or above it means dense. In pivoted storage a pair
-costs ``r(m+n−r) + m``, the m being indices, and breaks even just below full rank.
+A pair of rank r costs ``r(m+n)`` parameters, a dense sublayer ``mn``. Both are equal at the
+break-even rank ``k* = mn/(m+n)``; a rank at or above it means dense. In pivoted storage a pair
+costs ``r(m+n−r) + m``, with m indices, and breaks even just below full rank.
 
-Real-valued ranks are those of a plain pair, whatever the storage: they say which share of mn a
-sublayer gets. Whole ranks are those that are stored.
+Real-valued ranks are those of a plain pair in any storage: they express a share of mn. Integer
+ranks are the stored ones.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from hisvd_cli.modeling.layers.lowrank import Storage
-from hisvd_cli.modeling.sublayers import Shape
 from hisvd_cli.utils.errors import BudgetError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hisvd_cli.modeling.layers.lowrank import Storage
+    from hisvd_cli.modeling.sublayers import Shape
+
 _ALMOST = 1e-9
-"""Ranks this near to the next one count as that one: they come of arithmetic that rounds."""
+"""Tolerance of rounding down: real-valued ranks carry rounding errors."""
 
 
 def full_rank(shape: Shape) -> int:
@@ -37,13 +40,13 @@ def break_even(shape: Shape) -> float:
 
 
 def is_dense(rank: float, shape: Shape, storage: Storage = "pair") -> bool:
-    """Tell whether a rank is at or above break-even, where the sublayer stays dense."""
+    """Return whether a rank is at or above break-even, so that the sublayer stays dense."""
     m, n = shape
     return rank >= min(shape) or _factored(rank, shape, storage) >= m * n
 
 
 def cost(rank: float, shape: Shape, storage: Storage = "pair") -> float:
-    """Return the parameters of a sublayer at ``rank`` (``mn`` where that is dense)."""
+    """Return the parameters of a sublayer at ``rank`` (``mn`` if dense)."""
     m, n = shape
     return m * n if is_dense(rank, shape, storage) else _factored(rank, shape, storage)
 
@@ -54,7 +57,7 @@ def _factored(rank: float, shape: Shape, storage: Storage) -> float:
 
 
 def rank_of_share(share: float, shape: Shape, storage: Storage = "pair") -> float:
-    """Return the rank, not rounded, that costs ``share`` of mn; 0 where that pays for none."""
+    """Return the real-valued rank that costs ``share`` of mn; 0 if the share is too small."""
     m, n = shape
     if storage == "pair":
         return share * break_even(shape)
@@ -64,14 +67,14 @@ def rank_of_share(share: float, shape: Shape, storage: Storage = "pair") -> floa
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan may spend on the sublayers that it covers.
+    """The parameter budget of the sublayers that a plan covers.
 
     Attributes:
         shapes: ``(m, n)`` of each sublayer.
-        parameters: how many parameters all of them together may keep.
-        floors: smallest rank of each sublayer.
+        parameters: the number of parameters that all of them together may keep.
+        floors: minimum rank of each sublayer.
         multiple_of: ranks of truncated sublayers are multiples of this.
-        storage: how pairs are written.
+        storage: storage of the pairs.
     """
 
     shapes: Sequence[Shape]
@@ -84,31 +87,31 @@ class Budget:
         least = self.spent(self.floors)
         if least > self.parameters:
             raise BudgetError(
-                f"The smallest ranks allowed already take {least:,} parameters, "
-                f"{least - self.parameters:,} more than the budget of {self.parameters:,}.",
-                "Raise --ratio, or lower --min-rank-ratio or --multiple-of.",
+                f"The minimum ranks take {least:,} parameters, {least - self.parameters:,} more "
+                f"than the budget of {self.parameters:,}.",
+                "Raise `plan.ratio`, or lower `plan.min_rank_ratio` or `plan.multiple_of`.",
             )
 
     def cost(self, rank: int, shape: Shape) -> int:
-        """Return the parameters of a sublayer at a whole rank."""
+        """Return the parameters of a sublayer at an integer rank."""
         return int(cost(rank, shape, self.storage))
 
     def spent(self, ranks: Sequence[int]) -> int:
-        """Return the parameters of all sublayers at whole ranks."""
+        """Return the parameters of all sublayers at integer ranks."""
         return sum(self.cost(r, s) for r, s in zip(ranks, self.shapes, strict=True))
 
     def shares(self, ranks: Sequence[int]) -> list[float]:
-        """Return which share of mn each sublayer costs at a whole rank."""
+        """Return the share of mn that each sublayer costs at an integer rank."""
         return [
             self.cost(rank, (m, n)) / (m * n)
             for rank, (m, n) in zip(ranks, self.shapes, strict=True)
         ]
 
     def scaled(self, baselines: Sequence[float]) -> list[float]:
-        """Return ``clip(λ·baseline, floor, k*)`` with the one λ that spends the budget.
+        """Return ranks ``clip(λ·baseline, floor, k*)`` with the λ that spends the budget.
 
-        Baselines are positive and real-valued; the result is too. Its cost is continuous in λ,
-        because a pair at break-even costs exactly what the dense matrix does.
+        Baselines are positive, and real-valued as the ranks are. The cost is continuous in λ,
+        because a pair at break-even costs the same as the dense matrix.
         """
         limits = [break_even(shape) for shape in self.shapes]
         floors = [self._plain(*each) for each in zip(self.floors, self.shapes, strict=True)]
@@ -126,23 +129,24 @@ class Budget:
         return at(_bisect(spent, self.parameters, high))
 
     def _plain(self, rank: int, shape: Shape) -> float:
-        """Return the rank, not rounded, of the plain pair that costs what ``rank`` does here."""
+        """Return the real-valued rank of the plain pair with the cost of ``rank``."""
         m, n = shape
         return rank if self.storage == "pair" else self.cost(rank, shape) / (m + n)
 
     def rounded(
         self, ranks: Sequence[float], energies: Sequence[Tensor], nearest: bool = False
     ) -> list[int]:
-        """Return whole ranks within the budget, the remainder spent where it saves most loss.
+        """Return integer ranks within the budget.
 
-        Real-valued ranks are rounded down (to dense at break-even); then one step at a time goes
-        to the sublayer whose next components hold the most energy per parameter.
+        Real-valued ranks are rounded down (to dense at break-even). The remaining budget is then
+        spent in steps, each on the sublayer whose next components have the most energy per
+        parameter.
 
         Args:
             ranks: real-valued ranks that meet the budget.
             energies: σ² of each sublayer's components ``[min(m, n)]``, falling.
-            nearest: give every sublayer at most one step first, so that ranks stay next to their
-                real values; only what that leaves is spent freely.
+            nearest: first give every sublayer at most one step, so that ranks stay close to their
+                real values.
 
         Returns:
             Ranks; a dense sublayer has its full rank.
@@ -158,7 +162,7 @@ class Budget:
     def settled(
         self, ranks: Sequence[float], energies: Sequence[Tensor], nearest: bool = False
     ) -> list[int]:
-        """Return whole ranks as :meth:`rounded` does, from ranks in this budget's storage."""
+        """Return integer ranks as :meth:`rounded` does, from ranks in the storage of the budget."""
         step = self.multiple_of
         whole = [
             full_rank(s)
@@ -171,16 +175,16 @@ class Budget:
         return self.filled(whole, energies)
 
     def filled(self, ranks: Sequence[int], energies: Sequence[Tensor]) -> list[int]:
-        """Return whole ranks with what they leave of the budget spent where it saves most loss.
+        """Return integer ranks after spending the remaining budget where it saves most loss.
 
         Args:
-            ranks: whole ranks within the budget.
+            ranks: integer ranks within the budget.
             energies: as for :meth:`rounded`.
         """
         return self._fill(ranks, energies, steps=max(map(full_rank, self.shapes)))
 
     def _fill(self, ranks: Sequence[int], energies: Sequence[Tensor], steps: int) -> list[int]:
-        """Return ranks with the unspent budget given out, at most ``steps`` steps to each."""
+        """Return ranks after spending the remaining budget, with at most ``steps`` steps each."""
         tails = [_tail_sums(energy) for energy in energies]
         # A rank that costs as much as the matrix takes the rest of it for nothing.
         filled = [
@@ -202,7 +206,7 @@ class Budget:
         while heap:
             _, i = heapq.heappop(heap)
             following, price = self._step(filled[i], self.shapes[i])
-            # What does not fit now never will: what is left only falls.
+            # What does not fit now never will: the remaining budget only decreases.
             if price <= left:
                 filled[i], left = following, left - price
                 taken[i] += 1
@@ -210,7 +214,7 @@ class Budget:
         return filled
 
     def _step(self, rank: int, shape: Shape) -> tuple[int, int]:
-        """Return the next rank above ``rank`` and what it costs more."""
+        """Return the next rank above ``rank`` and its additional cost."""
         following = rank + self.multiple_of
         if is_dense(following, shape, self.storage):
             following = full_rank(shape)
@@ -224,7 +228,7 @@ def _tail_sums(energy: Tensor) -> list[float]:
 
 
 def _bisect(function: Callable[[float], float], target: float, high: float) -> float:
-    """Return the largest x in [0, high] with ``function(x) ≤ target``; the function rises."""
+    """Return the largest x in [0, high] with ``function(x) ≤ target``; function increases."""
     if function(high) <= target:
         return high
     low = 0.0

@@ -1,20 +1,19 @@
-"""Rank and bits of every sublayer at once, within a budget of bytes.
+"""Joint choice of rank and bits for every sublayer, within a budget of bytes.
 
-A sublayer of shape ``(m, n)`` is dense or a plain pair of rank r, its numbers stored as they are or
-rounded to 8 or 4 bits. Legend: e_j the energies of the plan's metric; w(r) the share of ‖W‖² in
-the r largest singular values of W; η the noise beside the signal and D the loss of rounding W
-itself (see ``rounding_noise.py``), both 0 where nothing is rounded. What a choice loses is
+A sublayer of shape ``(m, n)`` is dense or a plain pair of rank r, in the model's dtype or quantized
+to 8 or 4 bits. Legend: e_j the energies in the plan's metric; w(r) the share of ‖W‖² in the r
+largest singular values of W; η the noise-to-signal ratio and D the loss of rounding W (see
+``rounding_noise.py``), both 0 without rounding. The loss of a choice is
 
     Σ_{j>r} e_j + η·Σ_{j≤r} e_j + D·w(r)    for a pair,    D    for a dense sublayer.
 
-The first term is truncation. The second is rounding U: its columns have unit norm and its rows look
-alike, so that noise of η times their mean square meets what V keeps, Σ_{j≤r} e_j, at any r. The
-third is rounding V: its rows are UᵀW, and their noise meets G as that of W does, by their share of
-‖W‖², which is w(r) at most and nearly that.
+The first term is truncation. The second is rounding of U: its columns have unit norm and its rows
+are alike, so that noise of η times their mean square multiplies the energy that V keeps,
+Σ_{j≤r} e_j. The third is rounding of V: its rows are UᵀW, and their noise is weighted by G as that
+of W is, in proportion to their share of ‖W‖², which is at most w(r) and close to it.
 
-Among all choices of a sublayer, those on the lower convex hull of loss over bytes are what some
-price of a byte asks for; taking steps along all hulls in the order of what a byte saves is optimal
-but for the last step (as in :mod:`hisvd_cli.allocation.methods.waterfill`).
+Steps along the lower convex hulls of loss over bytes, in order of loss saved per byte, are optimal
+except for the last step (as in :mod:`hisvd_cli.allocation.methods.waterfill`).
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ from hisvd_cli.modeling.sublayers import Shape
 from hisvd_cli.utils.errors import BudgetError
 
 FULL_BITS = 16
-"""Stands for numbers that stay as the model has them."""
+"""Stands for the dtype of the model."""
 BITS = (16, 8, 4)
 _TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is known of a sublayer.
+    """A sublayer to choose rank and bits for.
 
     Attributes:
         shape: ``(m, n)``.
         energy: e ``[min(m, n)]`` in the plan's metric, falling.
         weight_energy: σ² of W, likewise.
-        roundings: bits → what rounding W to them does.
-        floor: its smallest rank.
-        width: bytes of a number that stays as it is.
+        roundings: bits → effect of rounding W.
+        floor: minimum rank.
+        width: bytes per number without rounding.
     """
 
     shape: Shape
@@ -65,31 +64,31 @@ class Candidate:
         return self.shape[0] * self.shape[1] * self.width
 
     def truncated(self) -> Tensor:
-        """Return what truncation alone loses, at each rank from 0 up ``[min(m, n) + 1]``."""
+        """Return the loss of truncation at each rank from 0 ``[min(m, n) + 1]``."""
         kept = _sums(self.energy)
         return (kept[-1] - kept).clamp_min(0)
 
     def noise_of_u(self, bits: int) -> Tensor:
-        """Return what rounding U loses, at each rank ``[min(m, n) + 1]``."""
+        """Return the loss of rounding U at each rank ``[min(m, n) + 1]``."""
         return self.roundings[bits].noise * _sums(self.energy)
 
     def noise_of_v(self, bits: int) -> Tensor:
-        """Return what rounding V loses, at each rank ``[min(m, n) + 1]``."""
+        """Return the loss of rounding V at each rank ``[min(m, n) + 1]``."""
         shares = _sums(self.weight_energy)
         return self.roundings[bits].loss * shares / shares[-1].clamp_min(_TINY)
 
     def losses(self, bits: int) -> Tensor:
-        """Return what a pair of each rank loses ``[min(m, n) + 1]``."""
+        """Return the loss of a pair at each rank ``[min(m, n) + 1]``."""
         loss = self.truncated()
         return loss if bits == FULL_BITS else loss + self.noise_of_u(bits) + self.noise_of_v(bits)
 
     def dense_loss(self, bits: int) -> float:
-        """Return what the dense sublayer loses at some bits."""
+        """Return the loss of the dense sublayer at some bits."""
         return 0.0 if bits == FULL_BITS else self.roundings[bits].loss
 
 
 def _sums(values: Tensor) -> Tensor:
-    """Return sums of the first 0, 1, … values in float64."""
+    """Return the sums of the first 0, 1, … values in float64."""
     return torch.cat([values.new_zeros(1), values.cumsum(0)]).double()
 
 
@@ -98,9 +97,9 @@ def matrix_bytes(shape: Shape, bits: int, group: int, width: int) -> int:
 
     Args:
         shape: of the matrix.
-        bits: 16 (as it is), 8 or 4.
-        group: numbers that share a scale, with 4 bits.
-        width: bytes of a number that stays as it is.
+        bits: 16 (not rounded), 8 or 4.
+        group: numbers that share a scale at 4 bits.
+        width: bytes per number without rounding.
     """
     if bits == FULL_BITS:
         return shape[0] * shape[1] * width
@@ -108,7 +107,7 @@ def matrix_bytes(shape: Shape, bits: int, group: int, width: int) -> int:
 
 
 def stored_bytes(shape: Shape, rank: int, bits: int, group: int, width: int) -> int:
-    """Return the bytes of a sublayer: of the matrix at full rank, else of a plain pair."""
+    """Return the bytes of a sublayer: the matrix at full rank, otherwise a plain pair."""
     m, n = shape
     if rank >= full_rank(shape):
         return matrix_bytes(shape, bits, group, width)
@@ -117,13 +116,13 @@ def stored_bytes(shape: Shape, rank: int, bits: int, group: int, width: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to store a sublayer.
+    """One choice of rank and bits for a sublayer.
 
     Attributes:
-        rank: the rank; the full one is dense.
-        bits: 16 (as it is), 8 or 4.
-        price: what it counts in the budget: bytes, or those that a published method claims.
-        loss: what it loses.
+        rank: the rank; full rank is dense.
+        bits: 16 (not rounded), 8 or 4.
+        price: bytes counted in the budget, possibly by the rules of a published method.
+        loss: the predicted loss.
     """
 
     rank: int
@@ -133,12 +132,12 @@ class Choice:
 
 
 def choices(candidate: Candidate, bits: Sequence[int], group: int, step: int) -> list[Choice]:
-    """Return the ways to store a sublayer that lose less than every cheaper one, cheapest first.
+    """Return the choices for a sublayer that lose less than all cheaper ones, cheapest first.
 
     Args:
         candidate: the sublayer.
-        bits: which bits are allowed.
-        group: numbers that share a scale, with 4 bits.
+        bits: the allowed bits.
+        group: numbers that share a scale at 4 bits.
         step: ranks are multiples of this.
     """
     shape, width, full = candidate.shape, candidate.width, full_rank(candidate.shape)
@@ -156,7 +155,7 @@ def choices(candidate: Candidate, bits: Sequence[int], group: int, step: int) ->
 
 
 def falling(found: Iterable[Choice]) -> list[Choice]:
-    """Return the choices that lose less than every cheaper one, cheapest first."""
+    """Return the choices that lose less than all cheaper ones, cheapest first."""
     kept: list[Choice] = []
     for choice in sorted(found, key=lambda c: (c.price, c.loss)):
         if not kept or choice.loss < kept[-1].loss:
@@ -165,36 +164,38 @@ def falling(found: Iterable[Choice]) -> list[Choice]:
 
 
 def least_price(options: Sequence[Sequence[Choice]]) -> int:
-    """Return what the cheapest choices of all sublayers take."""
+    """Return the total price of the cheapest choices."""
     return sum(each[0].price for each in options)
 
 
 def spend(options: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
     """Return a choice per sublayer, within a budget, with the least sum of losses.
 
-    The sum is above the least by at most what one step of one sublayer saves.
+    The sum exceeds the minimum by at most the saving of one step of a sublayer.
 
     Args:
-        options: of each sublayer, as :func:`falling` returns them.
-        budget: what all of them may take.
+        options: the choices of each sublayer, as :func:`falling` returns them.
+        budget: the maximum total price.
 
     Raises:
-        BudgetError: the cheapest take more.
+        BudgetError: the cheapest choices exceed the budget.
     """
     least = least_price(options)
     if least > budget:
         raise BudgetError(
-            f"The smallest choices allowed already take {least:,} bytes, {least - budget:,} more "
-            f"than the budget of {budget:,}.",
-            "Raise --bytes-ratio, or lower --min-rank-ratio or --multiple-of.",
+            f"The minimum ranks and bits take {least:,} bytes, {least - budget:,} more than the "
+            f"budget of {budget:,}.",
+            "Raise `plan.bytes_ratio`, or lower `plan.min_rank_ratio` or `plan.multiple_of`.",
         )
     at, left = _along_hulls(options, budget - least)
     return _filled(options, at, left)
 
 
 def _along_hulls(options: Sequence[Sequence[Choice]], left: int) -> tuple[list[int], int]:
-    """Take the steps along all hulls in the order of what a byte of them saves, as far as the
-    budget goes; return where each sublayer is, and what is left."""
+    """Take steps along all hulls, in order of loss saved per byte, until the budget is spent.
+
+    Return the index of each sublayer's choice, and the remaining budget.
+    """
     hulls = [lower_hull([c.price for c in own], [c.loss for c in own]) for own in options]
     steps: list[tuple[float, int, int]] = []
     for i, corners in enumerate(hulls):
@@ -212,7 +213,7 @@ def _along_hulls(options: Sequence[Sequence[Choice]], left: int) -> tuple[list[i
 
 
 def _filled(options: Sequence[Sequence[Choice]], at: list[int], left: int) -> list[Choice]:
-    """Spend what is left where a byte saves most, choices off the hulls included."""
+    """Spend the remaining budget where a byte saves most, including choices off the hulls."""
     heap: list[tuple[float, int, int]] = []
 
     def offer(i: int) -> None:

@@ -1,23 +1,22 @@
-"""What other ways to spend the same bytes would lose: one kind of saving alone, and the layouts of
-two published methods, with what they claim and what their files take.
+"""Predicted loss of other layouts with the same bytes: truncation alone, and the layouts of two
+published methods, with their claimed sizes and the sizes of their files.
 
-``16 bit ranks`` are plain pairs that are not rounded, ``16 bit pivoted`` the same in that storage.
-All have the ranks that lose least under what they count, and hisvd's own rounding: the layouts are
-compared, not the methods' allocations. k is a rank, ``(m, n)`` a shape; numbers are of 16 bits.
+``16 bit ranks`` are plain pairs without rounding, ``16 bit pivoted`` the same in pivoted storage.
+All use the ranks of least loss under their own count, and the rounding of hisvd: the comparison is
+between layouts, not between allocations. k is a rank, ``(m, n)`` a shape; numbers have 16 bits.
 
 ``dobi-svd remap``
-    Dobi-SVD (ICLR 2025, arXiv 2502.02723; its program's ``modules/remapping.py``): of both vectors
-    of a component the first min(m, n) numbers have 8 bits, the rest of the longer one has 16, so
-    that rank k counts as k·max(m, n) numbers, and every rank up to the full one saves something.
-    Its files hold that, and two float16 scales a component besides: 2k·max(m, n) + 4k bytes.
+    Dobi-SVD (ICLR 2025, arXiv 2502.02723; ``modules/remapping.py`` of the authors' code): in both
+    vectors of a component, the first min(m, n) numbers have 8 bits, the rest of the longer one 16.
+    Rank k counts as k·max(m, n) numbers, so every rank below full saves bytes. Files also contain
+    two float16 scales per component: 2k·max(m, n) + 4k bytes.
 ``zs-svd remap``
-    Zero Sum SVD (ICML 2026, arXiv 2602.02848; ``--remap`` of its program) counts the same and
-    rounds the same numbers, but writes them back into a pair of 16 bits, 2k(m + n) bytes; what
-    loses no component stays dense as it is.
+    Zero Sum SVD (ICML 2026, arXiv 2602.02848; ``--remap`` of the authors' code): the same count and
+    rounding, but stored as a pair with 16 bits, 2k(m + n) bytes. A sublayer that loses no component
+    stays dense.
 ``zs-svd half``
-    Its half-prune-then-quantize (``--quantize_8_bit``): twice the ratio (1 at most) of the
-    parameters is kept, then every number has 8 bits, with a float16 scale a row that is not
-    counted.
+    Its half-prune-then-quantize (``--quantize_8_bit``): twice the ratio (at most 1) of the
+    parameters is kept with 8 bits per number. One float16 scale per row is not counted.
 """
 
 from __future__ import annotations
@@ -40,18 +39,18 @@ from hisvd_cli.allocation.byte_budget import (
 
 JOINT = "joint"
 BUDGETS = (0.5, 0.4, 0.3, 0.2)
-"""Bytes ratios at which ways are compared, beside the one that is asked for."""
+"""Bytes ratios of the comparison, besides the requested one."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one way to spend bytes would come to.
+    """Size and predicted loss of one layout at one budget.
 
     Attributes:
-        method: its name.
-        budget: the bytes ratio that it claims; None for one that has no choice.
-        bytes_ratio: the bytes ratio that its files have.
-        predicted_loss: what it loses.
+        method: name of the layout.
+        budget: the claimed bytes ratio; None if the layout has a fixed size.
+        bytes_ratio: the bytes ratio of the files.
+        predicted_loss: the predicted loss.
     """
 
     method: str
@@ -61,8 +60,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """A way to spend bytes: what a sublayer may choose, and what files take for a choice."""
+class _Layout:
+    """A layout: the choices of a sublayer, and the bytes of a choice on disk."""
 
     options: Callable[[Candidate], list[Choice]]
     taken: Callable[[Candidate, Choice], int]
@@ -75,24 +74,24 @@ def frontier(
     step: int,
     rest: int = 0,
 ) -> list[Point]:
-    """Return the points of each way at each budget that it can keep to, in a fixed order.
+    """Return the points of each layout at each budget that it can meet, in a fixed order.
 
     Args:
         candidates: the sublayers.
-        budgets: bytes ratio → bytes that all of them may take.
-        group: numbers that share a scale, with 4 bits.
+        budgets: bytes ratio → maximum bytes of all sublayers.
+        group: numbers that share a scale at 4 bits.
         step: ranks are multiples of this.
-        rest: bytes of what stays as it is, where ratios count that too.
+        rest: bytes of uncompressed tensors, if ratios count them.
     """
     full = sum(c.full_bytes for c in candidates)
     points = []
-    for name, way in _ways(candidates, group, step).items():
-        options = [way.options(c) for c in candidates]
+    for name, layout in _layouts(candidates, group, step).items():
+        options = [layout.options(c) for c in candidates]
         for ratio, budget in sorted(budgets.items(), reverse=True):
             if least_price(options) <= budget:
                 chosen = spend(options, budget)
                 pairs = zip(candidates, chosen, strict=True)
-                taken = sum(way.taken(candidate, choice) for candidate, choice in pairs)
+                taken = sum(layout.taken(candidate, choice) for candidate, choice in pairs)
                 loss = sum(choice.loss for choice in chosen)
                 points.append(Point(name, ratio, (rest + taken) / (rest + full), loss))
     for bits in BITS[1:]:
@@ -102,34 +101,34 @@ def frontier(
     return points
 
 
-def _ways(candidates: Sequence[Candidate], group: int, step: int) -> dict[str, _Way]:
+def _layouts(candidates: Sequence[Candidate], group: int, step: int) -> dict[str, _Layout]:
     def counted(_candidate: Candidate, choice: Choice) -> int:
         return choice.price
 
-    ways = {
-        JOINT: _Way(lambda c: choices(c, BITS, group, step), counted),
-        "16 bit ranks": _Way(lambda c: choices(c, BITS[:1], group, step), counted),
-        "16 bit pivoted": _Way(lambda c: _pivoted(c, step), counted),
+    layouts = {
+        JOINT: _Layout(lambda c: choices(c, BITS, group, step), counted),
+        "16 bit ranks": _Layout(lambda c: choices(c, BITS[:1], group, step), counted),
+        "16 bit pivoted": _Layout(lambda c: _pivoted(c, step), counted),
     }
-    if all(c.width == 2 for c in candidates):  # the published ones start from 16 bits
-        ways |= {
-            "dobi-svd remap": _Way(
+    if all(c.width == 2 for c in candidates):  # the published layouts are defined for 16 bits
+        layouts |= {
+            "dobi-svd remap": _Layout(
                 lambda c: _remapped(c, step), lambda _c, choice: choice.price + 4 * choice.rank
             ),
-            "zs-svd remap": _Way(
+            "zs-svd remap": _Layout(
                 lambda c: _remapped(c, step, whole=True),
                 lambda c, choice: stored_bytes(c.shape, choice.rank, FULL_BITS, group, c.width),
             ),
-            "zs-svd half": _Way(
+            "zs-svd half": _Layout(
                 lambda c: _halved(c, step),
                 lambda c, choice: stored_bytes(c.shape, choice.rank, choice.bits, group, c.width),
             ),
         }
-    return ways
+    return layouts
 
 
 def _pivoted(candidate: Candidate, step: int) -> list[Choice]:
-    """Return what a sublayer in pivoted storage may choose, its order of rows 4 bytes each."""
+    """Return the choices of a sublayer in pivoted storage, with row indices of 4 bytes."""
     shape, full, losses = candidate.shape, full_rank(candidate.shape), candidate.truncated()
     found = [Choice(full, FULL_BITS, candidate.full_bytes, 0.0)]
     for rank in range(candidate.floor, full, step):
@@ -141,9 +140,9 @@ def _pivoted(candidate: Candidate, step: int) -> list[Choice]:
 
 
 def _remapped(candidate: Candidate, step: int, whole: bool = False) -> list[Choice]:
-    """Return what a remapped sublayer may choose; ``whole`` leaves the full rank as it is."""
+    """Return the choices of a remapped sublayer; ``whole`` does not round full rank."""
     (m, n), full = candidate.shape, full_rank(candidate.shape)
-    # Of U, [m, k], min(m, n) rows are rounded; of V, [k, n], so many columns.
+    # min(m, n) rows of U [m, k] and columns of V [k, n] are rounded.
     rounded = full / m * candidate.noise_of_u(8) + full / n * candidate.noise_of_v(8)
     losses = (candidate.truncated() + rounded).tolist()
     price = 2 * max(m, n)
@@ -153,7 +152,7 @@ def _remapped(candidate: Candidate, step: int, whole: bool = False) -> list[Choi
 
 
 def _halved(candidate: Candidate, step: int) -> list[Choice]:
-    """Return what a sublayer of numbers of a byte each may choose, scales not counted."""
+    """Return the choices of a sublayer with 8 bits per number, without scales."""
     shape, full, losses = candidate.shape, full_rank(candidate.shape), candidate.losses(8).tolist()
     ranks = range(candidate.floor, full, step)
     found = [Choice(r, 8, int(cost(r, shape)), losses[r]) for r in ranks if not is_dense(r, shape)]

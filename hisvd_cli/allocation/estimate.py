@@ -1,4 +1,4 @@
-"""What a run would take: bytes, memory and time, from shapes and one short measurement.
+"""Estimates of disk space, memory and time, from shapes and one short measurement.
 
 Legend: m outputs and n inputs of a sublayer.
 """
@@ -21,12 +21,12 @@ from hisvd_cli.calibration.workload import (
 )
 from hisvd_cli.modeling.sublayers import Sublayer
 
-_EIGH_FLOPS = 25  # of an eigendecomposition with vectors, in units of size³ at a product's rate
+_EIGH_FLOPS = 25  # eigendecomposition with vectors, in units of size³ at the rate of products
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a calibration takes: bytes on disk, peak memory, seconds."""
+    """Resources of a calibration: bytes on disk, peak memory, seconds."""
 
     bytes: int
     peak: Peak
@@ -34,7 +34,7 @@ class Estimate:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Measure the rate of matrix products in FLOP/s (a fraction of a second)."""
+    """Return the measured rate of matrix products in FLOP/s; takes a fraction of a second."""
     a = torch.ones(size, size, device=device, dtype=dtype)
     (a @ a).sum().item()
     count = 3
@@ -46,33 +46,33 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
 
 
 def _seconds(work: Workload, passed: int, products: int) -> float:
-    """Return the time of passing tokens through ``passed`` weights, and of ``products``
-    multiplications of moments a token."""
+    """Return the seconds of multiplying all tokens by ``passed`` weights, and of ``products``
+    multiplications for moments per token."""
     forward = passed / product_rate(work.device, work.dtype)
     return 2 * work.tokens * (forward + products / product_rate(work.device, torch.float32))
 
 
 def estimate_calibration(work: Workload) -> Estimate:
-    """Estimate a calibration, from above as in :mod:`hisvd_cli.calibration.workload`."""
+    """Return an upper estimate of a calibration, see :mod:`hisvd_cli.calibration.workload`."""
     count = squares(work.sublayers)
     seconds = _seconds(work, parameters(work.sublayers), count)
     return Estimate(4 * count, calibration_peak(work), seconds)
 
 
 def estimate_gradients(work: Workload, weights: bool) -> Estimate:
-    """Estimate the reverse walk that follows a calibration, its forward half done.
+    """Return an estimate of collecting gradients after a calibration.
 
     Args:
-        work: what it works on; all parameters outside sublayers are counted as the head's.
-        weights: whether the weights' gradients are taken too.
+        work: the workload; all parameters outside sublayers are counted as the head.
+        weights: whether weight gradients are collected too.
     """
     shapes = [s.shape for s in work.sublayers]
-    # Forward and backward through every block and the head; a tall weight's gradient is carried
-    # to its input once more.
+    # Forward and backward through every block and the head; gradients of tall weights are also
+    # propagated to the input.
     passed = 2 * parameters(work.sublayers) + 3 * work.outside_parameters
     passed += sum(m * n for m, n in shapes if m > n)
     count = squares(work.sublayers)
-    products = 2 * count  # H, and of half the text H and G again
+    products = 2 * count  # H, and again H and G for half of the text
     whole = 0
     if weights:
         whole = sum(m * n + m * m + n * n for m, n in shapes)
@@ -83,9 +83,9 @@ def estimate_gradients(work: Workload, weights: bool) -> Estimate:
 
 
 def estimate_update(work: Workload) -> float:
-    """Return the seconds of the walk of two models that an update makes; factoring is not in it.
+    """Return the seconds of the forward passes of an update through both models, without factoring.
 
-    A block is run up to each of about four inputs that sublayers share, half of it on average, and
+    A block runs to each of about four distinct inputs of its sublayers, half of it on average, and
     once to its end; C and G′ are counted for every sublayer.
     """
     products = sum(2 * s.shape[1] ** 2 for s in work.sublayers)
@@ -98,12 +98,12 @@ def estimate_measuring(parameters: int, tokens: int, passes: float, rate: float)
 
 
 def estimate_decomposition(sublayers: Sequence[Sublayer]) -> float:
-    """Return the seconds that factoring all sublayers takes, spectra included."""
+    """Return the seconds of computing spectra and factors of all sublayers."""
     flops = sum(decomposition_cost(s.shape) for s in sublayers)
     return flops / product_rate(torch.device("cpu"), torch.float64, 512)
 
 
 def decomposition_cost(shape: tuple[int, int]) -> int:
-    """Return the operations, at a product's rate, that spectrum and factors of W take."""
+    """Return the operations for spectrum and factors of W, at the rate of products."""
     m, n = shape
     return 2 * _EIGH_FLOPS * min(shape) ** 3 + 4 * m * n * min(shape)

@@ -1,4 +1,4 @@
-"""A plan: which rank every sublayer gets, as data, with what led to it."""
+"""A plan: the rank of every sublayer, and how it was made."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from hisvd_cli.utils.files.json_files import json_text, read_json
 from hisvd_cli.utils.files.text_output import write_through
 
 FORMAT_VERSION = 1
-_LATER = {"bytes"}  # what plans of earlier versions do not name
+_LATER = {"bytes"}  # fields that plans of earlier versions do not have
 
 
 @dataclass(frozen=True)
 class SublayerPlan:
-    """One sublayer's row.
+    """The plan of one sublayer.
 
-    ``rank`` is full where ``dense``; its numbers have ``bits``, 16 standing for those that stay as
-    the model has them, and take ``bytes`` on disk (None where the plan counts parameters). ``loss``
-    is Σ_{j>rank} σ_j², and what rounding adds.
+    ``rank`` is the full rank if ``dense``. ``bits`` is 16 for the dtype of the model; ``bytes`` on
+    disk is None if the plan counts parameters. ``loss`` is Σ_{j>rank} σ_j² plus the loss of
+    rounding.
     """
 
     name: str
@@ -49,17 +49,17 @@ class SublayerPlan:
 
 @dataclass(frozen=True)
 class BytePlan:
-    """What a plan by bytes counts, scales included.
+    """The byte counts of a plan by bytes, including scales.
 
     Attributes:
-        ratio: the bytes ratio asked for.
-        budget: bytes that the sublayers may take.
-        kept: bytes that they take.
-        full: bytes that they take in the model.
-        model: bytes that the whole model takes.
-        method: how numbers are rounded: nearest or gptq.
-        group_size: numbers that share a scale, with 4 bits.
-        frontier: what this choice and others would lose at this and other ratios.
+        ratio: the requested bytes ratio.
+        budget: maximum bytes of the sublayers.
+        kept: bytes of the sublayers after compression.
+        full: bytes of the sublayers before compression.
+        model: bytes of the whole model before compression.
+        method: rounding method, nearest or gptq.
+        group_size: numbers that share a scale at 4 bits.
+        frontier: size and predicted loss of this and other layouts at several ratios.
     """
 
     ratio: float
@@ -73,18 +73,18 @@ class BytePlan:
 
     @property
     def kept_ratio(self) -> float:
-        """Share of the planned sublayers' bytes that is kept."""
+        """Kept share of the bytes of the planned sublayers."""
         return self.kept / self.full
 
     @property
     def model_ratio(self) -> float:
-        """Share of the whole model's bytes that is kept."""
+        """Kept share of the bytes of the whole model."""
         return (self.model - self.full + self.kept) / self.model
 
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """One sublayer type: how many, mean density, tail share T_c, stage-2 factor, share kept."""
+    """One sublayer type: count, mean density, tail share T_c, stage-2 factor, keep ratio."""
 
     cluster: str
     sublayers: int
@@ -99,18 +99,17 @@ class Plan:
     """Ranks for a model at one ratio.
 
     Attributes:
-        ratio: the keep ratio asked for; of a plan by bytes, the one that came of it.
-        model_ratio: parameters kept of the whole model, embeddings and all.
+        ratio: the requested keep ratio; for a plan by bytes, the resulting one.
+        model_ratio: kept share of the parameters of the whole model, including embeddings.
         allocator: name of the method.
-        settings: the plan's resolved settings; plans from before there was a choice of ``storage``
-            do not name it.
-        budget_parameters: what the sublayers may keep.
-        kept_parameters: what they keep.
-        predicted_loss: Σ of the sublayers' losses.
-        clusters: a row per sublayer type.
-        sublayers: a row per sublayer.
-        provenance: model, calibration (None: from weights alone) and versions.
-        bytes: what a plan by bytes counts; None for one by parameters.
+        settings: the resolved settings; plans of earlier versions have no ``storage``.
+        budget_parameters: maximum parameters of the sublayers.
+        kept_parameters: parameters of the sublayers after compression.
+        predicted_loss: sum of the losses of the sublayers.
+        clusters: one entry per sublayer type.
+        sublayers: one entry per sublayer.
+        provenance: model, calibration (None if made from weights alone) and versions.
+        bytes: byte counts of a plan by bytes; None for a plan by parameters.
     """
 
     ratio: float
@@ -127,17 +126,17 @@ class Plan:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Name → rank, truncated sublayers only."""
+        """Name → rank of truncated sublayers."""
         return {s.name: s.rank for s in self.sublayers if not s.dense}
 
     @property
     def bits(self) -> dict[str, int]:
-        """Name → bits, rounded sublayers only."""
+        """Name → bits of rounded sublayers."""
         return {s.name: s.bits for s in self.sublayers if s.bits < FULL_BITS}
 
     @property
     def storage(self) -> Storage:
-        """How its pairs are written."""
+        """Storage of the pairs."""
         storage: Storage = self.settings.get("storage", "pair")
         return storage
 
@@ -148,22 +147,22 @@ class Plan:
 
     @property
     def model_parameters(self) -> int | None:
-        """Parameters of the whole model before compression, where the plan records them."""
+        """Parameters of the whole model before compression, if the plan records them."""
         total: int | None = self.provenance["model"].get("parameters")
         return total
 
     @property
     def kept_ratio(self) -> float:
-        """Share of the planned sublayers' parameters that is kept."""
+        """Kept share of the parameters of the planned sublayers."""
         return self.kept_parameters / self.full_parameters
 
     @property
     def calibrated(self) -> bool:
-        """Whether the plan knows activations, or weights alone."""
+        """Whether the plan uses activation statistics."""
         return self.provenance["calibration"] is not None
 
     def summary(self) -> dict[str, Any]:
-        """Return the totals that a checkpoint's provenance repeats."""
+        """Return the totals that the provenance of a checkpoint repeats."""
         names = ("ratio", "model_ratio", "allocator", "budget_parameters", "kept_parameters")
         return {name: getattr(self, name) for name in names}
 
@@ -177,7 +176,7 @@ class Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan back. Raises SourceError for a file that is no plan."""
+    """Read a plan. Raises SourceError if the file is not a plan."""
     try:
         document = read_json(path)
         if document["kind"] != "plan" or document["format_version"] != FORMAT_VERSION:
@@ -185,21 +184,21 @@ def load_plan(path: Path) -> Plan:
         return plan_from(document)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
-            f"{path} is not a plan of this version of hisvd.",
+            f"{path} is not a plan that this version of hisvd can read.",
             "Make one with: hisvd plan --output plan.json",
         ) from error
 
 
 def plan_from(document: Mapping[str, Any]) -> Plan:
-    """Build a Plan from its JSON data.
+    """Return the plan of a JSON document.
 
     Raises:
-        ValueError: a value of a wrong type, a rank that no matrix of that shape has.
+        ValueError: a value has a wrong type, or a rank does not fit its shape.
         KeyError: a key is missing.
     """
     fields = Plan.__dataclass_fields__
     known = {n: document[n] for n in fields if n in document or n not in _LATER}
-    # As JSON, where a list may stand for a tuple: strictly, so that no true or "3" counts as 3.
+    # Strict, so that true or "3" is not read as 3; as JSON, so that lists are read as tuples.
     plan = TypeAdapter(Plan).validate_json(json.dumps(known, allow_nan=False), strict=True)
     if plan.storage not in LAYERS:
         raise ValueError(f"storage {plan.storage}")
@@ -221,7 +220,7 @@ def _check_row(row: SublayerPlan) -> None:
 
 
 def _check_origin(provenance: Mapping[str, Any]) -> None:
-    """Raise ValueError or KeyError where a plan does not say what it was made for."""
+    """Raise ValueError or KeyError if the provenance of a plan is invalid."""
     model, calibration = provenance["model"], provenance["calibration"]
     if not isinstance(model["name"], str) or not isinstance(model["fingerprint"], str):
         raise ValueError("provenance")

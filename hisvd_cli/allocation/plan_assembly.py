@@ -1,4 +1,4 @@
-"""Allocation, spectra and model size ─► a plan."""
+"""Assembles a plan from an allocation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ModelSize:
     sublayers: int
 
     def budget(self, ratio: float, ratio_of: str) -> int:
-        """Return what the sublayers may keep so that ``ratio`` of them, or of the model, remains.
+        """Return the parameter budget of the sublayers at a ratio of them, or of the model.
 
-        It is negative where the rest of the model alone exceeds the ratio.
+        It is negative if the rest of the model exceeds the ratio.
         """
         if ratio_of == "model":
             return int(ratio * self.total) - (self.total - self.sublayers)
@@ -44,7 +44,7 @@ def assemble(
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> Plan:
-    """Put an allocation into rows and totals."""
+    """Return the plan of an allocation."""
     rows = [
         _row(spectrum, layer, allocation, i, settings["storage"])
         for i, (spectrum, layer) in enumerate(zip(spectra, layers, strict=True))
@@ -65,7 +65,7 @@ def assemble(
 
 
 def by_bytes(plan: Plan, chosen: Sequence[Choice], counted: BytePlan) -> Plan:
-    """Return a plan with the bits of every sublayer, and what all that was chosen counts."""
+    """Return a plan with the bits of every sublayer and the byte counts."""
     rows = [
         replace(row, bits=choice.bits, bytes=choice.price, loss=choice.loss)
         for row, choice in zip(plan.sublayers, chosen, strict=True)

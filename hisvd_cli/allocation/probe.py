@@ -1,7 +1,7 @@
-"""The whole model in memory, for allocators that measure what truncating a sublayer does.
+"""Measurements of a truncated model, for allocators that need them.
 
-A sublayer in block b leaves the blocks before it as they are: the dense hidden states that enter
-every block are kept, and only the blocks from b on are run again.
+Truncating a sublayer in block b does not affect earlier blocks. The dense inputs of every block are
+therefore kept, and only the blocks from b on run again.
 
 Legend: S windows of L tokens; d hidden width; hidden states ``[S, L, d]``.
 """
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Factors = Callable[[str], tuple[Tensor, Tensor]]
-"""``name -> (U [m, k], V [k, n])`` of full rank k, best component first."""
+"""``name -> (U [m, k], V [k, n])`` with full rank k, best component first."""
 
-_ROWS = 512  # positions whose distributions are held in float32 at a time
-_LARGEST = 700.0  # nats, just below what exp can hold
+_ROWS = 512  # positions whose distributions are in float32 at the same time
+_LARGEST = 700.0  # nats; exp overflows just above
 
 
 class ModelProbe:
-    """Measures a model with some of its sublayers truncated, as a ``Probe`` of the allocators.
+    """The ``Probe`` of the allocators: measures a model with truncated sublayers.
 
     Args:
-        source: the dense model; it is loaded with the first measurement.
+        source: the dense model; it is loaded at the first measurement.
         names: the sublayers, in the order of the spectra.
         windows: probe text ``[S, L]``.
-        factors: gives the full-rank factors of a sublayer.
-        device: where the model runs.
-        dtype: in which it runs.
-        store: where answers are kept.
-        key: hash of all that answers depend on; those of another key are dropped.
-        reporter: told of each new answer.
+        factors: returns the full-rank factors of a sublayer.
+        device: device of the model.
+        dtype: dtype of the forward passes.
+        store: file of the cached measurements.
+        key: hash of everything that measurements depend on; those with another key are dropped.
+        reporter: receives a note for each new measurement.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ModelProbe:
     def soft_divergence(
         self, positions: Sequence[float], width: float, step: int
     ) -> tuple[float, list[float]]:
-        """Return the mean KL with all sublayers softly truncated, and its gradient by position."""
+        """Return the mean KL divergence with soft masks, and its gradient by position."""
         model = self._model()
         taken = [torch.tensor(p, requires_grad=math.isfinite(p)) for p in positions]
         with self._softened(model, taken, width), torch.enable_grad():
@@ -124,18 +124,18 @@ class ModelProbe:
         return self._loaded
 
     def _answer(
-        self, question: str, name: str, rank: int, measure: Callable[[_Loaded, str], float]
+        self, key: str, name: str, rank: int, measure: Callable[[_Loaded, str], float]
     ) -> float:
-        if question not in self._answers:
+        if key not in self._answers:
             model = self._model()
             u, v = self._factors(name)
             with model.replaced(name, u[:, :rank] @ v[:rank]):
-                self._answers[question] = measure(model, name)
-            with suppress(OutputError):  # an answer that is not kept is measured again
+                self._answers[key] = measure(model, name)
+            with suppress(OutputError):  # the cache is optional
                 write_json(self._store, {"key": self._key, "answers": self._answers})
                 seal(self._store)
-            self._reporter.note(f"Measured {question}: {self._answers[question]:.5g}.")
-        return self._answers[question]
+            self._reporter.note(f"Measured {key}: {self._answers[key]:.5g}.")
+        return self._answers[key]
 
 
 def _read(store: Path, key: str) -> dict[str, float]:
@@ -149,7 +149,7 @@ def _read(store: Path, key: str) -> dict[str, float]:
 
 
 class _SoftMask:
-    """Full-rank factors of a sublayer, in the dtype that the model runs in."""
+    """Full-rank factors of a sublayer, in the dtype of the model, with a soft mask."""
 
     def __init__(self, u: Tensor, v: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         self._u, self._v = u.to(device, dtype), v.to(device, dtype)
@@ -163,7 +163,7 @@ class _SoftMask:
         args: tuple[Tensor, ...],
         _output: Tensor,
     ) -> Tensor:
-        """Return the linear's output with component i weighted by
+        """Return the output of the linear layer with component i weighted by
         ``sigmoid((position − i − ½) / (width·k))``."""
         scale = width * len(self._index)
         mask = torch.sigmoid((position.to(self._index.device) - self._index - 0.5) / scale)
@@ -172,7 +172,7 @@ class _SoftMask:
 
 
 class _Loaded:
-    """The dense model with what entered each of its blocks, and what left the last."""
+    """The dense model with the inputs of all blocks and the output of the last."""
 
     def __init__(
         self, source: Source, windows: Tensor, device: torch.device, dtype: torch.dtype
@@ -182,10 +182,10 @@ class _Loaded:
         take_corrected(source, self._model)
         self._prefix, self._layers = decoder_blocks(self._model)
         self._windows = windows.to(device)
-        # What entered each block, and behind the last what left it: [blocks + 1][S] of [1, L, d].
+        # Inputs of each block, and output of the last: [blocks + 1][S] of [1, L, d].
         self._entered: list[list[Tensor]] = [[] for _ in range(len(self._layers) + 1)]
         self._tuples = False
-        with self._noting():
+        with self._recording():
             for ids in self._windows:
                 self._model.get_decoder()(input_ids=ids[None], use_cache=False)
 
@@ -195,7 +195,7 @@ class _Loaded:
 
     @contextmanager
     def replaced(self, name: str, weight: Tensor) -> Iterator[None]:
-        """Give a sublayer another weight while the body runs."""
+        """Replace the weight of a sublayer while the body runs."""
         linear = self.linear(name)
         kept = linear.weight
         linear.weight = nn.Parameter(weight.to(kept.device, kept.dtype), requires_grad=False)
@@ -206,7 +206,7 @@ class _Loaded:
 
     @torch.no_grad()
     def perplexity(self, name: str) -> float:
-        """Return the perplexity of all windows with what ``name`` is now."""
+        """Return the perplexity of all windows with the current weight of ``name``."""
         total = 0.0
         for window, ids in enumerate(self._windows):
             logits = self._logits(window, self._block(name))[:-1].float()
@@ -215,13 +215,13 @@ class _Loaded:
 
     @torch.no_grad()
     def divergence(self, name: str) -> float:
-        """Return the mean KL from the dense model of all windows, with what ``name`` is now."""
+        """Return the mean KL divergence of all windows with the current weight of ``name``."""
         first = self._block(name)
         parts = [self.divergence_of(window, first) for window in range(len(self._windows))]
         return float(torch.stack(parts).mean())
 
     def divergence_of(self, window: int, first: int = 0) -> Tensor:
-        """Return the mean KL from the dense model of one window, run from block ``first`` on."""
+        """Return the mean KL divergence of one window, run from block ``first`` on."""
         with torch.no_grad():
             dense = self._logits(window, len(self._layers))
         other = self._logits(window, first)
@@ -243,7 +243,7 @@ class _Loaded:
 
     @contextmanager
     def _skipping(self, first: int, window: int) -> Iterator[None]:
-        """Let the blocks before ``first`` hand on what entered it in the dense run."""
+        """Replace the blocks before ``first`` by their dense result."""
 
         def stub(*_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor]:
             state = self._entered[first][window]
@@ -258,17 +258,17 @@ class _Loaded:
                 del layer.forward
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Keep what enters every block while the body runs, without gradients."""
+    def _recording(self) -> Iterator[None]:
+        """Keep the inputs of every block while the body runs, without gradients."""
 
-        def note(index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def record(index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._tuples = isinstance(output, tuple)
             self._entered[index].append(args[0] if args else kwargs["hidden_states"])
             if index + 1 == len(self._layers):
                 self._entered[-1].append(output[0] if self._tuples else output)
 
         handles = [
-            layer.register_forward_hook(partial(note, i), with_kwargs=True)
+            layer.register_forward_hook(partial(record, i), with_kwargs=True)
             for i, layer in enumerate(self._layers)
         ]
         try:

@@ -1,4 +1,4 @@
-"""Spectra of every sublayer, computed once and kept beside what they were computed from."""
+"""Spectra of all sublayers, cached beside the calibration or model that they come from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hisvd_cli.allocation.estimate import decomposition_cost
-from hisvd_cli.allocation.rounding_noise import Round, Rounding, diagonals, rounding
-from hisvd_cli.allocation.spectrum import (
-    Spectrum,
+from hisvd_cli.allocation.energies import (
     component_changes,
     fisher_energy,
     held_out_fisher_energy,
     weight_energy,
     whitened_energy,
 )
+from hisvd_cli.allocation.estimate import decomposition_cost
+from hisvd_cli.allocation.rounding_noise import Round, Rounding, diagonals, rounding
+from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.calibration.store import GRADIENTS, Calibration
 from hisvd_cli.linalg.statistics import Need, Statistics, missing, required
 from hisvd_cli.linalg.truncation import decomposing
@@ -38,15 +38,15 @@ Compute = Callable[[Tensor, Statistics], Tensor]
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which spectra a plan looks at.
+    """The spectra that a plan needs.
 
     Attributes:
-        metric: in which loss is counted: whitened, fisher, held-out (fisher, on text that the
-            components were not chosen on) or weight. Without a calibration, whitened means weight.
-        weights: whether the spectra of the weights are wanted too.
-        changes: whether the signed change by each component is wanted too.
-        input_shrinkage: of the fisher metric.
-        output_shrinkage: of the fisher metric.
+        metric: metric of the loss: whitened, fisher, held-out (fisher on held-out text) or weight.
+            Without a calibration, whitened means weight.
+        weights: whether it also needs the spectra of the weights.
+        changes: whether it also needs the signed change for each component.
+        input_shrinkage: shrinkage of the fisher metric.
+        output_shrinkage: shrinkage of the fisher metric.
     """
 
     metric: str = "whitened"
@@ -58,14 +58,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class SpectraSource:
-    """What spectra are computed from.
+    """The inputs of spectra.
 
     Attributes:
         source: the model.
-        sublayers: those that are wanted, in order.
+        sublayers: the sublayers, in order.
         names: name of a tensor in the model → name on disk.
-        calibration: where statistics come from; None for spectra of the weights alone.
-        device: where eigenvalues are computed.
+        calibration: the statistics; None for spectra of the weights alone.
+        device: device for eigenvalues.
     """
 
     source: Source
@@ -76,10 +76,10 @@ class SpectraSource:
 
 
 def load_spectra(of: SpectraSource, wanted: Wanted, reporter: Reporter) -> list[Spectrum]:
-    """Return a spectrum per sublayer, from the cache where it holds them.
+    """Return a spectrum per sublayer, from the cache if possible.
 
     Raises:
-        SourceError: the metric needs statistics that were not taken; names the command.
+        SourceError: statistics that the metric needs are missing; names the command.
     """
     plain = of.calibration is None or wanted.metric == "weight"
     weights = _weights(of, reporter) if plain or wanted.weights else dict[str, Tensor]()
@@ -120,18 +120,17 @@ def load_roundings(
     method_key: str,
     reporter: Reporter,
 ) -> dict[str, dict[int, Rounding]]:
-    """Return sublayer → bits → what rounding its weight to them does in the metric that is wanted,
-    from the cache where it holds that.
+    """Return sublayer → bits → effect of rounding the weight, from the cache if possible.
 
     Args:
         of: the model and its statistics.
-        wanted: the metric, and its shrinkage.
-        methods: bits → how a matrix is rounded to them.
-        method_key: names that way of rounding in the cache.
-        reporter: told of each sublayer.
+        wanted: the metric and its shrinkage.
+        methods: bits → rounding function.
+        method_key: name of the rounding method in the cache.
+        reporter: shows progress.
 
     Raises:
-        SourceError: the metric needs statistics that were not taken.
+        SourceError: statistics that the metric needs are missing.
     """
     calibration = of.calibration
     metric = wanted.metric if calibration else "weight"
@@ -161,7 +160,7 @@ def load_roundings(
 
 
 def _weights(of: SpectraSource, reporter: Reporter) -> dict[str, Tensor]:
-    """They depend on the model alone, so all its calibrations share them."""
+    """Return the spectra of the weights, which all calibrations of a model share."""
     path = cache_root() / "weights" / of.source.fingerprint / "spectra.safetensors"
 
     def compute(weight: Tensor, _statistics: Statistics) -> Tensor:
@@ -209,8 +208,8 @@ def _cached(
     compute: Compute,
     reporter: Reporter,
 ) -> dict[str, Tensor]:
-    """Return a value per sublayer from ``path`` if it was written under ``key``, else compute it
-    from weights and, where there is a ``need``, statistics; several processes share the work."""
+    """Return a value per sublayer from ``path`` if it has this ``key``; otherwise compute it from
+    weights and, with a ``need``, statistics. Several processes share the work."""
     here = world()
     values = here.agreed(lambda: _read(path, key))
     lacking = [s for s in of.sublayers if s.name not in values]
@@ -239,13 +238,13 @@ def _cached(
     for part in here.gathered(mine):
         values |= part
     if here.first:
-        with suppress(OutputError):  # what is not kept is computed again
+        with suppress(OutputError):  # the cache is optional
             write_tensors(path, values, {"key": key})
     return values
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor]:
-    if not intact(path):  # absent, or damaged: both mean computing it again
+    if not intact(path):  # missing or damaged
         return {}
     tensors, metadata = read_tensors(path, AGAIN)
     return tensors if metadata.get("key") == key else {}

@@ -15,6 +15,7 @@ import typer
 from hisvd_cli.cli.brief_help import show_all
 from hisvd_cli.cli.console import Console
 from hisvd_cli.pipelines.config.commands import Key
+from hisvd_cli.pipelines.config.mentions import in_flags
 from hisvd_cli.pipelines.config.presets import PRESETS
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -221,11 +222,11 @@ def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
     field = SECTIONS[section].model_fields[key]
     kind = kind_of(section, key)
     flag = flag_of(section, key)
-    text = str(field.description)
+    text = in_flags(str(field.description))
     taken: Any = str
     if kind is bool:
         taken = bool
-        if field.default is None:  # unset by default, so it can be switched off explicitly
+        if field.default is not False:  # on or unset by default, so it can be switched off
             flag += f"/--no-{flag[2:]}"
     elif get_origin(kind) is list:
         taken = list[str]
@@ -263,7 +264,7 @@ def _section_panel(section: str) -> str:
 
 def _metavar(kind: Any) -> str:
     item = item_of(kind)
-    return "NAME" if get_origin(item) is Literal else _METAVARS[item]
+    return "NAME" if get_origin(item) is Literal else _METAVARS.get(item, "VALUE")
 
 
 def _default_text(default: Any) -> str:

@@ -1,13 +1,13 @@
-"""What is added to a truncated weight before it is truncated again (ZS-SVD, arXiv 2602.02848).
+"""Corrections of truncated weights between two truncations (ZS-SVD, arXiv 2602.02848).
 
-Legend, for one sublayer: W_T the weight of the model as it was published (the teacher), W the
-truncated one, multiplied out, both ``[m, n]``; Δ = W_T − W; g ``[m, n]`` the gradient at W of the
-mean loss of a token, over one batch. ⟨a, b⟩ is the sum of all products of entries.
+Legend, for one sublayer: W_T the original weight (of the teacher), W the truncated one, multiplied
+out, both ``[m, n]``; Δ = W_T − W; g ``[m, n]`` the gradient at W of the mean loss per token, over
+one batch. ⟨a, b⟩ is the sum of the products of all entries.
 
-The paper applies one of these and truncates again; its program (mint-vu/Zero-Sum-SVD,
-``compression/corrections.py``) adds a constant to the divisors. Here every direction is brought to
-length 1 first, so that neither tiny nor huge gradients change a result, and a zero gradient or a
-zero Δ gives no correction.
+The paper applies one of these corrections and truncates again. The authors' code
+(mint-vu/Zero-Sum-SVD, ``compression/corrections.py``) adds a constant to the divisors. Here all
+directions are normalised first, so that the scale of gradients does not affect the result, and a
+zero gradient or a zero Δ gives no correction.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor
 
 Correction = Literal["pull-subspace", "project-to-delta", "alpha-blend", "gradient-step"]
 BY_GRADIENT: tuple[Correction, ...] = ("pull-subspace", "project-to-delta", "gradient-step")
-"""Those that need gradients at the truncated model."""
+"""Corrections that need gradients of the truncated model."""
 _CHUNK = 1 << 22
 
 
 def correction(
     method: Correction, delta: Tensor, gradients: Sequence[Tensor], *, alpha: float, step: float
 ) -> Tensor:
-    """Return what is added to W ``[m, n]`` by a method.
+    """Return the correction ``[m, n]`` to add to W.
 
     Args:
-        method: which.
+        method: the method.
         delta: Δ.
-        gradients: g of each batch, of equal size; none for ``alpha-blend``. All but
-            ``pull-subspace`` take their mean.
+        gradients: g of each batch, of equal size; empty for ``alpha-blend``. All methods but
+            ``pull-subspace`` use their mean.
         alpha: share of Δ that ``alpha-blend`` adds.
         step: η of ``gradient-step``.
     """
@@ -46,10 +46,10 @@ def correction(
 
 
 def pull_subspace(delta: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Return the projection of Δ onto the span of batch gradients: for one, (⟨g,Δ⟩/⟨g,g⟩) g.
+    """Return the projection of Δ onto the span of the batch gradients; for one, (⟨g,Δ⟩/⟨g,g⟩) g.
 
-    It never leads away from the teacher: ‖Δ − projection‖ ≤ ‖Δ‖. Combinations of gradients that
-    are not told apart from 0 by float32, in which gradients are summed, span nothing.
+    It never increases the distance to the teacher: ‖Δ − projection‖ ≤ ‖Δ‖. Combinations of
+    gradients that are 0 within the precision of float32 are ignored.
     """
     units = [unit for unit in map(_unit, gradients) if unit is not None]
     if not units:
@@ -57,12 +57,12 @@ def pull_subspace(delta: Tensor, gradients: Sequence[Tensor]) -> Tensor:
     products = [[_inner(a, b) for b in units] for a in units]
     gram = torch.tensor(products, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(gram)
-    # Eigenvalues are squares of singular values, which are known to K·eps of the largest.
+    # Eigenvalues are squares of singular values, which are accurate to K·eps of the largest.
     smallest = (len(units) * torch.finfo(torch.float32).eps) ** 2
     spanned = values > smallest * values[-1]
-    seen = torch.tensor([_inner(unit, delta) for unit in units], dtype=torch.float64)
+    projections = torch.tensor([_inner(unit, delta) for unit in units], dtype=torch.float64)
     basis = vectors[:, spanned]
-    shares = basis @ ((basis.T @ seen) / values[spanned])
+    shares = basis @ ((basis.T @ projections) / values[spanned])
     total = torch.zeros_like(delta)
     for share, unit in zip(shares.tolist(), units, strict=True):
         total += share * unit
@@ -70,18 +70,18 @@ def pull_subspace(delta: Tensor, gradients: Sequence[Tensor]) -> Tensor:
 
 
 def project_to_delta(delta: Tensor, gradient: Tensor) -> Tensor:
-    """Return the part of the mean gradient along Δ: (⟨g,Δ⟩/⟨Δ,Δ⟩) Δ.
+    """Return the projection of the mean gradient onto Δ: (⟨g,Δ⟩/⟨Δ,Δ⟩) Δ.
 
-    With the sign of the published program: where the loss falls towards the teacher (⟨g,Δ⟩ < 0)
-    it leads away from it, and to first order adds ⟨g,Δ⟩²/⟨Δ,Δ⟩ to the loss.
+    The sign is that of the authors' code: if the loss falls towards the teacher (⟨g,Δ⟩ < 0), the
+    correction points away from it and adds ⟨g,Δ⟩²/⟨Δ,Δ⟩ to the loss, to first order.
     """
     unit = _unit(delta)
     return torch.zeros_like(delta) if unit is None else _inner(gradient, unit) * unit
 
 
 def _unit(direction: Tensor) -> Tensor | None:
-    """Return a matrix at length 1, None for zero; its largest entry first becomes 1, so that no
-    square leaves the range of float32."""
+    """Return a matrix normalised to length 1, None if it is zero. Division by the largest entry
+    first keeps squares in the range of float32."""
     largest = direction.abs().max()
     if not bool(largest):
         return None
@@ -90,6 +90,6 @@ def _unit(direction: Tensor) -> Tensor | None:
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
-    """Return ⟨a, b⟩ in float64, a few entries at a time."""
+    """Return ⟨a, b⟩ in float64, in chunks."""
     pairs = zip(a.flatten().split(_CHUNK), b.flatten().split(_CHUNK), strict=True)
     return sum(float(torch.dot(x.double(), y.double())) for x, y in pairs)

@@ -1,4 +1,4 @@
-"""Apply a plan: factor every planned sublayer, block by block, into a checkpoint folder."""
+"""Executes a plan: factors all planned sublayers into a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hisvd_cli.allocation.estimate import decomposition_cost
 from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.compression.methods import DECOMPOSERS
-from hisvd_cli.compression.parts import Factory, block_of
+from hisvd_cli.compression.parts import PartBuilder, block_of
 from hisvd_cli.compression.updating import Update, Updating
 from hisvd_cli.linalg.statistics import Need, missing
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
@@ -41,7 +41,6 @@ from hisvd_cli.utils.files.json_files import write_json
 from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.prefetch import ahead
 from hisvd_cli.utils.progress import Reporter
-from hisvd_cli.utils.registry import accepted
 from hisvd_cli.utils.versions import versions
 
 _OUTSIDE = "outside"
@@ -50,8 +49,7 @@ _INDEX_BYTES = 4
 
 @dataclass(frozen=True)
 class Compressed:
-    """A finished checkpoint: where, how large, how long each part took (seconds), and what its
-    ``hisvd.json`` says."""
+    """A finished checkpoint: its folder, size, seconds of each step, and ``hisvd.json``."""
 
     output: Path
     bytes: int
@@ -62,15 +60,15 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tensors the checkpoint holds, and in which part each is written.
+    """The tensors of a checkpoint, and the part in which each is written.
 
     Attributes:
         architecture: class name of the model.
-        parts: part → name in the checkpoint → name on disk of the source, for a factor the name
-            of the matrix it comes from. Parts are written, and resumed, one by one: what is in no
-            block; of each block what stays as it is; and each of its factored sublayers.
+        parts: part → name in the checkpoint → name on disk of the source (for a factor, that of the
+            original matrix). Parts are written and resumed one by one: the tensors outside blocks,
+            the unchanged tensors of each block, and each factored sublayer.
         sizes: part → bytes.
-        costs: part → what factoring it costs, 0 for what stays as it is.
+        costs: part → cost of factoring, 0 for unchanged tensors.
         own_head: whether the output head is written although the config ties it.
     """
 
@@ -81,7 +79,7 @@ class Layout:
     own_head: bool
 
     def shared(self, left: Sequence[str], here: World) -> list[str]:
-        """Return which of the parts that are left this process makes."""
+        """Return those of the remaining parts that this process builds."""
         blocks: dict[str, list[tuple[str, int]]] = {}
         for part in left:
             blocks.setdefault(block_of(part), []).append((part, self.costs[part]))
@@ -89,7 +87,7 @@ class Layout:
         return [part for part in left if owner[part] == here.rank]
 
     def factored(self) -> dict[str, str]:
-        """Return sublayer → part of all that are factored, in order."""
+        """Return sublayer → part of all factored sublayers, in order."""
         return {
             next(iter(names)).rpartition(".")[0]: part
             for part, names in self.parts.items()
@@ -103,7 +101,7 @@ class Layout:
 
 
 def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layout:
-    """Work out, before any work, every tensor of the checkpoint and its size."""
+    """Return all tensors of the checkpoint and their sizes."""
     model = build_meta_model(source)
     prefix, layers = decoder_blocks(model)
     groups: dict[str, dict[str, dict[str, str]]] = {_OUTSIDE: {_OUTSIDE: {}}}
@@ -159,31 +157,31 @@ def compress(
 ) -> Compressed:
     """Write the compressed model to the folder ``output``.
 
-    A run that was interrupted goes on after its last finished sublayers; the result is the same to
-    the byte. Several processes share the sublayers, and write the factors of theirs.
+    An interrupted run resumes after the last completed sublayers; the result is identical to the
+    byte. Several processes share the sublayers.
 
     Args:
-        source: the dense model that the plan was made for. Of one with corrected weights, what
-            stays dense is that of the original.
+        source: the dense model of the plan. If its weights are corrected, tensors that stay dense
+            are those of the original.
         plan: the ranks.
         calibration: statistics, for decomposers that use them.
-        output: the folder; what stands there is replaced once the new one is complete.
+        output: the folder; an existing one is replaced when the new one is complete.
         decomposer: name of the method.
-        knobs: its settings; those that it does not name are left out.
-        needs: what it needs of a calibration.
-        device: where decompositions run.
-        shard_bytes: largest size of a weight file.
-        settings: the resolved settings, recorded as they are.
+        knobs: values of its options and of other settings that it may name.
+        needs: statistics that it needs.
+        device: device of decompositions.
+        shard_bytes: maximum size of a weight file.
+        settings: the resolved settings, for the provenance.
         describe: writes the model card.
-        reporter: told of each sublayer.
-        update: how weights are fitted to the inputs that the compressed model gives them.
-        history: what the provenance says beside, or instead of, what is known here.
+        reporter: shows progress.
+        update: fit of weights to their inputs in the compressed model.
+        history: entries that are added to the provenance or replace its own.
 
     Raises:
         StaleArtifactError: the plan was made for another model.
-        UsageError: an unknown decomposer.
-        SourceError: the method needs statistics that were not taken, or a file is damaged.
-        NumericalError, OutputError: see each.
+        UsageError: unknown decomposer.
+        SourceError: statistics that the method needs are missing, or a file is damaged.
+        NumericalError, OutputError: a tensor is not finite, or cannot be written.
     """
     check_plan(plan, source)
     warn_of_links(source.folder, reporter)
@@ -191,9 +189,8 @@ def compress(
         if calibration is None or need not in calibration.holds:
             raise missing(decomposer, need)
     layout = lay_out(source, plan.ranks, plan.storage)
-    method = DECOMPOSERS.get(decomposer)
-    prepared = partial(method, **accepted(method, knobs))
-    factory = Factory(source, layout.parts, plan, calibration, prepared, needs, device)
+    prepared = partial(DECOMPOSERS.get(decomposer), **DECOMPOSERS.arguments(decomposer, knobs))
+    builder = PartBuilder(source, layout.parts, plan, calibration, prepared, needs, device)
     record = _provenance(plan, calibration, decomposer, needs, settings, update)
     record |= history or {}
     key = digest(json.dumps([record, plan.document()], sort_keys=True), str(shard_bytes))
@@ -206,12 +203,12 @@ def compress(
         updated = layout.factored() if update else {}
         mine = layout.shared([part for part in left if part not in updated.values()], here)
         with reporter.stage("Compressing layers", len(mine)) as step:
-            for part, material in ahead(factory.gather, mine):
-                write_tensors(home / f"{part}.part", factory.made(part, material), {})
+            for part, inputs in ahead(builder.read, mine):
+                write_tensors(home / f"{part}.part", builder.build(part, inputs), {})
                 step()
         if update:
             waiting = [part for part in left if part in updated.values()]
-            Updating(update, factory, updated, home).run(waiting, reporter)
+            Updating(update, builder, updated, home).run(waiting, reporter)
         here.wait()
         decomposed = time.monotonic()
         if here.first:
@@ -226,10 +223,10 @@ def compress(
 
 
 def _complete(home: Path, source: Source, plan: Plan, layout: Layout) -> None:
-    """Write all that is no weight."""
+    """Write all files except weights."""
     plain = untied(source.plain_config) if layout.own_head else source.plain_config
     config = compressed_config(plain, layout.architecture, plan.ranks, plan.storage)
-    if source.carries_code:  # asked for, and needed to load the result
+    if source.carries_code:  # requested, and needed to load the result
         config["auto_map"] = plain["auto_map"]
     write_json(home / "config.json", config)
     plan.save(home / PLAN_FILE)
@@ -241,12 +238,12 @@ def _complete(home: Path, source: Source, plan: Plan, layout: Layout) -> None:
 
 
 def check_plan(plan: Plan, source: Source) -> None:
-    """Raise StaleArtifactError where a plan was made for other weights than those of ``source``."""
+    """Raise StaleArtifactError if a plan was made for other weights than those of ``source``."""
     made_for = plan.provenance["model"]
     if made_for["fingerprint"] != source.original.fingerprint:
         raise StaleArtifactError(
             f"The plan was made for {made_for['name']}, not for the weights of {source.name}.",
-            "Plan again for this model.",
+            "Make a plan for this model.",
         )
 
 

@@ -1,11 +1,10 @@
-"""The dense model and the compressed one, walked side by side over the same text.
+"""Forward passes of the dense and the compressed model, block by block, over the same text.
 
-Both are the dense model's blocks; in the second the weights of sublayers are replaced as they are
-made, by what the checkpoint's factors multiply to. Sublayers are treated in groups that are given
-the very same tensor, in the order in which data meets them, so that what enters a group has passed
-everything before it in its compressed form.
+Both start as the dense model. In the second, weights of sublayers are replaced by the product of
+their factors as soon as these are computed. Sublayers with the same input form a group; groups are
+processed in forward order, so that the input of a group comes from compressed sublayers.
 
-Legend: S sequences, of L tokens, of this process; n inputs of a sublayer; x enters it in the dense
+Legend: S sequences of L tokens of this process; n inputs of a sublayer; x its input in the dense
 model, x′ in the compressed one.
 """
 
@@ -22,12 +21,12 @@ from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.utils.distributed import world
 
 
-class TwoStreams:
-    """Two walks over the same tokens, block by block.
+class PairedWalk:
+    """Two block-by-block forward passes over the same tokens.
 
     Args:
         dense: the dense model.
-        prefix: the same model; its sublayers are replaced on the way.
+        prefix: the same model, whose sublayers are replaced.
     """
 
     def __init__(self, dense: BlockWalk, prefix: BlockWalk) -> None:
@@ -35,31 +34,31 @@ class TwoStreams:
         self._prefix = prefix
 
     def embed(self, tokens: Tensor) -> None:
-        """Embed ``tokens [S, L]`` for both."""
+        """Embed ``tokens [S, L]`` in both."""
         for walk in (self._dense, self._prefix):
             walk.embed(tokens)
 
     def load(self, index: int) -> None:
-        """Fill block ``index`` of both from disk. Raises SourceError, NumericalError."""
+        """Load block ``index`` of both from disk. Raises SourceError, NumericalError."""
         for walk in (self._dense, self._prefix):
             walk.load(index)
 
     def free(self, index: int) -> None:
-        """Give back the memory of block ``index``."""
+        """Free the memory of block ``index``."""
         for walk in (self._dense, self._prefix):
             walk.free(index)
 
     def advance(self, index: int) -> None:
-        """Run the loaded block ``index`` of both. Raises NumericalError: see ``BlockWalk``."""
+        """Run the loaded block ``index`` of both. Raises NumericalError, see ``BlockWalk``."""
         for walk in (self._dense, self._prefix):
             walk.advance(index)
 
     def groups(self, index: int, names: Collection[str]) -> list[list[str]]:
-        """Return which sublayers of the loaded block share an input, in the order of running.
+        """Return the groups of sublayers that share an input, in forward order.
 
         Args:
-            index: the block.
-            names: the sublayers that count.
+            index: the loaded block.
+            names: the sublayers to group.
         """
         collector = Collector(linears_of(self._dense, sorted(names)), self._dense.device)
 
@@ -71,13 +70,13 @@ class TwoStreams:
         return world().agreed(probe)
 
     def measure(self, index: int, group: Collection[str], until: int) -> tuple[CrossSum, CrossSum]:
-        """Return the cross moments of a group's input, all before it in its compressed form.
+        """Return the cross moments of a group's input.
 
         Args:
             index: the loaded block.
             group: sublayers that share an input.
-            until: which of this process's sequences are summed in the first result; the rest is in
-                the second.
+            until: number of sequences of this process that the first result sums; the second sums
+                the others.
         """
         dense, other = (linears_of(walk, list(group)) for walk in (self._dense, self._prefix))
         width = next(iter(dense.values())).in_features
@@ -94,19 +93,19 @@ class TwoStreams:
     def _entering(
         self, index: int, dense: list[nn.Linear], other: list[nn.Linear]
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the number of the first sequence of each chunk, its x and its x′ ``[B, L, n]``."""
+        """Yield, for each chunk, the index of its first sequence, x and x′ ``[B, L, n]``."""
         for start in range(0, len(self._dense.hidden), self._dense.batch):
             part = slice(start, start + self._dense.batch)
             x = self._dense.entering(index, self._dense.hidden[part], dense)
             moved = self._prefix.entering(index, self._prefix.hidden[part], other)
-            # Some blocks (OPT's) join all tokens of a chunk before a sublayer.
+            # Some blocks (of OPT) flatten all tokens of a chunk before a sublayer.
             shape = (len(self._dense.hidden[part]), -1, x.shape[-1])
             yield start, x.reshape(shape), moved.reshape(shape)
             for walk in (self._dense, self._prefix):
                 walk.home.settle()
 
     def replace(self, name: str, weight: Tensor) -> None:
-        """Put ``weight`` ``[m, n]`` in the place of a sublayer's in the compressed model."""
+        """Replace the weight ``[m, n]`` of a sublayer in the compressed model."""
         linear = self._prefix.model.get_submodule(name)
         made = weight.to(self._prefix.device, self._prefix.dtype)
         linear.weight = nn.Parameter(made, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Makes the tensors of a part of a checkpoint: as they are, or as the pair that the plan asks."""
+"""Builds the tensors of a part of a checkpoint: unchanged, or factored as planned."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from hisvd_cli.utils.errors import NumericalError
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a part is made from: tensors by their names on disk, and statistics of sublayers."""
+class PartInputs:
+    """The inputs of a part: tensors by name on disk, and statistics of sublayers."""
 
     tensors: Mapping[str, Tensor]
     known: Mapping[str, Statistics]
 
 
 @dataclass(frozen=True)
-class Factory:
-    """Makes the tensors of parts.
+class PartBuilder:
+    """Builds the tensors of parts.
 
     Attributes:
         source: the dense model.
         parts: part → name in the checkpoint → name on disk of the source, as in a ``Layout``.
-        plan: the ranks, and how pairs are stored.
+        plan: ranks and storage.
         calibration: statistics, for methods that use them.
-        method: the decomposer, its knobs filled in.
-        needs: what it needs of the calibration.
-        device: where decompositions run.
+        method: the decomposer with its arguments bound.
+        needs: statistics that it needs.
+        device: device of decompositions.
     """
 
     source: Source
@@ -49,8 +49,8 @@ class Factory:
     needs: Collection[Need]
     device: torch.device
 
-    def gather(self, part: str) -> Material:
-        """Read what a part is made from. Raises SourceError, NumericalError."""
+    def read(self, part: str) -> PartInputs:
+        """Return the inputs of a part. Raises SourceError, NumericalError."""
         names = self.parts[part]
         factored = {name.rpartition(".")[0] for name in names} & self.plan.ranks.keys()
         known: Mapping[str, Statistics] = {}
@@ -64,18 +64,18 @@ class Factory:
                 truncated = name.removesuffix(".weight") in self.plan.ranks
                 source = self.source if truncated else self.source.original
                 tensors[stored] = source.weights.read(stored)
-        return Material(tensors, known)
+        return PartInputs(tensors, known)
 
-    def made(self, part: str, material: Material) -> dict[str, Tensor]:
+    def build(self, part: str, inputs: PartInputs) -> dict[str, Tensor]:
         """Return the tensors of a part. Raises NumericalError."""
         ranks = self.plan.ranks
         tensors: dict[str, Tensor] = {}
         for name, stored in self.parts[part].items():
-            sublayer, weight = name.removesuffix(".weight"), material.tensors[stored]
-            if name in tensors:  # all factors come with the first
+            sublayer, weight = name.removesuffix(".weight"), inputs.tensors[stored]
+            if name in tensors:  # added with the first factor
                 continue
             if name.endswith(".weight") and sublayer in ranks:
-                statistics = material.known.get(sublayer, Statistics())
+                statistics = inputs.known.get(sublayer, Statistics())
                 u, v = self.decomposed(sublayer, weight, statistics)
                 tensors |= self.stored(sublayer, u, v, weight.dtype)
             else:
@@ -85,15 +85,15 @@ class Factory:
     def decomposed(
         self, sublayer: str, weight: Tensor, statistics: Statistics
     ) -> tuple[Tensor, Tensor]:
-        """Return U ``[m, r]`` and V ``[r, n]`` of a weight, r as planned. Raises NumericalError."""
+        """Return U ``[m, r]`` and V ``[r, n]`` at the planned rank. Raises NumericalError."""
         with decomposing(sublayer):
             return self.method(weight.to(self.device), statistics, self.plan.ranks[sublayer])
 
     def stored(self, sublayer: str, u: Tensor, v: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return a pair as the checkpoint holds it: full name → tensor, on the CPU.
+        """Return the tensors of a pair in the checkpoint: full name → tensor, on the CPU.
 
         Raises:
-            NumericalError: not finite in ``dtype``.
+            NumericalError: the pair is not finite in ``dtype``.
         """
         factors = pivoted(u, v) if self.plan.storage == "pivoted" else (v, u)
         tensors: dict[str, Tensor] = {}
@@ -109,10 +109,10 @@ class Factory:
 
 
 def block_of(part: str) -> str:
-    """Return the part of what stays as it is in the same block: ``block-00003``."""
+    """Return the part of the unchanged tensors in the same block, such as ``block-00003``."""
     return part.partition(".")[0]
 
 
 def block_number(part: str) -> int:
-    """Return the block of a part that is in one."""
+    """Return the block index of a part inside a block."""
     return int(block_of(part).rpartition("-")[2])

@@ -1,9 +1,8 @@
-"""A checkpoint ─► the same one with its matrices as integers, part by part.
+"""Quantizes a checkpoint.
 
-Rounding to the nearest needs nothing but the checkpoint. ``gptq`` needs the second moments of what
-every sublayer is given, of all inputs: a calibration keeps only the outputs' where they are fewer,
-and of the model before compression. So the compressed model itself is walked over calibration text,
-block by block; what enters a block has passed the blocks before it as they are after rounding.
+Rounding to nearest needs only the checkpoint. ``gptq`` needs the second moments of all sublayer
+inputs, which a calibration does not always contain, and only for the dense model. The compressed
+model is therefore run over calibration text, block by block, with earlier blocks already quantized.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from hisvd_cli.utils.versions import versions
 
 
 def sublayer_names(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of all sublayers of a checkpoint, low-rank and dense ones."""
+    """Return the names of all sublayers of a checkpoint, low-rank and dense."""
     source = Source(str(checkpoint.folder), checkpoint.folder)
     prefix, layers = decoder_blocks(build_meta_model(source, compressed=True))
     return [sublayer.name for sublayer in find_sublayers(prefix, list(layers))]
@@ -50,25 +49,23 @@ def quantize(
     describe: Describe,
     reporter: Reporter,
 ) -> int:
-    """Write a checkpoint whose matrices are integers to the folder ``output``; return the bytes of
-    its weights.
+    """Write a quantized checkpoint to the folder ``output``; return the bytes of its weights.
 
-    A run that was interrupted goes on after its last finished block; the result is the same to the
-    byte.
+    An interrupted run resumes after the last completed block; the result is identical to the byte.
 
     Args:
-        checkpoint: in full precision.
-        output: the folder; what stands there is replaced once the new one is complete.
+        checkpoint: the checkpoint, not quantized.
+        output: the folder; an existing one is replaced when the new one is complete.
         recipe: bits and method.
-        text: for the method gptq.
-        shard_bytes: largest size of a weight file.
-        settings: the resolved settings, recorded as they are.
+        text: calibration text, for gptq.
+        shard_bytes: maximum size of a weight file.
+        settings: the resolved settings, for the provenance.
         describe: writes the model card.
-        reporter: told of each block.
+        reporter: shows progress.
 
     Raises:
-        SourceError: the checkpoint is quantized already, damaged, or lacks a sublayer.
-        NumericalError: numbers that are not finite.
+        SourceError: the checkpoint is already quantized, is damaged, or lacks a sublayer.
+        NumericalError: numbers are not finite.
         OutputError: the folder cannot be written.
     """
     checkpoint.refuse_own_code()
@@ -96,7 +93,7 @@ def quantize(
 def _complete(
     home: Path, checkpoint: Checkpoint, recipe: Recipe, record: Mapping[str, Any]
 ) -> None:
-    """Write all that is no weight."""
+    """Write all files except weights."""
     config, storage = checkpoint.config, record["quantization"]["storage"]
     write_json(
         home / "config.json",

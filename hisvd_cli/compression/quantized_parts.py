@@ -1,4 +1,4 @@
-"""Quantizes and writes a checkpoint part by part: each block, and what is outside the blocks."""
+"""Quantizes and writes the parts of a checkpoint: each block, and the tensors outside blocks."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _OUTSIDE = "outside"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is quantized.
+    """Bits and method of quantization.
 
     Attributes:
-        bits: name of a sublayer → 8 or 4; what it does not name, or with 16, stays as it is.
-        group_size: columns that share a scale, with 4 bits.
-        method: how numbers are rounded.
-        damping: gptq: what is added to the diagonal of a moment, as a share of its mean.
+        bits: name of a sublayer → 8 or 4; sublayers with 16, or not named, are not quantized.
+        group_size: columns that share a scale at 4 bits.
+        method: rounding method.
+        damping: gptq: damping of the moment, relative to its mean diagonal.
     """
 
     bits: Mapping[str, int]
@@ -60,7 +60,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Text:
-    """What gptq runs the model on, and how."""
+    """Calibration text of gptq, and how to run the model."""
 
     sample: Sample
     device: torch.device
@@ -69,11 +69,11 @@ class Text:
 
 
 class PartsWriter:
-    """Makes the parts of a checkpoint of integers: what is in no block, and each block.
+    """Builds and writes the parts of a quantized checkpoint.
 
     Attributes:
-        stored: part → name → shape of each tensor that it holds.
-        dense_bytes: of the model before compression, in the dtype of the weights now.
+        stored: part → name → shape of each tensor.
+        dense_bytes: bytes of the model before compression, in the current dtype of the weights.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class PartsWriter:
         return self._block(int(index)) if index.isdigit() else _OUTSIDE
 
     def _stored(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Return the names and shapes of a part's tensors once they are integers."""
+        """Return the names and shapes of the quantized tensors of a part."""
         recipe = self._recipe
         stored: dict[str, tuple[int, ...]] = {}
         for sublayer, leaves in _by_sublayer(names).items():
@@ -131,14 +131,14 @@ class PartsWriter:
         }
 
     def _width(self, name: str) -> int:
-        """Return the bytes of one element of a tensor that is written."""
+        """Return the bytes per element of a written tensor."""
         sublayer, _, leaf = name.rpartition(".")
         if sublayer in self._recipe.bits and leaf in (*MATRICES, *(x + SCALE for x in MATRICES)):
             return 2 if leaf.endswith(SCALE) else 1
         return int(self._weights.infos[name].width)
 
     def write_parts(self, home: Path, left: Sequence[str], reporter: Reporter) -> None:
-        """Write the parts that are ``left``; the others lie in ``home``."""
+        """Write the parts ``left``; the others are in ``home`` already."""
         walk = self._embedded() if self._text and left != [_OUTSIDE] else None
         with reporter.stage("Quantizing blocks", len(self.stored)) as step:
             for part in self.stored:
@@ -168,8 +168,8 @@ class PartsWriter:
     def _metric(
         self, sublayer: str, moments: Mapping[str, Tensor], last: Metric | None
     ) -> Metric | None:
-        """Return the metric of a sublayer's input, the last one where it is the same input's; None
-        where nothing is known of it."""
+        """Return the metric of a sublayer's input, reusing the last one for the same input; None
+        without a moment."""
         moment = moments.get(sublayer)
         if moment is None:
             return None
@@ -189,7 +189,7 @@ class PartsWriter:
         except LinAlgError as error:
             raise NumericalError(
                 f"{sublayer} cannot be rounded: {reason(error)}",
-                "Raise --damping, or use --quantize-method nearest.",
+                "Raise `quantize.damping`, or use `quantize.method` nearest.",
             ) from error
 
     def _embedded(self) -> BlockWalk:
@@ -200,7 +200,7 @@ class PartsWriter:
         return walk
 
     def _moments(self, walk: BlockWalk, part: str) -> dict[str, Tensor]:
-        """Return the second moment of the input of each sublayer of a block, which stays loaded."""
+        """Load a block, and return the second moments of the inputs of its sublayers."""
         index = block_number(part)
         walk.load(index)
         inside = f"{walk.prefix}.{index}."
@@ -215,7 +215,7 @@ class PartsWriter:
         return {name: means[key] for name, (key, _) in collector.owners.items()}
 
     def _pass_on(self, walk: BlockWalk, part: str, path: Path) -> None:
-        """Send the hidden states through a block as it has been written."""
+        """Run the hidden states through the quantized block."""
         index = block_number(part)
         tensors, _ = read_tensors(path, AGAIN)
         local = {
@@ -231,13 +231,13 @@ class PartsWriter:
 
 
 def pair_storage(checkpoint: Checkpoint, recipe: Recipe) -> Storage:
-    """Return the storage of the low-rank sublayers that are left in it, a pair where none are."""
+    """Return the storage of the low-rank sublayers after quantization; 4 bits needs plain pairs."""
     pairs = all(recipe.bits.get(name) == 4 for name in checkpoint.ranks)
     return "pair" if pairs else checkpoint.storage
 
 
 def _replace(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Put the layers of integers, and low-rank ones, into a dense model on the meta device."""
+    """Replace layers of a dense model on the meta device by quantized and low-rank ones."""
     from hisvd_cli.modeling.layers.transformers_plugin import (
         HiSVDConfig,
         format_version_of,
@@ -251,7 +251,7 @@ def _replace(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> 
 
 
 def _by_sublayer(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return module → leaves of its tensors."""
+    """Return module → names of its tensors within it."""
     found: dict[str, list[str]] = {}
     for name in names:
         module, _, leaf = name.rpartition(".")
@@ -262,7 +262,7 @@ def _by_sublayer(names: Iterable[str]) -> dict[str, list[str]]:
 def _as_rounded(
     shapes: Mapping[str, tuple[int, ...]], bits: int, storage: Storage
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a sublayer's tensors in the storage that it gets with ``bits``."""
+    """Return the shapes of a sublayer's tensors in its storage at ``bits``."""
     if "weight_u" not in shapes or storage_with(bits, storage) == storage:
         return dict(shapes)
     rank, inputs = shapes["weight"]

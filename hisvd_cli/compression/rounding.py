@@ -1,8 +1,8 @@
-"""Matrices ─► integers: rounded to the nearest, or with each rounding error made up for.
+"""Rounding of matrices to integers: to nearest, or with error compensation (GPTQ).
 
-Legend: W ``[m, n]`` a matrix that inputs x ``[n]`` are multiplied with, H = E[x xᵀ] ``[n, n]``. The
-error that rounding W to Ŵ makes at the output is tr((W − Ŵ) H (W − Ŵ)ᵀ). A low-rank pair is U
-``[m, r]`` and V ``[r, n]``; what U is multiplied with has the moment V H Vᵀ.
+Legend: W ``[m, n]`` a matrix applied to inputs x ``[n]``, H = E[x xᵀ] ``[n, n]``. Rounding W to Ŵ
+causes the output error tr((W − Ŵ) H (W − Ŵ)ᵀ). A low-rank pair is U ``[m, r]`` and V ``[r, n]``;
+the inputs of U have the moment V H Vᵀ.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from hisvd_cli.utils.errors import NumericalError
 
 _RANGE = {4: (-8, 7), 8: (-127, 127)}
 _BLOCK = 128
-"""Columns whose errors are made up for at once in the columns behind them."""
+"""Columns whose errors are compensated together in later columns."""
 _SHRINK = tuple(1 - 0.0125 * step for step in range(13))
-"""Scales that are tried, relative to the one that clips nothing. Of the output's energy of a dense
-v_proj these lost 0.0039, steps of 0.05 down to 0.6 0.0045, and no search 0.0041."""
+"""Candidate scales, relative to the one without clipping. Lost output energy of a dense v_proj:
+0.0039 with these, 0.0045 with steps of 0.05 down to 0.6, 0.0041 without a search."""
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix as integers.
+    """A matrix rounded to integers.
 
     Attributes:
         codes: ``[m, n]``, int8.
@@ -45,13 +45,13 @@ class Rounded:
         return self.codes * _spread(self.scales, self.codes.shape[1], self.group)
 
     def stored(self, leaf: str) -> dict[str, Tensor]:
-        """Return the tensors on disk of the matrix called ``leaf``."""
+        """Return the tensors of the matrix on disk, named after ``leaf``."""
         codes = pack(self.codes) if self.bits == 4 else self.codes
         return {leaf: codes, leaf + SCALE: self.scales.view(torch.int16)}
 
 
 def _spread(scales: Tensor, columns: int, group: int) -> Tensor:
-    """Return the scale of every number ``[m, columns]``, in float32."""
+    """Return the scale of every number ``[m, columns]`` in float32."""
     return scales.float().repeat_interleave(group, 1)[:, :columns]
 
 
@@ -61,10 +61,10 @@ def round_nearest(matrix: Tensor, bits: int, group: int) -> Rounded:
     Args:
         matrix: ``[m, n]``.
         bits: 8 or 4.
-        group: columns that share a scale; with 8 bits all do.
+        group: columns that share a scale; all columns at 8 bits.
 
     Raises:
-        NumericalError: numbers that are not finite, or beyond what a scale in float16 reaches.
+        NumericalError: numbers are not finite, or too large for a scale in float16.
     """
     wide = matrix.float()
     group = wide.shape[1] if bits == 8 else group
@@ -75,7 +75,7 @@ def round_nearest(matrix: Tensor, bits: int, group: int) -> Rounded:
 
 def _codes(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Return the nearest codes, as floating-point numbers."""
-    # Where a scale is zero, so small are the numbers that they are taken for zero.
+    # A zero scale means that all its numbers round to zero.
     divisors = torch.where(scales == 0, torch.inf, scales)
     return (numbers / divisors).round_().clamp_(*_RANGE[bits])
 
@@ -83,14 +83,14 @@ def _codes(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
 def _find_scales(matrix: Tensor, bits: int, group: int, importance: Tensor | None = None) -> Tensor:
     """Return the scales ``[m, groups]`` of a matrix ``[m, n]``, float16.
 
-    With 4 bits, of several scales for each group the one is taken that makes the least squared
-    error; with 8 bits each row has that of its largest number.
+    At 4 bits, each group gets the candidate scale of least squared error; at 8 bits, each row gets
+    the scale of its largest number.
 
     Args:
         matrix: float32.
         bits: 8 or 4.
         group: columns that share a scale.
-        importance: weight of each column's squared error ``[n]``; by default all are equal.
+        importance: weight of each column's squared error ``[n]``; default: equal weights.
 
     Raises:
         NumericalError: see :func:`round_nearest`.
@@ -102,7 +102,7 @@ def _find_scales(matrix: Tensor, bits: int, group: int, importance: Tensor | Non
     lower, upper = parts.amin(2), parts.amax(2)
     if bits == 8:
         return _half(torch.maximum(-lower, upper) / high)
-    # The further end gets the code −8, by a negative scale where it is the upper one.
+    # The bound of larger magnitude gets the code −8; the scale is negative if it is the upper one.
     widest = torch.where(upper > -lower, upper, lower) / low
     weights = matrix.new_ones(columns) if importance is None else importance.to(matrix)
     weights = F.pad(weights, (0, padding)).view(-1, group)
@@ -120,7 +120,7 @@ def _half(scales: Tensor) -> Tensor:
     narrow = scales.half()
     if not bool(narrow.isfinite().all()):
         raise NumericalError(
-            "A matrix holds numbers that are not finite, or too large for a scale in float16.",
+            "A matrix contains numbers that are not finite, or too large for a scale in float16.",
             "Check the checkpoint with 'hisvd inspect'.",
         )
     return narrow
@@ -128,12 +128,12 @@ def _half(scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Metric:
-    """What error compensation needs of a moment, worked out once for all that is rounded in it.
+    """A moment, prepared for error compensation.
 
     Attributes:
         moment: H ``[n, n]``.
-        order: the columns in the falling order of H's diagonal.
-        factor: upper triangular R ``[n, n]``, float32, with RᵀR the inverse of H in that order.
+        order: the columns, in descending order of the diagonal of H.
+        factor: upper triangular R ``[n, n]``, float32; RᵀR is the inverse of H in that order.
     """
 
     moment: Tensor
@@ -146,8 +146,8 @@ def metric_of(moment: Tensor, damping: float) -> Metric:
 
     Args:
         moment: H.
-        damping: what is added to its diagonal, as a share of its mean; tenfold each time where H
-            is not positive definite with so little.
+        damping: damping of its diagonal, relative to its mean; multiplied by 10 until H is positive
+            definite.
 
     Raises:
         NumericalError: H is not finite.
@@ -155,7 +155,7 @@ def metric_of(moment: Tensor, damping: float) -> Metric:
     if not bool(moment.isfinite().all()):
         raise NumericalError(
             "The second moment of an input is NaN or infinite.",
-            "Use --dtype float32, and check the checkpoint with 'hisvd inspect'.",
+            "Use `model.dtype` float32, and check the checkpoint with 'hisvd inspect'.",
         )
     order = moment.diagonal().argsort(descending=True, stable=True)
     wide = moment[order][:, order].double()
@@ -171,17 +171,16 @@ def metric_of(moment: Tensor, damping: float) -> Metric:
 
 
 def round_compensated(matrix: Tensor, metric: Metric, bits: int, group: int) -> Rounded:
-    """Round column by column, and make up for each error in the columns that are still to come.
+    """Round column by column, and compensate each error in later columns.
 
-    GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1), columns in the falling order of H's
-    diagonal; a group is columns that stand together all the same, with the scale that serves them
-    best before any is rounded.
+    GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1), with columns in descending order of
+    the diagonal of H. Groups are adjacent columns of W; their scales are selected before rounding.
 
     Args:
         matrix: W ``[m, n]``.
-        metric: of H ``[n, n]``.
+        metric: the metric of H ``[n, n]``.
         bits: 8 or 4.
-        group: columns that share a scale; with 8 bits all do.
+        group: columns that share a scale; all columns at 8 bits.
 
     Raises:
         NumericalError: see :func:`round_nearest`.

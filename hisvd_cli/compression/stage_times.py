@@ -1,6 +1,6 @@
-"""How long the stages of a compression took, kept in the cache.
+"""Durations of the steps of a compression, stored in the cache.
 
-A checkpoint itself holds no clocks, so that a run that is made again gives the same bytes.
+A checkpoint does not contain times, so that a repeated run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from hisvd_cli.utils.files.json_files import read_json
 
 
 def keep_times(record: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
-    """Write the seconds by stage of the checkpoint that has this ``hisvd.json``, over earlier ones;
-    where the cache cannot be written, nothing is kept."""
+    """Store the seconds of each step for the checkpoint with this ``hisvd.json``, if the cache can
+    be written."""
     with suppress(OutputError):
         write_text(_path(record), json.dumps(dict(seconds)) + "\n")
 
 
 def times_of(record: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the seconds by stage that were kept, in order; None where this machine made no such
-    checkpoint, or the file is damaged."""
+    """Return the stored seconds of each step, in order; None if there are none on this machine, or
+    the file is damaged."""
     try:
         document = read_json(_path(record))
         return {str(stage): float(value) for stage, value in document.items()}

@@ -1,4 +1,4 @@
-"""Between two truncations: multiply out what was truncated, and correct it, block by block."""
+"""Corrects a truncated model between two truncations, block by block."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from hisvd_cli.utils.files.tensorfile import write_tensors
 from hisvd_cli.utils.progress import Reporter
 
 Step = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""(Δ, gradients of batches) → what is added to the truncated weight, all ``[m, n]``."""
-_KEY = "stage"  # of folders within one that has a key
+"""(Δ, gradients of batches) → correction of the truncated weight, all ``[m, n]``."""
+_KEY = "stage"  # of folders inside a folder that has its own key
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """A truncated model beside the original.
+    """A truncated model and its original.
 
     Attributes:
-        teacher: the original.
-        checkpoint: the truncated one.
+        teacher: the original model.
+        checkpoint: the truncated model.
         names: name of a tensor in the model → name on disk.
-        layers: block → its low-rank sublayers; blocks without any are left out.
+        layers: block → its low-rank sublayers, for blocks that have any.
     """
 
     teacher: Source
@@ -49,8 +49,9 @@ class Truncated:
     layers: Mapping[int, Sequence[str]]
 
     def block(self, layer: int, step: Step | None, gradients: Gradients) -> dict[str, Tensor]:
-        """Return the weights of a block's low-rank sublayers by their names on disk, multiplied
-        out in float32, with ``step`` added, rounded once to the dtype of the original.
+        """Return the corrected weights of a block's low-rank sublayers by name on disk.
+
+        Factors are multiplied and corrected in float32, and converted once to the original dtype.
 
         Raises:
             NumericalError: a corrected weight is not finite.
@@ -68,7 +69,7 @@ class Truncated:
             if not bool(found[stored].isfinite().all()):
                 raise NumericalError(
                     f"The corrected weight of {sublayer} is not finite.",
-                    "Use another --correction, or a smaller --correction-step.",
+                    "Use another `compress.correction`, or a smaller `compress.correction_step`.",
                 )
         return found
 
@@ -84,11 +85,13 @@ def _none(_sublayer: str) -> Sequence[Tensor]:
 def write_weights(
     truncated: Truncated, folder: Path, step: Step | None, reporter: Reporter
 ) -> None:
-    """Write the weights of a truncated model, corrected by ``step`` without gradients where one is
-    given. A run that was interrupted goes on after its last finished block.
+    """Write the weights of a truncated model, corrected by ``step`` without gradients, if given.
+
+    An interrupted run resumes after the last completed block.
 
     Raises:
-        NumericalError, OutputError: see each.
+        NumericalError: a corrected weight is not finite.
+        OutputError: a file cannot be written.
     """
     with building_together(folder, _KEY) as home:
         layers = list(truncated.layers) if world().first else []
@@ -104,15 +107,15 @@ def write_weights(
 
 @dataclass(frozen=True)
 class Running:
-    """How gradients are taken.
+    """How to compute gradients.
 
     Attributes:
         tokens: the text ``[S, L]``.
-        batches: into how many it is parted, each with a gradient of its own.
-        device: where blocks run.
-        dtype: in which; float16, whose range gradients leave, means float32 here.
-        batch: sequences that pass a block together.
-        place: where hidden states live.
+        batches: number of batches, each with a separate gradient.
+        device: device of the blocks.
+        dtype: dtype of the blocks; float32 is used for float16, because gradients exceed its range.
+        batch: sequences per forward pass.
+        place: location of hidden states.
     """
 
     tokens: Tensor
@@ -131,13 +134,15 @@ def write_by_gradients(
     reporter: Reporter,
     state_seconds: float = STATE_SECONDS,
 ) -> None:
-    """Write the weights of a truncated model, corrected by ``step`` with their gradients there.
+    """Write the weights of a truncated model, corrected by ``step`` with gradients.
 
-    All gradients are those at the truncated model, whose weights must lie in ``folder`` with the
-    ending ``.truncated``. A run that was interrupted goes on after its last finished block.
+    All gradients are at the truncated model, whose weights must be in the folder with the suffix
+    ``.truncated``. An interrupted run resumes after the last completed block.
 
     Raises:
-        SourceError, NumericalError, OutputError: see each.
+        SourceError: a file is missing or damaged.
+        NumericalError: a gradient or a corrected weight is not finite.
+        OutputError: a file cannot be written.
     """
     source = corrected(truncated.teacher, truncated_folder(folder))
     precise = torch.float32 if running.dtype == torch.float16 else running.dtype
@@ -161,8 +166,8 @@ def write_by_gradients(
                 batches=running.batches,
             )
 
-        def write(layer: int, seen: BatchGradients) -> None:
-            tensors = truncated.block(layer, step, partial(_finite, seen))
+        def write(layer: int, collected: BatchGradients) -> None:
+            tensors = truncated.block(layer, step, partial(_finite, collected))
             write_tensors(home / block_file(layer), tensors, {})
 
         reverse.run(is_done, watch, write)
@@ -171,17 +176,17 @@ def write_by_gradients(
             inputs.remove()
 
 
-def _finite(seen: BatchGradients, sublayer: str) -> Sequence[Tensor]:
-    """Return the gradients of a sublayer. Raises NumericalError where they are not finite."""
-    means = seen.means(sublayer)
+def _finite(collected: BatchGradients, sublayer: str) -> Sequence[Tensor]:
+    """Return the gradients of a sublayer. Raises NumericalError if they are not finite."""
+    means = collected.means(sublayer)
     if not all(bool(mean.isfinite().all()) for mean in means):
         raise NumericalError(
             f"The gradient of {sublayer} is NaN or infinite.",
-            "Use --dtype float32, or other text.",
+            "Use `model.dtype` float32, or other text.",
         )
     return means
 
 
 def truncated_folder(folder: Path) -> Path:
-    """Return where the weights lie, uncorrected, that ``folder`` holds corrected."""
+    """Return the folder of the weights before correction."""
     return folder.with_name(f"{folder.name}.truncated")

@@ -1,18 +1,18 @@
-"""Weights that answer for what the compression before them did to their inputs, without training.
+"""Least-squares fits of weights to their inputs in the compressed model, without training.
 
-A sublayer of the compressed model is given x′ where the dense one is given x. What it should return
-is still the dense output W x, so W is fitted to that by least squares:
+A sublayer has the input x in the dense model and x′ in the compressed one. Its output should still
+be the dense output W x:
 
-- ``closed-form`` (SVD-LLM, arXiv 2403.07378): V of the pair stays, and U is fitted to V x′:
-  ``U = (W C Vᵀ + λ U₀)(V G′ Vᵀ + λI)⁻¹``, U₀ the decomposer's.
+- ``closed-form`` (SVD-LLM, arXiv 2403.07378): V is kept, and U is fitted to V x′:
+  ``U = (W C Vᵀ + λ U₀)(V G′ Vᵀ + λI)⁻¹``, with U₀ of the decomposer.
 - ``propagated``: W is fitted to x′ and then truncated: ``W* = W K``,
-  ``K = (C + λI)(G′ + λI)⁻¹``. In a metric ``tr(H Δ G′ Δᵀ)`` the truncation of W* is the best pair
+  ``K = (C + λI)(G′ + λI)⁻¹``. In a metric ``tr(H Δ G′ Δᵀ)``, the truncation of W* is the best pair
   for the dense outputs, as E‖W x − W′ x′‖²_H = tr(H (W* − W′) G′ (W* − W′)ᵀ) + const at λ = 0.
 
-Both leave everything as it is where λ is infinite, and where x′ = x.
+Both change nothing if λ is infinite or x′ = x.
 
-Legend: W ``[m, n]``; C = E[x x′ᵀ], G′ = E[x′ x′ᵀ] ``[n, n]``; λ is given relative to the mean of
-the diagonal of what it is added to.
+Legend: W ``[m, n]``; C = E[x x′ᵀ], G′ = E[x′ x′ᵀ] ``[n, n]``; λ is relative to the mean diagonal of
+the matrix that it is added to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hisvd_cli.linalg.products import gram
 from hisvd_cli.linalg.statistics import Channels, Gradient, Statistics
 
 DAMPINGS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, math.inf)
-"""Values of λ that are tried where none is given; the last one updates nothing."""
+"""Candidate values of λ; the last one means no update."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CrossSum:
 
     Args:
         width: n.
-        device: where activations come from; the sums stay there if it has float64.
+        device: device of the activations, and of the sums if it supports float64.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -67,28 +67,28 @@ class CrossSum:
         self.tokens += len(rows)
 
     def pool(self, add_up: AddUp) -> None:
-        """Add the sums of other processes, on the first."""
+        """Add the sums of all processes on the first one."""
         for total in (self._cross, self._own, self._abs):
             add_up(total)
         self.tokens = add_up_count(self.tokens, add_up)
 
     def absorb(self, other: CrossSum) -> None:
-        """Add what another sum has seen."""
+        """Add another sum to this one."""
         self._cross += other._cross
         self._own += other._own
         self._abs += other._abs
         self.tokens += other.tokens
 
     def mean(self) -> CrossMoment:
-        """Return the means over all tokens so far."""
+        """Return the means over all tokens."""
         return CrossMoment(
             self._cross / self.tokens, self._own / self.tokens, self._abs / self.tokens
         )
 
 
 def transfer(moments: CrossMoment, damping: float) -> Tensor:
-    """Return K ``[n, n]``, with which ``W* = W K`` maps x′ to W x best; the identity for an
-    infinite damping.
+    """Return K ``[n, n]`` such that ``W* = W K`` maps x′ to W x best; the identity for infinite
+    damping.
 
     Args:
         moments: C and G′.
@@ -103,13 +103,13 @@ def transfer(moments: CrossMoment, damping: float) -> Tensor:
 def refitted(
     weight: Tensor, pair: tuple[Tensor, Tensor], moments: CrossMoment, damping: float
 ) -> Tensor:
-    """Return the U ``[m, r]`` with which ``U V x′`` comes nearest to W x.
+    """Return the U ``[m, r]`` for which ``U V x′`` is closest to W x.
 
     Args:
         weight: W.
         pair: U₀ ``[m, r]`` and V ``[r, n]`` of the decomposer.
         moments: C and G′.
-        damping: λ, at least 0; it pulls towards U₀.
+        damping: λ, at least 0; regularises towards U₀.
 
     Raises:
         NumericalError: see :func:`transfer`.
@@ -128,46 +128,46 @@ def _ridge(target: Tensor, square: Tensor, damping: float, start: Tensor) -> Ten
     damped = square.clone()
     damped.diagonal().add_(level)
     root = triangular_root(damped)
-    if root is None:  # nothing ever came in
+    if root is None:  # all inputs are zero
         return anchor
     found: Tensor = torch.cholesky_solve((target + level * anchor).T, root).T
     return found
 
 
 def output_error(weight: Tensor, candidate: Tensor, moments: CrossMoment) -> float:
-    """Return ``E‖W x − W′ x′‖²`` up to what is the same for every W′ ``[m, n]``."""
+    """Return ``E‖W x − W′ x′‖²`` up to a constant, for W′ ``[m, n]``."""
     other = candidate.double()
     mapped = other @ moments.own - 2 * (weight.double() @ moments.cross)
     return float((mapped * other).sum())
 
 
 def output_energy(weight: Tensor, moments: CrossMoment) -> float:
-    """Return ``E‖W x′‖²``, by which errors of several weights ``[m, n]`` can be compared."""
+    """Return ``E‖W x′‖²``, to normalise the errors of several weights ``[m, n]``."""
     wide = weight.double()
     return float(((wide @ moments.own) * wide).sum()) or 1.0
 
 
 def least(score: Callable[[float], float], values: Sequence[float]) -> float:
-    """Return the value with the least score, of equal ones the largest."""
+    """Return the value with the least score, and the largest of equal ones."""
     return min(sorted(values, reverse=True), key=score)
 
 
-def carried(known: Statistics, transferred: Tensor, moments: CrossMoment) -> Statistics:
-    """Return what a decomposer is to know of W* = W K, whose input is x′.
+def updated_statistics(known: Statistics, transferred: Tensor, moments: CrossMoment) -> Statistics:
+    """Return the statistics of W* = W K with input x′.
 
-    The gradient at the output is that of the dense model; where it is known at the input, as
+    The gradient at the output is that of the dense model. If it is stored on the input side, as
     Wᵀ H W, that of W* is Kᵀ (Wᵀ H W) K.
 
     Args:
-        known: what the calibration knows of W.
+        known: the statistics of W.
         transferred: K.
         moments: C and G′.
     """
     gradient = known.gradient
     if gradient is not None and gradient.moment.side == "input":
         wide = transferred.to(gradient.moment.matrix.device)
-        felt = wide.T @ gradient.moment.matrix.double() @ wide
-        gradient = Gradient(Moment(felt, "input"), gradient.mean_square)
+        moment = wide.T @ gradient.moment.matrix.double() @ wide
+        gradient = Gradient(Moment(moment, "input"), gradient.mean_square)
     channels = Channels(moments.mean_abs, moments.own.diagonal())
     return replace(
         known,

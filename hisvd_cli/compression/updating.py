@@ -1,4 +1,4 @@
-"""Factor sublayers block by block, each for the inputs that the compressed model gives it."""
+"""Factors sublayers block by block, fitted to their inputs in the compressed model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.calibration.store import Sample
-from hisvd_cli.compression.paired_walk import TwoStreams
-from hisvd_cli.compression.parts import Factory, Material, block_number
+from hisvd_cli.compression.paired_walk import PairedWalk
+from hisvd_cli.compression.parts import PartBuilder, PartInputs, block_number
 from hisvd_cli.compression.updates import (
     DAMPINGS,
     CrossMoment,
-    carried,
     least,
     output_energy,
     output_error,
     refitted,
     transfer,
+    updated_statistics,
 )
 from hisvd_cli.linalg.statistics import Statistics
 from hisvd_cli.modeling.block_walk import BlockWalk
@@ -36,23 +36,22 @@ from hisvd_cli.utils.progress import Reporter
 
 UpdateMethod = Literal["closed-form", "propagated"]
 _HELD_BACK = 4
-"""One of so many sequences is held back from the fit, where a damping is to be chosen."""
+"""One in so many sequences is held out to select a damping."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """How sublayers are updated, and how the model is run for that.
+    """Method of the update, and how to run the model.
 
     Attributes:
         method: see :mod:`hisvd_cli.compression.updates`.
-        damping: λ; None chooses it, for each group of sublayers with a common input (of a
-            ``closed-form`` for each sublayer), on the last quarter of the sequences, which the fit
-            that is judged has not seen.
+        damping: λ; None selects it on held-out sequences (the last quarter), for each group of
+            sublayers with a common input, or for each sublayer with ``closed-form``.
         sample: the tokens.
-        device: where blocks run.
-        dtype: in which they run.
+        device: device of the blocks.
+        dtype: dtype of the blocks.
         batch: sequences per forward pass.
-        place: where the hidden states of both models live.
+        place: location of the hidden states of both models.
     """
 
     method: UpdateMethod
@@ -65,12 +64,12 @@ class Update:
 
     @property
     def held_back(self) -> int:
-        """Sequences that are held back, the last ones."""
+        """Number of held-out sequences at the end."""
         count = len(self.sample.tokens)
         return 0 if self.damping is not None else max(1, count // _HELD_BACK)
 
     def record(self) -> dict[str, object]:
-        """Return what provenance says of it."""
+        """Return the entry for the provenance."""
         samples, seqlen = self.sample.tokens.shape
         return {
             "method": self.method,
@@ -84,29 +83,30 @@ class Update:
 
 
 class Updating:
-    """Makes the parts of updated sublayers; what an earlier run made is read, and run.
+    """Builds the parts of updated sublayers.
 
     Args:
-        update: how.
-        factory: makes pairs of weights.
+        update: method of the update.
+        builder: decomposes weights.
         parts: sublayer → part.
-        home: folder of the parts.
+        home: folder of the parts, with those of an interrupted run.
     """
 
     def __init__(
-        self, update: Update, factory: Factory, parts: Mapping[str, str], home: Path
+        self, update: Update, builder: PartBuilder, parts: Mapping[str, str], home: Path
     ) -> None:
         self._update = update
-        self._factory = factory
+        self._builder = builder
         self._parts = parts
         self._home = home
 
     def run(self, left: Sequence[str], reporter: Reporter) -> None:
-        """Make the parts that are ``left``; several processes share the sequences, and the first
-        one factors.
+        """Build the parts ``left``. Several processes share the sequences; the first one factors.
 
         Raises:
-            SourceError, NumericalError, OutputError: see each.
+            SourceError: a file is missing or damaged.
+            NumericalError: an activation or a factor is not finite.
+            OutputError: a file cannot be written.
         """
         wanted = set(left)
         last = max((block_number(part) for part in wanted), default=-1)
@@ -128,28 +128,28 @@ class Updating:
                 streams.free(index)
                 step()
 
-    def _open(self) -> TwoStreams:
+    def _open(self) -> PairedWalk:
         update, rows = self._update, world().share(len(self._update.sample.tokens))
 
         def walk() -> BlockWalk:
             home = StatesHome(update.device, update.place, self._home)
-            return BlockWalk(self._factory.source, update.device, update.dtype, update.batch, home)
+            return BlockWalk(self._builder.source, update.device, update.dtype, update.batch, home)
 
-        streams = TwoStreams(walk(), walk())
+        streams = PairedWalk(walk(), walk())
         streams.embed(update.sample.tokens[rows.start : rows.stop])
         return streams
 
     def _make(
-        self, streams: TwoStreams, index: int, group: Sequence[str], missing: Sequence[str]
+        self, streams: PairedWalk, index: int, group: Sequence[str], missing: Sequence[str]
     ) -> None:
-        """Write the parts of those of a group that are missing."""
+        """Write the missing parts of a group."""
         here, count = world(), len(self._update.sample.tokens)
         until = count - self._update.held_back - here.share(count).start
         fit, held = streams.measure(index, group, until)
         if here.first:
             judged = (fit.mean(), held.mean()) if held.tokens else None
             fit.absorb(held)
-            group_of = {name: self._factory.gather(self._parts[name]) for name in group}
+            group_of = {name: self._builder.read(self._parts[name]) for name in group}
             make = self._closed_form if self._update.method == "closed-form" else self._propagated
             made = make(group_of, missing, fit.mean(), judged)
             for name, tensors in made:
@@ -158,53 +158,53 @@ class Updating:
 
     def _propagated(
         self,
-        group: Mapping[str, Material],
+        group: Mapping[str, PartInputs],
         missing: Sequence[str],
         moments: CrossMoment,
         judged: tuple[CrossMoment, CrossMoment] | None,
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield the tensors of each that is missing: the truncation of W K."""
+        """Yield the tensors of each missing sublayer: the truncation of W K."""
         weights = {name: self._weight_of(name, each) for name, each in group.items()}
         damping = self._damping(partial(_loss_of_transfer, list(weights.values())), judged)
         transferred = transfer(moments, damping)
         for name in missing:
             weight, known = weights[name], group[name].known.get(name, Statistics())
             if not math.isinf(damping):
-                known = carried(known, transferred, moments)
-            u, v = self._factory.decomposed(name, weight.double() @ transferred, known)
-            yield name, self._factory.stored(name, u, v, weight.dtype)
+                known = updated_statistics(known, transferred, moments)
+            u, v = self._builder.decomposed(name, weight.double() @ transferred, known)
+            yield name, self._builder.stored(name, u, v, weight.dtype)
 
     def _closed_form(
         self,
-        group: Mapping[str, Material],
+        group: Mapping[str, PartInputs],
         missing: Sequence[str],
         moments: CrossMoment,
         judged: tuple[CrossMoment, CrossMoment] | None,
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield the tensors of each that is missing: the decomposer's V, and U fitted to it."""
+        """Yield the tensors of each missing sublayer: V of the decomposer, and U fitted to it."""
         for name in missing:
             weight, known = self._weight_of(name, group[name]), group[name].known
-            pair = self._factory.decomposed(name, weight, known.get(name, Statistics()))
+            pair = self._builder.decomposed(name, weight, known.get(name, Statistics()))
             damping = self._damping(partial(_loss_of_refit, weight, pair), judged)
             u = refitted(weight, pair, moments, damping)
-            yield name, self._factory.stored(name, u, pair[1], weight.dtype)
+            yield name, self._builder.stored(name, u, pair[1], weight.dtype)
 
     def _damping(
         self,
         loss: Callable[[CrossMoment, CrossMoment, float], float],
         judged: tuple[CrossMoment, CrossMoment] | None,
     ) -> float:
-        """Return the damping with the least loss; where nothing was held back, the one given."""
+        """Return the damping with the least loss on held-out sequences, or the given one."""
         if judged is None:
             return self._update.damping or 0.0
         return least(partial(loss, *judged), DAMPINGS)
 
-    def _weight_of(self, name: str, material: Material) -> Tensor:
-        stored = self._factory.parts[self._parts[name]][f"{name}.weight"]
-        return material.tensors[stored].to(self._factory.device)
+    def _weight_of(self, name: str, material: PartInputs) -> Tensor:
+        stored = self._builder.parts[self._parts[name]][f"{name}.weight"]
+        return material.tensors[stored].to(self._builder.device)
 
     def _weight(self, name: str) -> Tensor:
-        """Return what the finished factors of a sublayer multiply to."""
+        """Return the product of the finished factors of a sublayer."""
         path = self._home / f"{self._parts[name]}.part"
         tensors, _ = read_tensors(path, AGAIN)
         return dense_product({key.rpartition(".")[2]: t for key, t in tensors.items()})
@@ -213,7 +213,7 @@ class Updating:
 def _loss_of_transfer(
     weights: Sequence[Tensor], fit: CrossMoment, held: CrossMoment, damping: float
 ) -> float:
-    """Return the output errors on sequences that were held back, each relative to its output."""
+    """Return the sum of relative output errors on held-out sequences."""
     transferred = transfer(fit, damping)
     return sum(
         output_error(w, w.double() @ transferred, held) / output_energy(w, held) for w in weights
@@ -227,5 +227,5 @@ def _loss_of_refit(
     held: CrossMoment,
     damping: float,
 ) -> float:
-    """Return the output error on sequences that were held back."""
+    """Return the output error on held-out sequences."""
     return output_error(weight, refitted(weight, pair, fit, damping) @ pair[1].double(), held)

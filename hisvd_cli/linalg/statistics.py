@@ -7,12 +7,14 @@ the loss summed over tokens; D = ∂loss/∂W = Σ_t g xᵀ ``[m, n]`` of one wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from torch import Tensor
-
-from hisvd_cli.linalg.moments import Moment
 from hisvd_cli.utils.errors import SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hisvd_cli.linalg.moments import Moment
 
 Need = Literal["moments", "gradients", "weight-gradients"]
 """Statistics that a method may require."""

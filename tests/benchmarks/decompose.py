@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.allocation.budget import break_even
-from hisvd_cli.allocation.spectrum import whitened_energy
+from hisvd_cli.allocation.energies import whitened_energy
 from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.linalg.moments import Moment
 from hisvd_cli.linalg.statistics import Statistics

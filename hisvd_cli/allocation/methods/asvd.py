@@ -1,8 +1,8 @@
 """Sensitivity-based rank search (ASVD, Yuan et al. 2023, section 3.3).
 
-The perplexity is measured with each sublayer alone truncated to each of a grid of shares. Of all
-(sublayer, share) pairs, sorted by perplexity, those up to a threshold are allowed, and a sublayer
-gets the smallest share that is allowed to it; the threshold is found by binary search.
+Perplexity is measured for every sublayer and keep ratio of a grid, with only that sublayer
+truncated. A threshold on the perplexity admits some (sublayer, ratio) pairs, and each sublayer gets
+its smallest admitted ratio. Binary search finds the threshold that meets the budget.
 """
 
 from __future__ import annotations
@@ -10,38 +10,45 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from hisvd_cli.allocation.budget import Budget, break_even, full_rank, rank_of_share
-from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Probe
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Options, Probe, Ratios
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.utils.errors import NumericalError
 
 
-@ALLOCATORS.register("asvd", needs={"moments"})
+class AsvdOptions(Options):
+    """Options of ``asvd``."""
+
+    sensitivity_ratios: Ratios = Field(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        description="keep ratios at which the sensitivity of each layer is measured.",
+    )
+
+
+@ALLOCATORS.register("asvd", needs={"moments"}, options=AsvdOptions)
 def asvd(
-    spectra: Sequence[Spectrum],
-    budget: Budget,
-    *,
-    probe: Probe,
-    sensitivity_ratios: Sequence[float],
+    spectra: Sequence[Spectrum], budget: Budget, *, probe: Probe, options: AsvdOptions
 ) -> Allocation:
-    """Allocate the smallest shares that measured perplexity allows.
+    """Return the smallest ranks that a threshold on the measured perplexity admits.
 
     Args:
         spectra: one per sublayer.
-        budget: what they may keep.
+        budget: the parameter budget.
         probe: measures perplexities.
-        sensitivity_ratios: the grid of kept shares, each above 0 and at most 1.
+        options: see :class:`AsvdOptions`.
 
     Raises:
         NumericalError: a perplexity is NaN.
     """
     pairs: list[tuple[float, int, int]] = []
     for i, s in enumerate(spectra):
-        kept = [int(rank_of_share(r, s.shape, budget.storage)) for r in sensitivity_ratios]
+        kept = [int(rank_of_share(r, s.shape, budget.storage)) for r in options.sensitivity_ratios]
         ranks = {max(rank, budget.floors[i]) for rank in kept}
         pairs += [(_measured(probe, s.name, rank), i, rank) for rank in sorted(ranks)]
     pairs.sort()
-    low, high = 0, len(pairs)  # with no pair allowed all stay dense; all pairs cost least
+    low, high = 0, len(pairs)  # admitting no pair leaves all dense, admitting all costs least
     while low < high:
         middle = (low + high) // 2
         spent = budget.spent(_smallest(pairs[:middle], budget))
@@ -50,7 +57,7 @@ def asvd(
     energies = [s.energy for s in spectra]
     if budget.spent(chosen) <= budget.parameters:
         return Allocation(budget.settled(chosen, energies), chosen)
-    # A grid whose smallest shares are above the budget's: what it asks for is scaled down.
+    # The smallest ratios of the grid exceed the budget: scale the ranks down.
     shares = zip(budget.shares(chosen), budget.shapes, strict=True)
     real = [share * break_even(shape) for share, shape in shares]
     return Allocation(budget.rounded(budget.scaled(real), energies), chosen)
@@ -61,7 +68,7 @@ def _measured(probe: Probe, name: str, rank: int) -> float:
     if math.isnan(perplexity):
         raise NumericalError(
             f"The perplexity with {name} truncated to rank {rank} is NaN.",
-            "Use --dtype float32, or another --allocator.",
+            "Use `model.dtype` float32, or another `plan.allocator`.",
         )
     return perplexity
 

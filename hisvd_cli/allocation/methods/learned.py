@@ -1,71 +1,81 @@
-"""Truncation positions learned by gradient (the idea of Dobi-SVD, Qinsi Wang et al. 2025).
+"""Truncation positions learned by gradient descent (after Dobi-SVD, Qinsi Wang et al. 2025).
 
-Every sublayer's components are masked softly at a real-valued position; the divergence from the
-dense model falls by gradient steps on the positions, which are projected to the budget after each.
-More rank lowers the divergence everywhere, so a step is taken along the budget: from the gradient
-goes the part that would only spend more, or Adam, which makes all steps alike in size, would see
-nothing else.
+The components of each sublayer are masked softly at a real-valued position. Gradient steps on the
+positions reduce the divergence from the dense model; each step is followed by a projection to the
+budget. The gradient is first projected along the budget, because more rank reduces the divergence
+everywhere, and Adam would normalise all steps to that direction.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from hisvd_cli.allocation.budget import Budget, break_even, full_rank, rank_of_share
-from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Probe
+from hisvd_cli.allocation.methods import ALLOCATORS, MANY, Allocation, Options, Probe
 from hisvd_cli.allocation.methods.waterfill import optimal_ranks
 from hisvd_cli.allocation.spectrum import Spectrum
-from hisvd_cli.modeling.layers.lowrank import Storage
-from hisvd_cli.modeling.sublayers import Shape
 from hisvd_cli.utils.errors import NumericalError
+
+if TYPE_CHECKING:
+    from hisvd_cli.modeling.layers.lowrank import Storage
+    from hisvd_cli.modeling.sublayers import Shape
 
 _BETAS = (0.9, 0.99)
 _TINY = 1e-12
 
 
-@ALLOCATORS.register("learned", needs={"moments"})
-def learned(
-    spectra: Sequence[Spectrum],
-    budget: Budget,
-    *,
-    probe: Probe,
-    learning_start: str,
-    learning_steps: int,
-    learning_rate: float,
-    softness: float,
-) -> Allocation:
-    """Learn a position per sublayer, starting from the same share everywhere or from ``waterfill``.
+class LearnedOptions(Options):
+    """Options of ``learned``."""
 
-    Steps are Adam's (Kingma and Ba 2015). A sublayer whose position reaches break-even is dense,
-    where nothing is measured; only the projection brings it down again. The last step counts, not
-    the one of least divergence: steps see different text.
+    learning_start: Literal["uniform", "waterfill"] = Field(
+        "waterfill", description="initial truncation positions: uniform or waterfill."
+    )
+    learning_steps: int = Field(40, description="gradient descent steps.", ge=1, le=MANY)
+    learning_rate: float = Field(
+        0.01, description="step size, as a share of the full rank.", gt=0, le=1
+    )
+    softness: float = Field(
+        0.02, description="width of the soft mask, as a share of the full rank.", gt=0, le=1
+    )
+
+
+@ALLOCATORS.register("learned", needs={"moments"}, options=LearnedOptions)
+def learned(
+    spectra: Sequence[Spectrum], budget: Budget, *, probe: Probe, options: LearnedOptions
+) -> Allocation:
+    """Return the ranks at learned positions, one per sublayer.
+
+    Steps are those of Adam (Kingma and Ba 2015). A sublayer whose position reaches break-even is
+    dense and has no gradient; only the projection can reduce its rank again. The result is the last
+    step, not the one of least divergence, because steps use different text.
 
     Args:
         spectra: one per sublayer.
-        budget: what they may keep.
-        probe: gives the divergence and its gradient.
-        learning_start: ``uniform``, or ``waterfill``.
-        learning_steps: how many.
-        learning_rate: size of a step, as a share of the full rank.
-        softness: width of the masks, as a share of the full rank.
+        budget: the parameter budget.
+        probe: measures the divergence and its gradient.
+        options: see :class:`LearnedOptions`.
 
     Raises:
-        NumericalError: a divergence, or its gradient, is not finite.
+        NumericalError: a divergence or its gradient is not finite.
     """
     energies = [s.energy for s in spectra]
     limits = [break_even(s.shape) for s in spectra]
     strides = [
-        learning_rate * full_rank(s.shape) / limit for s, limit in zip(spectra, limits, strict=True)
+        options.learning_rate * full_rank(s.shape) / limit
+        for s, limit in zip(spectra, limits, strict=True)
     ]
-    if learning_start == "uniform":
+    if options.learning_start == "uniform":
         start = budget.rounded(budget.scaled(limits), energies, nearest=True)
     else:
         start = optimal_ranks(budget, energies)
     shares = budget.shares(start)
     adam = _Adam(len(shares))
-    for step in range(learning_steps):
-        slopes = _slopes(probe, shares, budget, softness, step)
+    for step in range(options.learning_steps):
+        slopes = _slopes(probe, shares, budget, options.softness, step)
         directions = adam.direction(_along_budget(slopes, shares, budget))
         moved = [x - a * d for x, a, d in zip(shares, strides, directions, strict=True)]
         shares = _projected(moved, budget)
@@ -76,19 +86,19 @@ def learned(
 def _slopes(
     probe: Probe, shares: Sequence[float], budget: Budget, softness: float, step: int
 ) -> list[float]:
-    """Return the gradient of the divergence by each share of mn."""
+    """Return the gradient of the divergence with respect to each share of mn."""
     places = [_place(x, s, budget.storage) for x, s in zip(shares, budget.shapes, strict=True)]
     loss, gradient = probe.soft_divergence([rank for rank, _ in places], softness, step)
     if not all(map(math.isfinite, [loss, *gradient])):
         raise NumericalError(
-            f"The divergence of step {step + 1}, or its gradient, is NaN or infinite.",
-            "Use --dtype float32, or another --allocator.",
+            f"The divergence of step {step + 1} or its gradient is NaN or infinite.",
+            "Use `model.dtype` float32, or another `plan.allocator`.",
         )
     return [g * slope for g, (_, slope) in zip(gradient, places, strict=True)]
 
 
 def _place(share: float, shape: Shape, storage: Storage) -> tuple[float, float]:
-    """Return the position that a share of mn pays for, and how fast it moves with the share."""
+    """Return the position that costs a share of mn, and its derivative by the share."""
     if share >= 1:
         return math.inf, 0.0
     m, n = shape
@@ -97,9 +107,9 @@ def _place(share: float, shape: Shape, storage: Storage) -> tuple[float, float]:
 
 
 def _along_budget(slopes: Sequence[float], shares: Sequence[float], budget: Budget) -> list[float]:
-    """Return the slopes without their part along the sizes; 0 for what cannot move that way.
+    """Return the slopes without their component along the sizes; 0 for shares that cannot move.
 
-    A share at its floor that would fall counts no more, or it would pull on the others for ever.
+    Shares at their floor that would decrease are excluded, so that they do not affect the others.
     """
     sizes, floors = _sizes(budget), budget.shares(budget.floors)
     free = [i for i, share in enumerate(shares) if share < 1]
@@ -113,7 +123,7 @@ def _along_budget(slopes: Sequence[float], shares: Sequence[float], budget: Budg
 
 
 class _Adam:
-    """Running means of the gradient and its square, corrected for their start."""
+    """Bias-corrected running means of the gradient and its square."""
 
     def __init__(self, count: int) -> None:
         self._mean = [0.0] * count
@@ -121,7 +131,7 @@ class _Adam:
         self._steps = 0
 
     def direction(self, gradient: Sequence[float]) -> list[float]:
-        """Return the step of size one for the next gradient."""
+        """Return the step for the next gradient at learning rate 1."""
         self._steps += 1
         first, second = _BETAS
         self._mean = [
@@ -138,9 +148,9 @@ class _Adam:
 
 
 def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
-    """Return the nearest shares of mn, between floor and 1, whose cost is the budget.
+    """Return the nearest shares of mn, between floor and 1, that cost exactly the budget.
 
-    A share's cost is proportional to it, with mn: the nearest point subtracts a multiple of mn.
+    The cost of a share is mn times the share, so the nearest point subtracts a multiple of mn.
     """
     sizes, floors = _sizes(budget), budget.shares(budget.floors)
     largest = max(sizes)
@@ -151,7 +161,7 @@ def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
             for share, size, floor in zip(shares, sizes, floors, strict=True)
         ]
 
-    span = (max(map(abs, shares)) + 1) * largest / min(sizes)  # moves any share to either end
+    span = (max(map(abs, shares)) + 1) * largest / min(sizes)  # moves every share to a bound
     low, high = -span, span
     for _ in range(100):
         middle = (low + high) / 2

@@ -1,8 +1,7 @@
-"""Shares by theoretical truncation loss within each type (SVD-LLM V2, Wang et al. 2025, section 3).
+"""Ratios by theoretical truncation loss per type (SVD-LLM V2, Wang et al. 2025, section 3).
 
-The loss of a sublayer is the norm ``L = ‖W X − W′ X‖_F`` of what its best truncation at the uniform
-share loses. Within a type, the share that is *removed* is in proportion to 1 / log L, with the mean
-removed share that of the budget: what loses more keeps more.
+The loss of a sublayer is ``L = ‖W X − W′ X‖_F`` for its best truncation at the uniform ratio. In
+each type, the share *removed* is proportional to 1 / log L, and its mean is that of the budget.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
 from hisvd_cli.allocation.spectrum import Spectrum
 
 _LEAST_LOSS = math.e
-"""Smaller losses count as this: at 1 the logarithm would be 0."""
+"""Lower bound of losses: the logarithm of 1 is 0."""
 
 
 @ALLOCATORS.register("svdllm-v2", needs={"moments"})
 def svdllm_v2(spectra: Sequence[Spectrum], budget: Budget, *, tokens: int) -> Allocation:
-    """Allocate ranks by the shares kept within each type, then scaled to the budget.
+    """Return ranks by the ratios kept within each type, scaled to the budget.
 
     Args:
         spectra: one per sublayer.
-        budget: what they may keep.
-        tokens: of the calibration; the paper's loss is a sum over them, energies are means.
+        budget: the parameter budget.
+        tokens: calibration tokens; the paper's loss is a sum over tokens, energies are means.
     """
     uniform = budget.scaled([break_even(s.shape) for s in spectra])
     removed = 1 - budget.parameters / sum(m * n for m, n in budget.shapes)

@@ -1,4 +1,4 @@
-"""The same share for every sublayer (SVD-LLM, Wang et al. 2025)."""
+"""The same keep ratio for every sublayer (SVD-LLM, Wang et al. 2025)."""
 
 from __future__ import annotations
 

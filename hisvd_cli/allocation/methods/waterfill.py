@@ -1,36 +1,37 @@
-"""The optimum under a separable loss: every sublayer is dense, or ends where the next parameter
-would save no more than anywhere else.
+"""Optimal ranks under a separable loss.
 
-Minimises ``Σ_l tail_l(r_l)`` with ``Σ_l cost_l(r_l)`` within the budget, dense being one choice
-more (cost mn, loss 0). On the lower convex hull of a sublayer's losses over its costs the
-Lagrangian's answers for all μ are one list of steps, sorted by what a parameter of each saves, of
-which the budget takes a beginning.
+Minimises ``Σ_l tail_l(r_l)`` with ``Σ_l cost_l(r_l)`` within the budget, where dense is one of the
+choices (cost mn, loss 0). The solutions of the Lagrangian for all multipliers are the corners of
+the lower convex hull of each sublayer's losses over its costs: the steps between corners are taken
+in order of energy saved per parameter until the budget is spent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hisvd_cli.allocation.budget import Budget, full_rank, is_dense
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.linalg.convex_hull import lower_hull
-from hisvd_cli.modeling.sublayers import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hisvd_cli.modeling.sublayers import Shape
 
 
 @ALLOCATORS.register("waterfill")
 def waterfill(spectra: Sequence[Spectrum], budget: Budget) -> Allocation:
-    """Return the ranks with the least sum of tail energies that the budget allows.
+    """Return the ranks with the least sum of tail energies within the budget.
 
-    The sum is above that of the best whole ranks by at most what one step of one sublayer saves.
+    The sum exceeds that of the best integer ranks by at most the saving of one step of a sublayer.
 
     Args:
-        spectra: one per sublayer; their energies are what is lost by dropping components.
-        budget: what they may keep.
+        spectra: one per sublayer; their energies are the losses of dropped components.
+        budget: the parameter budget.
     """
     ranks = optimal_ranks(budget, [s.energy for s in spectra])
     return Allocation(ranks, list(ranks))
@@ -40,8 +41,8 @@ def optimal_ranks(budget: Budget, energies: Sequence[Tensor]) -> list[int]:
     """Return the ranks that lose least energy within a budget; a dense sublayer has full rank.
 
     Args:
-        budget: what may be kept.
-        energies: what dropping each component of each sublayer loses ``[min(m, n)]``, falling.
+        budget: the parameter budget.
+        energies: of each sublayer, the loss if each component is dropped ``[min(m, n)]``, falling.
     """
     hulls = [
         _hull(energy, shape, floor, budget)
@@ -62,12 +63,12 @@ def optimal_ranks(budget: Budget, energies: Sequence[Tensor]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Hull:
-    """The choices of one sublayer that some μ makes, cheapest first.
+    """The corners of one sublayer's convex hull, cheapest first.
 
     Attributes:
-        ranks: the choices; the last may be dense.
-        prices: parameters that each choice but the first costs more than the one before it.
-        rates: energy that a parameter of each such step saves, falling.
+        ranks: rank at each corner; the last may be dense.
+        prices: parameters of the step to each corner but the first.
+        rates: energy saved per parameter of each step, falling.
     """
 
     ranks: list[int]
@@ -76,6 +77,8 @@ class _Hull:
 
 
 def _hull(energy: Tensor, shape: Shape, floor: int, budget: Budget) -> _Hull:
+    import torch
+
     full, step = full_rank(shape), budget.multiple_of
     ranks = [r for r in range(floor, full, step) if not is_dense(r, shape, budget.storage)]
     ranks.append(full)
@@ -89,7 +92,9 @@ def _hull(energy: Tensor, shape: Shape, floor: int, budget: Budget) -> _Hull:
 
 
 def _by_rate(hulls: Sequence[_Hull]) -> list[int]:
-    """Return, for all steps of all sublayers from the best rate down, whose step it is."""
+    """Return the sublayer of each step, for the steps of all sublayers, best rate first."""
+    import torch
+
     rates = torch.cat([hull.rates for hull in hulls])
     owners = torch.cat([torch.full((len(hull.prices),), i) for i, hull in enumerate(hulls)])
     order: list[int] = owners[rates.argsort(descending=True, stable=True)].tolist()

@@ -1,22 +1,25 @@
-"""Components dropped so that the predicted changes of the loss cancel (ZS-SVD, 2026).
+"""Components removed so that the predicted changes of the loss cancel (ZS-SVD, 2026).
 
-Dropping a whitened component changes the loss by δ to first order (``Spectrum.changes``). Each
-sublayer offers its smallest remaining component; what goes next is chosen from two heaps, one for
-each sign of δ, so that the running sum stays near zero.
+Dropping a whitened component changes the loss by δ to first order (``Spectrum.changes``). The
+candidates are the smallest remaining component of each sublayer, in two heaps by the sign of δ; the
+next one is chosen such that the running sum stays near zero.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from pydantic import Field
 
 from hisvd_cli.allocation.budget import Budget, full_rank
-from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
+from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Options
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.linalg.statistics import missing
-from hisvd_cli.utils.errors import UsageError, suggest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ORDERS: dict[str, Callable[[float, float], float]] = {
     "zero-sum": lambda change, _energy: abs(change),
@@ -25,31 +28,41 @@ _ORDERS: dict[str, Callable[[float, float], float]] = {
     "sigma": lambda _change, energy: energy,
     "loss-order": lambda change, _energy: change,
 }
-"""selection → (δ, σ²) → what is smallest goes first."""
+"""selection → (δ, σ²) → the key by which components are removed, smallest first."""
 
 
-@ALLOCATORS.register("zero-sum", needs={"moments", "weight-gradients"})
-def zero_sum(spectra: Sequence[Spectrum], budget: Budget, *, selection: str) -> Allocation:
-    """Drop one component at a time, until what is left meets the budget.
+class ZeroSumOptions(Options):
+    """Options of ``zero-sum``.
+
+    ``zero-sum`` selects the component of least abs(δ) among those whose sign opposes the running
+    sum (a positive one at a sum of 0); ``negative-sum`` the same among those with negative δ while
+    there are any; ``smallest`` that of least abs(δ), ``sigma`` of least σ, ``loss-order`` of
+    least δ.
+    """
+
+    selection: Literal["zero-sum", "smallest", "negative-sum", "sigma", "loss-order"] = Field(
+        "zero-sum",
+        description="which component is removed next: zero-sum, smallest, negative-sum, sigma or "
+        "loss-order.",
+    )
+
+
+@ALLOCATORS.register("zero-sum", needs={"moments", "weight-gradients"}, options=ZeroSumOptions)
+def zero_sum(spectra: Sequence[Spectrum], budget: Budget, *, options: ZeroSumOptions) -> Allocation:
+    """Return ranks after removing one component at a time until the budget is met.
 
     A sublayer saves nothing until its rank falls below break-even; one that ends at or above it
     stays dense.
 
     Args:
         spectra: one per sublayer, with the changes of their components.
-        budget: what they may keep.
-        selection: which component goes next: ``zero-sum`` the one of least abs(δ) among those
-            whose sign opposes the running sum (a positive one at a sum of 0); ``negative-sum`` the
-            same among those with negative δ while there are any; ``smallest`` the one of least
-            abs(δ), ``sigma`` of least σ, ``loss-order`` of least δ.
+        budget: the parameter budget.
+        options: see :class:`ZeroSumOptions`.
 
     Raises:
-        UsageError: an unknown selection.
-        SourceError: the changes are not known.
+        SourceError: the changes are unknown.
     """
-    if selection not in _ORDERS:
-        raise UsageError(f"No selection '{selection}'.", suggest(selection, _ORDERS))
-    queue = _Queue(spectra, budget, selection)
+    queue = _Queue(spectra, budget, options.selection)
     excess = sum(m * n for m, n in budget.shapes) - budget.parameters
     while excess > 0 and (i := queue.pop()) is not None:
         shape = budget.shapes[i]
@@ -61,7 +74,7 @@ def zero_sum(spectra: Sequence[Spectrum], budget: Budget, *, selection: str) -> 
 
 
 class _Queue:
-    """The components that sublayers offer, each its smallest remaining one, by the sign of δ."""
+    """The smallest remaining component of each sublayer, by the sign of δ."""
 
     def __init__(self, spectra: Sequence[Spectrum], budget: Budget, selection: str) -> None:
         self.ranks = [full_rank(s.shape) for s in spectra]
@@ -84,14 +97,14 @@ class _Queue:
             heapq.heappush(self._falling if falls else self._rising, (key, i))
 
     def pop(self) -> int | None:
-        """Return the sublayer whose component goes next; None where all are at their floors."""
+        """Return the sublayer whose component is removed next; None if all are at their floors."""
         falling = self._selection == "negative-sum" or self._total > 0
         first, other = (self._falling, self._rising)[:: 1 if falling else -1]
         heap = first or other
         return heapq.heappop(heap)[1] if heap else None
 
     def drop(self, i: int) -> None:
-        """Take away the component that sublayer ``i`` offered, and let it offer the next."""
+        """Remove the candidate of sublayer ``i``, and make its next component the candidate."""
         self.ranks[i] -= 1
         self._total += self._changes[i][self.ranks[i]]
         self._offer(i)

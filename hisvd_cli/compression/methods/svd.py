@@ -1,33 +1,23 @@
-"""Plain truncated SVD of the weight (Eckart and Young 1936); it needs no calibration.
+"""Plain truncated SVD of the weight (Eckart and Young 1936); needs no calibration.
 
-Minimises ``‖W − W′‖_F``. Cost: one eigendecomposition ``[p, p]``, p = min(m, n), as all of these.
+Minimises ``‖W − W′‖_F``. As all metrics, it costs one eigendecomposition ``[p, p]``,
+p = min(m, n).
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from hisvd_cli.compression.methods import DECOMPOSERS
-from hisvd_cli.linalg.eigen import Solver
-from hisvd_cli.linalg.metric import Metric
-from hisvd_cli.linalg.statistics import Statistics
-from hisvd_cli.linalg.truncation import truncate
+from hisvd_cli.compression.methods import register_metric
+
+if TYPE_CHECKING:
+    from hisvd_cli.linalg.metric import Metric
+    from hisvd_cli.linalg.statistics import Statistics
 
 
-@DECOMPOSERS.register("svd")
-def svd(
-    weight: Tensor,
-    statistics: Statistics,  # noqa: ARG001
-    rank: int,
-    *,
-    solver: Solver = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Return U ``[m, rank]``, orthonormal, and V = Uᵀ W ``[rank, n]`` in float64.
+@register_metric("svd")
+def svd_metric(_statistics: Statistics) -> Metric:
+    """Return the metric that weights all entries alike."""
+    from hisvd_cli.linalg.metric import Metric
 
-    Args:
-        weight: W ``[m, n]``.
-        statistics: not looked at.
-        rank: at least 1 and at most ``min(m, n)``.
-        solver: how eigenvectors are found, see :mod:`hisvd_cli.linalg.eigen`.
-    """
-    return truncate(weight, Metric(), rank, solver)
+    return Metric()

@@ -1,41 +1,23 @@
-"""Activation-whitened truncation, without an inverse of anything.
+"""Activation-whitened truncation (the objective of SVD-LLM, Wang et al. 2025).
 
-The best rank-k W′ under ``‖(W − W′)G^½‖_F`` (SVD-LLM's objective) is ``U_k U_kᵀ W`` with U_k the
-top eigenvectors of ``M = W G Wᵀ``. A singular G needs no special case.
+The best rank-k W′ under ``‖(W − W′)G^½‖_F`` is ``U_k U_kᵀ W``, with U_k the top eigenvectors of
+``M = W G Wᵀ``. Nothing is inverted, so a singular G needs no special case.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from hisvd_cli.compression.methods import DECOMPOSERS
-from hisvd_cli.linalg.eigen import Solver
-from hisvd_cli.linalg.metric import Metric
+from hisvd_cli.compression.methods import register_metric
 from hisvd_cli.linalg.statistics import Statistics, required
-from hisvd_cli.linalg.truncation import truncate
+
+if TYPE_CHECKING:
+    from hisvd_cli.linalg.metric import Metric
 
 
-@DECOMPOSERS.register("whitened", needs={"moments"})
-def whitened(
-    weight: Tensor, statistics: Statistics, rank: int, *, solver: Solver = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Return the factors ``U = U_k`` and ``V = U_kᵀ W``.
-
-    Args:
-        weight: W ``[m, n]``.
-        statistics: its moment, of the input or of the output.
-        rank: k, at least 1 and at most ``min(m, n)``.
-        solver: how eigenvectors are found, see :mod:`hisvd_cli.linalg.eigen`.
-
-    Returns:
-        U ``[m, k]`` with orthonormal columns, V ``[k, n]``, both in float64.
-
-    Raises:
-        SourceError: without a moment.
-    """
-    return truncate(weight, whitened_metric(statistics), rank, solver)
-
-
+@register_metric("whitened", needs={"moments"})
 def whitened_metric(statistics: Statistics) -> Metric:
-    """Return the metric: inputs weighted by G. Raises SourceError without a moment."""
+    """Return the metric that weights inputs by G. Raises SourceError if the moment is missing."""
+    from hisvd_cli.linalg.metric import Metric
+
     return Metric(right=required(statistics.moment, "whitened", "moments"))

@@ -23,7 +23,7 @@ from hisvd_cli.pipelines.api.names import (
 from hisvd_cli.pipelines.config.commands import SETTINGS, Key
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import SECTIONS
+from hisvd_cli.pipelines.config.settings import SECTIONS, kind_of, methods_of
 from hisvd_cli.utils.errors import UsageError, suggest
 from hisvd_cli.utils.files.cache import expanded
 from hisvd_cli.utils.files.scratch import sweep
@@ -65,9 +65,11 @@ def function(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     Args:
         keywords: the TypedDict of the function's settings.
     """
-    hints = get_type_hints(keywords)
+    typed = get_type_hints(keywords)
 
     def decorate(call: Callable[P, R]) -> Callable[P, R]:
+        options = (key for key in SETTINGS[call.__name__] if methods_of(*key))
+        hints = {keyword_of(key): kind_of(*key) for key in options} | typed
         own = [p for p in inspect.signature(call).parameters.values() if p.kind != p.VAR_KEYWORD]
         known = [*hints, *(p.name for p in own if p.kind != p.VAR_POSITIONAL)]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hisvd_cli.pipelines.config.commands import Key
-from hisvd_cli.pipelines.config.mentions import ARGUMENTS, replace
-from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
+from hisvd_cli.pipelines.config.mentions import replace
+from hisvd_cli.pipelines.config.settings import ARGUMENTS, SECTIONS, flag_of
 from hisvd_cli.utils.errors import HisvdError
 from hisvd_cli.utils.progress import StderrReporter
 

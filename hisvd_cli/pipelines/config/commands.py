@@ -1,4 +1,4 @@
-"""Which settings each command takes, as flags on the command line and as keywords in Python."""
+"""The settings of each command, which are flags on the command line and keywords in Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Key = tuple[str, str]
 
 
 def keys_of(*sections: str, without: str = "") -> tuple[Key, ...]:
-    """Return (section, key) of every setting of ``sections``, but for keys named ``without``."""
+    """Return (section, key) of every setting of ``sections``, except keys named ``without``."""
     return tuple(
         (section, key)
         for section in sections
@@ -43,4 +43,4 @@ SETTINGS: dict[str, tuple[Key, ...]] = {
         ("model", key) for key in ("revision", "trust_remote_code", "device", "dtype", "scratch")
     ),
 }
-"""Command → (section, key) of its settings, in the order of its help."""
+"""Command → (section, key) of its settings, in the order of ``--help``."""

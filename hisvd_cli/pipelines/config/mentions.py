@@ -9,13 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
-
-ARGUMENTS = (
-    *("output", "overwrite", "plan", "profile", "from", "to", "push-to-hub", "private"),
-    *("markdown", "csv", "report", "fresh", "update-card"),
-)
-"""Arguments of commands that are not settings."""
+from hisvd_cli.pipelines.config.settings import ARGUMENTS, SECTIONS, flag_of
 
 _MENTION = re.compile(r"`(no )?([a-z_-]+)(?:\.([a-z_]+))?`")
 

@@ -24,8 +24,8 @@ def _variable(section: str, key: str) -> str:
 def from_environment(
     environ: Mapping[str, str], problems: Problems
 ) -> Iterator[tuple[Key, Any, str]]:
-    """Yield the settings of the environment. An empty variable counts as unset, and a list is
-    written with commas."""
+    """Yield the settings in environment variables. Empty variables are ignored; lists are separated
+    by commas."""
     known = {_variable(s, k): (s, k) for s, model in SECTIONS.items() for k in model.model_fields}
     for variable, text in sorted(environ.items()):
         if key := known.get(variable):
@@ -39,14 +39,15 @@ def from_environment(
 
 
 def _near_variable(variable: str, known: Iterable[str]) -> str | None:
-    """Return the setting that a misspelt variable means; one that resembles none may belong to
-    another program."""
+    """Return the setting that a misspelt variable resembles. Others may belong to other
+    programs."""
     if not variable.startswith("HISVD_") or variable in _OTHER_VARIABLES:
         return None
     return next(iter(difflib.get_close_matches(variable, known, n=1, cutoff=0.75)), None)
 
 
 def from_overrides(overrides: Sequence[str], problems: Problems) -> Iterator[tuple[Key, Any, str]]:
+    """Yield the settings of ``section.key=value`` texts."""
     for text in overrides:
         name, equals, value = text.partition("=")
         section, _, key = name.strip().partition(".")
@@ -59,7 +60,7 @@ def from_overrides(overrides: Sequence[str], problems: Problems) -> Iterator[tup
 
 
 def _override(text: str, section: str, key: str) -> Any:
-    """Read a value as TOML, or as it stands where it is none (a name needs no quotes)."""
+    """Return a value parsed as TOML, or unchanged if it is not valid TOML, such as a bare name."""
     try:
         value = tomli.loads(f"value = {text}")["value"]
         check_depth(value)

@@ -1,4 +1,4 @@
-"""Reads and validates a profile, ``hisvd.toml``."""
+"""Reads and validates profiles (``hisvd.toml``)."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from hisvd_cli.utils.files.json_files import check_depth, read_bounded
 
 _MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "profiles"
-"""Where the profiles lie that hisvd brings."""
-UNASKED = "which only a flag, the environment or --profile may ask for."
+"""Folder of the shipped profiles."""
+NO_CONSENT = "which requires a flag, an environment variable or `profile`."
 
 
 def shipped_or_file(profile: Path) -> Path:
-    """Return the file of a profile: a path that exists wins, then a bare name means one that hisvd
-    brings. Raises UsageError for a name that is neither."""
+    """Return the file of a profile: an existing path, or the name of a shipped profile. Raises
+    UsageError if it is neither."""
     if profile.exists() or profile.name != str(profile) or profile.suffix == ".toml":
         return profile
     known = {path.stem: path for path in SHIPPED.glob("*.toml")}
     if str(profile) not in known:
         raise UsageError(
-            f"No profile '{profile}': no such file, and none that hisvd brings.",
+            f"'{profile}' is neither a file nor a shipped profile.",
             suggest(str(profile), known),
         )
     return known[str(profile)]
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """Parse a profile. Raises UsageError where it is missing or no TOML."""
+    """Parse a profile. Raises UsageError if it is missing or not valid TOML."""
     try:
         document = tomli.loads(read_bounded(path, _MAX_BYTES).decode("utf-8-sig"))
         check_depth(document)
@@ -53,6 +53,7 @@ def read_profile(path: Path) -> dict[str, Any]:
 
 
 def flatten(document: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
+    """Yield the known settings of a profile."""
     for section, values in document.items():
         if section in SECTIONS and isinstance(values, dict):
             for key, value in values.items():
@@ -61,7 +62,7 @@ def flatten(document: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
 
 
 def profile_problems(document: Mapping[str, Any], profile: str) -> Problems:
-    """Validate a profile by itself, and strictly: "0.6" in quotes is a text, not a number."""
+    """Return the problems of a profile alone. Types are strict: "0.6" in quotes is not a number."""
     try:
         Settings.model_validate(document, strict=True)
     except ValidationError as error:
@@ -69,21 +70,21 @@ def profile_problems(document: Mapping[str, Any], profile: str) -> Problems:
     return []
 
 
-def unasked(document: Mapping[str, Any], profile: str, told: Problems) -> Problems:
-    """Return what a profile that was only found may not set: what needs somebody's consent.
+def without_consent(document: Mapping[str, Any], profile: str, known: Problems) -> Problems:
+    """Return the settings that require consent, for a profile that the user did not name.
 
-    Such a profile may lie in a folder that was fetched from anywhere. A default harms nobody, so
-    that what ``--show-profile`` prints can be kept as a profile.
+    Such a profile may come from an untrusted source. Defaults are allowed, so that the output of
+    ``--show-profile`` is a valid profile.
     """
-    known = {key for key, _ in told}
+    reported = {key for key, _ in known}
     return [
         (
             (section, key),
             f"{profile}: {section}.{key} = {toml_text(value)} {consent_of(section, key)}, "
-            f"{UNASKED}",
+            f"{NO_CONSENT}",
         )
         for (section, key), value in flatten(document)
         if consent_of(section, key)
         and value != SECTIONS[section].model_fields[key].default
-        and (section, key) not in known
+        and (section, key) not in reported
     ]

@@ -1,8 +1,7 @@
-"""Which ``hisvd.toml`` applies where none is named: the nearest one upward that is the user's own.
+"""Finds the ``hisvd.toml`` that applies if the user names no profile: the nearest parent's.
 
-Whoever can write a folder above the current one could otherwise choose the settings of everybody
-who works below it. So the search ends at the home folder, at the boundary of a file system, and at
-anything that another user owns.
+The search stops at the home folder, at a file system boundary, and at anything that another user
+owns. Otherwise, a user with write access to a parent folder could change the settings of others.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ PROFILE_NAME = "hisvd.toml"
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        profile: the profile to read; None where there is none.
-        foreign: a profile at which the search ended because it, or its folder, is another user's.
+        profile: the profile to read, if any.
+        foreign: a profile that stopped the search because another user owns it or its folder.
     """
 
     profile: Path | None = None
@@ -28,7 +27,7 @@ class Search:
 
 
 def search_profile(start: Path) -> Search:
-    """Look for a profile in ``start`` and above it, to the end of what belongs to the user."""
+    """Search ``start`` and its parents for a profile, as long as the user owns them."""
     start = start.resolve()
     home = _home()
     try:
@@ -42,7 +41,7 @@ def search_profile(start: Path) -> Search:
                 return Search(profile) if own else Search(foreign=profile)
             if folder == home or not _is_own(folder):
                 break
-    except OSError:  # a folder that cannot be looked at is nobody's own
+    except OSError:  # a folder that cannot be read ends the search
         pass
     return Search()
 
@@ -55,9 +54,7 @@ def _home() -> Path | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Tell whether a path belongs to this user, and what it links to as well.
-
-    Windows has neither numbers of users nor, as a rule, folders that several of them write.
-    """
+    """Return whether this user owns a path and the target of a link. Always true on Windows, which
+    has no user ids."""
     user = getattr(os, "getuid", None)
     return user is None or {path.lstat().st_uid, path.stat().st_uid} == {user()}

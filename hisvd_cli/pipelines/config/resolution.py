@@ -1,6 +1,6 @@
-"""Settings from flags, environment and ``hisvd.toml``: flag > environment > profile > default.
+"""Resolves settings: flags take precedence over the environment, the profile and defaults.
 
-A preset ranks where it was given: below what else is set there, above all that is weaker.
+A preset has the precedence of its source, below the other settings of that source.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.overrides import from_environment, from_overrides
 from hisvd_cli.pipelines.config.presets import PRESETS
 from hisvd_cli.pipelines.config.profile_file import (
-    UNASKED,
+    NO_CONSENT,
     flatten,
     profile_problems,
     read_profile,
     shipped_or_file,
-    unasked,
+    without_consent,
 )
 from hisvd_cli.pipelines.config.profile_search import Search, search_profile
 from hisvd_cli.pipelines.config.resolved import BY_PRESET, PRESET, Resolved
@@ -43,26 +43,26 @@ def resolve(
     start: Path | None = None,
     search: bool = True,
 ) -> Resolved:
-    """Merge all layers and validate them together.
+    """Merge and validate the settings of all sources.
 
     Args:
-        flags: (section, key) → value, None where the flag was not given.
-        profile: the profile to read, a file or the name of one that hisvd brings; None searches
-            upward from ``start`` for ``hisvd.toml``, if ``search``.
-        overrides: ``section.key=value`` texts, as strong as flags.
-        environ: the environment; ``os.environ`` by default.
-        start: where the search begins; the current folder by default.
-        search: False reads no profile but the one that is named.
+        flags: (section, key) → value, None if the flag was not given.
+        profile: the profile to read, a file or the name of a shipped one; None searches ``start``
+            and its parents for ``hisvd.toml``, if ``search``.
+        overrides: ``section.key=value`` texts, with the precedence of flags.
+        environ: the environment; default ``os.environ``.
+        start: the folder where the search starts; default the current folder.
+        search: whether to search for a profile if none is named.
 
     Raises:
-        UsageError: one line for every unknown key, wrong type and value out of bounds.
+        UsageError: one line for each unknown key, wrong type and value out of bounds.
     """
     searched = Search() if profile or not search else search_profile(start or Path.cwd())
     path = shipped_or_file(profile) if profile else searched.profile
     document = read_profile(path) if path else {}
     problems = profile_problems(document, str(path))
     if not profile:
-        problems += unasked(document, str(path), problems)
+        problems += without_consent(document, str(path), problems)
     layers: list[_Layer] = [
         [(key, value, str(path)) for key, value in flatten(document)],
         list(from_environment(os.environ if environ is None else environ, problems)),
@@ -71,44 +71,44 @@ def resolve(
             *from_overrides(overrides, problems),
         ],
     ]
-    asked = str(profile) if profile else None
-    base = _at_ratios(layers, str(path), problems, asked)
+    named = str(profile) if profile else None
+    base = _at_ratios(layers, str(path), problems, named)
     base = replace(base, in_use=str(path) if path else None)
     base = replace(base, foreign=str(searched.foreign) if searched.foreign else None)
     several = base.settings.plan.preset
     if len(several) < 2:
         return base
     narrowed = (_narrowed(layers, name) for name in several)
-    variants = (_at_ratios(each, str(path), [], asked) for each in narrowed)
+    variants = (_at_ratios(each, str(path), [], named) for each in narrowed)
     return replace(base, variants=tuple(variants))
 
 
 _Layer = list[tuple[Key, Any, str]]
-"""Settings that were given in one place, each with its origin; a later one wins."""
+"""The settings of one source, each with its origin; later ones take precedence."""
 
 
 def _at_ratios(
-    layers: Sequence[_Layer], profile: str, problems: Problems, asked: str | None
+    layers: Sequence[_Layer], profile: str, problems: Problems, named: str | None
 ) -> Resolved:
-    """Merge layers, with what their preset says at their ratio, or at each. Raises UsageError."""
-    base = Resolved(*_settled(layers, profile, problems), asked)
+    """Merge layers, with the settings of the preset at each ratio. Raises UsageError."""
+    base = Resolved(*_merged(layers, profile, problems), named)
     ratios, presets = dict.fromkeys(base.settings.plan.ratio), base.settings.plan.preset
     if len(presets) != 1 or all(ratio >= PRESETS[presets[0]].low_ratio for ratio in ratios):
         return base
-    each = {r: Resolved(*_settled(layers, profile, [], r), asked) for r in ratios}
+    each = {r: Resolved(*_merged(layers, profile, [], r), named) for r in ratios}
     return replace(base, by_ratio=each) if len(each) > 1 else next(iter(each.values()))
 
 
-def _settled(
+def _merged(
     layers: Sequence[_Layer], profile: str, problems: Problems, ratio: float | None = None
 ) -> tuple[Settings, dict[Key, str]]:
     """Merge layers, weakest first; return the settings and their origins. Raises UsageError.
 
     Args:
-        layers: the settings that were given.
+        layers: the settings of each source.
         profile: path of the profile.
-        problems: what is wrong with them so far.
-        ratio: the keep ratio at which a preset is asked for its settings.
+        problems: the problems found so far.
+        ratio: the keep ratio for the settings of a preset.
     """
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     origins: dict[Key, str] = {}
@@ -123,24 +123,23 @@ def _settled(
 
 
 def _hint(problems: Problems, profile: str) -> str:
-    """Say what to do about all problems together."""
-    if all(line.endswith(UNASKED) for _, line in problems):
-        asked = shlex.quote(profile)
-        return f"Give it as a flag, or pass --profile {asked} if you trust all that stands in it."
+    """Return the hint for all problems."""
+    if all(line.endswith(NO_CONSENT) for _, line in problems):
+        return f"Use a flag, or `profile` {shlex.quote(profile)} if you trust all its settings."
     ratio_only = all(key[1] in ("ratio", "bytes_ratio") for key, _ in problems)
     return _RATIO_HINT if ratio_only else _SETTINGS_HINT
 
 
 def _with_preset(layers: Sequence[_Layer], ratio: float | None) -> Iterator[tuple[Key, Any, str]]:
-    """Yield the settings of all layers, weakest first, with those of the preset that wins.
+    """Yield the settings of all layers, weakest first, with those of the strongest preset.
 
-    A preset of a weaker layer brings nothing: of two combinations, no mixture is meant.
+    Presets of weaker layers are ignored, so that presets are not mixed.
     """
     given = [_preset_of(layer) for layer in layers]
     chosen = max((i for i, names in enumerate(given) if names is not None), default=None)
     for i, layer in enumerate(layers):
         names = (given[i] if i == chosen else None) or []
-        # Of several, each has settings of its own; an unknown one is refused by the validation.
+        # Several presets are resolved separately; validation rejects unknown ones.
         if len(names) == 1 and names[0] in PRESETS:
             for key, value in flatten(PRESETS[names[0]].at(ratio)):
                 yield key, value, f"{BY_PRESET}{names[0]}"
@@ -148,7 +147,7 @@ def _with_preset(layers: Sequence[_Layer], ratio: float | None) -> Iterator[tupl
 
 
 def _narrowed(layers: Sequence[_Layer], preset: str) -> list[_Layer]:
-    """Return layers with one preset where they name any."""
+    """Return layers with ``preset`` in place of the presets that they name."""
     return [
         [(key, [preset] if key == PRESET else value, origin) for key, value, origin in layer]
         for layer in layers
@@ -156,7 +155,7 @@ def _narrowed(layers: Sequence[_Layer], preset: str) -> list[_Layer]:
 
 
 def _preset_of(layer: _Layer) -> list[str] | None:
-    """Return the presets that a layer names; None where it says nothing of them."""
+    """Return the presets that a layer names; None if it does not set the preset."""
     value = {key: value for key, value, _ in layer}.get(PRESET)
     names = [value] if isinstance(value, str) else value
     return list(dict.fromkeys(map(str, names))) if isinstance(names, list) else None
@@ -165,12 +164,12 @@ def _preset_of(layer: _Layer) -> list[str] | None:
 def _validate(
     merged: Mapping[str, Any], origins: Mapping[Key, str], profile: str, problems: Problems
 ) -> Settings | None:
-    """Return the settings, or None where there is a problem; add those found here."""
+    """Return the settings, or None if there are problems; append those found here."""
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
-        told = {key for key, _ in problems}
+        reported = {key for key, _ in problems}
         found = [describe(detail, origins, profile) for detail in error.errors()]
-        problems += [(key, line) for key, line in found if key not in told]
+        problems += [(key, line) for key, line in found if key not in reported]
         return None
     return None if problems else settings

@@ -1,4 +1,4 @@
-"""Validated settings, and where each came from."""
+"""Validated settings and their origins."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ BY_PRESET = "preset "
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings, and where each came from (no entry: a default).
+    """Settings and their origins.
 
     Attributes:
         settings: the validated settings.
         origins: (section, key) → a flag, an environment variable, the path of a profile, or
-            ``preset NAME`` where a preset brought it.
-        profile: the profile that was asked for, None where it was only found.
-        in_use: path of the profile that was read, asked for or found; None where there is none.
-        foreign: path of a profile that was not read because it is another user's.
-        variants: the same with each of several presets; none where at most one was given. Several
-            bring nothing to ``settings`` itself.
-        by_ratio: the same at each of several ratios, where the preset says more at some of them;
-            ``settings`` itself is what all share.
+            ``preset NAME``; no entry for defaults.
+        profile: the profile that the user named, if any.
+        in_use: path of the profile that was read, named or found, if any.
+        foreign: path of a profile that was not read because another user owns it.
+        variants: the settings with each preset, if several are given; ``settings`` itself contains
+            none of their settings.
+        by_ratio: the settings at each ratio, if the preset differs between them; ``settings``
+            itself contains those that all ratios share.
     """
 
     settings: Settings
@@ -42,7 +42,7 @@ class Resolved:
     by_ratio: Mapping[float, Resolved] = field(default_factory=dict)
 
     def cells(self) -> list[Resolved]:
-        """Return the settings of each preset at each ratio: as if given with these alone."""
+        """Return the settings of each preset at each ratio, as if given alone."""
         return [
             each.by_ratio.get(ratio, each)._at(ratio)
             for each in self.variants or (self,)
@@ -58,33 +58,32 @@ class Resolved:
         return getattr(getattr(self.settings, section), key)
 
     def is_flag(self, section: str, key: str) -> bool:
-        """Tell whether a setting was given on the command line."""
+        """Return whether a setting was given on the command line."""
         return self.origins.get((section, key), "").startswith("--")
 
     def asked(self, section: str) -> list[str]:
-        """Return the settings of a section, of those that decide what comes out, that were given
-        a value anywhere."""
+        """Return the settings of a section that affect the result and have an explicit value."""
         given = [key for of, key in self.origins if of == section and decides(of, key)]
         return [key for key in given if self.value(section, key) not in (None, "auto")]
 
     def place(self, section: str, key: str) -> str:
-        """Return where a setting was given, to be named in a message: its flag, its environment
-        variable, or its key and the profile."""
+        """Return the origin of a setting for a message: its flag, its environment variable, or its
+        key and the profile."""
         origin = self.origins[section, key]
         return origin if origin.startswith(("--", "HISVD_")) else f"{section}.{key} in {origin}"
 
     def uses_defaults(self, section: str) -> bool:
-        """Tell whether nothing chose a method: no preset, and no method by its name."""
+        """Return whether neither a preset nor an allocator was chosen."""
         return not {(section, "preset"), (section, "allocator")} & self.origins.keys()
 
     def flags(self, *sections: str, without: Collection[Key] = (), expanded: bool = False) -> str:
-        """Return the settings of ``sections`` that were given as flags, as text to paste; with the
-        model's, the profile that was asked for.
+        """Return the flags of ``sections`` that were given, as text to paste; with ``model``, also
+        the named profile.
 
         Args:
-            sections: where to look.
-            without: settings to leave out.
-            expanded: take what ``--preset`` brought for flags as well.
+            sections: sections of the settings.
+            without: settings to omit.
+            expanded: include the settings of a preset that was given as a flag.
         """
         by_preset = expanded and self.is_flag(*PRESET)
         words = ["--profile", self.profile] if self.profile and "model" in sections else []
@@ -101,7 +100,7 @@ class Resolved:
             lines.append(f"[{section}]")
             for key, value in values.items():
                 origin = " ".join(self.origins.get((section, key), "default").splitlines())
-                # TOML has no null: an unset key is shown as a comment.
+                # TOML has no null: an unset key becomes a comment.
                 setting = f"# {key} is unset" if value is None else f"{key} = {toml_text(value)}"
                 lines.append(f"{setting}  # {origin}")
             lines.append("")
@@ -114,8 +113,8 @@ class Resolved:
         return {"profile": self.in_use, "settings": settings, "origins": origins}
 
     def recorded(self, *sections: str) -> dict[str, Any]:
-        """Return what artifacts record of ``sections`` (all but ``eval`` where none is named):
-        every setting that can change a result."""
+        """Return the settings that artifacts record: those of ``sections`` (default: all but
+        ``eval``) that affect the result."""
         chosen = set(sections) or set(SECTIONS) - {"eval"}
         document = self.settings.model_dump(mode="json", include=chosen)
         for section, values in document.items():
@@ -138,6 +137,7 @@ def _as_flag(section: str, key: str, value: Any) -> list[str]:
 
 
 def toml_text(value: Any) -> str:
+    """Return a value as TOML."""
     if isinstance(value, list):
         return f"[{', '.join(toml_text(item) for item in value)}]"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The profiles that hisvd brings: a model and a protocol each, with what papers published of it."""
+"""Shipped profiles: a model and an evaluation protocol each, with published perplexities."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ FOLDER = Path(__file__).parent / "profiles"
 _PUBLISHED = "published.json"
 
 Measured = Callable[[str, str, float], float | None]
-"""(profile, preset, ratio) → the perplexity that a run found, None where there was none."""
+"""(profile, preset, ratio) → measured perplexity, None if unknown."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Perplexities on WikiText-2 that were published for one method.
+    """Perplexities on WikiText-2 of one method.
 
     Attributes:
-        method: as the source calls it.
-        preset: the preset of hisvd that stands for it, None where none does.
+        method: name in the source.
+        preset: the corresponding preset, if any.
         source: paper and table, or README.
-        published: keep ratio → perplexity; a ratio without one was not found.
-        measured: keep ratio → what a run found.
+        published: keep ratio → published perplexity, if any.
+        measured: keep ratio → measured perplexity, if any.
     """
 
     method: str
@@ -38,8 +38,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class ShippedProfile:
-    """A profile that hisvd brings: its name, its model, its keep ratios, the published perplexity
-    of the model before (None: none found), and that of each method."""
+    """A shipped profile: its name, model and keep ratios, the published perplexity of the dense
+    model (None if unknown), and those of each method."""
 
     name: str
     model: str
@@ -61,10 +61,10 @@ class ShippedProfile:
 
 
 def shipped_profiles(measured: Measured | None = None) -> list[ShippedProfile]:
-    """Return all profiles that hisvd brings, by name.
+    """Return all shipped profiles by name.
 
     Args:
-        measured: looks up what was measured, to stand beside what was published.
+        measured: looks up measured perplexities.
     """
     published = json.loads((FOLDER / _PUBLISHED).read_text(encoding="utf-8"))
     profiles = []

@@ -1,4 +1,4 @@
-"""Turns validation errors of pydantic into lines that name the setting and its origin."""
+"""Converts validation errors of pydantic to lines that name the setting and its origin."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hisvd_cli.pipelines.config.resolved import toml_text
 from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of, item_of, kind_of
 from hisvd_cli.utils.errors import suggest
 
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 Problems = list[tuple[Key, str]]
-"""What is wrong, a line each, with the setting that it is about."""
+"""Problems of settings: the setting, and a line of text."""
 
 
 def describe(detail: ErrorDetails, origins: Mapping[Key, str], profile: str) -> tuple[Key, str]:
-    """Turn one of pydantic's findings into a line: from where, which setting, what is wrong."""
+    """Return the setting of a validation error, and a line with origin, value and reason."""
     section, key = (*(str(part) for part in detail["loc"]), "")[:2]
     name = f"{section}.{key}" if key else section
     origin = origins.get((section, key), profile)
@@ -34,7 +34,7 @@ def describe(detail: ErrorDetails, origins: Mapping[Key, str], profile: str) -> 
 
 
 def _place(section: str, key: str) -> str:
-    """Say where a key that the profile may not hold there was meant to stand."""
+    """Return a suggestion for an unknown key."""
     if key:
         return suggest(key, SECTIONS[section].model_fields)
     homes = [f"[{name}]" for name, model in SECTIONS.items() if section in model.model_fields]
@@ -42,8 +42,10 @@ def _place(section: str, key: str) -> str:
 
 
 def _reason(detail: ErrorDetails, section: str, key: str) -> str:
-    """Say what a value must be."""
+    """Return the condition that a value violates."""
     kind, value = detail["type"], detail["input"]
+    if kind in ("value_error", "assertion_error"):  # from a validator of a method's options
+        return f"is invalid: {detail['msg'].partition(', ')[2].removesuffix('.')}."
     if not key:
         return f"is not a table: write [{section}] above its keys."
     if key in ("ratio", "bytes_ratio") and kind in ("greater_than", "less_than_equal"):
@@ -57,9 +59,10 @@ def _reason(detail: ErrorDetails, section: str, key: str) -> str:
     if kind == "int_parsing_size":
         return "has too many digits."
     if kind == "string_unicode":
-        return "must be a text of valid Unicode."
+        return "must be valid Unicode text."
     if kind == "int_from_float" or kind.endswith(("_type", "_parsing")):
         wanted = item_of(kind_of(section, key))
         quoted = isinstance(value, str) and kind.endswith("_type")
-        return f"must be {_TYPES[wanted]}{', without quotes' * quoted}."
+        if wanted in _TYPES:
+            return f"must be {_TYPES[wanted]}{', without quotes' * quoted}."
     return f"must be {detail['msg'].removeprefix('Input should be ')}."

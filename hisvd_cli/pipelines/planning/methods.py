@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from hisvd_cli.allocation.methods import ALLOCATORS
+from hisvd_cli.allocation.methods.asvd import AsvdOptions
+from hisvd_cli.allocation.methods.learned import LearnedOptions
 from hisvd_cli.compression.methods import DECOMPOSERS
-from hisvd_cli.linalg.statistics import Need
+from hisvd_cli.linalg.statistics import COMMANDS, Need
 from hisvd_cli.pipelines.config.settings import CompressSettings, PlanSettings, Settings
 
 
@@ -26,20 +28,22 @@ def probe_passes(allocator: str, knobs: PlanSettings, sublayers: int) -> float:
     """
     if not measures(allocator):
         return 0.0
-    if allocator == "learned":
-        return 5 * knobs.learning_steps / knobs.probe_samples
-    each = len(knobs.sensitivity_ratios) if allocator == "asvd" else 1
+    options = ALLOCATORS.options(allocator, knobs.model_dump())
+    if isinstance(options, LearnedOptions):
+        return 5 * options.learning_steps / knobs.probe_samples
+    each = len(options.sensitivity_ratios) if isinstance(options, AsvdOptions) else 1
     return sublayers * each / 2
 
 
 def plan_needs(settings: Settings) -> frozenset[Need]:
     """Return the statistics that planning needs. Raises UsageError: an unknown method."""
     knobs = settings.plan
+    values = knobs.model_dump()
     needs: set[str] = {"moments"}
     if knobs.metric in ("fisher", "held-out"):
         needs |= {"gradients"}
     for name in knobs.allocator:
-        needs |= ALLOCATORS.needs(name)
+        needs |= ALLOCATORS.needs(name, values) & COMMANDS.keys()
         if measures(name):
             needs |= decomposer_needs(settings.compress)
     return cast(frozenset[Need], frozenset(needs))
@@ -48,7 +52,7 @@ def plan_needs(settings: Settings) -> frozenset[Need]:
 def method_that_needs(settings: Settings, need: Need) -> str:
     """Return the name of a planning method that needs a statistic, for an error message."""
     for name in settings.plan.allocator:
-        if need in ALLOCATORS.needs(name):
+        if need in ALLOCATORS.needs(name, settings.plan.model_dump()):
             return name
     metric = settings.plan.metric
     return metric if metric in ("fisher", "held-out") else settings.compress.decomposer
@@ -56,10 +60,7 @@ def method_that_needs(settings: Settings, need: Need) -> str:
 
 def decomposer_needs(knobs: CompressSettings) -> frozenset[Need]:
     """Return the statistics that decomposing needs. Raises UsageError: an unknown method."""
-    needs = DECOMPOSERS.needs(knobs.decomposer)
-    if knobs.decomposer == "randomized":
-        needs |= DECOMPOSERS.needs(knobs.weighting)
-    return cast(frozenset[Need], needs)
+    return cast(frozenset[Need], DECOMPOSERS.needs(knobs.decomposer, knobs.model_dump()))
 
 
 def compression_needs(settings: Settings, plans: bool) -> frozenset[Need]:

@@ -20,7 +20,6 @@ from hisvd_cli.pipelines.config.settings import PlanSettings
 from hisvd_cli.pipelines.planning.byte_budgets import ALLOCATOR as BYTE_ALLOCATOR
 from hisvd_cli.pipelines.planning.byte_budgets import ByteScope, choose
 from hisvd_cli.utils.errors import BudgetError
-from hisvd_cli.utils.registry import accepted
 from hisvd_cli.utils.versions import versions
 
 
@@ -49,9 +48,9 @@ class Planner:
         """Return the plan of one allocator at one ratio."""
         size = self.anatomy.size(self.knobs.include, self.knobs.exclude)
         budget = budget_of(ratio, self.knobs, self.sublayers, size)
-        allocator = ALLOCATORS.get(name)
         values = {**self.knobs.model_dump(), "probe": self.probe, "tokens": self.tokens}
-        allocation: Allocation = allocator(self.spectra, budget, **accepted(allocator, values))
+        arguments = ALLOCATORS.arguments(name, values)
+        allocation: Allocation = ALLOCATORS.get(name)(self.spectra, budget, **arguments)
         return self._assemble(name, allocation, budget.parameters, size, ratio)
 
     def plan_bytes(self, scope: ByteScope, roundings: Mapping[str, Mapping[int, Rounding]]) -> Plan:

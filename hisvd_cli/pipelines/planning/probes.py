@@ -18,7 +18,7 @@ from hisvd_cli.utils.device import pick_device
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.fingerprints import digest
 from hisvd_cli.utils.progress import Reporter
-from hisvd_cli.utils.registry import accepted
+from hisvd_cli.utils.registry import flattened
 
 _STORE = "measured.json"
 
@@ -49,7 +49,7 @@ def open_probe(
     windows = sample.tokens[: knobs.probe_samples]
     decomposer = resolved.settings.compress.decomposer
     method = DECOMPOSERS.get(decomposer)
-    used = accepted(method, decomposer_knobs(resolved.settings))
+    used = DECOMPOSERS.arguments(decomposer, decomposer_knobs(resolved.settings))
     dtype = calibrated_dtype(resolved, calibration)
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     return ModelProbe(
@@ -64,7 +64,7 @@ def open_probe(
             calibration.key,
             calibration.gradients_key,
             decomposer,
-            repr(used),
+            repr(flattened(used)),
             f"{len(windows)} {dtype}",
         ),
         reporter=reporter,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hisvd_cli.allocation.anatomy import Anatomy
 from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS
-from hisvd_cli.allocation.methods import ALLOCATORS
+from hisvd_cli.allocation.methods import ALLOCATORS, WEIGHT_SPECTRA
 from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.allocation.spectra_cache import SpectraSource, Wanted, load_roundings, load_spectra
 from hisvd_cli.allocation.spectrum import Spectrum
@@ -72,11 +72,12 @@ def _wanted(
     knobs = resolved.settings.plan
     device = exact_device(pick_device(resolved.settings.model.device))
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
+    values = knobs.model_dump()
+    needs = {need for name in knobs.allocator for need in ALLOCATORS.needs(name, values)}
     wanted = Wanted(
         knobs.metric,
-        weights=knobs.bytes_ratio is not None
-        or ("hisvd" in knobs.allocator and knobs.spectrum == "weight"),
-        changes=any("weight-gradients" in ALLOCATORS.needs(name) for name in knobs.allocator),
+        weights=knobs.bytes_ratio is not None or WEIGHT_SPECTRA in needs,
+        changes="weight-gradients" in needs,
         input_shrinkage=knobs.input_shrinkage,
         output_shrinkage=knobs.output_shrinkage,
     )

@@ -1,4 +1,4 @@
-"""How sublayers are factored, and what is written."""
+"""Settings of factorization and output."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from typing import Literal
 
 from hisvd_cli.pipelines.config.settings.fields import (
     DECOMPOSER_NAMES,
-    MANY,
     Section,
     any_of,
     setting,
 )
+from hisvd_cli.utils.registry import MANY
 
-_DECOMPOSERS = "Decomposer options"
 _CORRECTIONS = "Correction options"
 
 
 class CompressSettings(Section):
-    """``[compress]``: how sublayers are factored, and what is written."""
+    """``[compress]``: factorization and output. The options of decomposers are added to it."""
 
     decomposer: str = setting(
         "whitened",
@@ -83,18 +82,4 @@ class CompressSettings(Section):
     )
     correction_step: float = setting(
         1e-4, "gradient-step: step size.", panel=_CORRECTIONS, gt=0, le=1e40
-    )
-    asvd_alpha: float = setting(
-        0.5, "asvd: exponent of the mean absolute input.", panel=_DECOMPOSERS, ge=0, le=8
-    )
-    weighting: Literal["svd", "asvd", "whitened", "fwsvd", "gfwsvd", "fisher"] = setting(
-        "whitened",
-        "randomized: weighting to use: svd, asvd, whitened, fwsvd, gfwsvd or fisher.",
-        panel=_DECOMPOSERS,
-    )
-    oversamples: int = setting(
-        10, "randomized: oversampling beyond the rank.", panel=_DECOMPOSERS, ge=0, le=MANY
-    )
-    power_iterations: int = setting(
-        2, "randomized: number of power iterations.", panel=_DECOMPOSERS, ge=0, le=1000
     )

@@ -1,17 +1,18 @@
-"""How quality and speed are measured."""
+"""Settings of evaluation."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.pipelines.config.settings.fields import MANY, Counts, Names, Section, Words, setting
+from hisvd_cli.pipelines.config.settings.fields import Counts, Names, Section, Words, setting
+from hisvd_cli.utils.registry import MANY
 
 _TASKS = "Tasks (lm-eval)"
 _EFFICIENCY = "Efficiency"
 
 
 class EvalSettings(Section):
-    """``[eval]``: how quality is measured."""
+    """``[eval]``: evaluation of quality and speed."""
 
     dataset: Names = setting(
         [],
@@ -32,7 +33,7 @@ class EvalSettings(Section):
     batch: int = setting(1, "Windows per forward pass.", ge=1, le=MANY)
     baseline: str | None = setting(
         None,
-        "Model to compare with, named as for --model: adds KL divergence and agreement.",
+        "Model to compare with, named as for `model.name`: adds KL divergence and agreement.",
         basic=True,
     )
     stream: Literal["auto", "on", "off"] = setting(

@@ -1,14 +1,15 @@
-"""What is worked on, and the text that statistics are taken from."""
+"""Settings of the model and of calibration."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, MANY, Memory, Section, setting
+from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, Memory, Section, setting
+from hisvd_cli.utils.registry import MANY
 
 
 class ModelSettings(Section):
-    """``[model]``: what is worked on, and where."""
+    """``[model]``: the model, its device and its memory."""
 
     name: str = setting(
         "",
@@ -45,7 +46,7 @@ class ModelSettings(Section):
 
 
 class CalibrationSettings(Section):
-    """``[calibration]``: the text that statistics are taken from."""
+    """``[calibration]``: the text for activation statistics."""
 
     dataset: str = setting(
         "auto",
@@ -78,7 +79,8 @@ class CalibrationSettings(Section):
     )
     weight_gradients: bool = setting(
         False,
-        "Also collect weight gradients, for zero-sum, fwsvd and gfwsvd; implies --gradients.",
+        "Also collect weight gradients, for zero-sum, fwsvd and gfwsvd; implies "
+        "`calibration.gradients`.",
         decides=False,
     )
     path: str | None = setting(

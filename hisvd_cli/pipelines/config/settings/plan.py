@@ -1,4 +1,4 @@
-"""How ranks are chosen."""
+"""Settings of rank allocation."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from pydantic import field_serializer
 
 from hisvd_cli.pipelines.config.settings.fields import (
     ALLOCATOR_NAMES,
-    MANY,
     Methods,
     Names,
     PresetName,
     Presets,
-    Ratio,
-    Ratios,
     Section,
     any_of,
     setting,
 )
+from hisvd_cli.utils.registry import MANY, Ratio, Ratios
 
-_ALLOCATORS = "Allocator options"
+ALLOCATOR_PANEL = "Allocator options"
 
 
 class PlanSettings(Section):
-    """``[plan]``: how ranks are chosen."""
+    """``[plan]``: rank allocation. The options of allocators are added to it."""
 
     ratio: Ratios = setting([0.8], "Share of the parameters to KEEP: 0.6 keeps 60 %.", basic=True)
     ratio_of: Literal["sublayers", "model"] = setting(
@@ -34,7 +32,8 @@ class PlanSettings(Section):
     )
     bytes_ratio: Ratio | None = setting(
         None,
-        "Share of the bytes of the linear layers to keep, instead of --ratio: waterfill selects "
+        "Share of the bytes of the linear layers to keep, instead of `plan.ratio`: waterfill "
+        "selects "
         "rank and bits (16, 8 or 4) of every layer together.",
     )
     preset: Presets = setting(
@@ -76,85 +75,15 @@ class PlanSettings(Section):
     exclude: Names = setting(
         [], "Do not compress layers that match; they stay dense and are not counted."
     )
-    rank_method: Literal["stable", "effective", "mathematical"] = setting(
-        "stable",
-        "hisvd: rank measure of stage 1: stable, effective or mathematical.",
-        panel=_ALLOCATORS,
-    )
-    alpha: float = setting(
-        0.5, "hisvd: exponent of the rank density in stage 1.", panel=_ALLOCATORS, ge=0, le=8
-    )
-    spectrum: Literal["whitened", "weight"] = setting(
-        "weight",
-        "hisvd: spectrum used by stage 1: whitened or weight.",
-        panel=_ALLOCATORS,
-    )
-    modulation: Literal["logarithmic", "power", "exponential", "linear"] = setting(
-        "logarithmic",
-        "hisvd: form of the stage 2 factor: logarithmic, power, exponential or linear.",
-        panel=_ALLOCATORS,
-    )
-    lwe_strength: float = setting(
-        2.0,
-        "hisvd: strength β of stage 2; 0 disables stage 2.",
-        panel=_ALLOCATORS,
-        ge=0,
-        le=100,
-    )
-    tail_redundancy_weight: float = setting(
-        30.0, "hisvd: weight of the tail share in stage 2.", panel=_ALLOCATORS, ge=0, le=100
-    )
-    selection: Literal["zero-sum", "smallest", "negative-sum", "sigma", "loss-order"] = setting(
-        "zero-sum",
-        "zero-sum: which component is removed next: zero-sum, smallest, negative-sum, sigma or "
-        "loss-order.",
-        panel=_ALLOCATORS,
-    )
-    importance_weight: float = setting(
-        0.6, "swift: weight of block importance.", panel=_ALLOCATORS, ge=0, le=1
-    )
-    sensitivity_ratios: Ratios = setting(
-        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
-        "asvd: keep ratios at which the sensitivity of each layer is measured.",
-        panel=_ALLOCATORS,
-    )
-    probe_ratio: Ratio = setting(
-        0.5, "lems: keep ratio at which each layer is measured.", panel=_ALLOCATORS
-    )
-    depth_factor: float = setting(
-        5.0,
-        "lems: the loss of the first block counts 1 plus this, falling linearly to 1 at the last.",
-        panel=_ALLOCATORS,
-        ge=0,
-        le=100,
-    )
     probe_samples: int = setting(
         8,
-        "asvd, lems, learned: calibration windows used for the measurement.",
-        panel=_ALLOCATORS,
+        "Calibration windows for allocators that measure the model (asvd, lems, learned).",
+        panel=ALLOCATOR_PANEL,
         ge=1,
         le=MANY,
-    )
-    learning_start: Literal["uniform", "waterfill"] = setting(
-        "waterfill",
-        "learned: initial truncation positions: uniform or waterfill.",
-        panel=_ALLOCATORS,
-    )
-    learning_steps: int = setting(
-        40, "learned: gradient descent steps.", panel=_ALLOCATORS, ge=1, le=MANY
-    )
-    learning_rate: float = setting(
-        0.01, "learned: step size, as a share of the full rank.", panel=_ALLOCATORS, gt=0, le=1
-    )
-    softness: float = setting(
-        0.02,
-        "learned: width of the soft mask, as a share of the full rank.",
-        panel=_ALLOCATORS,
-        gt=0,
-        le=1,
     )
 
     @field_serializer("preset")
     def _one_or_several(self, preset: list[str]) -> str | list[str] | None:
-        # Artifacts are made by one preset or by none, and record it as such.
+        # Artifacts are made with at most one preset, and record it as a single value.
         return preset if len(preset) > 1 else next(iter(preset), None)

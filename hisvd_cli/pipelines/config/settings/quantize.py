@@ -1,14 +1,15 @@
-"""Whether and how what is compressed becomes integers."""
+"""Settings of quantization."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.pipelines.config.settings.fields import MANY, Section, setting
+from hisvd_cli.pipelines.config.settings.fields import Section, setting
+from hisvd_cli.utils.registry import MANY
 
 
 class QuantizeSettings(Section):
-    """``[quantize]``: whether and how what is compressed becomes integers."""
+    """``[quantize]``: quantization of the compressed layers."""
 
     bits: Literal["none", "int8", "int4"] = setting(
         "none",

@@ -1,16 +1,17 @@
-"""The short training that wins back what truncation lost."""
+"""Settings of fine-tuning after compression."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, MANY, Section, setting
+from hisvd_cli.pipelines.config.settings.fields import LARGEST_SEED, Section, setting
+from hisvd_cli.utils.registry import MANY
 
 _LORA = "Recovery with LoRA"
 
 
 class RecoverSettings(Section):
-    """``[recover]``: what is trained after truncation, on what, and for how long."""
+    """``[recover]``: fine-tuning after compression."""
 
     method: Literal["none", "distill", "lora"] = setting(
         "none",
@@ -21,8 +22,8 @@ class RecoverSettings(Section):
     )
     dataset: str = setting(
         "auto",
-        "Training text: as for --dataset, or instruction data (instruction, output and optional "
-        "input; only outputs are trained on); auto is the whole calibration text.",
+        "Training text: as for `calibration.dataset`, or instruction data (instruction, output and "
+        "optional input; only outputs are trained on); auto is the whole calibration text.",
         "--recover-dataset",
     )
     drop: str | None = setting(
@@ -42,7 +43,7 @@ class RecoverSettings(Section):
     )
     tokens: int | None = setting(
         None,
-        "Number of training tokens, at most what --recover-minutes allows; without a time limit "
+        "Number of training tokens, within `recover.minutes`; without a time limit "
         "the result is reproducible to the byte.",
         "--recover-tokens",
         ge=1,
