@@ -130,7 +130,7 @@ class TextRunner:
         streamed = self._settings.eval.stream == "on"
         if self._settings.eval.stream == "auto":
             free = free_memory(device)
-            streamed = free is not None and _weight_bytes(source, dtype) > _SHARE * free
+            streamed = _weight_bytes(source, dtype) > _SHARE * free
             if streamed:
                 self._reporter.note(
                     f"{source.name} does not fit in memory: running one block at a time."
