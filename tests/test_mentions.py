@@ -62,8 +62,9 @@ def texts(path: Path) -> Iterator[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     expressions = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
     for node in ast.walk(tree):
-        literal = isinstance(node, ast.Constant) and id(node) not in expressions
-        if literal and isinstance(node.value, str):
+        if not isinstance(node, ast.Constant) or id(node) in expressions:
+            continue
+        if isinstance(node.value, str):
             yield node.value
 
 
