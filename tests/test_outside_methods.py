@@ -290,7 +290,7 @@ def test_a_method_that_cannot_be_used_is_an_error_only_when_it_is(done: Done) ->
         "'a_package_that_is_missing'.",
         advice,
     )
-    assert told("unknown") == (2, "No allocator is called 'tapr'.", "Did you mean 'taper'?")
+    assert told("unknown") == (2, "There is no allocator 'tapr'.", "Did you mean 'taper'?")
 
 
 def test_the_python_api(site: Path, here: Path) -> None:

@@ -149,7 +149,7 @@ class Registry(Generic[F]):
             for point in entry_points(group=self._group, name=name):
                 self._load(point)
         if name not in self._methods:
-            raise UsageError(f"No {self._kind} is called '{name}'.", suggest(name, self.names()))
+            raise UsageError(f"There is no {self._kind} '{name}'.", suggest(name, self.names()))
         if name in self._rejected:
             raise self._unusable(f"'{name}'", self._rejected[name])
         return self._methods[name]

@@ -69,8 +69,8 @@ ARGUMENTS = (
 """Arguments of commands that are not settings."""
 RESERVED = (
     *ARGUMENTS,
-    *("set", "show-profile", "list-profiles", "spectrum-of", "dry-run", "json", "quiet"),
-    *("verbose", "help", "help-all", "source", "progress"),
+    *("set", "show-profile", "list-profiles", "spectrum-of", "tables", "dry-run", "json"),
+    *("quiet", "verbose", "help", "help-all", "source", "progress"),
 )
 """Names that options of methods cannot have, besides those of settings."""
 
