@@ -137,7 +137,7 @@ def test_results_are_readable(made: hisvd.Checkpoint) -> None:
     assert "down_proj" in plan._repr_html_()
     assert "65.7" in repr(made)
     audit = hisvd.inspect(made.path / "plan.json")
-    assert repr(audit).startswith("<Audit what: plan; ")
+    assert repr(audit).startswith("<Audit kind: plan; ")
     assert "problems" in audit._repr_html_()
 
 

@@ -295,7 +295,7 @@ def test_of_the_whole_model_the_rest_counts_too(demo: Words) -> None:
     assert counted["budget"] + rest == int(0.4 * counted["model"])
     assert 0.395 < (rest + counted["kept"]) / counted["model"] <= 0.4
     message, _ = fail("plan", *demo, "--bytes-ratio", 0.1, "--ratio-of", "model")
-    assert "what stays as it is" in message
+    assert "uncompressed weights take" in message
 
 
 @pytest.mark.usefixtures("here")
@@ -346,10 +346,10 @@ def test_a_checkpoint_takes_the_bytes_that_its_plan_counts(demo: Words, here: Pa
     [
         (("--bytes-ratio", 1.2), 2, "at most 1"),
         (("--bytes-ratio", 0), 2, "above 0"),
-        (("--bytes-ratio", 0.3, "--ratio", 0.6), 2, "a plan keeps to one of them"),
-        (("--bytes-ratio", 0.3, "--allocator", "hisvd"), 2, "cannot share bytes"),
-        (("--bytes-ratio", 0.3, "--preset", "lems"), 2, "lems knows what ranks lose"),
-        (("--bytes-ratio", 0.3, "--storage", "pivoted"), 2, "multiply the noise"),
+        (("--bytes-ratio", 0.3, "--ratio", 0.6), 2, "a plan has one limit"),
+        (("--bytes-ratio", 0.3, "--allocator", "hisvd"), 2, "cannot share a budget of bytes"),
+        (("--bytes-ratio", 0.3, "--preset", "lems"), 2, "lems chooses ranks only"),
+        (("--bytes-ratio", 0.3, "--storage", "pivoted"), 2, "amplify the rounding error"),
         (("--bytes-ratio", 0.3, "--preset", "best", "--preset", "lems"), 2, "presets"),
         (("--bytes-ratio", 0.001), 1, "cannot be met"),
         (("--bytes-ratio", 0.1, "--multiple-of", 64), 1, "cannot be met"),
@@ -372,7 +372,7 @@ def test_a_profile_gives_way_to_the_command_line(demo: Words) -> None:
     Path("hisvd.toml").write_text("[plan]\nbytes_ratio = 0.3\n")
     assert as_json("plan", *demo, "--ratio", 0.6)["bytes"] is None
     Path("hisvd.toml").write_text("[plan]\nbytes_ratio = 0.3\nratio = 0.6\n")
-    assert "one of them" in fail("plan", *demo, code=2)[0]
+    assert "one limit" in fail("plan", *demo, code=2)[0]
 
 
 @pytest.mark.usefixtures("here")

@@ -134,7 +134,9 @@ def test_quiet_results(quick: tuple[object, ...], tmp_path: Path) -> None:
 
 def test_a_plan_says_when_it_knows_no_calibration(quick: tuple[object, ...]) -> None:
     result = succeed("plan", *quick)
-    assert "is not calibrated with these settings: planned from its weights alone" in result.stderr
+    assert (
+        "has no calibration with these settings: planning from its weights alone" in result.stderr
+    )
     assert "energy of the weights" in result.stdout
     succeed("calibrate", *quick)
     result = succeed("plan", *quick)
@@ -168,7 +170,7 @@ def test_what_is_dropped_from_the_text_is_as_if_it_were_not_there(
     assert message.endswith("was calibrated with --drop <unk>, not of.")
     assert "Leave out --drop" in hint
     message, hint = fail("calibrate", *quick, "--dataset", "self", "--drop", "<unk>", code=2)
-    assert message.startswith("--drop '<unk>' leaves a word out of a text that is read, but ")
+    assert message.startswith("--drop '<unk>' removes a string from a text that is read, but ")
 
 
 def test_spectra_of_weights_are_found_for_those_who_look_at_them(

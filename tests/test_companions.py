@@ -150,7 +150,7 @@ def test_an_upload_holds_only_what_belongs_to_a_model(made: Path, hub: FakeHub) 
     told = succeed("convert", made, "--push-to-hub", "me/low").stderr
     assert set(hub.files) == WRITTEN | LOADER | TRAVELS
     assert all(SECRET.encode() not in data for data in hub.files.values())
-    assert "Not uploaded, as it is not part of a model: .bashrc, .env, LICENSE" in told
+    assert "Not uploaded, because not part of a model: .bashrc, .env, LICENSE" in told
 
 
 def test_weights_from_elsewhere_are_not_uploaded(made: Path, hub: FakeHub, here: Path) -> None:

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from hisvd_cli.pipelines.compressing import compression
-from hisvd_cli.pipelines.compressing import grid as compression_grid
+from hisvd_cli.pipelines.compressing.grid import grid_runs
 from hisvd_cli.utils.errors import NumericalError
 from tests import schemas
 from tests.cli_helpers import as_json, digests, fail, hisvd, succeed, text_file
@@ -51,7 +51,7 @@ def test_cells_are_what_single_runs_make(
     assert [cells[3][key] for key in same] == [alone[key] for key in same]
 
     before = digests(here)
-    monkeypatch.setattr(compression_grid, "ensure_calibration", None)  # nothing needs it
+    monkeypatch.setattr(grid_runs, "ensure_calibration", None)  # nothing needs it
     assert statuses(grid(*command, *GRID)) == ["kept"] * 4
     assert digests(here) == before
     shown = succeed(*command, *GRID, env={"COLUMNS": "80"})
@@ -82,7 +82,7 @@ def test_a_failure_leaves_the_others_and_a_rerun_goes_on(
             raise NumericalError("It is not finite.", "Calibrate again.")
         return real(resolved, output, *more)
 
-    monkeypatch.setattr(compression_grid, "compress_model", failing)
+    monkeypatch.setattr(grid_runs, "compress_model", failing)
     result = hisvd(*command, *GRID, "--quiet")
     assert result.exit_code == 1
     assert result.stdout.split() == [CELLS[0], *CELLS[2:]]
@@ -91,7 +91,7 @@ def test_a_failure_leaves_the_others_and_a_rerun_goes_on(
         "Hint: Calibrate again.",
     ]
     assert names(here) == sorted([CELLS[0], *CELLS[2:]])
-    monkeypatch.setattr(compression_grid, "compress_model", real)
+    monkeypatch.setattr(grid_runs, "compress_model", real)
     assert statuses(grid(*command, *GRID)) == ["kept", "made", "kept", "kept"]
 
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_other_settings_stands_in_the_way(
     succeed(*command, "--preset", "svd-llm", "--ratio", 0.5, "--multiple-of", 4, "-o", CELLS[3])
     before = digests(here)
     message, hint = fail(*command, *GRID)
-    assert message == f"{CELLS[3]} was made from other settings: plan.multiple_of."
+    assert message == f"{CELLS[3]} was made with other settings: plan.multiple_of."
     assert hint == "Pass --overwrite, or name another --output."
     assert digests(here) == before  # found out before any work
     assert statuses(grid(*command, *GRID, "--overwrite")) == ["made"] * 4
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_other_settings_stands_in_the_way(
     (here / CELLS[0]).rename(here / "qwen2-hisvd-0.8")
     (here / CELLS[1]).rename(here / "qwen2-hisvd-0.5")
     other = ("compress", "--model", tiny_model("qwen2"), *command[3:], *GRID[:2], *GRID[4:])
-    assert "from other settings: model." in fail(*other)[0]
+    assert "with other settings: model." in fail(*other)[0]
 
 
 def test_all_cells_are_of_one_calibration(
@@ -119,7 +119,7 @@ def test_all_cells_are_of_one_calibration(
     succeed(*command, *GRID[:2], "--ratio", 0.8, "--output", CELLS[0])
     text = text_file(tmp_path)
     text_file(tmp_path, seed=1).rename(text)
-    assert f"from other settings: the text of {text}." in fail(*command, *GRID)[0]
+    assert f"with other settings: the text of {text}." in fail(*command, *GRID)[0]
     assert names(here) == [CELLS[0]]
 
 

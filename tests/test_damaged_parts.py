@@ -69,7 +69,7 @@ COMPRESS = ("compress", "--ratio", 0.5, "--output", "made", "--max-shard-size", 
 STAGES = (*COMPRESS, "--stages", 2, "--correction")
 DISTILL = (*COMPRESS, "--recover", "distill", "--recover-tokens", 600, "--recover-seqlen", 16)
 GRADIENTS = ("calibrate", "--calibration", "made", "--weight-gradients")
-STAGE = "..made.stages.partial/stage-1"
+STAGE = ".made.hisvd.work/.stages.partial/stage-1"
 CASES: dict[str, tuple[Words, str, int, str]] = {
     "factors": (COMPRESS, "*.part", 9, ".made.partial/*.part"),
     "shards": (COMPRESS, "model-*", 2, ".made.partial/model-*"),
@@ -115,7 +115,7 @@ CASES: dict[str, tuple[Words, str, int, str]] = {
         1,
         f"{STAGE}/corrected/*.safetensors",
     ),
-    "untrained checkpoint": (DISTILL, "best.safetensors", 1, ".made.unmended/model-*"),
+    "untrained checkpoint": (DISTILL, "best.safetensors", 1, ".made.hisvd.work/untrained/model-*"),
     "trained factors": (DISTILL, "best.safetensors", 1, ".made.partial/training/best*"),
     "states of the teacher": (DISTILL, "best.safetensors", 1, ".made.partial/training/teacher/s*"),
 }

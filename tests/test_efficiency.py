@@ -143,7 +143,7 @@ def test_what_cannot_be_timed(tiny_model: MakeModel, tmp_path: Any) -> None:
     message, _ = fail(*command, "--batch-sizes", "1,0", code=2)
     assert "--batch-sizes 0 must be greater" in message
     message, hint = fail(*command, "--prompt-tokens", 120, "--new-tokens", 9, code=2)
-    assert "more than the 128 positions" in message
+    assert "exceed the 128 positions" in message
     assert "128 or less" in hint
     message, _ = fail(*command, "--new-tokens", 128, code=2)
-    assert "more than the 128 positions" in message
+    assert "exceed the 128 positions" in message

@@ -28,6 +28,8 @@ _MOST_FILES = 12
 _MOST_LINES = 300
 _MOST_CODE_LINES = 40
 """Of a function, without its docstring, comments and blank lines."""
+_MOST_IMPORTS = 15
+"""Modules of the package that a module of the pipelines imports."""
 _LONG_FILES = {
     "modeling/layers/transformers_plugin.py": "travels with checkpoints as one file, by that name",
 }
@@ -37,7 +39,6 @@ _LONG_FUNCTIONS = {
     "cli/commands/plan.py:plan": "its signature is the command's options",
     "cli/options.py:_take_common": "its signature is the options of every command",
     "compression/factorize.py:compress": "a third of it is its signature",
-    "pipelines/compressing/compression.py:compress_model": "each step of a run, in their order",
 }
 
 
@@ -88,6 +89,15 @@ def test_rooms_import_in_one_direction() -> None:
 
 def test_modules_import_in_no_circle() -> None:
     TopologicalSorter(graph()).prepare()  # raises CycleError, which names the circle
+
+
+def test_pipelines_import_few_modules() -> None:
+    used = {module: len(names) for module, names in graph().items()}
+    pipelines = {module: n for module, n in used.items() if module.startswith("pipelines.")}
+    assert len(pipelines) > 50
+    many = {module: n for module, n in pipelines.items() if n > _MOST_IMPORTS}
+    counts = sorted(pipelines.items(), key=lambda item: -item[1])
+    assert not many, "\n".join(f"{n} {module}" for module, n in counts)
 
 
 def functions(code: str) -> Iterator[tuple[str, int]]:

@@ -80,7 +80,7 @@ def test_no_sizes(text: str) -> None:
 def test_a_bound_of_a_device_that_is_not_used(here: Path) -> None:
     words = ("calibrate", *QUICK, "--device", "cpu", "--max-memory", "cuda=3GB")
     message, hint = fail(*words, code=2)
-    assert message == "--max-memory cuda=3GB bounds cuda, but blocks run on cpu."
+    assert message == "--max-memory cuda=3GB limits cuda, but blocks run on cpu."
     assert hint == "Leave out cuda=, or use --device cuda."
     assert not any(here.iterdir())
 
@@ -131,8 +131,13 @@ def test_states_leave_a_gpu_for_the_host_and_the_host_for_a_file() -> None:
 def test_a_bound_that_nothing_keeps_to_names_the_levers() -> None:
     with pytest.raises(MemoryLimitError) as caught:
         fit(work(), MemoryBounds(10**8, {}), calibration_peak)
-    assert re.search(r"takes 4\d\dMB of cpu memory, above --max-memory", caught.value.message)
-    for lever in ("--max-memory", "--seqlen", "--batch", "--samples"):
+    assert re.search(r"takes 4\d\dMB of cpu memory, above `model.max_memory`", caught.value.message)
+    for lever in (
+        "model.max_memory",
+        "calibration.seqlen",
+        "calibration.batch",
+        "calibration.samples",
+    ):
         assert lever in caught.value.hint
     with pytest.raises(MemoryLimitError, match="of cuda memory"):
         fit(work("cuda"), MemoryBounds(None, {"cuda": 10**8}), calibration_peak)
@@ -159,12 +164,12 @@ def test_too_small_a_bound_is_refused_before_any_work(command: str, here: Path) 
 @pytest.mark.parametrize(
     ("setting", "more", "told"),
     [
-        ("--dataset self", "--no-evaluate", "--dataset self loads the whole model, and takes "),
-        ("--allocator lems", "--no-evaluate", "--allocator lems loads the whole model, and takes "),
-        ("--allocator learned", "--no-evaluate", "--allocator learned loads the whole model, and "),
-        ("--evaluate", "--verbose", "Evaluating demo a block at a time takes "),
-        ("--recover distill", "--no-evaluate", "--recover distill loads the whole model, and "),
-        ("--recover lora", "--no-evaluate", "--recover lora loads the whole model, and takes "),
+        ("--dataset self", "--no-evaluate", "--dataset self loads the whole model and takes "),
+        ("--allocator lems", "--no-evaluate", "--allocator lems loads the whole model and takes "),
+        ("--allocator learned", "--no-evaluate", "--allocator learned loads the whole model and "),
+        ("--evaluate", "--verbose", "Evaluating demo one block at a time takes "),
+        ("--recover distill", "--no-evaluate", "--recover distill loads the whole model and "),
+        ("--recover lora", "--no-evaluate", "--recover lora loads the whole model and takes "),
     ],
 )
 def test_activations_logits_and_optimizer_count_beside_the_weights(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from hisvd_cli.cli.console import Console
 from hisvd_cli.pipelines.api.names import in_python
 from hisvd_cli.pipelines.config.mentions import in_flags
+from hisvd_cli.pipelines.config.settings import SECTIONS
 from hisvd_cli.utils.errors import HisvdError
 
 CASES = [
@@ -44,3 +50,47 @@ def test_errors_and_notes_of_the_command_line_name_flags(
     shown = capsys.readouterr().err
     assert shown.count("--windows") == 5
     assert "`" not in shown
+
+
+PACKAGE = Path(__file__).parents[1] / "hisvd_cli"
+NAMES_FLAGS = ("cli", "demo", "pipelines/config", "pipelines/api")
+"""Rooms, and parts of them, where flags are declared, parsed or translated."""
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield the string literals of a file, without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    expressions = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or id(node) in expressions:
+            continue
+        if isinstance(node.value, str):
+            yield node.value
+
+
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+
+
+def test_only_the_command_line_names_flags() -> None:
+    """But for whole commands, which a message recommends."""
+    found = [
+        f"{name}: {text}"
+        for name, path in FILES.items()
+        if not name.startswith(NAMES_FLAGS)
+        for text in texts(path)
+        if re.search(r"(?<![\w-])--[a-z]", text) and not re.search("hisvd [a-z]|torchrun", text)
+    ]
+    assert found == []
+
+
+def test_every_setting_that_a_message_names_exists() -> None:
+    mentions = {
+        (name, section, key)
+        for name, path in FILES.items()
+        for text in texts(path)
+        for section, key in re.findall(r"`(?:no )?([a-z]+)\.([a-z_]+)`", text)
+        if section in SECTIONS and (section, key) != ("plan", "json")  # a file
+    }
+    assert len(mentions) > 50
+    unknown = {each for each in mentions if each[2] not in SECTIONS[each[1]].model_fields}
+    assert unknown == set()

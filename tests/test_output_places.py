@@ -69,7 +69,7 @@ def test_a_calibration_that_the_run_makes_is_not_replaced(
 
 def test_an_output_within_the_calibration_that_the_run_makes_is_refused(here: Path) -> None:
     message, _ = untouched(here, *COMPRESS, "--calibration", "cal", "--output", "cal/out")
-    assert "lies in the input cal" in message
+    assert "is inside the input cal" in message
 
 
 def test_the_dense_model_of_a_recovered_checkpoint_is_an_input(own: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_dense_model_of_a_recovered_checkpoint_is_an_input(own: Path) -> Non
     assert digests(own / "dense") == before
 
 
-@pytest.mark.parametrize("name", [".out.partial", ".out.unmended", ".out.hisvd.old"])
+@pytest.mark.parametrize("name", [".out.partial", ".out.hisvd.work", ".out.hisvd.old"])
 def test_a_folder_that_a_killed_run_left_is_an_input_too(name: str, own: Path) -> None:
     (own / "ck").rename(own / name)
     message, _ = untouched(own, "convert", name, "--to", "hf", "--output", "out")
@@ -100,7 +100,7 @@ def test_a_model_that_is_mounted_twice_is_one_input(own: Path) -> None:
         )
     finally:
         subprocess.run(["umount", "other"], check=True)
-    assert "lies in the input ck" in message
+    assert "is inside the input ck" in message
 
 
 def test_the_plan_that_is_given_may_lie_where_its_copy_goes(own: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_a_killed_run_was_about_to_replace_counts_as_standing_there(own: Pa
     assert "ck is not empty" in message
     (own / ".ck.hisvd.old" / "notes").write_text("mine")
     message, _ = untouched(own, *COMPRESS, "--output", "ck", "--overwrite")
-    assert "also holds notes" in message
+    assert "also contains notes" in message
 
 
 @pytest.mark.parametrize("moment", ["old", "new", "removal"])
@@ -187,7 +187,7 @@ def test_what_comes_to_stand_at_the_output_during_the_calibration_is_kept(
         (here / "out" / "mine").write_text("1")
         return ensure_calibration(*words, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("hisvd_cli.pipelines.compressing.compression.ensure_calibration", calibrate)
+    monkeypatch.setattr("hisvd_cli.pipelines.compressing.first_stage.ensure_calibration", calibrate)
     message, _ = fail(*COMPRESS, "--output", "out")
     assert "out is not empty" in message
     assert names(here / "out") == ["mine"]
@@ -196,7 +196,7 @@ def test_what_comes_to_stand_at_the_output_during_the_calibration_is_kept(
 def test_weights_that_the_index_does_not_list_are_not_ours(own: Path) -> None:
     (own / "ck" / "model-00001-of-00002.safetensors").write_bytes(b"mine")
     message, _ = untouched(own, *COMPRESS, "--output", "ck", "--overwrite")
-    assert "also holds model-00001-of-00002.safetensors" in message
+    assert "also contains model-00001-of-00002.safetensors" in message
 
 
 def test_a_checkpoint_in_shards_is_replaced(own: Path) -> None:

@@ -67,7 +67,7 @@ def test_an_output_above_the_model_is_refused(own: Path) -> None:
     (own / "dense").rename(own / "ck" / "dense")
     words = ("--model", "ck/dense", "--dataset", "demo", "--samples", 4, "--seqlen", 32)
     message, _ = untouched(own, "compress", *words, "--output", "ck", "--overwrite")
-    assert "holds the input" in message
+    assert "contains the input" in message
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_file_by_the_name_of_one_of_ours_is_kept(name: str, own: Path) -> None
     path.write_text("mine")
     message, _ = untouched(own, *COMPRESS, "--output", "ck", "--overwrite")
     how = "was changed since hisvd wrote it" if known else "hisvd did not write"
-    assert message == f"The folder ck also holds {name}, which {how}."
+    assert message == f"The folder ck also contains {name}, which {how}."
 
 
 def test_a_folder_with_the_record_of_a_checkpoint_is_not_ours(own: Path) -> None:

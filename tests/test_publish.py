@@ -62,7 +62,7 @@ def test_the_installed_script_uploads_and_tells_no_token(made: Path, here: Path)
         assert (done.returncode, done.stdout) == (0, f"{server.url}/me/low\n"), done.stderr
         refused = script(*words, "them/low", cwd=here, env=env, fresh=True)
     assert refused.returncode == 1
-    assert "does not let this token write to them/low" in refused.stderr
+    assert "does not allow this token to write to them/low" in refused.stderr
     assert TOKEN not in done.stderr + refused.stdout + refused.stderr
 
 
@@ -81,7 +81,7 @@ def test_a_token_that_the_hub_does_not_know(
     monkeypatch.setenv("HF_TOKEN", "hf_wrongwrongwrong")
     words = ("convert", made, "--to", "dense", "--output", "dense", "--push-to-hub", "me/low")
     message, hint = fail(*words)
-    assert "does not know the token" in message
+    assert "rejected the token" in message
     assert "wrongwrong" not in message + hint
     assert not any(here.iterdir())  # found out before the conversion
     assert hub.created == []
@@ -89,7 +89,7 @@ def test_a_token_that_the_hub_does_not_know(
 
 def test_what_the_hub_refuses(made: Path, hub: FakeHub) -> None:
     message, hint = fail("convert", made, "--push-to-hub", "them/low")
-    assert message == "The hub does not let this token write to them/low."
+    assert message == "The Hub does not allow this token to write to them/low."
     assert TOKEN not in message + hint
     assert hub.files == {}
 
@@ -97,7 +97,7 @@ def test_what_the_hub_refuses(made: Path, hub: FakeHub) -> None:
 def test_no_network(made: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     message, _ = fail("convert", made, "--push-to-hub", "me/low")
-    assert message.startswith("The hub cannot be reached: ")
+    assert message.startswith("The Hub cannot be reached: ")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message, _ = fail("convert", made, "--push-to-hub", "me/low")
     assert message == "HF_HUB_OFFLINE is set, so nothing is uploaded."
@@ -106,7 +106,7 @@ def test_no_network(made: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_no_checkpoint(made: Path, hub: FakeHub, here: Path) -> None:
     (here / "photos").mkdir()
-    assert "not a checkpoint" in fail("convert", "photos", "--push-to-hub", "me/x")[0]
+    assert "not an hisvd checkpoint" in fail("convert", "photos", "--push-to-hub", "me/x")[0]
     (here / "x.pt").write_bytes(b"x")
     assert "not a folder" in fail("convert", "x.pt", "--push-to-hub", "me/x")[0]
     (here / "half").mkdir()
@@ -118,12 +118,12 @@ def test_what_is_no_checkpoint(made: Path, hub: FakeHub, here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "Nothing says what to convert to."),
+        ((), "No target is given."),
         (("--to", "dense"), "--to without --output."),
         (("--output", "x", "--push-to-hub", "me/x"), "--output without --to."),
         (("--private",), "--private and --revision need --push-to-hub."),
-        (("--to", "pt", "-o", "x.pt", "--push-to-hub", "me/x"), "--push-to-hub takes folders"),
-        (("--push-to-hub", "a/b/c"), "--push-to-hub a/b/c: no name of a repository."),
+        (("--to", "pt", "-o", "x.pt", "--push-to-hub", "me/x"), "--push-to-hub uploads folders"),
+        (("--push-to-hub", "a/b/c"), "--push-to-hub a/b/c is not a valid repository name."),
     ],
 )
 def test_flags_that_do_not_go_together(

@@ -333,12 +333,39 @@ def test_an_interrupted_rounding_loses_no_training(
         patch.setattr("hisvd_cli.pipelines.compressing.writing.quantize_compressed", stop)
         assert fail(*words, "--output", tmp_path / "two")[0] == "The disk is full."
     assert not (tmp_path / "two").exists()
+    assert [path.name for path in tmp_path.iterdir() if "two" in path.name] == [".two.hisvd.work"]
     with monkeypatch.context() as patch:
-        patch.setattr("hisvd_cli.pipelines.compressing.writing.mend", stop)
+        patch.setattr("hisvd_cli.pipelines.compressing.writing.fine_tune", stop)
         patch.setattr("hisvd_cli.pipelines.compressing.writing.factored", stop)
         succeed(*words, "--output", tmp_path / "two")
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]
+
+
+def test_an_interrupted_single_file_loses_no_step(
+    tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = ("--dataset", text_file(tmp_path), "--samples", 4, "--seqlen", 32, "--ratio", 0.5)
+    training = ("--recover", "distill", "--recover-tokens", 300, "--recover-seqlen", 16)
+    words = ("compress", "--model", tiny_model("llama"), *text, *training, "--quantize", "int8")
+    succeed(*words, "--output", tmp_path / "one.pt")
+
+    def stop(*_args: Any, **_kwargs: Any) -> None:
+        raise OutputError("The disk is full.", "Free some space.")
+
+    writing = "hisvd_cli.pipelines.compressing.writing"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{writing}.write_single_file", stop)
+        assert fail(*words, "--output", tmp_path / "two.pt")[0] == "The disk is full."
+    with monkeypatch.context() as patch:
+        for step in ("factored", "fine_tune", "quantize_compressed"):
+            patch.setattr(f"{writing}.{step}", stop)
+        message, _ = fail(*words, "--recover-seed", 1, "--output", tmp_path / "two.pt")
+        assert message == "The disk is full."  # trained in another way
+        succeed(*words, "--output", tmp_path / "two.pt")
+    assert (tmp_path / "two.pt").read_bytes() == (tmp_path / "one.pt").read_bytes()
+    left = sorted(path.name for path in tmp_path.iterdir() if "two" in path.name)
+    assert left == ["two.plan.json", "two.pt"]
 
 
 def _quantize(whole: Path, output: Path) -> None:

@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from hisvd_cli.finetuning.adaptation import Adapter, adapted_model, as_linears
 from hisvd_cli.finetuning.distillation import divergence_from, likelihood_of, summed_loss
-from hisvd_cli.finetuning.recover import Classroom, distill
+from hisvd_cli.finetuning.factor_training import RunOptions, distill
 from hisvd_cli.finetuning.trained_pairs import balanced, open_pairs, stored_factors
 from hisvd_cli.finetuning.trainer import Course, Trainee, Training
 from hisvd_cli.finetuning.training_data import (
-    Lessons,
-    instruction_lessons,
-    load_lessons,
+    TrainingData,
+    instruction_data,
+    load_training_data,
     windows_of,
 )
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
@@ -269,7 +269,7 @@ def test_the_written_model_is_the_trained_one(made: dict[str, Path], tmp_path: P
             teacher,
             lessons,
             course(learning_rate=1e-3),
-            Classroom(CPU, torch.float32),
+            RunOptions(CPU, torch.float32),
             1.0,
             _folder(tmp_path / storage),
             Silent(),
@@ -287,7 +287,7 @@ def test_the_written_model_is_the_trained_one(made: dict[str, Path], tmp_path: P
         )
 
 
-def _lessons() -> Lessons:
+def _lessons() -> TrainingData:
     return windows_of(random_tokens(1, 32 * 16)[0], 32, "random", "")
 
 
@@ -300,7 +300,7 @@ def test_checkpointed_activations_give_the_same_training(
             open_source("demo"),
             _lessons(),
             course(learning_rate=1e-3, tokens=200),
-            Classroom(CPU, torch.float32, checkpointing),
+            RunOptions(CPU, torch.float32, checkpointing),
             1.0,
             _folder(tmp_path / str(checkpointing)),
             Silent(),
@@ -378,7 +378,7 @@ def test_lora_on_instructions(made: dict[str, Path], here: Path) -> None:
 def test_only_answers_count() -> None:
     source = open_source("demo")
     row = {"instruction": "Say it.", "input": "A word.", "output": "yes yes"}
-    lessons = instruction_lessons([row], source, 256, "set")
+    lessons = instruction_data([row], source, 256, "set")
     ids, counted = lessons.ids[0], lessons.counted[0]
     predicted = ids.roll(-1)[counted].tolist()
     answer = source.tokenizer("yes yes", add_special_tokens=False)["input_ids"]
@@ -469,8 +469,8 @@ def test_what_is_dropped_from_a_text(here: Path) -> None:
     (here / "text.txt").write_text("the <unk> of words <unk> the text " * 30, encoding="utf-8")
     (here / "same.txt").write_text("the of words the text " * 30, encoding="utf-8")
     source = open_source("demo")
-    dropped = load_lessons("text.txt", source, 16, "<unk>")
-    assert torch.equal(dropped.ids, load_lessons("same.txt", source, 16).ids)
+    dropped = load_training_data("text.txt", source, 16, "<unk>")
+    assert torch.equal(dropped.ids, load_training_data("same.txt", source, 16).ids)
 
 
 def test_a_text_too_short(made: dict[str, Path], here: Path) -> None:

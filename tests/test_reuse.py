@@ -219,7 +219,7 @@ def test_5_a_named_calibration_of_a_text_that_changed_since_is_refused(
     succeed("plan", *words, "--ratio", 0.5)
     text_file(tmp_path, seed=1).rename(str(text[1]))
     message = fail("plan", *words, "--ratio", 0.5)[0]
-    assert message.endswith(f"with --dataset {text[1]}, not {text[1]} as it reads now.")
+    assert message.endswith(f"with --dataset {text[1]}, not {text[1]} as it is now.")
 
 
 def test_5_a_grid_whose_text_changed_under_its_name_keeps_no_cell(
@@ -231,7 +231,7 @@ def test_5_a_grid_whose_text_changed_under_its_name_keeps_no_cell(
     before = digests(here)
     text_file(tmp_path, seed=1).rename(str(text[1]))
     message, hint = fail(*grid)
-    assert message == f"llama-0.8 was made from other settings: the text of {text[1]}."
+    assert message == f"llama-0.8 was made with other settings: the text of {text[1]}."
     assert hint.startswith("Pass --overwrite")
     assert digests(here) == before
 
@@ -246,7 +246,7 @@ def test_5_a_grid_whose_text_of_the_recovery_changed_keeps_no_cell(
     succeed(*grid)
     assert {cell["status"] for cell in as_json(*grid)["cells"]} == {"kept"}
     text_file(tmp_path, seed=1).rename(trained)
-    assert "other settings: the text of the recovery." in fail(*grid)[0]
+    assert "other settings: the training text." in fail(*grid)[0]
     assert here.is_dir()
 
 
@@ -277,7 +277,7 @@ def test_3_ratio_1_leaves_nothing_to_train_and_says_so_before_the_work(
     for more in MORE:
         words = ("compress", "--model", tiny_model("llama"), *text, "--ratio", 1, *more)
         message, hint = fail(*words, "--recover", method, code=2)
-        assert message.startswith(f"--recover {method} trains low-rank layers, and at this ratio")
+        assert message.startswith(f"--recover {method} trains low-rank layers, but at this ratio")
         assert hint == "Lower --ratio, or leave out --recover."
     assert not calibrations(here.parent)
     assert not list(here.iterdir())
@@ -299,7 +299,7 @@ def test_3_a_ratio_that_leaves_every_layer_whole_is_found_after_planning(
     words = ("compress", "--model", tiny_model("llama"), *text)
     succeed(*words, "--ratio", 1, "--output", "whole")
     message, _ = fail(*words, "--plan", "whole/plan.json", "--recover", "distill", code=2)
-    assert "every layer stays as it is" in message
+    assert "every layer stays dense" in message
     assert [path.name for path in here.iterdir()] == ["whole"]
 
 
@@ -405,7 +405,7 @@ def test_3_a_checkpoint_left_before_its_training_is_not_that_of_another_calibrat
     recover = ("--recover", "distill", "--recover-tokens", 300, "--recover-seqlen", 16)
     words = ("compress", *model, *text, "--plan", "first/plan.json", *recover, "--output")
     killed((*words, "made"), "best.safetensors", 1, here)
-    assert (here / ".made.unmended").is_dir()
+    assert (here / ".made.hisvd.work" / "untrained").is_dir()
     text_file(tmp_path, seed=1).rename(str(text[1]))
     succeed(*words, "made")
     succeed(*words, "wanted")

@@ -173,17 +173,17 @@ def test_a_killed_command_leaves_one_folder_which_the_next_removes(
 
 
 def test_a_finished_output_clears_what_other_settings_left_beside_it(tmp_path: Path) -> None:
-    ours = [".out.unmended", ".out.whole", ".out.stages/stage-1", "..out.whole.partial"]
-    theirs = [".out.folder", ".out.notes", ".outer.whole", "out.whole"]
-    for name in ours + theirs:
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / ".out.unmended" / "hisvd.json").write_text("{}")
-    (tmp_path / ".out.whole" / "hisvd.json").write_text("{}")
-    (tmp_path / ".out.stages" / "stage-1" / "plan.json").write_text("{}")
-    (tmp_path / "..out.whole.hisvd.key").write_text("x")
-    with FileLock(tmp_path / "..out.whole.hisvd.lock"):
+    work = tmp_path / ".out.hisvd.work"
+    theirs = [".out.folder", ".out.work", ".outer.hisvd.work", "out.hisvd.work"]
+    for name in ["untrained", "unquantized", "stages/stage-1", ".final.partial"]:
+        (work / name).mkdir(parents=True)
+    for name in theirs:
+        (tmp_path / name).mkdir()
+    (work / "untrained" / "hisvd.json").write_text("{}")
+    (work / ".final.hisvd.key").write_text("x")
+    with FileLock(work / ".final.hisvd.lock"):
         clear_beside(tmp_path / "out")
-        assert (tmp_path / ".out.whole").is_dir(), "somebody is at it"
+        assert (work / "untrained").is_dir(), "somebody is at it"
     clear_beside(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
 

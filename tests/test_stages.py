@@ -158,7 +158,7 @@ def test_the_checkpoint_names_the_original_and_its_stages(command: Command, here
     assert audit["problems"] == []
     dataset = command[command.index("--dataset") + 1]
     message, _hint = fail("eval", "made", "--dataset", dataset, "--seqlen", 32)
-    assert "is calibrated on" in message
+    assert "was calibrated on" in message
 
 
 @pytest.mark.parametrize("arch", ["opt", "phi3"])
@@ -275,7 +275,7 @@ def test_killed_in_the_second_stage(here: Path) -> None:
     with running(*words, "--output", "made", cwd=here) as process:
         stop_at(process, "*.part", making, 10, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert names(here / "..made.stages.partial" / "stage-1") == [
+    assert names(here / ".made.hisvd.work" / ".stages.partial" / "stage-1") == [
         ".plan.json.seal",
         "corrected",
         "plan.json",
@@ -293,8 +293,8 @@ def test_killed_in_the_second_stage(here: Path) -> None:
         (("--stages", 2, "--correction-alpha", 1.5), "--correction-alpha 1.5 must be"),
         (("--stages", 2, "--correction-step", 0), "--correction-step 0 must be"),
         (("--stages", 2, "--correction-batches", 0), "--correction-batches 0 must be"),
-        (("--correction", "alpha-blend"), "--correction corrects between stages"),
-        (("--stages", 1, "--correction-alpha", 0.5), "--correction-alpha corrects between stages"),
+        (("--correction", "alpha-blend"), "--correction applies between stages"),
+        (("--stages", 1, "--correction-alpha", 0.5), "--correction-alpha applies between stages"),
     ],
 )
 def test_bad_input(words: Command, told: str, command: Command, here: Path) -> None:

@@ -19,13 +19,14 @@ from hisvd_cli.compression.updating import Update
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.layers.lowrank import dense_product
 from hisvd_cli.modeling.whole_model import load_model
-from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
+from hisvd_cli.pipelines.calibration import ensure_calibration
 from hisvd_cli.pipelines.compressing.compression import compress_model
 from hisvd_cli.pipelines.compressing.updates import prepare_update
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.forecast import forecast_compression
+from hisvd_cli.pipelines.forecasts.compression import forecast_compression
 from hisvd_cli.pipelines.memory.bounds import check_update
+from hisvd_cli.pipelines.named_source import named_source
 from hisvd_cli.pipelines.samples import calibration_sample
 from hisvd_cli.utils.errors import MemoryLimitError, OutputError, StaleArtifactError, UsageError
 from hisvd_cli.utils.files.tensorfile import write_tensors
@@ -288,7 +289,7 @@ def test_states_in_a_file_change_no_byte(
         update = prepare_update(*given)
         return update and replace(update, place="file")
 
-    monkeypatch.setattr("hisvd_cli.pipelines.compressing.compression.prepare_update", in_a_file)
+    monkeypatch.setattr("hisvd_cli.pipelines.compressing.first_stage.prepare_update", in_a_file)
     compressed(resolved, tmp_path / "file")
     assert tree(tmp_path / "file") == tree(tmp_path / "memory")
 

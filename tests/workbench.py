@@ -12,9 +12,10 @@ from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.compression.factorize import Compressed, compress
 from hisvd_cli.export.model_card import write_card
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
+from hisvd_cli.pipelines.calibration import ensure_calibration
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.named_source import named_source
 from hisvd_cli.pipelines.planning.methods import decomposer_knobs, decomposer_needs, plan_needs
 from hisvd_cli.pipelines.planning.plans import make_plans
 from hisvd_cli.utils.progress import Silent

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.finetuning.distillation import likelihood_of, summed_loss
-from hisvd_cli.finetuning.recover import (
-    Classroom,
+from hisvd_cli.finetuning.factor_training import (
     Factors,
+    RunOptions,
     held_out_measures,
     set_checkpointing,
 )
 from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs
 from hisvd_cli.finetuning.trainer import BEST, Course, Progress, Trainee, Training
-from hisvd_cli.finetuning.training_data import Lessons
+from hisvd_cli.finetuning.training_data import TrainingData
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_model
@@ -65,9 +65,9 @@ def check_peft() -> None:
 
 def adapt(
     student: Source,
-    data: Lessons,
+    data: TrainingData,
     course: Course,
-    run: Classroom,
+    run: RunOptions,
     adapter: Adapter,
     home: Path,
     reporter: Reporter,
@@ -128,9 +128,9 @@ def _train_one(
     model: PreTrainedModel,
     names: list[str],
     factor: str,
-    data: Lessons,
+    data: TrainingData,
     course: Course,
-    run: Classroom,
+    run: RunOptions,
     adapter: Adapter,
     home: Path,
     reporter: Reporter,
@@ -174,9 +174,9 @@ def adapted_model(model: PreTrainedModel, targets: list[str], adapter: Adapter) 
 def _trainee(
     model: PreTrainedModel,
     parameters: dict[str, nn.Parameter],
-    data: Lessons,
+    data: TrainingData,
     course: Course,
-    run: Classroom,
+    run: RunOptions,
 ) -> Trainee:
     student = TwoParts(model, run.dtype)
     count, held_out = data.split()

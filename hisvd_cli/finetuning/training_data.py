@@ -38,7 +38,7 @@ _WITHOUT_INPUT = (
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TrainingData:
     """Windows of tokens to train on.
 
     Attributes:
@@ -61,7 +61,7 @@ class Lessons:
         """Number of tokens to train on."""
         return int(self.counted.sum())
 
-    def rows(self, start: int, stop: int) -> Lessons:
+    def rows(self, start: int, stop: int) -> TrainingData:
         """Return the windows from ``start`` up to, but not including, ``stop``."""
         return replace(self, ids=self.ids[start:stop], counted=self.counted[start:stop])
 
@@ -84,23 +84,23 @@ class Lessons:
         return trained, torch.arange(trained, total)
 
 
-def text_lessons(text: Text, source: Source, seqlen: int) -> Lessons:
+def text_data(text: Text, source: Source, seqlen: int) -> TrainingData:
     """Return the non-overlapping windows of a text. Raises DataError if there are none."""
     return windows_of(tokenize(text, source), seqlen, text.name, text.digest)
 
 
-def windows_of(tokens: Tensor, seqlen: int, dataset: str, key: str) -> Lessons:
+def windows_of(tokens: Tensor, seqlen: int, dataset: str, key: str) -> TrainingData:
     """Return the non-overlapping windows of tokens ``[T]``. Raises DataError if there are none."""
     total = count_windows(tokens, seqlen, dataset, "recover.seqlen")
     ids = tokens[: total * seqlen].view(total, seqlen)
     counted = torch.ones_like(ids, dtype=torch.bool)
     counted[:, -1] = False
-    return Lessons(ids, counted, dataset, "text", key)
+    return TrainingData(ids, counted, dataset, "text", key)
 
 
-def instruction_lessons(
+def instruction_data(
     rows: Iterable[Mapping[str, Any]], source: Source, seqlen: int, dataset: str
-) -> Lessons:
+) -> TrainingData:
     """Return instructions in the prompt format of Alpaca (Taori et al. 2023); only answers are
     trained on.
 
@@ -133,7 +133,7 @@ def instruction_lessons(
         ids[i, : len(tokens)] = torch.tensor(tokens)
         counted[i, max(prompt_length - 1, 0) : len(tokens) - 1] = True
     known = known_ids(ids, source)
-    return Lessons(known, counted, dataset, "instructions", digest(json.dumps(texts)))
+    return TrainingData(known, counted, dataset, "instructions", digest(json.dumps(texts)))
 
 
 def _prompt(row: Mapping[str, Any], dataset: str, number: int) -> tuple[str, str]:
@@ -150,7 +150,7 @@ def _prompt(row: Mapping[str, Any], dataset: str, number: int) -> tuple[str, str
     return template.format(**fields), row["output"]
 
 
-def load_lessons(name: str, source: Source, seqlen: int, drop: str = "") -> Lessons:
+def load_training_data(name: str, source: Source, seqlen: int, drop: str = "") -> TrainingData:
     """Load a text or instruction data, which is recognized by its fields.
 
     Args:
@@ -164,5 +164,5 @@ def load_lessons(name: str, source: Source, seqlen: int, drop: str = "") -> Less
     """
     rows = load_instructions(name)
     if rows is not None:
-        return instruction_lessons(rows, source, seqlen, name)
-    return text_lessons(without(load_text(name, "calibration"), drop), source, seqlen)
+        return instruction_data(rows, source, seqlen, name)
+    return text_data(without(load_text(name, "calibration"), drop), source, seqlen)

@@ -52,8 +52,26 @@ def exact_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-class MomentSum:
-    """Running Σ x xᵀ: products in float32, summed in float64.
+class _TokenSum:
+    """A sum over tokens, in float64 on a device that supports it."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._sum = torch.zeros(*shape, dtype=torch.float64, device=exact_device(device))
+        self._tokens = 0
+
+    def pool(self, add_up: AddUp) -> None:
+        """Add up the sums of all processes, on the first one."""
+        add_up(self._sum)
+        self._tokens = add_up_count(self._tokens, add_up)
+
+    def mean(self) -> Tensor:
+        """Return the mean over all tokens, in float32 on the CPU."""
+        return (self._sum / self._tokens).float().cpu()
+
+
+class MomentSum(_TokenSum):
+    """Running Σ x xᵀ: products in float32, summed in float64; the mean is E[x xᵀ]
+    ``[width, width]``.
 
     Args:
         width: length of x.
@@ -61,9 +79,7 @@ class MomentSum:
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        home = exact_device(device)
-        self._sum = torch.zeros(width, width, dtype=torch.float64, device=home)
-        self._tokens = 0
+        super().__init__((width, width), device)
 
     def add(self, x: Tensor) -> None:
         """Add activations ``[..., width]``; all leading dimensions count as tokens."""
@@ -71,18 +87,10 @@ class MomentSum:
         self._sum += gram(rows.T).to(self._sum.device)
         self._tokens += rows.shape[0]
 
-    def pool(self, add_up: AddUp) -> None:
-        """Add up the sums of all processes, on the first one."""
-        add_up(self._sum)
-        self._tokens = add_up_count(self._tokens, add_up)
 
-    def mean(self) -> Tensor:
-        """Return E[x xᵀ] ``[width, width]`` in float32 on the CPU."""
-        return (self._sum / self._tokens).float().cpu()
-
-
-class ChannelSum:
-    """Running Σ|x_j| and Σ x_j² per channel: batch sums in float32, totals in float64.
+class ChannelSum(_TokenSum):
+    """Running Σ|x_j| and Σ x_j² per channel: batch sums in float32, totals in float64; the mean is
+    E|x_j| and E x_j² ``[2, width]``.
 
     Args:
         width: length of x.
@@ -90,20 +98,10 @@ class ChannelSum:
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self._sum = torch.zeros(2, width, dtype=torch.float64, device=exact_device(device))
-        self._tokens = 0
+        super().__init__((2, width), device)
 
     def add(self, x: Tensor) -> None:
         """Add activations ``[..., width]``; all leading dimensions count as tokens."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self._sum += torch.stack([rows.abs().sum(0), rows.square().sum(0)]).to(self._sum.device)
         self._tokens += rows.shape[0]
-
-    def pool(self, add_up: AddUp) -> None:
-        """Add up the sums of all processes, on the first one."""
-        add_up(self._sum)
-        self._tokens = add_up_count(self._tokens, add_up)
-
-    def mean(self) -> Tensor:
-        """Return E|x_j| and E x_j² ``[2, width]`` in float32 on the CPU."""
-        return (self._sum / self._tokens).float().cpu()

@@ -1,1 +1,1 @@
-"""Builders: settings stop here and become plain arguments of the library."""
+"""From settings to results, with one module per step; lower layers take plain arguments."""

@@ -1,4 +1,4 @@
-"""Settings ─► an existing calibration that matches them."""
+"""Finds an existing calibration that matches the settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from hisvd_cli.calibration.store import MANIFEST, Calibration, open_calibration
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import flag_of
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.samples import is_text_of, request_calibration
 from hisvd_cli.utils.errors import SourceError, StaleArtifactError
@@ -22,21 +21,21 @@ def calibration_home(source: Source) -> Path:
 
 
 def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration | None:
-    """Return a finished calibration that fits the settings, or None.
+    """Return a finished calibration that matches the settings, or None.
 
-    The folder named by ``--calibration`` wins; then the one with exactly these settings; then,
-    where the settings ask for nothing in particular, the model's newest.
+    The order is: the named folder; the calibration with exactly these settings; and, if no
+    calibration setting is given, the newest one of the model.
 
     Raises:
-        StaleArtifactError: the folder named was made for another model, or of another text than
-            the settings name.
+        StaleArtifactError: the named folder was made from another model, or with other settings
+            than those given.
     """
     if named := resolved.settings.calibration.path:
-        folder = output_name(Path(named), "--calibration")
+        folder = output_name(Path(named), "calibration.path")
         if not (folder / MANIFEST).is_file():
             return None
         found = open_calibration(folder, source)
-        _check_asked(resolved, found)
+        _check_settings(resolved, found)
         return found
     exact = calibration_home(source) / request_calibration(resolved, source).key[:16]
     if (exact / MANIFEST).is_file():
@@ -46,23 +45,27 @@ def find_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> 
     return _newest(source, reporter)
 
 
-def _check_asked(resolved: Resolved, found: Calibration) -> None:
-    """Refuse a calibration that differs from what was asked for beside its folder."""
+def _check_settings(resolved: Resolved, found: Calibration) -> None:
+    """Raise StaleArtifactError if a named calibration contradicts another calibration setting."""
     data = found.manifest["data"]
     wanted = found.manifest["settings"].get("calibration", {})
     made = {"drop": "", **data}
-    made["samples"] = wanted.get("samples") or data["samples"]  # a text may hold fewer
+    made["samples"] = (
+        wanted.get("samples") or data["samples"]
+    )  # the text may have had fewer windows
     for key in resolved.asked("calibration"):
-        asked = resolved.value("calibration", key)
-        same = str(asked) == str(made[key])
-        if key == "dataset":  # a file may be named from another folder than it was at first
-            same = is_text_of(asked, data)
+        given = resolved.value("calibration", key)
+        same = str(given) == str(made[key])
+        if key == "dataset":  # the same file may have another relative path
+            same = is_text_of(given, data)
         if not same:
-            flag, place = flag_of("calibration", key), resolved.place("calibration", key)
-            changed = " as it reads now" if str(asked) == str(made[key]) else ""
+            setting, place = f"`calibration.{key}`", resolved.place("calibration", key)
+            if resolved.is_flag("calibration", key):
+                place = setting
+            changed = " as it is now" if str(given) == str(made[key]) else ""
             raise StaleArtifactError(
-                f"{found.folder} was calibrated with {flag} {made[key]}, not {asked}{changed}.",
-                f"Leave out {place}, or name another folder with --calibration.",
+                f"{found.folder} was calibrated with {setting} {made[key]}, not {given}{changed}.",
+                f"Leave out {place}, or name another folder with `calibration.path`.",
             )
 
 
@@ -81,7 +84,7 @@ def _newest(source: Source, reporter: Reporter) -> Calibration | None:
 
 
 def wanted_statistics(resolved: Resolved) -> frozenset[Need]:
-    """Return what the settings ask a calibration to hold."""
+    """Return which statistics the settings request."""
     calibration = resolved.settings.calibration
     if calibration.weight_gradients:
         return frozenset({"moments", "gradients", "weight-gradients"})
@@ -89,11 +92,11 @@ def wanted_statistics(resolved: Resolved) -> frozenset[Need]:
 
 
 def require_calibration(resolved: Resolved, source: Source, reporter: Reporter) -> Calibration:
-    """Return the calibration named by the settings. Raises SourceError where it does not exist."""
+    """Return the calibration that the settings name. Raises SourceError if it does not exist."""
     found = find_calibration(resolved, source, reporter)
     if found is None:
         raise SourceError(
             f"There is no calibration at '{resolved.settings.calibration.path}'.",
-            "Run: hisvd calibrate --calibration with that folder.",
+            "Create it with: hisvd calibrate --calibration PATH",
         )
     return found

@@ -1,4 +1,4 @@
-"""Arguments of ``hisvd convert`` ─► the right conversion."""
+"""Converts and quantizes checkpoints."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def write_form(
     overwrite: bool,
     reporter: Reporter,
 ) -> int:
-    """Write a checkpoint in another form, as integers where that is asked for; return the bytes.
+    """Write a checkpoint in another format, quantized if a flag requests it; return the bytes.
 
     Raises:
-        UsageError: a dense model of integers is asked for.
+        UsageError: quantization is requested for a dense model.
         HisvdError: see :func:`convert_checkpoint` and :func:`quantize_checkpoint`.
     """
     check_quantization(resolved)
-    if _asks_to_quantize(resolved):
+    if _quantizes(resolved):
         return _quantize_to(resolved, checkpoint, to, output, overwrite, reporter)
     if checkpoint.is_dir():
         warn_of_links(checkpoint, reporter)
@@ -57,16 +57,16 @@ def convert_checkpoint(
 
     Args:
         checkpoint: the folder or file.
-        to: the form.
+        to: the format.
         output: the folder or file to write.
-        overwrite: replace what stands there.
-        shard_bytes: largest size of a weight file.
+        overwrite: replace an existing output.
+        shard_bytes: maximum size of a weight file.
         scratch: folder for temporary files; by default one in the cache.
 
     Raises:
-        SourceError: ``checkpoint`` is none.
-        UsageError: the name of ``output`` does not fit ``to``.
-        OutputError: something stands at ``output``.
+        SourceError: ``checkpoint`` is not a checkpoint.
+        UsageError: the name of ``output`` does not match ``to``.
+        OutputError: ``output`` exists or cannot be written.
     """
     _check_paths(checkpoint, to, output, overwrite)
     if checkpoint.is_file() and to == "hf":
@@ -77,8 +77,8 @@ def convert_checkpoint(
     return _bytes_of(output)
 
 
-def _asks_to_quantize(resolved: Resolved) -> bool:
-    """Tell whether a flag asks for integers: what a profile says is meant for compress."""
+def _quantizes(resolved: Resolved) -> bool:
+    """Return whether a flag requests quantization; a profile's ``bits`` are for compress only."""
     return resolved.is_flag("quantize", "bits") and resolved.settings.quantize.bits != "none"
 
 
@@ -90,11 +90,11 @@ def _quantize_to(
     overwrite: bool,
     reporter: Reporter,
 ) -> int:
-    """Write a checkpoint folder or ``.pt`` file as integers; return the bytes written."""
+    """Write a quantized checkpoint folder or ``.pt`` file; return the bytes written."""
     if to == "dense":
         raise UsageError(
-            "--quantize makes low-rank checkpoints of integers, and --to dense plain models.",
-            "Leave out --to dense, or --quantize.",
+            "`quantize.bits` writes a quantized low-rank checkpoint, and `to` dense a plain model.",
+            "Leave out `to` dense, or `quantize.bits`.",
         )
     _check_paths(checkpoint, to, output, overwrite, inputs_of(resolved))
     scratch = resolved.settings.model.scratch
@@ -116,8 +116,8 @@ def _check_paths(
         raise SourceError(f"There is no checkpoint '{checkpoint}'.", "Check the path.")
     if (output.suffix == ".pt") != (to == "pt"):
         raise UsageError(
-            f"--to {to} cannot write '{output}'.",
-            "A single file ends in .pt; every other form is a folder.",
+            f"`to` {to} cannot write '{output}'.",
+            "A single file ends in .pt; every other format is a folder.",
         )
     check_output(output, overwrite, [checkpoint, *inputs])
 
@@ -139,7 +139,7 @@ def _convert(checkpoint: Checkpoint, to: Target, output: Path, shard_bytes: int)
 
 @contextmanager
 def _opened(checkpoint: Path, scratch: str | None) -> Iterator[Checkpoint]:
-    """Open a checkpoint; a ``.pt`` is unpacked into a temporary folder while the body runs."""
+    """Open a checkpoint; a ``.pt`` file is unpacked into a temporary folder for the body."""
     if checkpoint.is_dir():
         yield open_checkpoint(checkpoint)
         return

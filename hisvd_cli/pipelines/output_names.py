@@ -1,4 +1,4 @@
-"""Names of outputs as the user gave them ─► paths that can be written beside every input."""
+"""Checks of output paths: names, permissions, and overlap with inputs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.errors import OutputError, UsageError, reason
 from hisvd_cli.utils.files.cache import expanded
-from hisvd_cli.utils.files.scratch import BUILDING, WORK
+from hisvd_cli.utils.files.scratch import BUILDING
 
 _SIBLING_BYTES = 56
-"""Longest addition to a name: temporary files and unfinished folders stand beside an output."""
+"""Longest suffix of temporary files and unfinished folders, which are beside an output."""
 _NAME_BYTES = 255
 _PATH_BYTES = 4095
 _INNER_BYTES = 255
-"""Longest path in an unfinished folder."""
+"""Longest path inside an unfinished folder."""
 _FILES = {
     *(".pt", ".pth", ".bin", ".safetensors", ".gguf", ".ggml", ".ckpt", ".onnx", ".npy", ".npz"),
     *(".pkl", ".pickle", ".h5", ".msgpack", ".tflite", ".parquet", ".json", ".jsonl", ".toml"),
@@ -26,78 +26,86 @@ _FILES = {
 }
 
 
-def output_name(path: Path, flag: str = "--output") -> Path:
-    """Return a path as it was given on the command line, ``~`` expanded.
+def output_name(path: Path, setting: str = "output") -> Path:
+    """Return an output path with ``~`` expanded.
+
+    Args:
+        path: the path as given.
+        setting: name of its argument or key of its setting, for errors.
 
     Raises:
-        OutputError: no file or folder can be called so.
+        OutputError: no file or folder can have this path.
     """
-    name_another = f"Give another path with {flag}."
+    name_another = f"Give another path with `{setting}`."
     try:
         named = path.expanduser()
         resolved = named.resolve()
-        if resolved.is_symlink():  # resolving stops without an error at a loop, from Python 3.13 on
-            raise OutputError(f"{flag} {path} is a loop of symbolic links.", name_another)
+        if resolved.is_symlink():  # from Python 3.13, a loop raises no error
+            raise OutputError(f"`{setting}` {path} is a loop of symbolic links.", name_another)
         resolved.exists()
     except OSError as error:
-        raise OutputError(f"{flag} {path} cannot be used: {reason(error)}", name_another) from error
-    except (RuntimeError, ValueError) as error:  # no such user, a loop of links, a NUL
-        raise OutputError(f"{flag} {path} cannot be used: {reason(error)}", name_another) from error
+        raise OutputError(
+            f"`{setting}` {path} cannot be used: {reason(error)}", name_another
+        ) from error
+    except (RuntimeError, ValueError) as error:  # unknown user, loop of links, or NUL
+        raise OutputError(
+            f"`{setting}` {path} cannot be used: {reason(error)}", name_another
+        ) from error
     if not resolved.name:
-        raise OutputError(f"{flag} {path} is the root of the file system.", name_another)
+        raise OutputError(f"`{setting}` {path} is the root of the file system.", name_another)
     size, most = len(os.fsencode(resolved.name)), _NAME_BYTES - _SIBLING_BYTES
     if size > most:
         raise OutputError(
-            f"The name of {flag} {resolved.name[:20]}… has {size} bytes; at most {most} fit beside "
-            "its temporary files.",
-            f"Give a shorter name with {flag}.",
+            f"The name of `{setting}` {resolved.name[:20]}… has {size} bytes; at most {most} fit "
+            "beside its temporary files.",
+            f"Give a shorter name with `{setting}`.",
         )
     if len(os.fsencode(resolved)) > _PATH_BYTES - _SIBLING_BYTES - _INNER_BYTES:
-        raise OutputError(f"The path of {flag} {path.name} is too long.", name_another)
+        raise OutputError(f"The path of `{setting}` {path.name} is too long.", name_another)
     return named
 
 
-def check_place(path: Path, flag: str = "--output") -> None:
-    """Refuse a place where no folder of weights, or file of them, can take its name at the end.
+def check_place(path: Path, setting: str = "output") -> None:
+    """Check that a folder, or file, of weights can be written to a path.
 
     Raises:
-        UsageError: the name of another kind of file.
-        OutputError: no such name can be, it is in use, or nothing can be written there.
+        UsageError: the name is that of another kind of file.
+        OutputError: the path is invalid, cannot be replaced, or is not writable.
     """
-    output_name(path, flag)  # a name that the user did not give may be too long as well
-    check_form(path, flag)
-    target, another = path.resolve(), f"Give another path with {flag}."
+    output_name(path, setting)  # a default name may be too long as well
+    check_form(path, setting)
+    target, another = path.resolve(), f"Give another path with `{setting}`."
     here = Path.cwd()
     if target in (here, *here.parents):
-        what = "is the current folder" if target == here else "holds the current folder"
-        raise OutputError(f"{flag} {path} {what}, which cannot be replaced.", another)
+        what = "is the current folder" if target == here else "contains the current folder"
+        raise OutputError(f"`{setting}` {path} {what}, which cannot be replaced.", another)
     if os.path.ismount(target):
         raise OutputError(
-            f"{flag} {path} is a mount point, which cannot be replaced.",
-            f"Name a folder in it with {flag}.",
+            f"`{setting}` {path} is a mount point, which cannot be replaced.",
+            f"Name a folder in it with `{setting}`.",
         )
     home = next(folder for folder in target.parents if folder.exists())
     if not (home.is_dir() and os.access(home, os.W_OK)):
         raise OutputError(f"Cannot write into {home}.", another)
 
 
-def check_form(path: Path, flag: str = "--output") -> None:
-    """Refuse the name of a file for a folder of weights.
+def check_form(path: Path, setting: str = "output") -> None:
+    """Check that the name of a folder of weights is not that of a file.
 
     Raises:
-        UsageError: a name that ends like a file's, and is not ``.pt`` as an ``--output`` may be.
+        UsageError: the name has a file suffix, other than ``.pt`` for ``output``.
     """
-    single = path.suffix == ".pt" and flag == "--output"
+    single = path.suffix == ".pt" and setting == "output"
     if not single and path.suffix.lower() in _FILES and not path.is_dir():
-        form = ", or one file that ends in .pt" if flag == "--output" else ""
+        form = ", or one file that ends in .pt" if setting == "output" else ""
         raise UsageError(
-            f"{flag} {path} ends in {path.suffix}, but is to be a folder.",
+            f"`{setting}` {path} ends in {path.suffix}, but must be a folder.",
             f"Give a folder{form}.",
         )
 
 
 def inputs_of(resolved: Resolved, *more: Path | str | None) -> list[Path]:
-    """Return the files and folders that a run reads: those of its settings, and ``more``."""
+    """Return the files and folders that a run reads: those of the settings, and ``more``."""
     settings = resolved.settings
     named = (
         settings.model.name,
@@ -107,7 +115,7 @@ def inputs_of(resolved: Resolved, *more: Path | str | None) -> list[Path]:
         *more,
     )
     found = [path for name in named if name and (path := _existing(str(name)))]
-    # Where there is no calibration yet, the run makes it before it writes its output.
+    # A missing calibration is an input too: the run makes it before it writes its output.
     return found + [expanded(path) for path in (settings.calibration.path,) if path]
 
 
@@ -115,38 +123,38 @@ def _existing(name: str) -> Path | None:
     try:
         path = expanded(name)
         return path if path.exists() else None
-    except (OSError, ValueError):  # no path, so nothing that could be lost
+    except (OSError, ValueError):  # not a path, so nothing can be lost
         return None
 
 
-def refuse_inputs(output: Path, inputs: Iterable[Path], flag: str = "--output") -> None:
-    """Refuse an output that is an input, lies in one, or holds one; links are followed.
+def refuse_inputs(output: Path, inputs: Iterable[Path], setting: str = "output") -> None:
+    """Check that an output is not an input, inside one, or a parent of one; links are followed.
 
     Raises:
         OutputError: it is; or an input is a temporary folder of the output.
     """
     target = output.resolve()
-    beside = re.compile(rf"\.+{re.escape(target.name)}(\.({WORK}|{BUILDING}))+")
+    beside = re.compile(rf"\.{re.escape(target.name)}\.({BUILDING})")
     for path in inputs:
         read = path.resolve()
         where = ""
         if _same(target, read):
             where = "is"
         elif not read.is_file() and any(_same(folder, read) for folder in target.parents):
-            where = "lies in"
+            where = "is inside"
         elif any(_same(target, folder) for folder in read.parents):
-            where = "holds"
+            where = "contains"
         elif any(
             beside.fullmatch(each.name) and _same(each.parent, target.parent)
             for each in (read, *read.parents)
         ):
-            where = "is built where it would replace"
+            where = "has temporary files that would replace"
         if where:
             raise OutputError(
-                f"{flag} {output} {where} the input {path}.", "Give a path outside of the input."
+                f"`{setting}` {output} {where} the input {path}.", "Give a path outside the input."
             )
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Tell whether two resolved paths lead to the same place, be it by a hard link or a mount."""
+    """Return whether two resolved paths are the same, also by a hard link or a mount."""
     return one == other or (one.exists() and other.exists() and one.samefile(other))

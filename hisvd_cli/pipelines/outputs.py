@@ -1,4 +1,4 @@
-"""What every run that writes a checkpoint asks: what may stand there, and what it took."""
+"""Checks of output paths, and the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.modeling.checkpoints.folder_record import read_record, recorded
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import SECTIONS, flag_of
+from hisvd_cli.pipelines.config.settings import SECTIONS
 from hisvd_cli.pipelines.output_names import check_place, inputs_of, refuse_inputs
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
 from hisvd_cli.utils.errors import OutputError, SourceError, UsageError
@@ -26,11 +26,11 @@ from hisvd_cli.utils.files.fingerprints import ratio_name, slug
 
 
 def output_path(resolved: Resolved, output: Path | None, plan_file: Path | None) -> Path:
-    """Return where the checkpoint goes: as named, else ``MODEL-RATIO`` in the current folder, of a
-    bytes ratio ``MODEL-bytes-RATIO``; the ratio is that of the plan where one is given.
+    """Return the path of the checkpoint: the named one, or else ``MODEL-RATIO`` in the current
+    folder, for a bytes ratio ``MODEL-bytes-RATIO``. A given plan decides the ratio.
 
     Raises:
-        SourceError: there is no plan in ``plan_file``.
+        SourceError: ``plan_file`` is not a plan.
     """
     if output is not None:
         return output
@@ -44,18 +44,17 @@ def output_path(resolved: Resolved, output: Path | None, plan_file: Path | None)
 
 
 def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output that is in the way, before any work.
-
-    ``--overwrite`` only ever replaces what hisvd wrote.
+    """Check before any work that a checkpoint can be written to a path. Only files that hisvd
+    wrote are ever overwritten.
 
     Args:
         path: a folder, or a file that ends in ``.pt``.
-        overwrite: whether a checkpoint that stands there may be replaced.
-        inputs: what the run reads.
+        overwrite: whether an existing checkpoint may be replaced.
+        inputs: the files and folders that the run reads.
 
     Raises:
-        UsageError: the name of another kind of file.
-        OutputError: something stands there, it is an input, or nothing can be written there.
+        UsageError: the name is that of another kind of file.
+        OutputError: the path exists, is an input, or cannot be written.
     """
     refuse_inputs(path, inputs)
     check_place(path)
@@ -69,15 +68,15 @@ def _check_file(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not path.is_file():
-        raise OutputError(f"{path} is not a regular file.", "Name another --output.")
+        raise OutputError(f"{path} is not a regular file.", "Name another `output`.")
     if not overwrite:
-        raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+        raise OutputError(f"{path} exists.", "Pass `overwrite`, or name another `output`.")
     try:
         load_pt(path)
     except SourceError as error:
         raise OutputError(
             f"{path} holds something that hisvd did not write.",
-            "Name another --output, or remove the file yourself.",
+            "Name another `output`, or remove the file yourself.",
         ) from error
 
 
@@ -85,92 +84,99 @@ def _check_folder(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         kind = "a file" if path.is_file() else "not a folder"
         raise OutputError(f"{path} is {kind}.", "Name a folder, or a file that ends in .pt.")
-    stands = standing_at(path)
-    if not stands.is_dir() or not any(stands.iterdir()):
+    existing = standing_at(path)
+    if not existing.is_dir() or not any(existing.iterdir()):
         return
     if not overwrite:
         raise OutputError(
-            f"The folder {path} is not empty.", "Pass --overwrite, or name another --output."
+            f"The folder {path} is not empty.", "Pass `overwrite`, or name another `output`."
         )
-    if not is_own_folder(stands):
+    if not is_own_folder(existing):
         raise OutputError(
             f"The folder {path} holds something that hisvd did not write.",
-            "Name another --output, or remove the folder yourself.",
+            "Name another `output`, or remove the folder yourself.",
         )
-    if other := next(foreign_files(stands), None):
-        changed = other.name in recorded(read_record(stands))
+    if other := next(foreign_files(existing), None):
+        changed = other.name in recorded(read_record(existing))
         how = "was changed since hisvd wrote it" if changed else "hisvd did not write"
         raise OutputError(
-            f"The folder {path} also holds {other.name}, which {how}.",
-            "Move it elsewhere, or name another --output.",
+            f"The folder {path} also contains {other.name}, which {how}.",
+            "Move it elsewhere, or name another `output`.",
         )
 
 
 def check_plan_output(path: Path, overwrite: bool) -> None:
-    """Refuse a place for a plan where anything but a plan stands, or one of a checkpoint.
+    """Check that a plan can be written to a path. Only plans that are not part of a checkpoint
+    are overwritten.
 
     Raises:
-        OutputError: it may not be replaced.
+        OutputError: the path exists and may not be replaced.
     """
     if not path.exists():
         return
     if not overwrite:
-        raise OutputError(f"{path} exists.", "Pass --overwrite, or name another --output.")
+        raise OutputError(f"{path} exists.", "Pass `overwrite`, or name another `output`.")
     try:
         load_plan(path)
     except SourceError as error:
         raise OutputError(
-            f"{path} exists and is not a plan.", "Name another --output, or remove it yourself."
+            f"{path} exists and is not a plan.", "Name another `output`, or remove it yourself."
         ) from error
     file = path.resolve()
     if file.name == PLAN_FILE and is_own_folder(file.parent):
         raise OutputError(
-            f"{path} is the plan of the checkpoint {file.parent}.", "Name another --output."
+            f"{path} is the plan of the checkpoint {file.parent}.", "Name another `output`."
         )
 
 
 def check_place_of(
     resolved: Resolved, source: Source, path: Path, plan_file: Path | None, overwrite: bool
 ) -> None:
-    """Refuse to write a checkpoint to ``path`` where that would lose anything.
+    """Check that writing a checkpoint to ``path`` overwrites nothing else.
 
     Raises:
         UsageError, OutputError: see :func:`check_output`.
     """
     check_output(path, overwrite, inputs_of(resolved, source.folder, plan_file))
-    sidecar = plan_beside(path)
-    given = plan_file is not None and sidecar.exists() and sidecar.samefile(plan_file)
+    beside = plan_beside(path)
+    given = plan_file is not None and beside.exists() and beside.samefile(plan_file)
     if path.suffix == ".pt" and not given:
-        check_plan_output(sidecar, overwrite)
+        check_plan_output(beside, overwrite)
 
 
 def plan_beside(path: Path) -> Path:
-    """Return where the plan of a single-file checkpoint goes."""
+    """Return the path of the plan of a single-file checkpoint."""
     return path.with_suffix(".plan.json")
+
+
+def plan_of(path: Path) -> Path:
+    """Return the path of the plan of a checkpoint, in its folder or beside its file."""
+    return plan_beside(path) if path.suffix == ".pt" else path / PLAN_FILE
 
 
 def refuse_flags(
     resolved: Resolved, section: str, decided: str, instead: str, but: Collection[str] = ()
 ) -> None:
-    """Raise UsageError for a flag of a section that something else has decided already.
+    """Raise UsageError if a flag of a section is given that has no effect.
 
     Args:
         resolved: the settings.
-        section: whose flags.
-        decided: what a flag cannot change.
-        instead: what to do to have it changed.
-        but: keys that may be set.
+        section: the section.
+        decided: what the flag cannot change, for the error.
+        instead: what to do to change it, for the hint.
+        but: keys that may be given.
     """
     for key in SECTIONS[section].model_fields:
         if key not in but and resolved.is_flag(section, key):
-            flag = flag_of(section, key)
-            if getattr(getattr(resolved.settings, section), key) is False:
-                flag = flag.replace("--", "--no-", 1)
-            raise UsageError(f"{flag} cannot change {decided}.", f"Leave out {flag}, or {instead}.")
+            opposite = "no " if resolved.value(section, key) is False else ""
+            setting = f"`{opposite}{section}.{key}`"
+            raise UsageError(
+                f"{setting} cannot change {decided}.", f"Leave out {setting}, or {instead}."
+            )
 
 
 def peak_memory() -> int:
-    """Return the process's peak memory in bytes: resident, plus what CUDA allocated."""
+    """Return the peak memory of the process in bytes: resident, plus CUDA allocations."""
     return _peak_resident() + (
         torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     )
@@ -178,12 +184,12 @@ def peak_memory() -> int:
 
 def _peak_resident() -> int:
     status = Path("/proc/self/status")
-    # What getrusage reports on Linux includes the process that started this one.
+    # On Linux, getrusage includes the process that started this one.
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    import resource  # which Windows lacks
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux

@@ -1,4 +1,4 @@
-"""A folder that hisvd wrote ─► a repository on the hub."""
+"""Uploads folders to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from hisvd_cli.utils.progress import Reporter
 if TYPE_CHECKING:
     from hisvd_cli.pipelines.conversion import Target
 
-# What a run that was killed, or an editor, may have left there.
+# Left by interrupted runs and editors.
 _LEFTOVERS = [TEMPORARY, "*.part", "*.lock", ".*.partial*", "__pycache__"]
 _SHOWN = 5
-_LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that may write."
+_LOGIN = "Set HF_TOKEN, or run 'hf auth login', with a token that has write access."
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where to on the hub.
+    """The target on the Hub.
 
     Attributes:
         repo: ``OWNER/NAME``.
-        private: make a new repository private; one that exists stays as it is.
-        revision: the branch; None for the default one.
+        private: make a new repository private; an existing one is not changed.
+        revision: the branch; None for the default branch.
     """
 
     repo: str
@@ -45,26 +45,25 @@ class Hub:
 def check_request(
     checkpoint: Path, to: Target | None, output: Path | None, hub: Hub | None
 ) -> None:
-    """Find out before any work whether ``hisvd convert`` is told enough, and can upload.
+    """Check before any work that the arguments of ``hisvd convert`` are complete, and that the
+    upload is possible.
 
     Raises:
-        UsageError: flags that do not go together, or no name of a repository.
-        SourceError: what would be uploaded is nothing that hisvd wrote.
-        OutputError: no token, a wrong one, or no network.
+        UsageError: arguments contradict each other, or the repository name is invalid.
+        SourceError: the folder to upload was not written by hisvd.
+        OutputError: the token is missing or rejected, or there is no network.
     """
     if (to is None) != (output is None):
-        given, lacking = ("--output", "--to") if to is None else ("--to", "--output")
+        given, lacking = ("`output`", "`to`") if to is None else ("`to`", "`output`")
         raise UsageError(f"{given} without {lacking}.", f"Add {lacking}, or leave out {given}.")
     if hub is None:
         if to is None:
-            raise UsageError(
-                "Nothing says what to convert to.",
-                "Add --to FORM --output PATH, or --push-to-hub REPO.",
-            )
+            raise UsageError("No target is given.", "Add `to` and `output`, or `push-to-hub`.")
         return
     if to == "pt":
         raise UsageError(
-            "--push-to-hub takes folders, and --to pt writes a file.", "Use --to hf or --to dense."
+            "`push-to-hub` uploads folders, but `to` pt writes a file.",
+            "Use `to` hf or `to` dense.",
         )
     if to is None:
         _check_publishable(checkpoint)
@@ -72,27 +71,26 @@ def check_request(
 
 
 def _check_publishable(folder: Path) -> None:
-    """Find out whether a folder can be uploaded. Raises SourceError: hisvd did not write it, or a
-    weight file is missing."""
+    """Check that a folder can be uploaded. Raises SourceError: hisvd did not write it, or a weight
+    file is missing."""
     if not folder.is_dir():
         raise SourceError(
             f"'{folder}' is not a folder, and only folders can be uploaded.",
-            "Give a checkpoint folder, or write one with --to hf --output FOLDER.",
+            "Give a checkpoint folder, or write one with `to` hf and `output`.",
         )
     if not is_checkpoint(folder) and not (folder / PROVENANCE).is_file():
         raise SourceError(
-            f"{folder} is not a checkpoint of hisvd.", "Give a folder that 'hisvd compress' wrote."
+            f"{folder} is not an hisvd checkpoint.", "Give a folder that 'hisvd compress' wrote."
         )
     open_weights(folder)
 
 
 def _check_repo(repo: str) -> None:
-    """Find out before any work whether the hub can be written to: the name of the repository, and
-    that there is a token that the hub knows.
+    """Check before any work the repository name, and that the Hub accepts the token.
 
     Raises:
-        UsageError: no name of a repository.
-        OutputError: no token, a wrong one, or no network.
+        UsageError: the repository name is invalid.
+        OutputError: the token is missing or rejected, or there is no network.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
@@ -102,29 +100,27 @@ def _check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(
-            f"--push-to-hub {repo}: no name of a repository.", "Write OWNER/NAME or NAME."
+            f"`push-to-hub` {repo} is not a valid repository name.", "Write OWNER/NAME or NAME."
         ) from error
     if not get_token():
-        raise OutputError("There is no token for the hub.", _LOGIN)
+        raise OutputError("There is no token for the Hub.", _LOGIN)
     with _hub_errors(repo):
         HfApi().whoami()
 
 
 def publish(folder: Path, hub: Hub, reporter: Reporter) -> str:
-    """Upload a folder that hisvd wrote in one commit, and return its address. The repository, and
-    the branch, are made where they do not exist.
-
-    What is no part of a model stays here, and the user is told.
+    """Upload a folder in one commit, and return its URL. Repository and branch are created if they
+    do not exist. Files that are not part of a model are not uploaded; a warning lists them.
 
     Raises:
         SourceError: see :func:`check_request`.
-        OutputError: the hub refuses, or cannot be reached.
+        OutputError: the Hub rejects the upload, or cannot be reached.
     """
     from huggingface_hub import HfApi
 
     _check_publishable(folder)
     files = published_files(folder)
-    _tell_left(folder, files, reporter)
+    _warn_of_others(folder, files, reporter)
     api = HfApi()
     with _hub_errors(hub.repo):
         url = api.create_repo(hub.repo, private=hub.private or None, exist_ok=True)
@@ -141,11 +137,11 @@ def publish(folder: Path, hub: Hub, reporter: Reporter) -> str:
 
 
 def published_files(folder: Path) -> list[str]:
-    """Return the names of what is uploaded: weights, what hisvd writes beside them, and what
-    travels with a model.
+    """Return the names of the files to upload: weights, other files that hisvd writes, and
+    companion files of the model.
 
     Raises:
-        SourceError: a weight file is a link to somewhere else, or code is needed as well.
+        SourceError: a weight file is a link to another folder, or the model needs its own code.
     """
     if is_checkpoint(folder):
         open_checkpoint(folder).refuse_own_code()
@@ -161,18 +157,18 @@ def published_files(folder: Path) -> list[str]:
     return sorted({*(path.name for path in weights), *beside, *travelling})
 
 
-def _tell_left(folder: Path, files: Collection[str], reporter: Reporter) -> None:
+def _warn_of_others(folder: Path, files: Collection[str], reporter: Reporter) -> None:
     names = (path.name for path in folder.iterdir() if path.name not in files)
     left = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _LEFTOVERS))
     if left:
         shown = ", ".join(left[:_SHOWN]) + f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN)
-        reporter.warn(f"Not uploaded, as it is not part of a model: {shown}.")
+        reporter.warn(f"Not uploaded, because not part of a model: {shown}.")
 
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """Say in two lines what the hub, or the way to it, failed at."""
-    # WireError is that of the HTTP library that this version of huggingface_hub uses.
+    """Turn errors of the Hub and the network into OutputError."""
+    # WireError is the base error of the HTTP library that huggingface_hub uses.
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-defined]
 
@@ -180,13 +176,13 @@ def _hub_errors(repo: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise OutputError(
-            "HF_HUB_OFFLINE is set, so nothing is uploaded.", "Unset it, and try again."
+            "HF_HUB_OFFLINE is set, so nothing is uploaded.", "Unset it and try again."
         ) from error
     except HfHubHTTPError as error:
         raise _refusal(error, repo) from error
     except (WireError, OSError) as error:
         raise OutputError(
-            f"The hub cannot be reached: {reason(error)}", "Check the network, and try again."
+            f"The Hub cannot be reached: {reason(error)}", "Check the network and try again."
         ) from error
 
 
@@ -194,12 +190,12 @@ def _refusal(error: OSError, repo: str) -> OutputError:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status == 401:
-        return OutputError("The hub does not know the token that it was given.", _LOGIN)
+        return OutputError("The Hub rejected the token.", _LOGIN)
     if status == 403:
         return OutputError(
-            f"The hub does not let this token write to {repo}.",
-            "Check the owner's name, and give a token that may write there.",
+            f"The Hub does not allow this token to write to {repo}.",
+            "Check the owner's name, and use a token with write access to it.",
         )
     return OutputError(
-        f"The hub refused {repo} ({status}): {reason(error)}", "Check the name, and try again."
+        f"The Hub rejected {repo} ({status}): {reason(error)}", "Check the name and try again."
     )

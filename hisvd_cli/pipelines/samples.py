@@ -1,4 +1,4 @@
-"""Settings ─► the tokens that a calibration is taken from."""
+"""Selects the text and tokens of a calibration by the settings."""
 
 from __future__ import annotations
 
@@ -31,31 +31,37 @@ from hisvd_cli.utils.progress import Reporter
 DEFAULT_SEQLEN = 2048
 DEFAULT_SAMPLES = 256
 DEMO_SAMPLES = 64
-"""The demo runs in seconds on two cores: of its 4 × as many windows no more than this matter
-(perplexity at keep 0.6 29.62 instead of 29.59)."""
+"""A quarter of the demo text, so that the demo runs in seconds: more windows change little
+(perplexity 29.59 instead of 29.62 at ratio 0.6)."""
 SELF = "self"
-"""The dataset that is sampled from the model itself."""
+"""The name of the dataset that the model generates itself."""
 
 
 def default_dataset(source: Source) -> str:
-    """Return the text used where none is named: the demo model has its own."""
+    """Return the default text; the demo model has its own."""
     return DEMO if source.name == DEMO else "wikitext2"
 
 
 def default_samples(dataset: str) -> int:
-    """Return how many windows of a text are drawn where the settings do not say."""
+    """Return the default number of windows."""
     return DEMO_SAMPLES if dataset == DEMO else DEFAULT_SAMPLES
 
 
-def window_length(asked: int | None, source: Source) -> int:
-    """Return tokens per window: as asked, else 2048 or the model's positions if fewer.
+def window_length(given: int | None, source: Source, setting: str = "calibration.seqlen") -> int:
+    """Return the tokens per window: the given number, or else 2048, or the number of positions of
+    the model if that is lower.
+
+    Args:
+        given: the number in the settings.
+        source: the model.
+        setting: key of that setting, for the error.
 
     Raises:
-        DataError: longer than the model's positions.
+        DataError: the given number exceeds the positions of the model.
     """
-    if asked is not None:
-        check_seqlen(asked, source)
-        return asked
+    if given is not None:
+        check_seqlen(given, source, f"`{setting}`")
+        return given
     return min(DEFAULT_SEQLEN, model_positions(source) or DEFAULT_SEQLEN)
 
 
@@ -64,12 +70,12 @@ TOKENIZER_FILES = (
     *("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-"""All that decides how a tokenizer reads a text, or a conversation."""
+"""The files that decide how texts and conversations are tokenized."""
 
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """Which calibration is asked for; its key is known without reading the text."""
+    """The requested calibration; its key does not depend on reading named datasets."""
 
     dataset: str
     drop: str
@@ -82,20 +88,20 @@ class CalibrationRequest:
 
 
 def request_calibration(resolved: Resolved, source: Source) -> CalibrationRequest:
-    """Work out what the settings ask for.
+    """Return the calibration that the settings request.
 
     Raises:
-        DataError: a window that is too long.
-        UsageError: something is to be left out of text that the model writes.
+        DataError: the windows are too long.
+        UsageError: a string is to be removed from text that the model generates.
     """
     wanted = resolved.settings.calibration
     model = resolved.settings.model
     dataset = default_dataset(source) if wanted.dataset == "auto" else wanted.dataset
     if wanted.drop and dataset == SELF:
         raise UsageError(
-            f"--drop {wanted.drop!r} leaves a word out of a text that is read, but with --dataset "
-            f"{SELF} the model writes it.",
-            "Leave one of them out.",
+            f"`calibration.drop` {wanted.drop!r} removes a string from a text that is read, but "
+            f"with `calibration.dataset` {SELF} the model generates the text.",
+            "Leave out one of them.",
         )
     samples = wanted.samples or default_samples(dataset)
     seqlen = window_length(wanted.seqlen, source)
@@ -124,20 +130,20 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
 
 
 def stored_dtype(source: Source) -> str:
-    """Return the dtype that most of the weights have on disk."""
+    """Return the dtype of most weights on disk."""
     return source.weights.dtype
 
 
 def calibrated_dtype(resolved: Resolved, found: Calibration) -> torch.dtype:
-    """Return the dtype for forward passes beside a calibration: its own where the settings ask for
-    that or this device is fast in it, else float32."""
-    made, asked = found.manifest["dtype"], resolved.settings.model.dtype
+    """Return the dtype of further forward passes with a calibration: its own dtype if the settings
+    name it or the device is fast in it, else float32."""
+    made, named = found.manifest["dtype"], resolved.settings.model.dtype
     device = pick_device(resolved.settings.model.device)
-    return pick_dtype(made if asked == made else "auto", made, device)
+    return pick_dtype(made if named == made else "auto", made, device)
 
 
 def tokenizer_digest(source: Source) -> str:
-    """Return a hash of a model's tokenizer, the same for models that share it."""
+    """Return a hash of a model's tokenizer files."""
     files = [source.folder / name for name in TOKENIZER_FILES]
     return digest(*(f"{path.name} {file_digest(path)}" for path in files if path.is_file()))
 
@@ -165,7 +171,7 @@ def draw_sample(request: CalibrationRequest, source: Source, reporter: Reporter)
 
 
 def _self_sample(request: CalibrationRequest, source: Source, reporter: Reporter) -> Sample:
-    """Sample the text from the model itself."""
+    """Sample tokens from the model itself."""
     tokens = sample_self(
         source,
         request.samples,
@@ -181,24 +187,25 @@ def _self_sample(request: CalibrationRequest, source: Source, reporter: Reporter
 def calibration_sample(
     resolved: Resolved, source: Source, found: Calibration, reporter: Reporter
 ) -> Sample:
-    """Draw again the tokens that a calibration was made from.
+    """Draw the tokens of a calibration again.
 
     Raises:
-        StaleArtifactError: its text reads otherwise now.
+        StaleArtifactError: its text has changed.
         DataError: its text cannot be read.
     """
     data = found.manifest["data"]
     sample = _drawn_again(request_of(resolved, found), data, source, reporter)
     if sample.key != data["tokens_sha256"]:
         raise StaleArtifactError(
-            f"The text '{data['dataset']}' is not what {found.folder} was calibrated on.",
-            "Bring the text back, or calibrate anew into another folder.",
+            f"The text '{data['dataset']}' differs from the one that {found.folder} was calibrated "
+            "on.",
+            "Restore the text, or calibrate again into another folder.",
         )
     return sample
 
 
 def request_of(resolved: Resolved, found: Calibration) -> CalibrationRequest:
-    """Return what a calibration was made from."""
+    """Return the request that a calibration was made by."""
     data, made = found.manifest["data"], found.manifest["settings"].get("calibration", {})
     return CalibrationRequest(
         dataset=data["dataset"],
@@ -215,17 +222,17 @@ def request_of(resolved: Resolved, found: Calibration) -> CalibrationRequest:
 def other_sample(
     resolved: Resolved, source: Source, found: Calibration, reporter: Reporter
 ) -> Sample:
-    """Draw tokens as the settings say, and where they say nothing as a calibration was made.
+    """Draw tokens by the settings; settings that are not given are those of a calibration.
 
     Raises:
         DataError: the text cannot be read, or the windows are too long.
     """
-    asked = resolved.asked("calibration")
-    if "dataset" in asked:
+    keys = resolved.asked("calibration")
+    if "dataset" in keys:
         return draw_sample(request_calibration(resolved, source), source, reporter)
-    given: dict[str, Any] = {key: resolved.value("calibration", key) for key in asked}
+    given: dict[str, Any] = {key: resolved.value("calibration", key) for key in keys}
     if "seqlen" in given:
-        check_seqlen(given["seqlen"], source)
+        check_seqlen(given["seqlen"], source, "`calibration.seqlen`")
     request = replace(request_of(resolved, found), **given)
     return _drawn_again(request, found.manifest["data"], source, reporter)
 
@@ -233,16 +240,17 @@ def other_sample(
 def _drawn_again(
     request: CalibrationRequest, data: Mapping[str, Any], source: Source, reporter: Reporter
 ) -> Sample:
-    """Draw a sample of the text of a manifest, which keeps its name."""
+    """Draw a sample of the text of a manifest, under its recorded name."""
     named = replace(request, dataset=located(data) or request.dataset)
     return replace(draw_sample(named, source, reporter), dataset=request.dataset)
 
 
 def located(data: Mapping[str, Any]) -> str | None:
-    """Return by which name the text of a calibration's manifest is found, None where it is not.
+    """Return the name under which the text of a calibration's manifest is found, None if it is not
+    found.
 
-    A file that was named from another folder is known by its content, wherever it was read last; a
-    path that is recorded would go to the hub with a checkpoint.
+    A file that was named relative to another folder is found through the cache, by its content. The
+    manifest does not record absolute paths, since it is published with a checkpoint.
     """
     name, wanted = str(data["dataset"]), str(data.get("text_sha256"))
     if data.get("split") != FILE or "text_sha256" not in data or _holds(expanded(name), wanted):
@@ -255,8 +263,8 @@ def located(data: Mapping[str, Any]) -> str | None:
 
 
 def is_text_of(name: str, data: Mapping[str, Any]) -> bool:
-    """Tell whether a name stands for the text of a calibration's manifest: a file by its content,
-    where it is there.
+    """Return whether a name means the text of a calibration's manifest. Existing files are compared
+    by content.
 
     Raises:
         DataError: the file cannot be read.
@@ -276,6 +284,6 @@ def _place_of(text: str) -> Path:
 
 
 def _remember(text: Text, path: Path) -> None:
-    """Note where a text was read, for later runs in other folders."""
-    with suppress(OutputError):  # a cache that cannot be written only costs that
+    """Record the path of a text in the cache, for later runs in other folders."""
+    with suppress(OutputError):  # an unwritable cache is no failure
         write_text(_place_of(text.digest), str(path.expanduser().resolve()))

@@ -14,8 +14,9 @@ def calibrate(run: Run, dry_run: DryRun = False) -> None:
     """
     from hisvd_cli.cli.views.results import calibration_view, forecast_view
     from hisvd_cli.modeling.skeleton import tell_notes
-    from hisvd_cli.pipelines.calibration import ensure_calibration, named_source
-    from hisvd_cli.pipelines.forecast import forecast_calibration
+    from hisvd_cli.pipelines.calibration import ensure_calibration
+    from hisvd_cli.pipelines.forecasts.calibration import forecast_calibration
+    from hisvd_cli.pipelines.named_source import named_source
 
     source = named_source(run.resolved)
     tell_notes(source, run.console)

@@ -70,8 +70,8 @@ def compress(
         return
     from hisvd_cli.cli.views.results import compressed_view, forecast_view
     from hisvd_cli.pipelines.compressing.compression import compress_model
-    from hisvd_cli.pipelines.compressing.grid import is_grid
-    from hisvd_cli.pipelines.forecast import forecast_compression
+    from hisvd_cli.pipelines.compressing.grid.cells import is_grid
+    from hisvd_cli.pipelines.forecasts.compression import forecast_compression
 
     if plan is None and is_grid(run.resolved):
         _compress_grid(run, output, overwrite, dry_run)
@@ -108,7 +108,7 @@ def _recover(
 
 def _compress_grid(run: Run, output: Path | None, overwrite: bool, dry_run: bool) -> None:
     from hisvd_cli.cli.views.results import compressed_grid_view, forecast_grid_view
-    from hisvd_cli.pipelines.compressing.grid import compress_grid, forecast_grid
+    from hisvd_cli.pipelines.compressing.grid.grid_runs import compress_grid, forecast_grid
 
     if dry_run:
         forecast = forecast_grid(run.resolved, output, overwrite, run.console)

@@ -52,7 +52,7 @@ def evaluate(
     from hisvd_cli.cli.views.evaluations import grid_view
     from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 
-    files = {"--markdown": markdown, "--csv": csv, "--report": report}
+    files = {"markdown": markdown, "csv": csv, "report": report}
     models = targets or [run.settings.model.name]
     grid = evaluate_into(
         run.resolved, models, files, run.console, fresh=fresh, update_card=update_card

@@ -53,7 +53,7 @@ def plan(
         _list_profiles(run)
         return
     from hisvd_cli.cli.views.plans import comparison_view, plan_forecast_view, plan_view
-    from hisvd_cli.pipelines.forecast import forecast_plan
+    from hisvd_cli.pipelines.forecasts.planning import forecast_plan
     from hisvd_cli.pipelines.output_names import output_name
     from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
     from hisvd_cli.pipelines.planning.plan_files import check_plan_file

@@ -22,7 +22,7 @@ from hisvd_cli.cli.views.layout import (
 if TYPE_CHECKING:
     from hisvd_cli.calibration.store import Calibration
     from hisvd_cli.inspection.audit import Audit
-    from hisvd_cli.pipelines.compressing.grid import Cell
+    from hisvd_cli.pipelines.compressing.grid.cells import Cell
     from hisvd_cli.pipelines.compressing.outcome import Outcome
 
 _MAX_PROBLEMS = 20

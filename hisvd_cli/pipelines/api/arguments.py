@@ -1,4 +1,4 @@
-"""Keywords of a call ─► settings, and a reporter."""
+"""Turns the keywords of a call into settings."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _ONE = (("plan", "ratio"), ("plan", "preset"), ("plan", "allocator"))
-"""Settings that hold several values, of which a function takes one."""
+"""Settings with several values, of which a function takes one."""
 
 Given = dict[Key, Any]
-"""Settings by (section, key) that a call was given, or that an earlier one was."""
+"""Settings by (section, key), given in this call or in an earlier one."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every function works with."""
+    """Settings and reporter of a call."""
 
     resolved: Resolved
     reporter: Reporter
 
     def one_plan(self) -> None:
-        """Raise UsageError where the settings ask for several plans."""
+        """Raise UsageError if the settings request several plans."""
         for key in _ONE:
             if len(values := dict.fromkeys(self.resolved.value(*key))) > 1:
                 raise UsageError(
@@ -57,10 +57,10 @@ class Run:
 
 
 def function(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator for a function of the Python API, whose keywords are settings.
+    """Return a decorator for a function of the Python API whose keywords are settings.
 
-    It rejects unknown keywords, has errors name keywords, and shows every setting with its default
-    in the signature and in the help.
+    It rejects unknown keywords, makes errors name keywords, and adds every setting with its default
+    to the signature and the help.
 
     Args:
         keywords: the TypedDict of the function's settings.
@@ -90,7 +90,7 @@ def function(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _check_known(name: str, given: Collection[str], known: Collection[str]) -> None:
-    """Raise TypeError, with the nearest name, for a keyword that a function does not know."""
+    """Raise TypeError, with the nearest known name, for an unknown keyword."""
     for keyword in given:
         if keyword not in known:
             raise TypeError(
@@ -123,14 +123,14 @@ def run_of(
     progress: bool,
     inherited: Given | None = None,
 ) -> Run:
-    """Return what a function works with.
+    """Return settings and reporter of a call.
 
     Args:
         name: the function.
-        keywords: the settings that it was given; None counts as not given.
-        profile: the profile to read; without one, neither a profile nor the environment is read.
+        keywords: the given settings; None counts as not given.
+        profile: the profile to read. By default no profile is read; the environment never is.
         progress: whether to report on stderr.
-        inherited: settings of an earlier call, weaker than ``keywords``.
+        inherited: settings of an earlier call, which ``keywords`` override.
 
     Raises:
         UsageError: one line for every wrong value.
@@ -150,12 +150,12 @@ def run_of(
 
 
 def path_of(path: PathText) -> Path:
-    """Return a path that the caller named, ``~`` expanded."""
+    """Return a path with ``~`` expanded."""
     return expanded(os.fspath(path))
 
 
 def _plain(value: object) -> object:
-    """Return a value as the settings take it: texts for paths, lists for tuples."""
+    """Return a value as the settings take it: paths as strings, tuples as lists."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

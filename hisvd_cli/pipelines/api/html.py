@@ -1,4 +1,4 @@
-"""Results as HTML for a notebook; every text in it is escaped."""
+"""Results as HTML for notebooks; all text is escaped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hisvd_cli.utils.escaping import printable
 
 
 def facts(title: str, values: Mapping[str, object]) -> str:
-    """Return names and values as a table with two columns."""
+    """Return names and values as a table of two columns."""
     rows = "".join(
         f'<tr><th style="text-align:left">{_text(name)}</th>'
         f'<td style="text-align:left">{_text(value)}</td></tr>'

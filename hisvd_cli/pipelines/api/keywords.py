@@ -1,6 +1,6 @@
 """The settings of each function as typed keywords, for editors and type checkers.
 
-``tests/test_api.py`` compares them with the settings, which hold defaults, bounds and descriptions.
+``tests/test_api.py`` checks that they match the settings, which define defaults and bounds.
 """
 
 from __future__ import annotations

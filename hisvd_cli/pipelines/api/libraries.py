@@ -1,4 +1,4 @@
-"""How a call keeps the libraries under it quiet; after it, they are as they were before."""
+"""Silences libraries during a call and restores them afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def quiet_libraries(everything: bool) -> Iterator[None]:
     """Silence the progress bars of transformers and datasets while the body runs.
 
     Args:
-        everything: silence their log lines, warnings, and the bars of downloads as well.
+        everything: silence log lines, warnings, and download progress bars as well.
     """
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
@@ -26,11 +26,11 @@ def quiet_libraries(everything: bool) -> Iterator[None]:
         downloads = not are_progress_bars_disabled()
         stack.callback(enable_progress_bars if downloads else disable_progress_bars)
         if logging.is_progress_bar_enabled():
-            stack.callback(logging.enable_progress_bar)  # those of downloads as well
+            stack.callback(logging.enable_progress_bar)  # download bars as well
             logging.disable_progress_bar()
         if downloads and not everything:
             enable_progress_bars()
-        if everything or "datasets" in sys.modules:  # importing it takes a while
+        if everything or "datasets" in sys.modules:  # importing it is slow
             _silence_datasets(stack)
         if everything:
             stack.callback(logging.set_verbosity, logging.get_verbosity())

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.pipelines.api.arguments import function, run_of
 from hisvd_cli.pipelines.api.keywords import LoadKeywords, PathText
-from hisvd_cli.pipelines.evaluating.evaluation import open_target
+from hisvd_cli.pipelines.evaluating.targets import open_target
 from hisvd_cli.utils.device import pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ def load(
     progress: bool = True,
     **settings: Unpack[LoadKeywords],
 ) -> PreTrainedModel:
-    """Load a checkpoint, or any model, with transformers, ready for inference.
+    """Load a checkpoint, or any model, with transformers for inference.
 
     Args:
         checkpoint: checkpoint folder, ``.pt`` file of hisvd, or any model.
-        profile: a profile to read, a file or the name of one that hisvd brings.
+        profile: profile to read, a file or the name of a built-in profile.
         progress: report progress and warnings on stderr.
         settings: see below.
 
     Raises:
-        SourceError: nothing is there, or it is damaged.
-        UsageError: no such device.
+        SourceError: the checkpoint is missing or damaged.
+        UsageError: there is no such device.
     """
     run = run_of("load", settings, profile, progress)
     model = run.resolved.settings.model

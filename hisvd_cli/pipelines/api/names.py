@@ -1,4 +1,4 @@
-"""Names of settings in Python, and flags in messages turned into them."""
+"""Names of settings in Python, and messages with those names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PYTHON = {
     flag: _python_name(flag)
     for flag in (*_OWN_FLAGS, *(flag_of(s, k) for s, m in SECTIONS.items() for k in m.model_fields))
 } | {"--from": "source"}
-# The command that a message recommends stays as it is, to the end of its sentence.
+# A recommended command is not changed, up to the end of its line.
 _FLAG = re.compile(
     r"\bhisvd (?:calibrate|plan|compress|eval|inspect|convert)\b.*|(?<![\w-])--[\w-]+"
 )
@@ -35,7 +35,7 @@ _GIVEN = re.compile(r"(?m)^(--[\w-]+) (?=.* must )")
 
 
 def in_python(text: str) -> str:
-    """Return a message with keywords in the place of flags."""
+    """Return a message with keywords in place of settings and flags."""
     return _FLAG.sub(_named, _GIVEN.sub(r"\1=", replace(text, _keyword)))
 
 
@@ -53,7 +53,7 @@ def _named(found: re.Match[str]) -> str:
 
 @contextmanager
 def errors_in_python() -> Iterator[None]:
-    """Have errors of the body name keywords, and show their hint in a traceback."""
+    """Make errors of the body name keywords, with their hint in the traceback."""
     try:
         yield
     except HisvdError as error:
@@ -63,7 +63,7 @@ def errors_in_python() -> Iterator[None]:
 
 
 class PythonReporter(StderrReporter):
-    """Reports on stderr, with keywords in the place of flags."""
+    """Reports on stderr, with keywords in place of flags."""
 
     def worded(self, message: str) -> str:
         """Return a message with keywords in place of the settings that it mentions."""

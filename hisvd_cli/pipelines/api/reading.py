@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from typing_extensions import Unpack
 
@@ -14,7 +15,9 @@ from hisvd_cli.pipelines.api.keywords import (
     InspectKeywords,
     PathText,
 )
-from hisvd_cli.pipelines.api.results import Audit, Checkpoint, Evaluation
+from hisvd_cli.pipelines.api.names import in_python
+from hisvd_cli.pipelines.api.reports import Audit, Evaluation
+from hisvd_cli.pipelines.api.results import Checkpoint
 from hisvd_cli.pipelines.conversion import Target, write_form
 from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 from hisvd_cli.pipelines.output_names import output_name
@@ -34,35 +37,39 @@ def evaluate(
     progress: bool = True,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluation:
-    """Measure perplexity and divergence from a baseline, of compressed or of any models.
+    """Measure perplexity, and divergence from a baseline, of any models.
 
-    Of several models, one that fails leaves the others; ``failures`` of the result names it.
+    If one of several models fails, the others are still evaluated; see ``failures`` of the result.
 
     Args:
         models: checkpoints, or any models.
         markdown: also write a markdown table to this file.
         csv: also write CSV to this file.
         report: also write an HTML page with tables, figures and settings to this file.
-        update_card: put the results into the model cards of checkpoints.
-        fresh: measure again what was measured before.
-        profile: a profile to read, a file or the name of one that hisvd brings.
+        update_card: write the results to the model cards of checkpoints.
+        fresh: ignore stored results.
+        profile: profile to read, a file or the name of a built-in profile.
         progress: report progress and warnings on stderr.
         settings: see below.
 
     Raises:
-        UsageError: a wrong value, or no model.
+        UsageError: a value is invalid, or no model is given.
         HisvdError: the text, the baseline or the only model cannot be used.
     """
     run = run_of("evaluate", settings, profile, progress)
-    named = {"--markdown": markdown, "--csv": csv, "--report": report}
-    files = {flag: None if path is None else path_of(path) for flag, path in named.items()}
+    named = {"markdown": markdown, "csv": csv, "report": report}
+    files = {name: None if path is None else path_of(path) for name, path in named.items()}
     targets = [os.fspath(model) for model in models]
     grid = evaluate_into(
         run.resolved, targets, files, run.reporter, fresh=fresh, update_card=update_card
     )
     for failure in grid.failures:
         run.reporter.warn(f"{failure.model}: {failure.message}")
-    return Evaluation(grid)
+    failures = [
+        replace(each, message=in_python(each.message), hint=in_python(each.hint))
+        for each in grid.failures
+    ]
+    return Evaluation(replace(grid, failures=failures))
 
 
 @function(InspectKeywords)
@@ -74,17 +81,17 @@ def inspect(
     progress: bool = True,
     **settings: Unpack[InspectKeywords],
 ) -> Audit:
-    """Audit what is on disk: ranks, sizes, provenance, problems. Runs no code from a file.
+    """Audit a checkpoint: ranks, sizes on disk, provenance, problems. Runs no code from files.
 
     Args:
         target: checkpoint, ``.pt`` file (of hisvd or not), ``plan.json``, calibration, or model.
-        check_values: read every tensor and look for NaN.
-        profile: a profile to read, a file or the name of one that hisvd brings.
+        check_values: read every tensor and check for NaN.
+        profile: profile to read, a file or the name of a built-in profile.
         progress: report progress and warnings on stderr.
         settings: see below.
 
     Raises:
-        SourceError: nothing is there, or it cannot be read at all.
+        SourceError: the target is missing or cannot be read.
     """
     run = run_of("inspect", settings, profile, progress)
     model = run.resolved.settings.model
@@ -106,31 +113,31 @@ def convert(
     progress: bool = True,
     **settings: Unpack[ConvertKeywords],
 ) -> Checkpoint:
-    """Write a checkpoint in another form, or upload it to the Hub.
+    """Write a checkpoint in another format, or upload it to the Hub.
 
     Args:
         checkpoint: checkpoint folder, or a ``.pt`` file of hisvd.
-        to: ``hf``, a low-rank folder (as is ``quantize`` without it); ``pt``, one file; ``dense``,
-            a plain model with the factors multiplied.
+        to: ``hf``, a low-rank folder (the default with ``quantize``); ``pt``, a single file;
+            ``dense``, a plain model with the factors multiplied.
         output: folder or file to write.
-        overwrite: replace what is there.
-        push_to_hub: upload to this repository what was written, or the checkpoint as it is.
+        overwrite: overwrite an existing output.
+        push_to_hub: repository to upload the output to, or the checkpoint if there is no output.
         private: make a new repository on the Hub private.
         revision: branch on the Hub to upload to.
-        profile: a profile to read, a file or the name of one that hisvd brings.
+        profile: profile to read, a file or the name of a built-in profile.
         progress: report progress and warnings on stderr.
         settings: see below.
 
     Raises:
-        UsageError: arguments that do not go together.
-        OutputError: something is at ``output``, or the Hub does not accept it.
+        UsageError: arguments contradict each other.
+        OutputError: ``output`` exists or cannot be written, or the Hub rejects the upload.
     """
     run = run_of("convert", settings, profile, progress)
     source = path_of(checkpoint)
     path = None if output is None else output_name(path_of(output))
     hub = Hub(push_to_hub, private, revision) if push_to_hub else None
     if hub is None and (private or revision):
-        raise UsageError("private and revision say how to upload.", "Add push_to_hub.")
+        raise UsageError("private and revision apply to uploads only.", "Add push_to_hub.")
     if to is None and run.resolved.is_flag("quantize", "bits"):
         to = "hf"
     check_request(source, to, path, hub)

@@ -1,1 +1,1 @@
-"""Settings to checkpoints."""
+"""Compression and quantization."""

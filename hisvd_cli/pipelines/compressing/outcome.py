@@ -14,8 +14,17 @@ from hisvd_cli.evaluation.perplexity import PerplexityResult
 class Outcome:
     """A finished compression.
 
-    ``perplexity`` is (before, after) where it was measured; ``plan_path`` a file that holds the
-    plan; ``dtype`` that of the forward passes, ``stored_dtype`` that of the weights.
+    Attributes:
+        output: the checkpoint, a folder or a ``.pt`` file.
+        plan: its plan.
+        plan_path: a file with the plan.
+        bytes: size of the weights.
+        dense_bytes: size of the original weights.
+        seconds: time of each step.
+        peak_memory_bytes: peak memory of the process.
+        perplexity: before and after compression, if it was measured.
+        dtype: dtype of the forward passes.
+        stored_dtype: dtype of the weights.
     """
 
     output: Path
@@ -31,12 +40,12 @@ class Outcome:
 
     @property
     def dense_parameters(self) -> int | None:
-        """Parameters of the whole model before; None where an old plan does not say."""
+        """Parameters of the original model; None if an old plan does not record them."""
         return self.plan.model_parameters
 
     @property
     def parameters(self) -> int | None:
-        """Parameters of the whole model now."""
+        """Parameters of the compressed model."""
         total = self.plan.model_parameters
         return total and total - self.plan.full_parameters + self.plan.kept_parameters
 

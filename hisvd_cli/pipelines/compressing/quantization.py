@@ -1,8 +1,7 @@
-"""Settings ─► a checkpoint of integers."""
+"""Quantizes checkpoints by the settings."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -19,7 +18,6 @@ from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoin
 from hisvd_cli.modeling.layers.quantized import dequantize
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import flag_of
 from hisvd_cli.pipelines.samples import (
     calibration_sample,
     draw_sample,
@@ -34,18 +32,18 @@ _BITS = {"none": 16, "int8": 8, "int4": 4}
 
 
 def quantizes(resolved: Resolved) -> bool:
-    """Tell whether integers are asked for."""
+    """Return whether the settings request quantization."""
     return resolved.settings.quantize.bits != "none"
 
 
 def bytes_saved(resolved: Resolved, numbers: int, itemsize: float) -> int:
-    """Return about how many bytes fewer numbers of sublayers take as integers: a forecast, in which
-    the scales of int8 count for nothing, no group is short, and no sublayer stays dense.
+    """Estimate the bytes that quantization saves. It neglects the scales of int8 and short groups,
+    and assumes that every sublayer is low-rank.
 
     Args:
         resolved: the settings.
-        numbers: how many there are.
-        itemsize: bytes of each before.
+        numbers: number of weights in sublayers.
+        itemsize: bytes of each before quantization.
     """
     knobs = resolved.settings.quantize
     width = {"none": itemsize, "int8": 1, "int4": 0.5 + 2 / knobs.group_size}[knobs.bits]
@@ -53,23 +51,23 @@ def bytes_saved(resolved: Resolved, numbers: int, itemsize: float) -> int:
 
 
 def check_quantization(resolved: Resolved, planned: bool = False) -> None:
-    """Find out before any work whether what is asked for can be done.
+    """Check before any work that the requested quantization is possible.
 
     Args:
         resolved: the settings.
-        planned: a plan chooses the bits of every sublayer.
+        planned: whether a plan chooses the bits of every sublayer.
 
     Raises:
-        UsageError: flags that say how, where none says to quantize; bits where a plan has chosen
-            them; or a device that cannot run it.
+        UsageError: options of quantization without bits, bits although a plan chooses them, or a
+            device that cannot run the result.
     """
     knobs = resolved.settings.quantize
     if planned:
         if quantizes(resolved):
             raise UsageError(
-                f"{flag_of('quantize', 'bits')} {knobs.bits} meets a plan by bytes, which chooses "
-                "the bits of every sublayer.",
-                f"Leave out {flag_of('quantize', 'bits')}, or --bytes-ratio.",
+                f"`quantize.bits` {knobs.bits} conflicts with a plan by bytes, which chooses the "
+                "bits of every layer.",
+                "Leave out `quantize.bits`, or `plan.bytes_ratio`.",
             )
         _check_device(resolved, "int4")
         return
@@ -77,8 +75,8 @@ def check_quantization(resolved: Resolved, planned: bool = False) -> None:
         for key in ("method", "dense", "group_size", "damping"):
             if resolved.is_flag("quantize", key):
                 raise UsageError(
-                    f"{flag_of('quantize', key)} says how to quantize, but nothing is quantized.",
-                    f"Add {flag_of('quantize', 'bits')} int8 or int4.",
+                    f"`quantize.{key}` sets how to quantize, but nothing is quantized.",
+                    "Add `quantize.bits` int8 or int4.",
                 )
         return
     _check_device(resolved, knobs.bits)
@@ -93,7 +91,7 @@ def _check_device(resolved: Resolved, bits: str) -> None:
         dequantize(codes, scales, 2, 2, torch.float32)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UsageError(
-            f"The device {device} cannot run {bits}.", "Use another --device, or int8."
+            f"The device {device} cannot run {bits}.", "Use another `model.device`, or int8."
         ) from error
 
 
@@ -105,21 +103,21 @@ def quantize_checkpoint(
     reporter: Reporter,
     bits: Mapping[str, int] | None = None,
 ) -> int:
-    """Write a checkpoint of integers, by the settings; return the bytes of its weights.
+    """Quantize a checkpoint by the settings; return the bytes of the weights.
 
     Args:
         resolved: the settings.
-        checkpoint: in full precision.
-        output: the folder.
-        sample: text for gptq; by default what the settings name, and where they say nothing what
-            the checkpoint was calibrated on.
-        reporter: told of progress.
-        bits: name of a sublayer → 16, 8 or 4; by default all have those of the settings.
+        checkpoint: the checkpoint in full precision.
+        output: the folder to write.
+        sample: tokens for gptq; by default from the text of the settings, or else from the text
+            that the checkpoint was calibrated on.
+        reporter: receives progress.
+        bits: sublayer → 16, 8 or 4; by default the bits of the settings for all.
 
     Raises:
         UsageError, SourceError, NumericalError, OutputError: see :func:`check_quantization` and
             :func:`hisvd_cli.compression.quantization.quantize`.
-        DataError, StaleArtifactError: the text for gptq cannot be read, or reads otherwise now.
+        DataError, StaleArtifactError: the text for gptq cannot be read, or has changed.
     """
     if bits is None:
         check_quantization(resolved)
@@ -135,8 +133,8 @@ def quantize_checkpoint(
         text = Text(sample, device, dtype, settings.calibration.batch)
     elif knobs.bits == "int4" or checkpoint.storage == "pivoted":
         reporter.suggest(
-            "Rounding to the nearest costs much with int4, and with pivoted pairs: "
-            "--quantize-method gptq loses several times less."
+            "Rounding to nearest loses much accuracy with int4 and with pivoted pairs; "
+            "`quantize.method` gptq loses several times less."
         )
     bits = bits or _bits(resolved, checkpoint)
     recipe = Recipe(bits, knobs.group_size, knobs.method, knobs.damping)
@@ -153,7 +151,7 @@ def quantize_checkpoint(
 
 
 def _bits(resolved: Resolved, checkpoint: Checkpoint) -> dict[str, int]:
-    """Return name → bits of all sublayers, by the settings."""
+    """Return sublayer → bits, by the settings."""
     knobs = resolved.settings.quantize
     bits = dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
     if knobs.dense == "int8":
@@ -164,7 +162,7 @@ def _bits(resolved: Resolved, checkpoint: Checkpoint) -> dict[str, int]:
 def _sample(
     resolved: Resolved, source: Source, checkpoint: Checkpoint, reporter: Reporter
 ) -> Sample:
-    """Return the text that the settings name, else that which a checkpoint was calibrated on."""
+    """Return tokens of the text of the settings, or else of the checkpoint's calibration."""
     manifest = checkpoint.provenance.get("calibration")
     if not manifest:
         return draw_sample(request_calibration(resolved, source), source, reporter)
@@ -183,15 +181,15 @@ def quantize_compressed(
     reporter: Reporter,
     bits: Mapping[str, int] | None = None,
 ) -> Compressed:
-    """Turn what ``compress`` made into integers, and remove it.
+    """Quantize a checkpoint that was just compressed.
 
     Args:
         resolved: the settings.
         source: the model before compression.
-        calibration: the one that it was compressed by; gptq takes the same text.
+        calibration: the calibration used for compression; gptq uses the same text.
         made: the checkpoint in full precision.
-        output: the folder.
-        reporter: told of progress.
+        output: the folder to write.
+        reporter: receives progress.
         bits: see :func:`quantize_checkpoint`.
 
     Raises:
@@ -203,7 +201,6 @@ def quantize_compressed(
         sample = calibration_sample(resolved, source, calibration, reporter)
     checkpoint = open_checkpoint(made.output)
     size = quantize_checkpoint(resolved, checkpoint, output, sample, reporter, bits)
-    shutil.rmtree(made.output)
     seconds = made.write_seconds + time.monotonic() - started
     record = open_checkpoint(output).provenance
     return Compressed(output, size, made.decompose_seconds, seconds, record)

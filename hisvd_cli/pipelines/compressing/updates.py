@@ -1,4 +1,4 @@
-"""Settings ─► how sublayers are updated after the compression of those before them."""
+"""Prepares the update of layers after the compression of earlier layers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hisvd_cli.utils.progress import Reporter
 def prepare_update(
     resolved: Resolved, source: Source, found: Calibration, reporter: Reporter
 ) -> Update | None:
-    """Return the update that the settings ask for, on the calibration's own text; None for none.
+    """Return the update of the settings, on the text of the calibration; None without an update.
 
     Raises:
-        UsageError: there is one window, of which none can be held back to choose the damping on.
+        UsageError: there is only one window, so that none can be held out to choose the damping.
         StaleArtifactError, DataError: the text cannot be drawn again.
-        MemoryLimitError: the hidden states of two models do not fit into the bound.
+        MemoryLimitError: the hidden states of two models do not fit into the memory limit.
     """
     knobs = resolved.settings.compress
     if knobs.update == "none":
@@ -32,8 +32,9 @@ def prepare_update(
     samples, seqlen = sample.tokens.shape
     if knobs.update_damping is None and samples < 2:
         raise UsageError(
-            "--update chooses its damping on windows that are held back, and there is one window.",
-            "Give --update-damping, or calibrate with more --samples.",
+            "`compress.update` chooses its damping on held-out windows, but there is only one "
+            "window.",
+            "Give `compress.update_damping`, or calibrate with more `calibration.samples`.",
         )
     work = place_update(resolved, source, reporter, (samples, seqlen))
     return Update(

@@ -1,88 +1,133 @@
-"""A stage and the settings ─► the checkpoint on disk: factored, fine-tuned, quantized."""
+"""Writes a stage as a checkpoint: factorized, fine-tuned, quantized.
+
+Every step but the last writes into the work folder beside the output, where a resumed run finds it.
+"""
 
 from __future__ import annotations
 
-import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.compression.factorize import Compressed
 from hisvd_cli.compression.updating import Update
-from hisvd_cli.export.convert import to_pt
-from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, open_checkpoint
+from hisvd_cli.pipelines.compressing.intermediate_checkpoint import IntermediateCheckpoint
 from hisvd_cli.pipelines.compressing.quantization import quantize_compressed, quantizes
-from hisvd_cli.pipelines.compressing.stage import RECORDED, Stage, factored
+from hisvd_cli.pipelines.compressing.single_file import write_single_file
+from hisvd_cli.pipelines.compressing.stages.stage import RECORDED, Stage, factored
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.outputs import plan_beside
+from hisvd_cli.pipelines.outputs import plan_of
 from hisvd_cli.pipelines.planning.byte_budgets import rounded_by
-from hisvd_cli.pipelines.recovering.intermediate_checkpoint import Unmended, mend, unmended
 from hisvd_cli.pipelines.recovering.recovery_checks import wants_recovery
-from hisvd_cli.pipelines.recovering.recovery_texts import reads_the_same
+from hisvd_cli.pipelines.recovering.recovery_texts import is_same_recovery
+from hisvd_cli.pipelines.recovering.training import fine_tune
 from hisvd_cli.utils.distributed import world
+from hisvd_cli.utils.files.scratch import work_folder
 from hisvd_cli.utils.progress import Reporter
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The folders that the steps write.
+
+    Attributes:
+        factorized: the low-rank checkpoint.
+        trained: the checkpoint after fine-tuning, if any.
+        final: the checkpoint after quantization, if any: the output, or the folder that becomes a
+            single file.
+    """
+
+    factorized: Path
+    trained: Path
+    final: Path
+
+
+def _steps(path: Path, trains: bool, rounds: bool) -> _Steps:
+    work = work_folder(path)
+    final = work / "final" if path.suffix == ".pt" else path
+    trained = work / "unquantized" if rounds else final
+    return _Steps(work / "untrained" if trains else trained, trained, final)
 
 
 def write_checkpoint(
     resolved: Resolved, last: Stage, path: Path, update: Update | None, reporter: Reporter
-) -> tuple[Compressed, Path, float]:
-    """Write the checkpoint; return what it took, a file that holds its plan, and the seconds of
-    its recovery."""
-    single = path.suffix == ".pt"
-    folder = path.with_name(f".{path.name}.folder") if single else path
+) -> tuple[Compressed, float, Path]:
+    """Write the checkpoint of the last stage.
+
+    Returns:
+        The checkpoint with its times, the seconds of fine-tuning, and a file with its plan.
+    """
     resolved = rounded_by(resolved, last.plan)
     rounds = quantizes(resolved) or bool(last.plan.bits)
-    whole = folder.with_name(f".{path.name}.whole") if rounds else folder
-    left = world().agreed(lambda: _unrounded(resolved, last, whole)) if rounds else None
-    made, recovering = left or _mended(resolved, last, whole, update, reporter)
-    if rounds and not left:
-        Unmended(whole).keep()
-    if rounds and world().first:
+    steps = _steps(path, wants_recovery(resolved), rounds)
+    if path.suffix != ".pt":
+        return (*_quantized(resolved, last, steps, rounds, update, reporter), plan_of(path))
+    final = IntermediateCheckpoint(steps.final)
+    made, training = _kept(resolved, last, final), 0.0
+    if made is None:
+        made, training = _quantized(resolved, last, steps, rounds, update, reporter)
+        final.keep()
+    if world().first:
+        made = write_single_file(made, last.plan, path)
+    return made, training, plan_of(path)
+
+
+def _kept(
+    resolved: Resolved, last: Stage, intermediate: IntermediateCheckpoint
+) -> Compressed | None:
+    """Return a complete intermediate checkpoint that an interrupted run left; None if there is
+    none, or it was made from another plan, other settings or another text."""
+
+    def find() -> Compressed | None:
+        made = intermediate.kept(last.plan, resolved.recorded(*RECORDED), last.original_key)
+        if made is None or not is_same_recovery(resolved, last.source.original, made.record):
+            return None
+        return made
+
+    return world().agreed(find)
+
+
+def _quantized(
+    resolved: Resolved,
+    last: Stage,
+    steps: _Steps,
+    rounds: bool,
+    update: Update | None,
+    reporter: Reporter,
+) -> tuple[Compressed, float]:
+    """Factorize, fine-tune and quantize the model, each if the settings say so; return the
+    checkpoint and the seconds of fine-tuning."""
+    if not rounds:
+        return _trained(resolved, last, steps, update, reporter)
+    unquantized = IntermediateCheckpoint(steps.trained)
+    made, training = _kept(resolved, last, unquantized), 0.0
+    if made is None:
+        made, training = _trained(resolved, last, steps, update, reporter)
+        unquantized.keep()
+    if world().first:
         bits = last.plan.bits or None
         made = quantize_compressed(
-            resolved, last.source, last.calibration, made, folder, reporter, bits
+            resolved, last.source, last.calibration, made, steps.final, reporter, bits
         )
-    if not single or not world().first:
-        return made, path / PLAN_FILE, recovering
-    started = time.monotonic()
-    to_pt(open_checkpoint(folder), path)
-    sidecar = plan_beside(path)
-    if not sidecar.exists() or load_plan(sidecar) != last.plan:  # it may be the one that was given
-        last.plan.save(sidecar)
-    shutil.rmtree(folder)
-    writing = made.write_seconds + time.monotonic() - started
-    size = path.stat().st_size
-    single_file = replace(made, output=path, bytes=size, write_seconds=writing)
-    return single_file, plan_beside(path), recovering
+        unquantized.remove()
+    return made, training
 
 
-def _unrounded(resolved: Resolved, last: Stage, folder: Path) -> tuple[Compressed, float] | None:
-    """Return what a run left that was interrupted while it rounded, and no seconds of training;
-    None where there is nothing, or it was made by another plan or settings."""
-    made = Unmended(folder).kept(last.plan, resolved.recorded(*RECORDED), last.original_key)
-    wanted = resolved.recorded("model", "recover") if wants_recovery(resolved) else None
-    if made is None or part(made.record, "recovery").get("settings") != wanted:
-        return None
-    if wanted and not reads_the_same(resolved, last.source.original, made.record):
-        return None
-    return made, 0.0
-
-
-def _mended(
-    resolved: Resolved, last: Stage, folder: Path, update: Update | None, reporter: Reporter
+def _trained(
+    resolved: Resolved, last: Stage, steps: _Steps, update: Update | None, reporter: Reporter
 ) -> tuple[Compressed, float]:
-    """Factor the model, and train the factors where that is asked for; return what that made, and
-    the seconds of the training."""
+    """Factorize the model, and fine-tune the factors if the settings say so; return the checkpoint
+    and the seconds of fine-tuning."""
     if not wants_recovery(resolved):
-        return factored(resolved, last, folder, reporter, update), 0.0
-    raw, recorded = unmended(folder), resolved.recorded(*RECORDED)
-    made = raw.kept(last.plan, recorded, last.original_key)
+        return factored(resolved, last, steps.factorized, reporter, update), 0.0
+    untrained = IntermediateCheckpoint(steps.factorized)
+    made = untrained.kept(last.plan, resolved.recorded(*RECORDED), last.original_key)
     if made is None:
-        made = factored(resolved, last, raw.folder, reporter, update)
-        raw.keep()
+        made = factored(resolved, last, untrained.folder, reporter, update)
+        untrained.keep()
     started = time.monotonic()
-    size = mend(resolved, raw, folder, last.source.original, reporter)
-    record = open_checkpoint(folder).provenance
-    return replace(made, output=folder, bytes=size, record=record), time.monotonic() - started
+    dense = last.source.original
+    size, record = fine_tune(resolved, untrained.folder, steps.trained, dense, reporter)
+    untrained.remove()
+    seconds = time.monotonic() - started
+    return replace(made, output=steps.trained, bytes=size, record=record), seconds

@@ -1,1 +1,1 @@
-"""Settings to measurements and reports."""
+"""Evaluation of models and reports."""

@@ -1,4 +1,4 @@
-"""What an evaluation found ─► the model cards of the checkpoints."""
+"""Writes evaluation results to the model cards of checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hisvd_cli.utils.files.fingerprints import expanded
 
 
 def update_cards(grid: Grid) -> list[Path]:
-    """Put what was measured into the card of each model that is a checkpoint folder; return those.
+    """Write the results to the card of each model that is a checkpoint folder; return the
+    folders.
 
     Raises:
         SourceError: a checkpoint has no card, or a damaged one.
@@ -32,7 +33,7 @@ def update_cards(grid: Grid) -> list[Path]:
 def perplexity_results(
     after: Sequence[PerplexityResult], before: Sequence[PerplexityResult] | None = None
 ) -> list[CardResult]:
-    """Return perplexities as results for a card, those of the dense model beside them."""
+    """Return perplexities as results for a card, with those of the dense model."""
     return [
         CardResult(
             dataset=result.dataset,

@@ -1,4 +1,4 @@
-"""Settings ─► how fast models run, in turns with the baseline."""
+"""Measures the speed of models, alternating with the baseline."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from hisvd_cli.utils.progress import Reporter
 DEFAULT_PROMPT = 512
 
 
-class Track:
-    """Where models are timed, each in turns with the baseline.
+class SpeedRunner:
+    """Times models, each alternating with the baseline.
 
-    The baseline stays in memory as long as the track, and one model beside it at a time.
+    The baseline stays in memory, with one other model at a time.
 
     Args:
         resolved: the settings.
-        sources: all models, the baseline among them: prompts fit the positions of each.
-        baseline: what the others are held against, if anything.
-        reporter: told of each turn.
+        sources: all models, with the baseline; prompts fit into the positions of each.
+        baseline: the model to compare with, if any.
+        reporter: receives progress.
 
     Raises:
-        UsageError: prompts are longer than the positions of a model.
+        UsageError: prompt and new tokens exceed the positions of a model.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class Track:
         self._work = workload(resolved.settings, sources) if self.wanted else None
         self._baseline = baseline
         self._reporter = reporter
-        self._beside: Runner | None = None
+        self._baseline_runner: Runner | None = None
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is to be timed."""
+        """Whether the settings request timing."""
         return self._settings.eval.efficiency
 
     def time(self, source: Source) -> Speed | None:
-        """Time a model; None where that is not asked for.
+        """Time a model; None if timing is not requested.
 
         Raises:
             HisvdError: it cannot be loaded or compiled.
@@ -66,9 +66,12 @@ class Track:
         if self._work is None:
             return None
         own = self._open(source)
-        if self._baseline and not self._beside:
-            self._beside = self._open(self._baseline)
-        runners = {**({"baseline": self._beside} if self._beside else {}), "model": own}
+        if self._baseline and not self._baseline_runner:
+            self._baseline_runner = self._open(self._baseline)
+        runners = {
+            **({"baseline": self._baseline_runner} if self._baseline_runner else {}),
+            "model": own,
+        }
         sizes = sorted(set(self._settings.eval.batch_sizes))
         count = len(sizes) * len(runners) * (1 + self._work.turns)
         races = []
@@ -83,7 +86,9 @@ class Track:
             compiled=self._settings.eval.compile,
             work=self._work,
             weight_bytes=own.weight_bytes,
-            baseline_weight_bytes=self._beside.weight_bytes if self._beside else None,
+            baseline_weight_bytes=self._baseline_runner.weight_bytes
+            if self._baseline_runner
+            else None,
             races=races,
         )
 
@@ -95,22 +100,22 @@ class Track:
 
 
 def workload(settings: Settings, sources: Sequence[Source]) -> TimedWork:
-    """Return what all models are timed on, of one sequence.
+    """Return the workload that all models are timed on, at batch size 1.
 
     Raises:
-        UsageError: prompt and new tokens are more than the positions of a model.
+        UsageError: prompt and new tokens exceed the positions of a model.
     """
-    asked, new = settings.eval.prompt_tokens, settings.eval.new_tokens
-    prompt = asked or DEFAULT_PROMPT
+    given, new = settings.eval.prompt_tokens, settings.eval.new_tokens
+    prompt = given or DEFAULT_PROMPT
     for source in sources:
         limit = model_positions(source)
         if limit is None or prompt + new <= limit:
             continue
-        if asked is not None or new >= limit:
-            shown = f"--prompt-tokens {asked} and " if asked is not None else ""
+        if given is not None or new >= limit:
+            shown = f"`eval.prompt_tokens` {given} and " if given is not None else ""
             raise UsageError(
-                f"{shown}--new-tokens {new} are more than the {limit} positions of {source.name}.",
-                f"Keep both together at {limit} or less.",
+                f"{shown}`eval.new_tokens` {new} exceed the {limit} positions of {source.name}.",
+                f"Keep prompt and new tokens together at {limit} or less.",
             )
         prompt = limit - new
     return TimedWork(1, prompt, new, settings.eval.turns)

@@ -1,4 +1,4 @@
-"""Settings ─► measurements of models on the same texts, held against one pass of a baseline."""
+"""Measures models on the same texts and compares them with one pass of a baseline."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from hisvd_cli.utils.files.safetensors_header import dtype_name
 from hisvd_cli.utils.files.scratch import scratch_folder
 from hisvd_cli.utils.progress import Reporter
 
-_SHARE = 0.8  # of the free memory, that weights may take; logits and activations need the rest
+_SHARE = 0.8  # of free memory for weights; logits and activations need the rest
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on one text."""
+    """Results of a model on one text."""
 
     windows: Windows
     sums: Sums
     dtype: str
 
 
-class Bench:
-    """Texts that models are measured on, all in the same way.
+class TextRunner:
+    """Measures several models on the same texts.
 
     Args:
         resolved: the settings.
         texts: the texts.
         seqlen: tokens per window.
-        reporter: told of each window, and of what cannot be compared.
-        fresh: measure again what was measured before.
+        reporter: receives progress and warnings.
+        fresh: ignore stored results.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Bench:
         self._fresh = fresh
         self._store = open_store()
         self._dense: list[Measurement] = []
-        self._beside = ExitStack()
+        self._opened = ExitStack()
         self._head: Head | None = None
         self._states: list[FinalStates] = []
 
     @contextmanager
-    def beside(self, baseline: Source | None) -> Iterator[None]:
-        """Hold what is measured in the body against a baseline, if there is one.
+    def against(self, baseline: Source | None) -> Iterator[None]:
+        """Compare models measured in the body with a baseline, if there is one.
 
         Raises:
             DataError: a text is too short.
@@ -78,21 +78,21 @@ class Bench:
         if baseline is None:
             yield
             return
-        self._dense = self._asked(baseline)
-        with self._beside:
+        self._dense = self._requested(baseline)
+        with self._opened:
             yield
 
     def baseline(self) -> list[Measured]:
-        """Return what the baseline gave; nothing where there is none."""
+        """Return the results of the baseline, empty without one."""
         return self._measured(self._dense, [None] * len(self._dense))
 
     def measure(self, source: Source) -> list[Measured]:
         """Measure a model on all texts.
 
         Raises:
-            HisvdError: it cannot be run, or a text is too short.
+            HisvdError: the model cannot be run, or a text is too short.
         """
-        wanted = self._asked(source)
+        wanted = self._requested(source)
         for i, dense in enumerate(self._dense):
             if self._comparable(wanted[i], dense):
                 wanted[i] = replace(wanted[i], baseline=dense.key)
@@ -103,18 +103,18 @@ class Bench:
             wanted, [references[i] if i in compared else None for i in range(len(wanted))]
         )
 
-    def _asked(self, source: Source) -> list[Measurement]:
+    def _requested(self, source: Source) -> list[Measurement]:
         how = self._placement(source)
         windows = self._settings.eval.windows
-        asked = [
+        requested = [
             Measurement(
                 source, evaluation_windows(text, source, self._seqlen, windows), how, self._store
             )
             for text in self._texts
         ]
-        for each in asked:
+        for each in requested:
             self._forget(each)
-        return asked
+        return requested
 
     def _forget(self, measurement: Measurement) -> None:
         if self._fresh:
@@ -130,18 +130,20 @@ class Bench:
         streamed = self._settings.eval.stream == "on"
         if self._settings.eval.stream == "auto":
             free = free_memory(device)
-            streamed = free is not None and _weight_bytes(source, dtype) > _SHARE * free
+            streamed = _weight_bytes(source, dtype) > _SHARE * free
             if streamed:
-                self._reporter.note(f"{source.name} does not fit: one block at a time.")
+                self._reporter.note(
+                    f"{source.name} does not fit in memory: running one block at a time."
+                )
         return Placement(device, dtype, self._settings.eval.batch, streamed)
 
     def _comparable(self, wanted: Measurement, dense: Measurement) -> bool:
-        """Tell whether two models predict the same tokens; warn where they do not."""
+        """Return whether two models have the same tokens; warn if they do not."""
         if wanted.windows.key == dense.windows.key and _vocabulary(wanted) == _vocabulary(dense):
             return True
         self._reporter.warn(
-            f"{wanted.source.name} has another tokenizer than its baseline {dense.source.name}: no "
-            "KL, no agreement, and perplexities do not compare; bits per byte do."
+            f"{wanted.source.name} and its baseline {dense.source.name} have different tokenizers: "
+            "no KL and no agreement; compare bits per byte, not perplexities."
         )
         return False
 
@@ -165,21 +167,21 @@ class Bench:
         ]
 
     def _references(self) -> list[Reference]:
-        """Return the baseline's head and final states, from a pass that is made once."""
+        """Return the baseline's head and final hidden states, from a single pass."""
         if self._head is None:
-            folder = self._beside.enter_context(self._states_folder())
+            folder = self._opened.enter_context(self._states_folder())
             self._states = [FinalStates(folder / each.key[:16]) for each in self._dense]
             self._keep_states()
             opened = open_head(self._dense[0].source, self._dense[0].how)
-            self._head = self._beside.enter_context(opened)
+            self._head = self._opened.enter_context(opened)
         return [Reference(self._head, states) for states in self._states]
 
     @contextmanager
     def _states_folder(self) -> Iterator[Path]:
-        """Yield a folder for a baseline's states, removed when the body ends.
+        """Yield a folder for the baseline's hidden states, removed when the body ends.
 
-        A run that is killed leaves it, and the next one goes on with what is there; a run beside
-        another one, or with a cache that it cannot write to, has a temporary folder.
+        An interrupted run leaves the folder, and the next run resumes from it. If another run uses
+        it, or the cache is not writable, a temporary folder is used.
         """
         home = self._store.folder
         lock = FileLock(home / ".states.lock")
@@ -195,7 +197,7 @@ class Bench:
             shutil.rmtree(home / "states", ignore_errors=True)
         finally:
             with suppress(OSError):
-                Path(lock.lock_file).unlink()  # while it is held, as in building()
+                Path(lock.lock_file).unlink()  # while the lock is held, as in building()
             lock.release()
 
     def _keep_states(self) -> None:
@@ -212,7 +214,7 @@ class Bench:
 
 
 def _lost(measurement: Measurement) -> Sums:
-    raise RuntimeError(f"{measurement.store.path(measurement.key)} was removed meanwhile.")
+    raise RuntimeError(f"{measurement.store.path(measurement.key)} was removed during the run.")
 
 
 def _vocabulary(measurement: Measurement) -> int:

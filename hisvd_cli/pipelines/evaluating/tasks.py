@@ -1,4 +1,4 @@
-"""Settings ─► scores of models in lm-eval's tasks: asked once, kept, and reused."""
+"""Scores of models in lm-eval tasks; reuses stored scores."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 
 
-class Examination:
-    """Tasks that models are asked, all in the same way.
+class TaskRunner:
+    """Runs the same lm-eval tasks on several models.
 
     Args:
         resolved: the settings.
-        reporter: told of each task.
-        fresh: ask again what was asked before.
+        reporter: receives progress.
+        fresh: ignore stored scores.
 
     Raises:
         UsageError: lm-eval is not installed, or a task is unknown.
-        DataError: a task's data cannot be had.
+        DataError: the data of a task is unavailable.
     """
 
     def __init__(self, resolved: Resolved, reporter: Reporter, fresh: bool = False) -> None:
@@ -43,20 +43,20 @@ class Examination:
         self._store: Store = open_store()
 
     def scores(self, source: Source) -> list[Score] | None:
-        """Return a model's scores; None where no task is named.
+        """Return a model's scores; None if no task is named.
 
         Raises:
-            HisvdError: it cannot be loaded, or lm-eval cannot ask it.
+            HisvdError: the model cannot be loaded, or lm-eval cannot run it.
         """
         if not self._tasks:
             return None
         found = [None if self._fresh else self._known(task, source) for task in self._tasks]
         if any(each is None for each in found):
-            found = self._ask(source, found)
+            found = self._run(source, found)
         return [one for each in found for one in each or []]
 
-    def _ask(self, source: Source, found: Sequence[list[Score] | None]) -> list[list[Score] | None]:
-        """Fill in what is not known yet, and keep it."""
+    def _run(self, source: Source, found: Sequence[list[Score] | None]) -> list[list[Score] | None]:
+        """Compute the missing scores and store them."""
         device = pick_device(self._settings.model.device)
         dtype = pick_dtype(self._settings.model.dtype, stored_dtype(source), device)
         model = load_source(source, device, dtype)

@@ -1,1 +1,1 @@
-"""Whether a run fits into the memory limit."""
+"""Checks whether a run fits into the memory limit."""

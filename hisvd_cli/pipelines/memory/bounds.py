@@ -1,4 +1,4 @@
-"""Settings ─► what memory a run may take, and how it keeps to that."""
+"""Fits work on single blocks into the memory limit of the settings."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from hisvd_cli.utils.progress import Reporter
 
 
 def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
-    """Return the bounds of the settings, None where there are none.
+    """Return the memory limits of the settings, None if there are none.
 
     Raises:
-        UsageError: a bound of a device that is not used.
+        UsageError: a limit for a device that is not used.
     """
     model = resolved.settings.model
     if model.max_memory is None:
@@ -45,14 +45,14 @@ def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
     for name in bounds.devices:
         if name != device:
             raise UsageError(
-                f"--max-memory {model.max_memory} bounds {name}, but blocks run on {device}.",
-                f"Leave out {name}=, or use --device {name}.",
+                f"`model.max_memory` {model.max_memory} limits {name}, but blocks run on {device}.",
+                f"Leave out {name}=, or use `model.device` {name}.",
             )
     return bounds
 
 
 def workload(resolved: Resolved, source: Source, anatomy: Anatomy) -> Workload:
-    """Return what a calibration by the settings works on, no bound applied."""
+    """Return the workload of a calibration by the settings, without a memory limit."""
     request = request_calibration(resolved, source)
     inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
     device = torch.device(request.device)
@@ -70,11 +70,11 @@ def workload(resolved: Resolved, source: Source, anatomy: Anatomy) -> Workload:
 
 
 def fitted(resolved: Resolved, work: Workload, needs: Collection[Need]) -> Workload:
-    """Return a workload as it keeps to the bounds of the settings.
+    """Return a workload changed to fit into the memory limits of the settings.
 
     Raises:
-        UsageError: a bound of a device that is not used.
-        MemoryLimitError: nothing fits.
+        UsageError: a limit for a device that is not used.
+        MemoryLimitError: it cannot fit.
     """
     bounds = memory_bounds(resolved)
     return work if bounds is None else fit(work, bounds, partial(_peak, needs=needs))
@@ -94,14 +94,14 @@ def place_states(
     reporter: Reporter,
     shape: tuple[int, int] | None = None,
 ) -> Workload:
-    """Return the workload of a calibration as it fits, and tell what the bound changes.
+    """Return the workload of a calibration that fits, and report what the limit changes.
 
     Args:
         resolved: the settings.
         source: the model.
-        needs: what is taken.
-        reporter: told of what the bound changes.
-        shape: windows and tokens in each, where the settings do not say.
+        needs: the statistics to collect.
+        reporter: receives what the limit changes.
+        shape: windows and tokens in each; by default those of the settings.
 
     Raises:
         UsageError, MemoryLimitError: see :func:`fitted`.
@@ -110,19 +110,19 @@ def place_states(
     if shape is not None:
         work = replace(work, samples=shape[0], seqlen=shape[1])
     found = fitted(resolved, work, needs)
-    _tell(work, found, found.states_bytes, reporter)
+    _report(work, found, found.states_bytes, reporter)
     return found
 
 
 def place_update(
     resolved: Resolved, source: Source, reporter: Reporter, shape: tuple[int, int]
 ) -> Workload:
-    """Return the workload of an update as it fits, and tell what the bound changes.
+    """Return the workload of an update that fits, and report what the limit changes.
 
     Args:
         resolved: the settings.
         source: the model.
-        reporter: told of what the bound changes.
+        reporter: receives what the limit changes.
         shape: windows and tokens in each.
 
     Raises:
@@ -130,56 +130,56 @@ def place_update(
     """
     work = replace(workload(resolved, source, dissect(source)), samples=shape[0], seqlen=shape[1])
     found = fitted_update(resolved, work)
-    _tell(work, found, 2 * found.states_bytes, reporter)
+    _report(work, found, 2 * found.states_bytes, reporter)
     return found
 
 
 def fitted_update(resolved: Resolved, work: Workload) -> Workload:
-    """Return the workload of an update as it keeps to the bounds of the settings.
+    """Return the workload of an update changed to fit into the memory limits of the settings.
 
     Raises:
-        UsageError: a bound of a device that is not used.
-        MemoryLimitError: nothing fits.
+        UsageError: a limit for a device that is not used.
+        MemoryLimitError: it cannot fit.
     """
     bounds = memory_bounds(resolved)
     return work if bounds is None else fit(work, bounds, update_peak, "An update")
 
 
 def check_update(resolved: Resolved, source: Source) -> None:
-    """Find out whether the update of the settings, if any, can be made and fits into the bound.
+    """Check that the update of the settings, if any, is possible and fits into the memory limit.
 
     Raises:
-        UsageError: several processes, or see :func:`fitted_update`.
-        MemoryLimitError: see there.
+        UsageError: there are several processes, or see :func:`fitted_update`.
+        MemoryLimitError: see :func:`fitted_update`.
     """
     if resolved.settings.compress.update != "none":
         if world().size > 1:
             raise UsageError(
-                "--update is made by one process, and torchrun started several.",
-                "Run hisvd without torchrun, or leave out --update.",
+                "`compress.update` runs in one process, but torchrun started several.",
+                "Run hisvd without torchrun, or leave out `compress.update`.",
             )
         fitted_update(resolved, workload(resolved, source, dissect(source)))
 
 
-def _tell(work: Workload, found: Workload, states: int, reporter: Reporter) -> None:
-    """Tell what a bound on memory changed."""
+def _report(work: Workload, found: Workload, states: int, reporter: Reporter) -> None:
+    """Report what the memory limit changed."""
     if found.place != work.place:
         where = "in a file" if found.place == "file" else "in host memory"
         size = f"{states / 1e6:,.0f} MB"
-        reporter.note(f"--max-memory: hidden states ({size}) are kept {where}.")
+        reporter.note(f"`model.max_memory`: hidden states ({size}) are kept {where}.")
     if found.batch < min(work.batch, work.samples):
         reporter.warn(
-            f"--max-memory: only {found.batch} windows pass a block at a time, not {work.batch}; "
-            "results may differ in their last digits."
+            f"`model.max_memory`: {found.batch} windows pass through a block at a time instead of "
+            f"{work.batch}; results may differ in their last digits."
         )
 
 
 def check_factoring(resolved: Resolved, source: Source) -> None:
-    """Find out whether spectra and factors of the largest sublayer fit into the bound.
+    """Check that spectra and factors of the largest sublayer fit into the memory limit.
 
     Raises:
-        UsageError: a bound of a device that is not used.
-        MemoryLimitError: they do not.
+        UsageError: a limit for a device that is not used.
+        MemoryLimitError: they do not fit.
     """
     bounds = memory_bounds(resolved)
     if bounds is None:
@@ -187,8 +187,9 @@ def check_factoring(resolved: Resolved, source: Source) -> None:
     peak = factoring_of(resolved, source, dissect(source))
     if found := excess(peak, bounds, pick_device(resolved.settings.model.device).type):
         raise MemoryLimitError(
-            f"Factoring the largest sublayer takes {found}.",
-            "Raise --max-memory; --samples, --seqlen and --batch make no difference to it.",
+            f"Factoring the largest layer takes {found}.",
+            "Raise `model.max_memory`; `calibration.samples`, `calibration.seqlen` and "
+            "`calibration.batch` make no difference.",
         )
 
 
@@ -200,11 +201,11 @@ def factoring_of(resolved: Resolved, source: Source, anatomy: Anatomy) -> Peak:
 
 
 def check_rounding(resolved: Resolved, source: Source) -> None:
-    """Find out whether rounding with compensation, a block at a time, fits into the bound.
+    """Check that gptq, one block at a time, fits into the memory limit.
 
     Raises:
-        UsageError: a bound of a device that is not used.
-        MemoryLimitError: it does not.
+        UsageError: a limit for a device that is not used.
+        MemoryLimitError: it does not fit.
     """
     bounds = memory_bounds(resolved)
     if bounds is None:
@@ -212,7 +213,7 @@ def check_rounding(resolved: Resolved, source: Source) -> None:
     work = workload(resolved, source, dissect(source))
     if found := excess(quantization_peak(work), bounds, work.device.type):
         raise MemoryLimitError(
-            f"--quantize-method gptq takes {found}.",
-            "Raise --max-memory, lower --samples, --seqlen or --batch, or use --quantize-method "
-            "nearest.",
+            f"`quantize.method` gptq takes {found}.",
+            "Raise `model.max_memory`, lower `calibration.samples`, `calibration.seqlen` or "
+            "`calibration.batch`, or use `quantize.method` nearest.",
         )

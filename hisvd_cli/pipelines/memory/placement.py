@@ -1,4 +1,4 @@
-"""A bound on memory ─► where hidden states live, and how many sequences pass a block at a time."""
+"""Chooses place of the hidden states and batch size by a memory limit."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def fit(
     peak: Callable[[Workload], Peak],
     what: str = "A calibration",
 ) -> Workload:
-    """Return the workload as it fits: states as near to the blocks as they may be, and batches
-    halved only where no place for the states is far enough.
+    """Return the first workload that fits: hidden states on the device, in host memory, or in a
+    file, in this order, and then with halved batches.
 
     Args:
-        work: with the largest batch.
-        bounds: what may be taken.
-        peak: estimates what a workload takes.
-        what: what an error calls the work.
+        work: the workload with the largest batch.
+        bounds: the memory limits.
+        peak: estimates the peak memory of a workload.
+        what: name of the work, for errors.
 
     Raises:
-        MemoryLimitError: even the least does not fit; names what would.
+        MemoryLimitError: even the smallest workload does not fit.
     """
     least = work
     for least in _candidates(work):
@@ -36,8 +36,9 @@ def fit(
     found = excess(peak(least), bounds, least.device.type)
     raise MemoryLimitError(
         f"{what} with windows of {work.seqlen} tokens takes {found}.",
-        "Raise --max-memory, or lower --seqlen; windows would pass a block one by one, their "
-        "hidden states in a file, so that --batch and --samples make no difference.",
+        "Raise `model.max_memory`, or lower `calibration.seqlen`. `calibration.batch` and "
+        "`calibration.samples` make no difference: this is for one window at a time, with hidden "
+        "states in a file.",
     )
 
 
@@ -55,19 +56,21 @@ def _candidates(work: Workload) -> Iterator[Workload]:
 
 
 def excess(peak: Peak, bounds: MemoryBounds, device: str) -> str:
-    """Say by what a peak exceeds a bound; nothing where it does not.
+    """Return how a peak exceeds a limit, as text; empty if it does not.
 
     Args:
-        peak: bytes.
-        bounds: what may be taken.
-        device: type of the device whose own memory is counted.
+        peak: the peak memory.
+        bounds: the memory limits.
+        device: type of the device that ``peak.device`` counts.
     """
     for name, taken, bound in (
         (HOST, peak.host, bounds.host),
         (device, peak.device, bounds.devices.get(device)),
     ):
         if bound is not None and taken > bound:
-            return f"{_size(taken)} of {name} memory, above --max-memory {name}={_size(bound)}"
+            return (
+                f"{_size(taken)} of {name} memory, above `model.max_memory` {name}={_size(bound)}"
+            )
     return ""
 
 

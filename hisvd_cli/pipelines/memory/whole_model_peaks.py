@@ -1,7 +1,7 @@
-"""How much memory work takes at its peak that holds a whole model, not a block of it.
+"""Peak memory of work with a whole model in memory, estimated from above.
 
-Legend: L tokens of a window, S windows, d hidden width, V vocabulary; m outputs, n inputs and r the
-rank of a sublayer. Figures are from above.
+Symbols: L tokens per window, S windows, d hidden size, V vocabulary size; m outputs, n inputs and r
+rank of a sublayer.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from hisvd_cli.calibration.workload import Peak, factoring_peak, on_device, para
 from hisvd_cli.modeling.sublayers import Sublayer
 
 _SINGLE, _DOUBLE = 4, 8
-_LOADING_BYTES = 20_000_000  # what loads models, and what an allocator keeps of that
-_PROBED_ROWS = 512  # positions whose distributions a probe compares at a time
-_TRAINED_ROWS = 256  # the same of a recovery
-_SAMPLED_ROWS = 16  # rows of text that a model writes together
+_LOADING_BYTES = 20_000_000  # libraries for loading, and memory the allocator keeps
+_PROBED_ROWS = 512  # positions that a probe compares at a time
+_TRAINED_ROWS = 256  # the same for a recovery
+_SAMPLED_ROWS = 16  # windows that a model generates together
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A model that is loaded whole.
+    """A model that is loaded as a whole.
 
     Attributes:
-        sublayers: all of them.
-        parameters: of the whole model.
-        stored_bytes: of its weights on disk, which are mapped while they are loaded.
+        sublayers: all sublayers.
+        parameters: parameters of the whole model.
+        stored_bytes: bytes of the weights on disk, which are memory-mapped during loading.
         width: d.
         vocabulary: V.
-        dtype: in which it runs, and is held.
-        device: where.
+        dtype: dtype of the weights and of the passes.
+        device: device of the model.
     """
 
     sublayers: Sequence[Sublayer]
@@ -50,29 +50,29 @@ class WholeModel:
 
     @property
     def loaded(self) -> int:
-        """Weights in memory, the pages of their files on a CPU, and what loads them."""
+        """Bytes of the weights in memory, of file pages on a CPU, and of loading."""
         pages = self.stored_bytes if self.device.type == "cpu" else 0
         return self.parameters * self.dtype.itemsize + pages + _LOADING_BYTES
 
     @property
     def head(self) -> int:
-        """Weights outside the sublayers."""
+        """Bytes of the weights outside the sublayers."""
         return (self.parameters - parameters(self.sublayers)) * self.dtype.itemsize
 
     def activations(self, tokens: int, kept: bool) -> int:
-        """Return what tokens take that go through all blocks: with what a backward pass needs
-        (``kept``), or one block after the other."""
+        """Return the bytes of activations of all blocks, kept for a backward pass (``kept``), or of
+        one block at a time."""
         wide = 3 * sum(map(sum, (s.shape for s in self.sublayers)))
         each = wide if kept else wide // self.blocks
         return tokens * (each + 6 * self.width) * self.dtype.itemsize
 
     def logits(self, tokens: int, singles: int) -> int:
-        """Return what logits of tokens take, and so many copies of them in float32."""
+        """Return the bytes of the logits of tokens, plus ``singles`` copies in float32."""
         return tokens * self.vocabulary * (self.dtype.itemsize + singles * _SINGLE)
 
 
 def evaluation_peak(model: WholeModel, batch: int, seqlen: int, baseline: int = 0) -> Peak:
-    """Return the peak of measuring windows, a batch at a time, beside ``baseline`` bytes."""
+    """Return the peak of evaluating one batch at a time, plus ``baseline`` bytes."""
     tokens = batch * seqlen
     passing = model.activations(tokens, kept=False) + model.logits(tokens, 0)
     beside = 2 if baseline else 1
@@ -81,20 +81,20 @@ def evaluation_peak(model: WholeModel, batch: int, seqlen: int, baseline: int = 
 
 
 def writing_peak(model: WholeModel, seqlen: int) -> Peak:
-    """Return the peak of a model that writes text."""
+    """Return the peak of generating text."""
     cache = 2 * _SAMPLED_ROWS * seqlen * model.blocks * model.width * model.dtype.itemsize
     passing = model.activations(_SAMPLED_ROWS, kept=False) + model.logits(_SAMPLED_ROWS, 4)
     return on_device(model.device, model.loaded + 2 * cache + passing)
 
 
 def probing_peak(model: WholeModel, samples: int, seqlen: int, exact: torch.device) -> Peak:
-    """Return the peak of measuring what one truncated sublayer does.
+    """Return the peak of measuring the effect of truncating single sublayers.
 
     Args:
         model: the dense model.
         samples: S.
         seqlen: L.
-        exact: where factors are made.
+        exact: device of the decompositions.
     """
     size = model.dtype.itemsize
     entered = (model.blocks + 1) * samples * seqlen * model.width * size
@@ -106,8 +106,8 @@ def probing_peak(model: WholeModel, samples: int, seqlen: int, exact: torch.devi
 
 
 def learning_peak(model: WholeModel, samples: int, seqlen: int, exact: torch.device) -> Peak:
-    """Return the peak of learning where to truncate: all factors, and a backward pass through them;
-    arguments as of :func:`probing_peak`."""
+    """Return the peak of learning ranks: all factors, and a backward pass through them; arguments
+    as for :func:`probing_peak`."""
     size = model.dtype.itemsize
     shapes = [s.shape for s in model.sublayers]
     factors = sum(min(shape) * sum(shape) for shape in shapes) * size
@@ -119,14 +119,14 @@ def learning_peak(model: WholeModel, samples: int, seqlen: int, exact: torch.dev
 
 @dataclass(frozen=True)
 class Training:
-    """What a recovery trains.
+    """The workload of a recovery.
 
     Attributes:
-        trained: numbers in the low-rank factors.
-        adapters: numbers in adapters of them; 0 where the factors themselves are trained.
-        tokens: that pass the model together.
-        seqlen: of a window.
-        checkpointing: activations are made again in the backward pass.
+        trained: parameters of the low-rank factors.
+        adapters: parameters of their adapters; 0 if the factors themselves are trained.
+        tokens: tokens per pass.
+        seqlen: tokens per window.
+        checkpointing: whether activations are recomputed in the backward pass.
     """
 
     trained: int
@@ -137,16 +137,16 @@ class Training:
 
 
 def training_peak(student: WholeModel, teacher: WholeModel | None, work: Training) -> Peak:
-    """Return the peak of a recovery: factors in float32, what is trained with its gradient, both
-    moments of the optimizer and its best state, and the dense model where it teaches."""
+    """Return the peak of a recovery: factors in float32, trained parameters with gradient, both
+    optimizer moments and best state, and the teacher if there is one."""
     moving = work.adapters or work.trained
-    # The factors as they are loaded count in the student; casts of them are for narrow products.
+    # The loaded factors are part of the student; their casts are for products in its dtype.
     held = student.loaded + _SINGLE * work.trained + 2 * work.trained + 4 * _SINGLE * moving
     passing = student.activations(work.tokens, kept=not work.checkpointing)
     if work.checkpointing:
         states = student.blocks * work.tokens * student.width * student.dtype.itemsize
         passing = states + student.activations(work.tokens // student.blocks + 1, kept=True)
-    if work.adapters:  # dropout keeps its result and its mask for each input
+    if work.adapters:  # dropout keeps a result and a mask for each input
         inputs = sum(s.shape[1] for s in student.sublayers) * (student.dtype.itemsize + 1)
         passing += work.tokens * inputs // (student.blocks if work.checkpointing else 1)
     taught = 2 if teacher else 1
@@ -158,11 +158,11 @@ def training_peak(student: WholeModel, teacher: WholeModel | None, work: Trainin
 
 
 def streaming_peak(model: WholeModel, batch: int, seqlen: int, baseline: int = 0) -> Peak:
-    """Return the peak of measuring windows with one block in memory, but for the hidden states of
-    more than a batch; arguments as of :func:`evaluation_peak`."""
+    """Return the peak of evaluating with one block in memory, without the hidden states of other
+    batches; arguments as for :func:`evaluation_peak`."""
     size, tokens = model.dtype.itemsize, batch * seqlen
     block = parameters([s for s in model.sublayers if s.layer == model.sublayers[0].layer])
-    # What is outside the blocks is read from its file at once, and cast.
+    # Weights outside the blocks are read at once and cast.
     weights = max(2 * size * block, 2 * model.head) + model.head
     passing = model.activations(tokens, kept=False) + model.logits(tokens, 0)
     measuring = (2 if baseline else 1) * model.logits(seqlen, 3)

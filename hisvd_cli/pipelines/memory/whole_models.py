@@ -1,4 +1,4 @@
-"""Settings ─► whether work that holds a whole model fits into the bound on memory."""
+"""Checks whether work with a whole model in memory fits into the memory limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from hisvd_cli.calibration.workload import Peak, parameters
 from hisvd_cli.linalg.moments import exact_device
-from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
+from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, is_checkpoint
+from hisvd_cli.modeling.layers.lowrank import FACTORS
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
@@ -30,16 +31,16 @@ from hisvd_cli.pipelines.samples import request_calibration, stored_dtype, windo
 from hisvd_cli.utils.device import pick_device, pick_dtype
 from hisvd_cli.utils.errors import MemoryLimitError, UnsupportedModelError
 
-_STATES_BYTES = 1 << 30  # of hidden states that go through the blocks together, without a bound
+_STATES_BYTES = 1 << 30  # of hidden states per pass through the blocks, without a limit
 
 
 def whole_model(resolved: Resolved, source: Source, dtype: torch.dtype | None = None) -> WholeModel:
-    """Return what is known of a model, dense or compressed, before it is loaded.
+    """Return the sizes of a dense or compressed model, without loading it.
 
     Args:
         resolved: the settings.
         source: the model.
-        dtype: in which it runs; by default that of the settings.
+        dtype: dtype of its weights in memory; by default that of the settings.
     """
     device = pick_device(resolved.settings.model.device)
     dtype = dtype or pick_dtype(resolved.settings.model.dtype, stored_dtype(source), device)
@@ -60,20 +61,21 @@ def _sublayers(source: Source, width: int) -> list[Sublayer]:
         model = build_meta_model(source, compressed=is_checkpoint(source.folder))
         prefix, layers = decoder_blocks(model)
         return find_sublayers(prefix, list(layers))
-    except UnsupportedModelError:  # it can be evaluated nevertheless
+    except UnsupportedModelError:  # such models can still be evaluated
         return [Sublayer("", 0, "", (4 * width, width))]
 
 
-def check_fits(resolved: Resolved, peak: Peak, reason: str) -> None:
-    """Find out whether work fits into the bound.
+def check_fits(resolved: Resolved, peak: Peak, reason: str, instead: str = "") -> None:
+    """Check that work fits into the memory limit.
 
     Args:
         resolved: the settings.
-        peak: what it takes.
-        reason: the setting that asks for it.
+        peak: its peak memory.
+        reason: the setting that causes it, or what the work is.
+        instead: what to do other than raising the limit; by default, to leave out ``reason``.
 
     Raises:
-        UsageError: a bound of a device that is not used.
+        UsageError: a limit for a device that is not used.
         MemoryLimitError: it does not fit.
     """
     bounds = memory_bounds(resolved)
@@ -81,13 +83,13 @@ def check_fits(resolved: Resolved, peak: Peak, reason: str) -> None:
         return
     if found := excess(peak, bounds, pick_device(resolved.settings.model.device).type):
         raise MemoryLimitError(
-            f"{reason} loads the whole model, and takes {found}.",
-            f"Raise --max-memory, or do without {reason}.",
+            f"{reason} loads the whole model and takes {found}.",
+            f"Raise `model.max_memory`, or {instead or f'leave out {reason}'}.",
         )
 
 
 def check_measuring(resolved: Resolved, source: Source, allocator: str) -> None:
-    """Find out whether an allocator that runs the model fits into the bound. Raises as
+    """Check that an allocator that runs the model fits into the memory limit. Raises as
     :func:`check_fits`."""
     if memory_bounds(resolved) is None:
         return
@@ -95,11 +97,11 @@ def check_measuring(resolved: Resolved, source: Source, allocator: str) -> None:
     samples = min(resolved.settings.plan.probe_samples, request.samples)
     taken = learning_peak if allocator == "learned" else probing_peak
     peak = taken(model, samples, request.seqlen, exact_device(model.device))
-    check_fits(resolved, peak, f"--allocator {allocator}")
+    check_fits(resolved, peak, f"`plan.allocator` {allocator}")
 
 
 def check_writing(resolved: Resolved, source: Source, seqlen: int, reason: str) -> None:
-    """Find out whether a model that writes its own text fits into the bound. Raises as
+    """Check that generating text with the model fits into the memory limit. Raises as
     :func:`check_fits`."""
     if memory_bounds(resolved) is not None:
         check_fits(resolved, writing_peak(whole_model(resolved, source), seqlen), reason)
@@ -112,14 +114,14 @@ def check_training(
     shape: tuple[int, int],
     factors: int | None = None,
 ) -> None:
-    """Find out whether a recovery fits into the bound.
+    """Check that a recovery fits into the memory limit.
 
     Args:
         resolved: the settings.
-        models: the checkpoint, or the dense model where that is not made yet, and the teacher.
-        dtype: in which they run.
-        shape: windows that pass a model together, and tokens in each.
-        factors: numbers in the low-rank factors; by default as many as fit the ratio.
+        models: the checkpoint, or the dense model before compression; and the teacher.
+        dtype: dtype of the models.
+        shape: windows per pass, and tokens in each.
+        factors: parameters of the low-rank factors; by default those of the ratio.
 
     Raises:
         UsageError, MemoryLimitError: see :func:`check_fits`.
@@ -136,20 +138,27 @@ def check_training(
         adapters = knobs.lora_rank * sum(sum(s.shape) for s in student.sublayers)
     work = Training(factors, adapters, shape[0] * shape[1], shape[1], knobs.checkpointing)
     teacher = whole_model(resolved, models[1], dtype) if models[1] else None
-    check_fits(resolved, training_peak(student, teacher, work), f"--recover {knobs.method}")
+    check_fits(resolved, training_peak(student, teacher, work), f"`recover.method` {knobs.method}")
+
+
+def factor_parameters(checkpoint: Checkpoint) -> int:
+    """Return the number of parameters in the low-rank factors of a checkpoint."""
+    leaves = FACTORS[checkpoint.storage]
+    shapes = [checkpoint.weights.infos[f"{n}.{x}"].shape for n in checkpoint.ranks for x in leaves]
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def streamed_states(
     resolved: Resolved, source: Source, seqlen: int, baseline: Source | None = None
 ) -> int | None:
-    """Return how many bytes of hidden states may pass the blocks together where a model has to be
-    evaluated a block at a time to keep to the bound; None where it fits whole.
+    """Return the bytes of hidden states per pass if the memory limit requires evaluation one block
+    at a time; None if the whole model fits.
 
     Args:
         resolved: the settings.
         source: the model.
         seqlen: tokens per window.
-        baseline: the model that it is held against, if any.
+        baseline: the model to compare with, if any.
 
     Raises:
         UsageError, MemoryLimitError: see :func:`check_fits`.
@@ -162,20 +171,22 @@ def streamed_states(
     whole = evaluation_peak(model, knobs.batch, seqlen, head)
     device = model.device.type
     if knobs.stream == "off" or (knobs.stream == "auto" and not excess(whole, bounds, device)):
-        check_fits(resolved, whole, f"Evaluating {Path(source.name).name}")
+        check_fits(
+            resolved, whole, f"Evaluating {Path(source.name).name}", "give `eval.stream` auto"
+        )
         return None
     least = streaming_peak(model, knobs.batch, seqlen, head)
     if found := excess(least, bounds, device):
         raise MemoryLimitError(
-            f"Evaluating {Path(source.name).name} a block at a time takes {found}.",
-            "Raise --max-memory, or lower --batch or --seqlen.",
+            f"Evaluating {Path(source.name).name} one block at a time takes {found}.",
+            "Raise `model.max_memory`, or lower `eval.batch` or `eval.seqlen`.",
         )
     free = _STATES_BYTES if bounds.host is None else bounds.host - least.host
     return min(_STATES_BYTES, free)
 
 
 def check_evaluation(resolved: Resolved, source: Source) -> None:
-    """Find out whether a model can be evaluated within the bound. Raises as
-    :func:`check_fits`."""
+    """Check that evaluation fits into the memory limit. Raises as :func:`check_fits`."""
     if memory_bounds(resolved) is not None:
-        streamed_states(resolved, source, window_length(resolved.settings.eval.seqlen, source))
+        seqlen = window_length(resolved.settings.eval.seqlen, source, "eval.seqlen")
+        streamed_states(resolved, source, seqlen)

@@ -1,1 +1,1 @@
-"""Settings to plans."""
+"""Planning."""

@@ -1,4 +1,4 @@
-"""Settings ─► plans by bytes: ranks and bits chosen together."""
+"""Plans by bytes: ranks and bits chosen together."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from hisvd_cli.pipelines.config.settings import PlanSettings, QuantizeSettings, 
 from hisvd_cli.utils.errors import BudgetError, UsageError
 
 ALLOCATOR = "waterfill"
-"""The method whose rule chooses rank and bits; others know no losses of bits."""
+"""The only allocator that chooses bits as well as ranks."""
 
 
 def bytes_ratio(resolved: Resolved) -> float | None:
-    """Return the bytes ratio to plan by; None where the plan is by parameters.
+    """Return the bytes ratio to plan by, or None to plan by parameters.
 
-    Of a ratio and a bytes ratio, that of the command line counts.
+    If one of the two ratios is a flag and the other is not, the flag counts.
 
     Raises:
-        UsageError: both were given in the same kind of place, or settings that go with parameters
-            only.
+        UsageError: both are flags or neither is, or other settings do not go with a bytes ratio.
     """
     knobs = resolved.settings.plan
     if knobs.bytes_ratio is None:
@@ -39,9 +38,9 @@ def bytes_ratio(resolved: Resolved) -> float | None:
         flags = resolved.is_flag("plan", "ratio"), resolved.is_flag("plan", "bytes_ratio")
         if flags[0] == flags[1]:
             raise UsageError(
-                f"--ratio {knobs.ratio[0]:g} counts parameters and --bytes-ratio "
-                f"{knobs.bytes_ratio:g} bytes: a plan keeps to one of them.",
-                "Leave one of them out.",
+                f"`plan.ratio` {knobs.ratio[0]:g} limits parameters and `plan.bytes_ratio` "
+                f"{knobs.bytes_ratio:g} limits bytes; a plan has one limit.",
+                "Leave out one of them.",
             )
         if flags[0]:
             return None
@@ -53,25 +52,26 @@ def _check_methods(resolved: Resolved) -> None:
     knobs = resolved.settings.plan
     if resolved.variants:
         raise UsageError(
-            f"--bytes-ratio makes one plan, but presets are several: {', '.join(knobs.preset)}.",
-            "Give one --preset, or none.",
+            "`plan.bytes_ratio` makes one plan, but several presets are given: "
+            f"{', '.join(knobs.preset)}.",
+            "Give one `plan.preset`, or none.",
         )
     if ("plan", "allocator") in resolved.origins and knobs.allocator != [ALLOCATOR]:
         raise UsageError(
-            f"--allocator {knobs.allocator[0]} knows what ranks lose, not bits: it cannot share "
-            "bytes.",
-            f"Leave it out, or use --allocator {ALLOCATOR} (that of --preset best).",
+            f"`plan.allocator` {knobs.allocator[0]} chooses ranks only, so it cannot share a "
+            "budget of bytes.",
+            f"Leave it out, or use `plan.allocator` {ALLOCATOR} (as `plan.preset` best does).",
         )
     if resolved.is_flag("plan", "storage") and knobs.storage != "pair":
         raise UsageError(
-            f"--storage {knobs.storage} cannot be rounded to few bits: rows that are made of "
-            "others multiply the noise.",
-            "Leave it out: --bytes-ratio stores plain pairs.",
+            f"`plan.storage` {knobs.storage} cannot be quantized to few bits: rows computed from "
+            "other rows amplify the rounding error.",
+            "Leave it out: `plan.bytes_ratio` stores plain pairs.",
         )
 
 
 def rounded_by(resolved: Resolved, plan: Plan) -> Resolved:
-    """Return settings that round as a plan by bytes counts; others as they are."""
+    """Return the settings, with the rounding method of a plan by bytes."""
     if plan.bytes is None:
         return resolved
     how = {"method": plan.bytes.method, "group_size": plan.bytes.group_size}
@@ -81,15 +81,15 @@ def rounded_by(resolved: Resolved, plan: Plan) -> Resolved:
 
 @dataclass(frozen=True)
 class ByteScope:
-    """What a plan by bytes may spend, and on what.
+    """The byte budget of a plan, and the sublayers that share it.
 
     Attributes:
         ratio: the bytes ratio.
-        knobs: the plan's settings.
-        sublayers: those that it covers.
-        widths: bytes of a number of each in the model.
+        knobs: the plan settings.
+        sublayers: the planned sublayers.
+        widths: bytes per weight of each, in the model.
         model: bytes of the whole model.
-        rounds: how numbers are rounded, and in which groups those of 4 bits.
+        rounds: quantization settings: rounding method, and group size of int4.
     """
 
     ratio: float
@@ -101,33 +101,33 @@ class ByteScope:
 
     @property
     def group(self) -> int:
-        """Numbers that share a scale, with 4 bits."""
+        """Number of inputs that share a scale, for int4."""
         return self.rounds.group_size
 
     @property
     def full(self) -> int:
-        """Bytes of the sublayers in the model."""
+        """Bytes of the sublayers, uncompressed."""
         return sum(prod(s.shape) * w for s, w in zip(self.sublayers, self.widths, strict=True))
 
     @property
     def rest(self) -> int:
-        """Bytes of what stays as it is, where the ratio counts that too; else 0."""
+        """Bytes of the uncompressed weights if the ratio counts the whole model; else 0."""
         return self.model - self.full if self.knobs.ratio_of == "model" else 0
 
     def budget(self, ratio: float) -> int:
-        """Return the bytes that all sublayers may take at a bytes ratio."""
+        """Return the bytes available to all sublayers at a bytes ratio."""
         return int(ratio * (self.full + self.rest)) - self.rest
 
     def floor(self, shape: Shape) -> int:
-        """Return the smallest rank of a sublayer: what equal shares of 16 bits would give, times
-        the settings' share of that."""
+        """Return the minimum rank of a sublayer: the rank of a uniform 16-bit budget, times
+        ``min_rank_ratio``."""
         share = max(self.budget(self.ratio), 0) / self.full
         least = max(1, int(self.knobs.min_rank_ratio * share * break_even(shape)))
         step = self.knobs.multiple_of
         return min(-(-least // step) * step, full_rank(shape))
 
     def check(self) -> None:
-        """Refuse a budget that no choice keeps to, before any work. Raises BudgetError."""
+        """Check before any work that the budget can be met. Raises BudgetError."""
         least = sum(
             min(
                 stored_bytes(s.shape, rank, bits, self.group, width)
@@ -140,14 +140,14 @@ class ByteScope:
             share = (least + self.rest) / (self.full + self.rest)
             raise BudgetError(
                 f"Bytes ratio {self.ratio:g} cannot be met: the smallest ranks at 4 bits"
-                f"{' and what stays as it is' if self.rest else ''} take {share:.3f}.",
-                "Raise --bytes-ratio, or lower --min-rank-ratio or --multiple-of.",
+                f"{' and the uncompressed weights' if self.rest else ''} take {share:.3f}.",
+                "Raise `plan.bytes_ratio`, or lower `plan.min_rank_ratio` or `plan.multiple_of`.",
             )
 
     def candidates(
         self, spectra: Sequence[Spectrum], roundings: Mapping[str, Mapping[int, Rounding]]
     ) -> list[Candidate]:
-        """Return what the choice is made from, of each sublayer."""
+        """Return the candidates of each sublayer."""
         return [
             Candidate(s.shape, s.energy, s.of_weight, roundings[s.name], self.floor(s.shape), width)
             for s, width in zip(spectra, self.widths, strict=True)
@@ -155,7 +155,7 @@ class ByteScope:
 
 
 def scope(ratio: float, settings: Settings, source: Source, anatomy: Anatomy) -> ByteScope:
-    """Find out what a plan by bytes covers. Raises UsageError: a pattern that matches nothing."""
+    """Return the scope of a plan by bytes. Raises UsageError: a pattern matches nothing."""
     knobs = settings.plan
     sublayers = select(anatomy.sublayers, knobs.include, knobs.exclude)
     infos = source.weights.infos
@@ -166,10 +166,10 @@ def scope(ratio: float, settings: Settings, source: Source, anatomy: Anatomy) ->
 def choose(
     of: ByteScope, spectra: Sequence[Spectrum], roundings: Mapping[str, Mapping[int, Rounding]]
 ) -> tuple[list[Choice], BytePlan]:
-    """Return rank and bits of every sublayer within the bytes, and what they count.
+    """Return rank and bits of every sublayer within the budget, and the byte counts.
 
     Raises:
-        BudgetError: the smallest choices take more.
+        BudgetError: the smallest choices exceed the budget.
     """
     candidates = of.candidates(spectra, roundings)
     step, budget = of.knobs.multiple_of, of.budget(of.ratio)

@@ -1,4 +1,4 @@
-"""Settings ─► what the methods that they name need, and are given."""
+"""Statistics and options of the methods that the settings name."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from hisvd_cli.pipelines.config.settings import CompressSettings, PlanSettings, 
 
 
 def measures(allocator: str) -> bool:
-    """Tell whether an allocator runs the model to measure what truncation does."""
+    """Return whether an allocator runs the model to measure the effect of truncation."""
     return "probe" in inspect.signature(ALLOCATORS.get(allocator)).parameters
 
 
 def probe_passes(allocator: str, knobs: PlanSettings, sublayers: int) -> float:
-    """Return how many forward passes over the probe text an allocator takes, about.
+    """Estimate the number of forward passes over the probe text that an allocator takes.
 
-    A sublayer truncated alone leaves the blocks before it as they are: half a pass on average. A
-    step of ``learned`` runs one window forward, with both factors of every sublayer, and backward.
+    Truncating one sublayer needs only the blocks from it on: half a pass on average. A step of
+    ``learned`` is a forward pass of one window, with both factors of every sublayer, and a backward
+    pass.
     """
     if not measures(allocator):
         return 0.0
@@ -35,7 +36,7 @@ def probe_passes(allocator: str, knobs: PlanSettings, sublayers: int) -> float:
 
 
 def plan_needs(settings: Settings) -> frozenset[Need]:
-    """Return what planning needs of a calibration. Raises UsageError for an unknown method."""
+    """Return the statistics that planning needs. Raises UsageError: an unknown method."""
     knobs = settings.plan
     values = knobs.model_dump()
     needs: set[str] = {"moments"}
@@ -49,7 +50,7 @@ def plan_needs(settings: Settings) -> frozenset[Need]:
 
 
 def method_that_needs(settings: Settings, need: Need) -> str:
-    """Return the name of a planning method that needs a statistic, for an error to name."""
+    """Return the name of a planning method that needs a statistic, for an error message."""
     for name in settings.plan.allocator:
         if need in ALLOCATORS.needs(name, settings.plan.model_dump()):
             return name
@@ -58,19 +59,26 @@ def method_that_needs(settings: Settings, need: Need) -> str:
 
 
 def decomposer_needs(knobs: CompressSettings) -> frozenset[Need]:
-    """Return what decomposing needs of a calibration. Raises UsageError for an unknown method."""
+    """Return the statistics that decomposing needs. Raises UsageError: an unknown method."""
     return cast(frozenset[Need], DECOMPOSERS.needs(knobs.decomposer, knobs.model_dump()))
+
+
+def compression_needs(settings: Settings, plans: bool) -> frozenset[Need]:
+    """Return the statistics that a compression needs, with those of planning if it plans. Raises
+    UsageError: an unknown method."""
+    needs = decomposer_needs(settings.compress)
+    return needs | plan_needs(settings) if plans else needs
 
 
 def decomposer_knobs(
     settings: Settings, planned: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the values of all knobs that a decomposer may name.
+    """Return the values of all options that a decomposer may take.
 
     Args:
         settings: the settings.
-        planned: settings that a given plan was made with; they win over those of its section, so
-            that a plan is carried out in the metric that it counted with.
+        planned: settings that a given plan was made with. They override those of ``[plan]``, so
+            that decomposing uses the metric of the plan.
     """
     plan: PlanSettings = settings.plan
     recorded = {

@@ -1,4 +1,4 @@
-"""Checks before a plan is made: options, statistics and memory."""
+"""Checks before planning: settings, statistics and memory."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from hisvd_cli.pipelines.planning.planner import budget_of
 from hisvd_cli.utils.errors import UsageError
 
 
-def check_knobs(resolved: Resolved, source: Source) -> None:
-    """Find out before any work whether the settings can be planned at all.
+def check_plan_settings(resolved: Resolved, source: Source) -> None:
+    """Check before any work that the settings can be planned.
 
     Raises:
         UsageError: several presets, an unknown allocator, or a pattern that matches nothing.
-        BudgetError: a ratio that cannot be met.
+        BudgetError: the ratio cannot be met.
     """
     knobs = resolved.settings.plan
     if resolved.variants:
         raise UsageError(
-            f"Several presets are set: {', '.join(knobs.preset)}; only compress makes several.",
-            "Give one --preset, or several --allocator.",
+            f"Several presets are set: {', '.join(knobs.preset)}. Only compress takes several.",
+            "Give one `plan.preset`, or several `plan.allocator`.",
         )
     for name in knobs.allocator:
         ALLOCATORS.get(name)
@@ -38,16 +38,17 @@ def check_knobs(resolved: Resolved, source: Source) -> None:
     if (ratio := bytes_ratio(resolved)) is not None:
         byte_scope(ratio, resolved.settings, source, anatomy).check()
         return
-    _chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
+    chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     for ratio in knobs.ratio:
-        budget_of(ratio, knobs, _chosen, anatomy.size(knobs.include, knobs.exclude))
+        budget_of(ratio, knobs, chosen, anatomy.size(knobs.include, knobs.exclude))
 
 
 def check_planning_memory(resolved: Resolved, source: Source) -> None:
-    """Find out before any work whether spectra, and what allocators measure, fit into the bound.
+    """Check before any work that spectra, and allocators that run the model, fit into the memory
+    limit.
 
     Raises:
-        UsageError, MemoryLimitError: as of :mod:`hisvd_cli.pipelines.memory.bounds`.
+        UsageError, MemoryLimitError: see :mod:`hisvd_cli.pipelines.memory.bounds`.
     """
     check_factoring(resolved, source)
     for name in filter(measures, resolved.settings.plan.allocator):
@@ -55,11 +56,11 @@ def check_planning_memory(resolved: Resolved, source: Source) -> None:
 
 
 def check_statistics(settings: Settings, calibration: Calibration | None) -> None:
-    """Refuse to plan by methods whose statistics were not taken; from the weights alone, whitened
-    means weight.
+    """Check that the statistics of all chosen methods were collected. Without a calibration, the
+    metric whitened uses the weights alone.
 
     Raises:
-        SourceError: names the method and the command.
+        SourceError: statistics are missing; names the method and the command.
         UsageError: an unknown allocator.
     """
     holds = calibration.holds if calibration else frozenset[Need]({"moments"})

@@ -1,4 +1,4 @@
-"""Reads plan files, and checks the paths that plans are written to."""
+"""Reads plan files and checks paths for writing them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hisvd_cli.utils.files.text_output import check_text_place, takes_text
 
 
 def open_plan(path: Path, source: Source) -> Plan:
-    """Read a plan that was made for ``source``.
+    """Read a plan made for ``source``.
 
     Raises:
-        SourceError: no plan there.
+        SourceError: there is no plan.
         StaleArtifactError: it was made for another model.
     """
     plan = load_plan(path)
@@ -26,21 +26,23 @@ def open_plan(path: Path, source: Source) -> Plan:
 
 
 def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[str]) -> None:
-    """Refuse a file that a plan cannot go to, before any work.
+    """Check before any work that a plan can be written to a file.
 
     Raises:
-        UsageError: several plans for one file, or a name that is no ``.json``.
-        OutputError: something else than a plan stands there.
+        UsageError: several plans for one file, or the name does not end in ``.json``.
+        OutputError: the file exists and is not a plan.
     """
-    for given, flag in ((ratios, "ratio"), (allocators, "allocator")):
+    for given, key in ((ratios, "ratio"), (allocators, "allocator")):
         if len(given) > 1:
             raise UsageError(
-                f"--output takes one plan, but {len(given)} {flag}s were given.",
-                f"Give one --{flag}, or use --json.",
+                f"`output` takes one plan, but {len(given)} {key}s were given.",
+                f"Give one `plan.{key}`, or leave out `output`.",
             )
-    check_text_place(path, "--output")
+    check_text_place(path, "`output`")
     if takes_text(path):
         return
     if path.suffix != ".json":
-        raise UsageError(f"--output {path} does not end in .json.", "Name it plan.json, say.")
+        raise UsageError(
+            f"`output` {path} does not end in .json.", "Name it plan.json, for example."
+        )
     check_plan_output(path, overwrite=True)

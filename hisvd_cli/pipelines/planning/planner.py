@@ -1,4 +1,4 @@
-"""Makes the plan of one allocator at one ratio, or of one byte budget."""
+"""Plans by one allocator at one ratio, or by one byte budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.sublayers import Sublayer, select
 from hisvd_cli.pipelines.config.settings import PlanSettings
 from hisvd_cli.pipelines.planning.byte_budgets import ALLOCATOR as BYTE_ALLOCATOR
 from hisvd_cli.pipelines.planning.byte_budgets import ByteScope, choose
@@ -25,19 +25,23 @@ from hisvd_cli.utils.versions import versions
 
 @dataclass(frozen=True)
 class Planner:
-    """What all plans of one run share."""
+    """The inputs that all plans of a run share."""
 
     knobs: PlanSettings
     spectra: Sequence[Spectrum]
-    sublayers: Sequence[Sublayer]
     anatomy: Anatomy
     source: Source
     calibration: Calibration | None
     probe: Probe | None
 
     @property
+    def sublayers(self) -> list[Sublayer]:
+        """The planned sublayers."""
+        return select(self.anatomy.sublayers, self.knobs.include, self.knobs.exclude)
+
+    @property
     def tokens(self) -> int:
-        """Tokens of the calibration; 1 without one, where energies are sums already."""
+        """Tokens of the calibration; 1 without a calibration, since energies are sums then."""
         return int(self.calibration.manifest["data"]["tokens"]) if self.calibration else 1
 
     def plan(self, name: str, ratio: float) -> Plan:
@@ -50,7 +54,7 @@ class Planner:
         return self._assemble(name, allocation, budget.parameters, size, ratio)
 
     def plan_bytes(self, scope: ByteScope, roundings: Mapping[str, Mapping[int, Rounding]]) -> Plan:
-        """Return the plan of ranks and bits together, within a budget of bytes."""
+        """Return the plan of ranks and bits within a byte budget."""
         size = self.anatomy.size(self.knobs.include, self.knobs.exclude)
         chosen, counted = choose(scope, self.spectra, roundings)
         ranks = [choice.rank for choice in chosen]
@@ -103,13 +107,14 @@ class Planner:
 def budget_of(
     ratio: float, knobs: PlanSettings, sublayers: Sequence[Sublayer], size: ModelSize
 ) -> Budget:
+    """Return the parameter budget at a ratio. Raises BudgetError: it cannot be met."""
     parameters = size.budget(ratio, knobs.ratio_of)
     if parameters <= 0:
         rest = (size.total - size.sublayers) / size.total
         raise BudgetError(
-            f"Ratio {ratio:g} of the whole model cannot be met: {rest:.1%} of it are embeddings "
-            "and other parameters that stay.",
-            f"Use a ratio above {rest:.2f}, or --ratio-of sublayers.",
+            f"Ratio {ratio:g} of the whole model cannot be met: {rest:.1%} of its parameters are "
+            "embeddings and others that are not compressed.",
+            f"Use a ratio above {rest:.2f}, or `plan.ratio_of` sublayers.",
         )
     step, share = knobs.multiple_of, parameters / size.sublayers
     floors = []

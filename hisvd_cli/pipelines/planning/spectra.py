@@ -1,4 +1,4 @@
-"""Settings ─► what a plan looks at of every sublayer: its spectra, and what rounding it does."""
+"""Spectra and rounding errors of the planned layers, by the settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find_spectra(
     """Return the spectra of the planned sublayers, in the metric of the settings.
 
     Raises:
-        SourceError: the metric needs statistics that were not taken.
+        SourceError: the metric needs statistics that were not collected.
     """
     of, wanted = _wanted(resolved, source, anatomy, calibration)
     return load_spectra(of, wanted, reporter)
@@ -45,7 +45,7 @@ def find_roundings(
     calibration: Calibration | None,
     reporter: Reporter,
 ) -> dict[str, dict[int, Rounding]]:
-    """Return sublayer → bits → what rounding does in that metric, by the method of the settings.
+    """Return sublayer → bits → rounding error in that metric, by the method of the settings.
 
     Raises:
         SourceError: see :func:`find_spectra`.

@@ -1,4 +1,4 @@
-"""Spectra of the sublayers that match a pattern."""
+"""Spectra of the layers that match a pattern."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from hisvd_cli.allocation.anatomy import Anatomy, dissect
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.modeling.sublayers import select
-from hisvd_cli.pipelines.calibration import named_source
 from hisvd_cli.pipelines.calibration_search import find_calibration
 from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.named_source import named_source
 from hisvd_cli.pipelines.planning.spectra import find_spectra
 from hisvd_cli.utils.progress import Reporter
 
@@ -17,10 +17,10 @@ from hisvd_cli.utils.progress import Reporter
 def sublayer_spectra(
     resolved: Resolved, patterns: Sequence[str], reporter: Reporter
 ) -> list[Spectrum]:
-    """Return the spectra that a plan looks at, of the sublayers that match a pattern.
+    """Return the spectra that a plan is based on, of the layers that match a pattern.
 
     Raises:
-        UsageError: a pattern that matches nothing.
+        UsageError: a pattern matches nothing.
     """
     source = named_source(resolved)
     anatomy = dissect(source)
@@ -31,7 +31,7 @@ def sublayer_spectra(
 
 
 def check_sublayers(resolved: Resolved, patterns: Sequence[str]) -> None:
-    """Find out before any work whether patterns match planned sublayers. Raises UsageError."""
+    """Check before any work that patterns match planned layers. Raises UsageError."""
     _chosen(resolved, dissect(named_source(resolved)), patterns)
 
 

@@ -1,4 +1,4 @@
-"""A plan as a table of texts, which a terminal and a notebook each draw in their own way."""
+"""A plan as a table of text cells, for the terminal and for notebooks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from hisvd_cli.allocation.plan import Plan
 
 CLUSTER_COLUMNS = (
-    *("sublayer type", "count", "density", "tail share", "factor", "ranks", "full", "kept"),
+    *("layer type", "count", "density", "tail share", "factor", "ranks", "full", "kept"),
 )
 
 
 def cluster_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """Return a row of texts for each sublayer type."""
+    """Return a row of cells for each layer type."""
     table: list[tuple[str, ...]] = []
     for row in plan.clusters:
         rows = [s for s in plan.sublayers if s.cluster == row.cluster]
@@ -31,7 +31,7 @@ def cluster_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def rank_span(ranks: Sequence[int]) -> str:
-    """Return the least and the greatest of sorted ranks."""
+    """Return the range of sorted ranks, as text."""
     if not ranks:
         return "-"
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"

@@ -1,1 +1,1 @@
-"""Settings to fine-tuned checkpoints."""
+"""Fine-tuning of checkpoints."""

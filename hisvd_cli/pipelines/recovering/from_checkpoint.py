@@ -1,4 +1,4 @@
-"""Settings ─► an existing checkpoint, recovered into another folder."""
+"""Fine-tunes an existing checkpoint into another folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hisvd_cli.utils.progress import Reporter
 def recover_checkpoint(
     resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
 ) -> dict[str, Any]:
-    """Mend an existing checkpoint; return what was done as JSON data.
+    """Fine-tune an existing checkpoint; return the result as JSON data.
 
     Raises:
         HisvdError: see :func:`prepare_recovery`; nothing is written then.
@@ -28,7 +28,8 @@ def recover_checkpoint(
     path = _checked_output(resolved, folder, output, overwrite)
     started = time.monotonic()
     recovery = prepare_recovery(resolved, folder, reporter)
-    check_output(path, overwrite, _inputs(resolved, folder))  # again: text may have been sampled
+    # Check again: the output may have come to exist while text was sampled.
+    check_output(path, overwrite, _inputs(resolved, folder))
     made = run_recovery(recovery, path, reporter)
     return {
         "output": str(path),
@@ -43,10 +44,10 @@ def recover_checkpoint(
 def forecast_recovery(
     resolved: Resolved, folder: Path, output: Path | None, overwrite: bool, reporter: Reporter
 ) -> dict[str, Any]:
-    """Return what a recovery would train on, and its seconds at most where they are bounded.
+    """Return what a recovery would train on, and its time limit if there is one.
 
     Raises:
-        HisvdError: whatever would stop the real run before its work.
+        HisvdError: any error that would stop the real run before its work.
     """
     path = _checked_output(resolved, folder, output, overwrite)
     recovery = prepare_recovery(resolved, folder, reporter)
@@ -55,37 +56,37 @@ def forecast_recovery(
         "output": str(path),
         "from": str(folder),
         "bytes": recovery.student.weights.total_bytes,
-        "text_tokens": recovery.lessons.tokens,
+        "text_tokens": recovery.data.tokens,
         "tokens": course.tokens and course.tokens * parts,
         "seconds": course.seconds and course.seconds * parts,
     }
 
 
 def _checked_output(resolved: Resolved, folder: Path, output: Path | None, overwrite: bool) -> Path:
-    """Return where a recovered checkpoint goes. Raises UsageError, OutputError."""
-    given = "the checkpoint that --from names"
-    refuse_flags(resolved, "plan", given, "compress the model anew")
-    refuse_flags(resolved, "compress", given, "compress the model anew", but=("max_shard_size",))
-    refuse_flags(resolved, "quantize", given, "round what comes out with: hisvd convert")
+    """Return the path of the new checkpoint. Raises UsageError, OutputError."""
+    given = "the checkpoint that `from` names"
+    refuse_flags(resolved, "plan", given, "compress the model again")
+    refuse_flags(resolved, "compress", given, "compress the model again", but=("max_shard_size",))
+    refuse_flags(resolved, "quantize", given, "quantize the result with: hisvd convert")
     named = folder if folder.name not in ("", "..") else folder.resolve()
     path = output or named.with_name(f"{named.name}-{resolved.settings.recover.method}")
     if path.suffix == ".pt":
         raise UsageError(
-            f"--from writes a folder, not the file {path}.",
-            "Name a folder, and make one file of it with: hisvd convert.",
+            f"`from` writes a folder, not the file {path}.",
+            "Name a folder, then make a single file of it with: hisvd convert",
         )
     check_output(path, overwrite, _inputs(resolved, folder))
     return path
 
 
 def _inputs(resolved: Resolved, folder: Path) -> list[Path]:
-    """Return what a recovery reads: with the dense model, whoever names it. Raises SourceError."""
+    """Return the inputs of a recovery, with the dense model. Raises SourceError."""
     made = part(open_checkpoint(folder).provenance, "model")
     return inputs_of(resolved, folder, str(made.get("name") or ""))
 
 
 def recovery_document(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint's provenance says of its recovery, as JSON data."""
+    """Return the recovery in a checkpoint's provenance, as JSON data."""
     made = part(open_checkpoint(folder).provenance, "recovery")
     names = ("method", "steps", "tokens", "before", "best", "stopped")
     return {"recovery": {name: made.get(name) for name in names}}

@@ -1,51 +1,49 @@
-"""Settings ─► a checked recovery: models opened, text loaded."""
+"""Prepares a recovery: opens models, loads text, checks everything."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from hisvd_cli.calibration.text.tokens import check_seqlen
-from hisvd_cli.finetuning.recover import Classroom, check_teacher, check_trainable
-from hisvd_cli.finetuning.training_data import Lessons
-from hisvd_cli.inspection.audit import part
-from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hisvd_cli.modeling.layers.lowrank import FACTORS
-from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.finetuning.factor_training import RunOptions
+from hisvd_cli.finetuning.recover import check_teacher, check_trainable
+from hisvd_cli.finetuning.training_data import TrainingData
+from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import RecoverSettings
-from hisvd_cli.pipelines.memory.whole_models import check_training
+from hisvd_cli.pipelines.memory.whole_models import check_training, factor_parameters
 from hisvd_cli.pipelines.recovering.recovery_checks import (
-    check_knobs,
+    check_runs,
     check_trains,
     tokens_together,
     training_dtype,
 )
-from hisvd_cli.pipelines.recovering.recovery_texts import text_of, training_windows
-from hisvd_cli.pipelines.samples import SELF
+from hisvd_cli.pipelines.recovering.recovery_texts import training_windows
+from hisvd_cli.pipelines.recovering.teacher import open_teacher
 from hisvd_cli.utils.device import pick_device
-from hisvd_cli.utils.errors import SourceError, UsageError
+from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.progress import Reporter
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """A recovery that has been checked: all that can fail before its work has not.
+    """A recovery that passed all checks.
 
     Attributes:
+        resolved: the settings.
         student: the checkpoint.
-        teacher: the dense model; None where none is needed.
-        room: where models run.
+        teacher: the dense model; None if the method needs none.
+        run: device and dtype of the models.
+        data: the training windows.
     """
 
     resolved: Resolved
     student: Source
     teacher: Source | None
-    room: Classroom
-    lessons: Lessons
+    run: RunOptions
+    data: TrainingData
 
     @property
     def knobs(self) -> RecoverSettings:
@@ -56,61 +54,43 @@ class Recovery:
 def prepare_recovery(
     resolved: Resolved, folder: Path, reporter: Reporter, dense: Source | None = None
 ) -> Recovery:
-    """Open everything that a recovery of a checkpoint needs.
+    """Open everything that the recovery of a checkpoint needs.
 
     Args:
         resolved: the settings.
         folder: the checkpoint.
-        reporter: told of text that is sampled.
-        dense: the model that it was made from, where that is open.
+        reporter: receives progress of sampling text.
+        dense: the model that the checkpoint was made from, if it is open.
 
     Raises:
-        UsageError: no method, several processes, or a library is missing.
-        SourceError: no checkpoint, one that cannot be trained, or a teacher that is missing or
-            reads other tokens.
+        UsageError: there is no method, there are several processes, or a library is missing.
+        SourceError: the checkpoint is missing or cannot be trained, or the dense model is missing
+            or has another tokenizer.
         DataError: the text is missing, too short, or lacks a field.
     """
     knobs = resolved.settings.recover
     if knobs.method == "none":
-        raise UsageError("Nothing is to be done to the checkpoint.", "Give --recover distill.")
-    check_knobs(resolved)
+        raise UsageError(
+            "Nothing to do: no fine-tuning method is given.", "Give `recover.method` distill."
+        )
+    check_runs(resolved)
     checkpoint = open_checkpoint(folder)
     check_trains(checkpoint.ranks, resolved)
     check_trainable(checkpoint)
     student = Source(str(folder), folder)
-    teacher = dense or _teacher(resolved, checkpoint)
+    teacher = dense or open_teacher(resolved, checkpoint)
     if teacher is not None:
         check_teacher(student, teacher)
-    check_seqlen(knobs.seqlen, student, "--recover-seqlen")
+    check_seqlen(knobs.seqlen, student, "`recover.seqlen`")
     stored = student.weights.infos[f"{next(iter(checkpoint.ranks))}.weight"].dtype
     dtype = training_dtype(resolved, stored)
     check_training(
-        resolved, (student, teacher), dtype, tokens_together(resolved), _factors(checkpoint)
+        resolved,
+        (student, teacher),
+        dtype,
+        tokens_together(resolved),
+        factor_parameters(checkpoint),
     )
-    room = Classroom(pick_device(resolved.settings.model.device), dtype, knobs.checkpointing)
-    lessons = training_windows(resolved, checkpoint, student, teacher, room, reporter)
-    return Recovery(resolved, student, teacher, room, lessons)
-
-
-def _factors(checkpoint: Checkpoint) -> int:
-    """Return the numbers in all low-rank factors of a checkpoint."""
-    leaves = FACTORS[checkpoint.storage]
-    shapes = [checkpoint.weights.infos[f"{n}.{x}"].shape for n in checkpoint.ranks for x in leaves]
-    return sum(torch.Size(shape).numel() for shape in shapes)
-
-
-def _teacher(resolved: Resolved, checkpoint: Checkpoint) -> Source | None:
-    """Open the dense model: as --model names it, else as the provenance does."""
-    knobs, model = resolved.settings.recover, resolved.settings.model
-    if knobs.method == "lora" and text_of(resolved, checkpoint) != SELF:
-        return None
-    made = part(checkpoint.provenance, "model")
-    name, revision = model.name or made.get("name"), model.revision or made.get("revision")
-    if not name:
-        raise SourceError(
-            f"{checkpoint.folder} does not say which model it was made from.",
-            "Name the dense model with --model.",
-        )
-    if model.name and not model.revision and model.name != made.get("name"):
-        revision = None
-    return open_source(str(name), revision, model.trust_remote_code)
+    run = RunOptions(pick_device(resolved.settings.model.device), dtype, knobs.checkpointing)
+    data = training_windows(resolved, checkpoint, student, teacher, run, reporter)
+    return Recovery(resolved, student, teacher, run, data)

@@ -1,4 +1,4 @@
-"""Trains a checked recovery, and writes the recovered checkpoint."""
+"""Fine-tunes a checkpoint after all checks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 
 from hisvd_cli.export.model_card import rewrite_card
 from hisvd_cli.finetuning.adaptation import Adapter, adapt
-from hisvd_cli.finetuning.recover import Factors, Recovered, distill, recover
+from hisvd_cli.finetuning.factor_training import Factors, distill
+from hisvd_cli.finetuning.recover import Recovered, recover
 from hisvd_cli.finetuning.trainer import Course, Progress
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
-from hisvd_cli.pipelines.recovering.recovery import Recovery
+from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.resolved import Resolved
+from hisvd_cli.pipelines.recovering.recovery import Recovery, prepare_recovery
 from hisvd_cli.pipelines.recovering.recovery_checks import tokens_together
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.safetensors_header import dtype_name
@@ -22,6 +25,15 @@ from hisvd_cli.utils.progress import Reporter
 _MINUTES = 20.0
 _RATES = {"distill": 3e-4, "lora": 1e-4}
 _BATCHES = {"distill": 4, "lora": 64}
+
+
+def fine_tune(
+    resolved: Resolved, folder: Path, output: Path, dense: Source, reporter: Reporter
+) -> tuple[int, Mapping[str, Any]]:
+    """Fine-tune the checkpoint ``folder`` of the model ``dense`` into ``output``; return the bytes
+    of the weights, and the provenance. Raises HisvdError: see :func:`prepare_recovery`."""
+    made = run_recovery(prepare_recovery(resolved, folder, reporter, dense), output, reporter)
+    return made.bytes, open_checkpoint(output).provenance
 
 
 def run_recovery(recovery: Recovery, output: Path, reporter: Reporter) -> Recovered:
@@ -42,17 +54,15 @@ def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors,
     knobs, course = recovery.knobs, course_of(recovery)
     if recovery.knobs.method == "lora":
         adapter = Adapter(knobs.lora_rank, knobs.lora_alpha, knobs.lora_dropout)
-        return adapt(
-            recovery.student, recovery.lessons, course, recovery.room, adapter, home, reporter
-        )
+        return adapt(recovery.student, recovery.data, course, recovery.run, adapter, home, reporter)
     if recovery.teacher is None:
-        raise UsageError("There is no dense model to learn from.", "Name it with --model.")
+        raise UsageError("Distillation needs the dense model.", "Name it with `model.name`.")
     return distill(
         recovery.student,
         recovery.teacher,
-        recovery.lessons,
+        recovery.data,
         course,
-        recovery.room,
+        recovery.run,
         knobs.temperature,
         home,
         reporter,
@@ -60,14 +70,14 @@ def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors,
 
 
 def course_of(recovery: Recovery) -> Course:
-    """Return how long and how a training is; of lora, each of its two."""
-    knobs, lessons = recovery.knobs, recovery.lessons
+    """Return length and options of the training; LoRA has two of equal length."""
+    knobs, data = recovery.knobs, recovery.data
     minutes, tokens = knobs.minutes, knobs.tokens
     if minutes is None and tokens is None:
         if knobs.method == "distill":
             minutes = _MINUTES
         else:
-            trained = lessons.rows(0, len(lessons.ids) - lessons.held_out())
+            trained = data.rows(0, data.split()[0])
             tokens = 2 * int(knobs.lora_epochs * trained.tokens)
     parts = 2 if knobs.method == "lora" else 1
     return Course(
@@ -81,8 +91,8 @@ def course_of(recovery: Recovery) -> Course:
 
 
 def _record(recovery: Recovery) -> Mapping[str, Any]:
-    """Return what decides the result, for the provenance."""
-    lessons, teacher = recovery.lessons, recovery.teacher
+    """Return everything that decides the result, for the provenance."""
+    data, teacher = recovery.data, recovery.teacher
     course = asdict(course_of(recovery))
     for unrecorded in ("state_seconds", "together"):
         del course[unrecorded]
@@ -91,15 +101,15 @@ def _record(recovery: Recovery) -> Mapping[str, Any]:
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint} if teacher else None,
         "checkpoint": recovery.student.fingerprint,
         "data": {
-            "dataset": lessons.dataset,
-            "kind": lessons.kind,
-            "sha256": lessons.key,
-            "windows": len(lessons.ids),
-            "held_out_windows": lessons.held_out(),
-            "seqlen": lessons.ids.shape[1],
-            "tokens": lessons.tokens,
+            "dataset": data.dataset,
+            "kind": data.kind,
+            "sha256": data.key,
+            "windows": len(data.ids),
+            "held_out_windows": data.held_out(),
+            "seqlen": data.ids.shape[1],
+            "tokens": data.tokens,
         },
         "course": course,
-        "dtype": dtype_name(recovery.room.dtype),
+        "dtype": dtype_name(recovery.run.dtype),
         "settings": recovery.resolved.recorded("model", "recover"),
     }

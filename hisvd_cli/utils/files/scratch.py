@@ -19,9 +19,9 @@ from hisvd_cli.utils.files.cache import cache_root, expanded
 from hisvd_cli.utils.files.owners import TAG, is_abandoned, own_tag, untouched
 
 _OWNED = re.compile(rf"hisvd-({TAG})-\w+")
-WORK = "folder|whole|unmended|stages"
-BUILDING = r"partial|hisvd\.(key|lock|old)"
-"""Suffixes of work folders beside an output, and of the files and folders beside those."""
+_WORK = "hisvd.work"
+BUILDING = rf"partial|{re.escape(_WORK)}|hisvd\.(key|lock|old)"
+"""Suffixes of the hidden files and folders beside an output while it is made, as a pattern."""
 _RESUMABLE = (
     "evaluations/states",
     "calibration/*/.*.partial",
@@ -91,21 +91,17 @@ def expire(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def work_folder(output: Path) -> Path:
+    """Return the hidden folder beside an output for the results of the steps before the last one,
+    which an interrupted run resumes from."""
+    return output.with_name(f".{output.name}.{_WORK}")
+
+
 def clear_beside(output: Path) -> None:
-    """Remove the resumable work of runs with other settings beside a finished output."""
-    work = re.compile(rf"\.+{re.escape(output.name)}(\.({WORK}))+(\.({BUILDING}))?")
-    found = [path for path in output.absolute().parent.iterdir() if work.fullmatch(path.name)]
-    if any(path.suffix == ".lock" and held(path) for path in found):
-        return
-    for path in found:
-        if path.is_file():
-            path.unlink()
-        elif path.suffix in (".partial", ".old") or _is_ours(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / "hisvd.json").is_file() or any(folder.glob("stage-*/plan.json"))
+    """Remove the work folder of a finished output, unless another run is using it."""
+    work = work_folder(output)
+    if not any(held(lock) for lock in work.glob(".*.lock")):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def held(lock: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Corrects the weights that a stage truncated; checks before any work whether it can."""
+"""Corrects the truncated weights of a stage."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ from hisvd_cli.compression.stages import (
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.pipelines.compressing.stage import Stage
+from hisvd_cli.pipelines.compressing.stages.stage import Stage
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import CompressSettings, flag_of
+from hisvd_cli.pipelines.config.settings import CompressSettings
 from hisvd_cli.pipelines.memory.bounds import fitted, place_states, workload
 from hisvd_cli.pipelines.samples import calibrated_dtype
-from hisvd_cli.utils.distributed import world
+from hisvd_cli.pipelines.sealing import seal_together, sealed_together
 from hisvd_cli.utils.errors import UsageError
-from hisvd_cli.utils.files.checksums import seal, sealed
 from hisvd_cli.utils.progress import Reporter
 
 _GRADIENTS: frozenset[Need] = frozenset({"moments", "gradients", "weight-gradients"})
 
 
 def check_stages(resolved: Resolved, source: Source) -> None:
-    """Find out before any work whether stages can be run.
+    """Check before any work that the requested stages can be run.
 
     Raises:
-        UsageError: flags of corrections, but one stage.
-        MemoryLimitError: a bound on memory that the gradients of corrections cannot keep to.
+        UsageError: options of corrections with a single stage.
+        MemoryLimitError: the gradients of corrections do not fit into the memory limit.
     """
     knobs = resolved.settings.compress
     if knobs.stages > 1:
@@ -47,10 +46,9 @@ def check_stages(resolved: Resolved, source: Source) -> None:
         return
     for key in CompressSettings.model_fields:
         if key.startswith("correction") and resolved.is_flag("compress", key):
-            flag = flag_of("compress", key)
             raise UsageError(
-                f"{flag} corrects between stages, but there is one stage.",
-                f"Give --stages 2, or leave out {flag}.",
+                f"`compress.{key}` applies between stages, but there is only one stage.",
+                f"Give `compress.stages` 2, or leave out `compress.{key}`.",
             )
 
 
@@ -69,12 +67,12 @@ def correct(
     Args:
         resolved: the settings.
         first: the first stage, with the original model.
-        stage: the one that was truncated.
+        stage: the truncated stage.
         made: its checkpoint.
-        folder: where the weights go.
-        number: of the stage, from 1 on.
+        folder: the folder for the weights.
+        number: number of the stage, from 1.
         sample: the tokens of the calibration.
-        reporter: told of progress.
+        reporter: receives progress.
     """
     knobs = resolved.settings.compress
     method = partial(
@@ -91,18 +89,18 @@ def correct(
         write_weights(truncated, folder, method, reporter)
     else:
         plain = truncated_folder(folder)
-        if not world().agreed(lambda: sealed(plain)):
+        if not sealed_together(plain):
             write_weights(truncated, plain, None, reporter)
-            seal_folder(plain)
+            seal_together(plain)
         running = _running(resolved, first, number, sample, reporter)
         write_by_gradients(truncated, folder, method, running, reporter)
-    seal_folder(folder)
+    seal_together(folder)
 
 
 def _running(
     resolved: Resolved, first: Stage, number: int, sample: Sample, reporter: Reporter
 ) -> Running:
-    """Return how gradients are taken: on windows that are drawn anew for every stage."""
+    """Return the windows for gradients, drawn anew for every stage, and how to run them."""
     knobs, tokens = resolved.settings.compress, sample.tokens
     if 0 < knobs.correction_samples < len(tokens):
         generator = torch.Generator().manual_seed(sample.seed + number)
@@ -123,10 +121,3 @@ def _running(
         batch=work.batch,
         place=work.place,
     )
-
-
-def seal_folder(folder: Path) -> None:
-    """Have a run that goes on here notice where a finished folder was damaged."""
-    if world().first:
-        seal(folder)
-    world().wait()

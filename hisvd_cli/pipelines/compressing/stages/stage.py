@@ -1,4 +1,4 @@
-"""One stage: a model, its statistics and its plan ─► a checkpoint of low-rank factors."""
+"""One stage: truncates a model by its statistics and plan."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hisvd_cli.utils.device import pick_device
 from hisvd_cli.utils.progress import Reporter
 
 RECORDED = ("model", "calibration", "plan", "compress", "quantize")
-"""Sections of the settings that decide what a checkpoint is, but for its training."""
+"""Sections of the settings that decide the content of a checkpoint, except for fine-tuning."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one truncation works on.
+    """The inputs of one truncation.
 
     Attributes:
-        source: the model, from the second stage on with corrected weights.
+        source: the model, with corrected weights from the second stage on.
         calibration: its statistics.
         plan: its ranks.
-        history: what the provenance says of the stages before, see :func:`compress`.
+        history: provenance of the earlier stages, see :func:`compress`.
     """
 
     source: Source
@@ -41,7 +41,7 @@ class Stage:
 
     @property
     def original_key(self) -> str:
-        """Key of the calibration that the provenance names: the original's."""
+        """Key of the original model's calibration, which the provenance names."""
         return str(self.history.get("calibration", self.calibration.manifest)["key"])
 
 
@@ -52,8 +52,8 @@ def factored(
     reporter: Reporter,
     update: Update | None = None,
 ) -> Compressed:
-    """Truncate the model of a stage into a checkpoint folder, by the settings; an update is for the
-    last one."""
+    """Truncate the model of a stage into a checkpoint folder, by the settings; only the last stage
+    has an update."""
     knobs = resolved.settings.compress
     return compress(
         stage.source,

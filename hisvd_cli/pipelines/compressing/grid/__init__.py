@@ -1,0 +1,1 @@
+"""Several presets or ratios: one checkpoint each, from one calibration."""

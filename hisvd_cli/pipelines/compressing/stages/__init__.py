@@ -1,0 +1,1 @@
+"""Rounds of truncation and correction."""
