@@ -484,7 +484,7 @@ def test_activations_that_overflow(tiny_model: MakeModel, tmp_path: Path) -> Non
     run(model, tmp_path / "wide enough")
     with pytest.raises(NumericalError, match="output of block 1 is NaN or infinite") as caught:
         run(model, tmp_path / "calibration", torch.float16)
-    assert "--dtype" in caught.value.hint
+    assert "`model.dtype`" in caught.value.hint
     assert not (tmp_path / "calibration").exists()
 
 

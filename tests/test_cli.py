@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hisvd_cli import __version__
-from hisvd_cli.pipelines import calibration as build
+from hisvd_cli.pipelines import named_source
 from tests.cli_helpers import (
     QUICK,
     SCRIPT,
@@ -360,7 +360,7 @@ def test_an_interrupt_that_native_code_swallows(monkeypatch: pytest.MonkeyPatch)
             raise ValueError("could not determine the shape") from None
         raise AssertionError("nothing was raised")
 
-    monkeypatch.setattr(build, "named_source", swallow)
+    monkeypatch.setattr(named_source, "named_source", swallow)
     # A test run in the background ignores the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -413,7 +413,7 @@ def test_out_of_memory_names_the_levers(
         outer = ValueError("cannot load")
         outer.__cause__ = error
         error = outer
-    monkeypatch.setattr(build, "named_source", boom(error))
+    monkeypatch.setattr(named_source, "named_source", boom(error))
     message, hint = fail("calibrate", *QUICK)
     assert message.startswith("Out of memory")
     for lever in ("--batch", "--seqlen", "--samples", "--dtype", "--device"):
@@ -422,12 +422,12 @@ def test_out_of_memory_names_the_levers(
 
 def test_out_of_memory_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
-    monkeypatch.setattr(build, "named_source", boom(error))
+    monkeypatch.setattr(named_source, "named_source", boom(error))
     assert fail("calibrate", *QUICK)[0] == "Out of memory: cannot allocate 20.00 GiB."
 
 
 def test_what_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "named_source", boom(LookupError("first\nsecond")))
+    monkeypatch.setattr(named_source, "named_source", boom(LookupError("first\nsecond")))
     result = hisvd("calibrate", *QUICK)
     assert result.exit_code == 1
     assert result.stderr == (
@@ -448,7 +448,7 @@ def test_debugging_keeps_exit_codes() -> None:
 
 def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     error = PermissionError(13, "Permission denied", str(tmp_path / "x"))
-    monkeypatch.setattr(build, "named_source", boom(error))
+    monkeypatch.setattr(named_source, "named_source", boom(error))
     message, hint = fail("calibrate", *QUICK)
     assert message == f"Cannot use {tmp_path / 'x'}: Permission denied."
     assert "permissions" in hint
