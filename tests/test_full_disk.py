@@ -53,7 +53,7 @@ def test_recovery_reserves_the_space_of_hidden_states(checkpoint: Path, tmp_path
     done = on_a_small_disk(disk, "40M", words)
     assert done.returncode == 1, done
     message, hint = two_lines(done.stderr)
-    assert message.startswith("Cannot keep 0.16 GB of the dense model's hidden states in ")
+    assert message.startswith("Cannot store 0.16 GB of hidden states of the dense model in ")
     assert message.endswith("No space left on device.")
     assert "--recover-samples" in hint
 

@@ -301,7 +301,7 @@ def test_a_file_of_something_else_holds_no_states(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_before_the_walk(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"Cannot keep 4503599\.6 GB of hidden states"):
+    with pytest.raises(OutputError, match=r"Cannot store 4503599\.6 GB of hidden states"):
         StatesHome(CPU, "file", tmp_path).take((2**40, 1024), torch.float32)
 
 
