@@ -18,7 +18,7 @@ from hisvd_cli.finetuning.adaptation import Adapter, adapted_model, as_linears
 from hisvd_cli.finetuning.distillation import divergence_from, likelihood_of, summed_loss
 from hisvd_cli.finetuning.factor_training import RunOptions, distill
 from hisvd_cli.finetuning.trained_pairs import balanced, open_pairs, stored_factors
-from hisvd_cli.finetuning.trainer import Course, Trainee, Training
+from hisvd_cli.finetuning.trainer import Trainee, Training, TrainingSchedule
 from hisvd_cli.finetuning.training_data import (
     TrainingData,
     instruction_data,
@@ -52,9 +52,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {storage: home / storage for storage in ("pair", "pivoted")}
 
 
-def course(**changes: Any) -> Course:
+def schedule(**changes: Any) -> TrainingSchedule:
     plain = {"seconds": None, "tokens": 600, "learning_rate": 0.05, "batch": 3, "together": 2}
-    return Course(**{**plain, "seed": 0, **changes})
+    return TrainingSchedule(**{**plain, "seed": 0, **changes})
 
 
 # The loss
@@ -151,7 +151,7 @@ class Quadratic:
 
 
 def test_training_keeps_to_its_tokens_and_gets_better(tmp_path: Path) -> None:
-    best, progress = Training(Quadratic().trainee(), course(), tmp_path, CPU, Silent()).run()
+    best, progress = Training(Quadratic().trainee(), schedule(), tmp_path, CPU, Silent()).run()
     assert progress.tokens == 600
     assert progress.steps == 20
     assert progress.best["loss"] < progress.before["loss"] == pytest.approx(4.0)
@@ -164,7 +164,7 @@ def test_the_best_state_is_not_the_last(tmp_path: Path) -> None:
     trainee = replace(
         quadratic.trainee(), held_out=lambda: {"loss": float((quadratic.x.detach() - 2).norm())}
     )
-    best, progress = Training(trainee, course(), tmp_path, CPU, Silent()).run()
+    best, progress = Training(trainee, schedule(), tmp_path, CPU, Silent()).run()
     assert progress.best_step == 0
     torch.testing.assert_close(best["x"], torch.full((4,), 2.0))
 
@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_best_state(tmp_path: Path) -> 
             told.append(message)
 
     best, progress = Training(
-        Quadratic(bad_step=20).trainee(), course(), tmp_path, CPU, Telling()
+        Quadratic(bad_step=20).trainee(), schedule(), tmp_path, CPU, Telling()
     ).run()
     assert "not finite" in progress.stopped
     assert progress.steps < 20
@@ -190,12 +190,12 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     quadratic = Quadratic()
     quadratic.x.data[0] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
-        Training(quadratic.trainee(), course(), tmp_path, CPU, Silent()).run()
+        Training(quadratic.trainee(), schedule(), tmp_path, CPU, Silent()).run()
 
 
 def test_a_training_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     """To the very numbers that it would have had: optimizer, order and schedule go on."""
-    often = course(state_seconds=0.0)
+    often = schedule(state_seconds=0.0)
     whole, at_once = Training(
         Quadratic().trainee(), often, _folder(tmp_path / "whole"), CPU, Silent()
     ).run()
@@ -225,7 +225,7 @@ def _folder(path: Path) -> Path:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    plan = course(learning_rate=1.0)
+    plan = schedule(learning_rate=1.0)
     rates = [plan.rate(i / 100) for i in range(101)]
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) == 5
@@ -268,7 +268,7 @@ def test_the_written_model_is_the_trained_one(made: dict[str, Path], tmp_path: P
             Source(storage, folder),
             teacher,
             lessons,
-            course(learning_rate=1e-3),
+            schedule(learning_rate=1e-3),
             RunOptions(CPU, torch.float32),
             1.0,
             _folder(tmp_path / storage),
@@ -299,7 +299,7 @@ def test_checkpointed_activations_give_the_same_training(
             Source("pair", made["pair"]),
             open_source("demo"),
             _lessons(),
-            course(learning_rate=1e-3, tokens=200),
+            schedule(learning_rate=1e-3, tokens=200),
             RunOptions(CPU, torch.float32, checkpointing),
             1.0,
             _folder(tmp_path / str(checkpointing)),

@@ -17,7 +17,7 @@ from hisvd_cli.evaluation.grid import Evaluation
 from hisvd_cli.evaluation.report import page, palette
 from hisvd_cli.evaluation.report.content import flat
 from hisvd_cli.evaluation.report.tables import speed_table, task_rows
-from hisvd_cli.evaluation.speed import Race, Speed
+from hisvd_cli.evaluation.speed import BatchSpeed, Speed
 from hisvd_cli.evaluation.zero_shot import Score
 from tests.cli_helpers import fail, succeed, text_file
 from tests.models import save_model
@@ -220,8 +220,8 @@ def _timing(prefill: float, step: float) -> Timing:
     return Timing((Turn(prefill, (step,) * 4, 100, 4),) * 3, 3_000_000)
 
 
-def _speed(*races: Race) -> Speed:
-    return Speed("cpu", "bfloat16", 2, False, TimedWork(1, 100, 4, 3), 10, 20, races)
+def _speed(*speeds: BatchSpeed) -> Speed:
+    return Speed("cpu", "bfloat16", 2, False, TimedWork(1, 100, 4, 3), 10, 20, speeds)
 
 
 def test_speeds_of_all_models_are_one_table() -> None:
@@ -229,8 +229,10 @@ def test_speeds_of_all_models_are_one_table() -> None:
     made = speed_table(
         [
             Evaluation("dense", []),
-            Evaluation("small", [], speed=_speed(Race(1, own, slow), Race(8, own, own))),
-            Evaluation("alone", [], speed=_speed(Race(1, slow, None))),
+            Evaluation(
+                "small", [], speed=_speed(BatchSpeed(1, own, slow), BatchSpeed(8, own, own))
+            ),
+            Evaluation("alone", [], speed=_speed(BatchSpeed(1, slow, None))),
         ]
     )
     assert made
@@ -265,11 +267,13 @@ def test_the_page_shows_speeds(command: tuple[object, ...], here: Path) -> None:
     assert "Zero-shot" not in text
     shown = text.split("peak MB ", 1)[1].split(" Not faster than", 1)[0]
     for each in document["evaluations"]:
-        for race in each["efficiency"]["batches"]:
+        for at_batch in each["efficiency"]["batches"]:
             for phase in ("prefill", "decode"):
-                speedup = race["versus_baseline"][phase]["speedup"]
-                verdict = race["versus_baseline"][phase]["verdict"]
-                row = rf"{Path(each['model']).name} {race['batch']} {phase} \S+ \S+ (\S+) × (\w+)"
+                speedup = at_batch["versus_baseline"][phase]["speedup"]
+                verdict = at_batch["versus_baseline"][phase]["verdict"]
+                row = (
+                    rf"{Path(each['model']).name} {at_batch['batch']} {phase} \S+ \S+ (\S+) × (\w+)"
+                )
                 cells = re.search(row, shown)
                 assert cells
                 assert cells.groups() == (f"{speedup:.2f}", verdict)

@@ -10,7 +10,7 @@ from hisvd_cli.evaluation.efficiency import PHASES, TimedWork, Timing, Versus, v
 
 
 @dataclass(frozen=True)
-class Race:
+class BatchSpeed:
     """The timings at one batch size of a model and of the baseline it alternated with."""
 
     batch: int
@@ -33,10 +33,10 @@ class Speed:
         dtype: dtype of the weights.
         threads: number of CPU threads.
         compiled: whether the model ran under ``torch.compile``.
-        work: the workload; ``races`` give the batch sizes.
+        work: the workload; ``speeds`` give the batch sizes.
         weight_bytes: bytes of all parameters.
         baseline_weight_bytes: the same of the baseline; None without one.
-        races: one for each batch size.
+        speeds: one for each batch size.
     """
 
     device: str
@@ -46,7 +46,7 @@ class Speed:
     work: TimedWork
     weight_bytes: int
     baseline_weight_bytes: int | None
-    races: Sequence[Race]
+    speeds: Sequence[BatchSpeed]
 
     @property
     def conditions(self) -> str:
@@ -69,27 +69,27 @@ class Speed:
             "turns": self.work.turns,
             "weight_bytes": self.weight_bytes,
             "baseline_weight_bytes": self.baseline_weight_bytes,
-            "batches": [_race(each) for each in self.races],
+            "batches": [_batch_document(each) for each in self.speeds],
         }
 
     def not_faster(self) -> list[str]:
         """Return the phases and batch sizes at which the model is not faster in every run."""
         return [
-            f"{phase} at batch {race.batch}"
-            for race in self.races
-            for phase, each in race.versus().items()
+            f"{phase} at batch {at_batch.batch}"
+            for at_batch in self.speeds
+            for phase, each in at_batch.versus().items()
             if each.verdict != "faster"
         ]
 
 
-def _race(race: Race) -> dict[str, Any]:
+def _batch_document(at_batch: BatchSpeed) -> dict[str, Any]:
     compared = {
         phase: {"speedup": each.speedup, "verdict": each.verdict}
-        for phase, each in race.versus().items()
+        for phase, each in at_batch.versus().items()
     }
     return {
-        "batch": race.batch,
-        "model": race.own.document(),
-        "baseline": race.baseline.document() if race.baseline else None,
+        "batch": at_batch.batch,
+        "model": at_batch.own.document(),
+        "baseline": at_batch.baseline.document() if at_batch.baseline else None,
         "versus_baseline": compared or None,
     }

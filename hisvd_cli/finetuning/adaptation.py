@@ -24,7 +24,7 @@ from hisvd_cli.finetuning.factor_training import (
     set_checkpointing,
 )
 from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs
-from hisvd_cli.finetuning.trainer import BEST, Course, Progress, Trainee, Training
+from hisvd_cli.finetuning.trainer import BEST, Progress, Trainee, Training, TrainingSchedule
 from hisvd_cli.finetuning.training_data import TrainingData
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.sources.source import Source
@@ -66,7 +66,7 @@ def check_peft() -> None:
 def adapt(
     student: Source,
     data: TrainingData,
-    course: Course,
+    schedule: TrainingSchedule,
     run: RunOptions,
     adapter: Adapter,
     home: Path,
@@ -77,7 +77,7 @@ def adapt(
     Args:
         student: the checkpoint.
         data: training windows; the last ones are held out.
-        course: schedule of each of the two trainings.
+        schedule: schedule of each of the two trainings.
         run: how the model runs.
         adapter: options of the adapters.
         home: work folder, from which an interrupted training resumes.
@@ -93,7 +93,7 @@ def adapt(
     pairs = as_linears(model)
     set_checkpointing(model, run.checkpointing)
     first, second = (
-        _train_one(model, list(pairs), factor, data, course, run, adapter, home, reporter)
+        _train_one(model, list(pairs), factor, data, schedule, run, adapter, home, reporter)
         for factor in ("u", "v")
     )
     factors = {}
@@ -129,7 +129,7 @@ def _train_one(
     names: list[str],
     factor: str,
     data: TrainingData,
-    course: Course,
+    schedule: TrainingSchedule,
     run: RunOptions,
     adapter: Adapter,
     home: Path,
@@ -138,15 +138,15 @@ def _train_one(
     """Train and merge adapters on one factor of all pairs, in place."""
     home = home / factor
     home.mkdir(exist_ok=True)
-    with seeded(course.seed, run.device):
+    with seeded(schedule.seed, run.device):
         adapted = adapted_model(model, [f"{name}.{factor}" for name in names], adapter)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if sealed(home / _DONE) and intact(home / BEST):
             best, _ = read_tensors(home / BEST, AGAIN)
             progress = _read_progress(home / _DONE)
         else:
-            trainee = _trainee(model, parameters, data, course, run)
-            best, progress = Training(trainee, course, home, run.device, reporter).run()
+            trainee = _trainee(model, parameters, data, schedule, run)
+            best, progress = Training(trainee, schedule, home, run.device, reporter).run()
             write_json(home / _DONE, asdict(progress))
             seal(home / _DONE)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def _trainee(
     model: PreTrainedModel,
     parameters: dict[str, nn.Parameter],
     data: TrainingData,
-    course: Course,
+    schedule: TrainingSchedule,
     run: RunOptions,
 ) -> Trainee:
     student = TwoParts(model, run.dtype)
@@ -193,7 +193,7 @@ def _trainee(
         parameters,
         count,
         loss,
-        lambda: held_out_measures(student, data, held_out, course.together, None),
+        lambda: held_out_measures(student, data, held_out, schedule.together, None),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hisvd_cli.finetuning.distillation import divergence_from, summed_loss
 from hisvd_cli.finetuning.teacher import Teacher
 from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs
-from hisvd_cli.finetuning.trainer import Course, Progress, Trainee, Training
+from hisvd_cli.finetuning.trainer import Progress, Trainee, Training, TrainingSchedule
 from hisvd_cli.finetuning.training_data import TrainingData
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.divergence import token_divergences, token_losses
@@ -44,7 +44,7 @@ def distill(
     student: Source,
     teacher: Source,
     data: TrainingData,
-    course: Course,
+    schedule: TrainingSchedule,
     run: RunOptions,
     temperature: float,
     home: Path,
@@ -56,7 +56,7 @@ def distill(
         student: the checkpoint.
         teacher: the dense model.
         data: training windows; the last ones are held out.
-        course: the schedule.
+        schedule: the schedule.
         run: how the models run.
         temperature: temperature of both distributions in training; held-out measures use 1.
         home: work folder, from which an interrupted training resumes.
@@ -89,9 +89,9 @@ def distill(
         parameters_of(pairs),
         count,
         loss,
-        lambda: held_out_measures(trained, data, held_out, course.together, targets),
+        lambda: held_out_measures(trained, data, held_out, schedule.together, targets),
     )
-    best, progress = Training(trainee, course, home, run.device, reporter).run()
+    best, progress = Training(trainee, schedule, home, run.device, reporter).run()
     return {name: (best[f"{name}.u"], best[f"{name}.v"]) for name in pairs}, progress
 
 

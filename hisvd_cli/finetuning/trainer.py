@@ -32,7 +32,7 @@ _CLIP = 1.0  # maximum norm of the whole gradient, as is common for language mod
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingSchedule:
     """The schedule of a training.
 
     Attributes:
@@ -112,12 +112,17 @@ class Training:
     """One training with a work folder, from which it resumes after an interruption."""
 
     def __init__(
-        self, trainee: Trainee, course: Course, home: Path, device: torch.device, reporter: Reporter
+        self,
+        trainee: Trainee,
+        schedule: TrainingSchedule,
+        home: Path,
+        device: torch.device,
+        reporter: Reporter,
     ) -> None:
         from accelerate import Accelerator
 
         self.trainee = trainee
-        self.course = course
+        self.schedule = schedule
         self.home = home
         self.reporter = reporter
         self.progress = Progress()
@@ -125,7 +130,7 @@ class Training:
         self._optimizer = self._accelerator.prepare(
             torch.optim.AdamW(
                 list(trainee.parameters.values()),
-                lr=course.learning_rate,
+                lr=schedule.learning_rate,
                 betas=_BETAS,
                 weight_decay=0.0,
                 fused=True,
@@ -154,9 +159,9 @@ class Training:
                     tick()
                 shown = max(shown, int(share * _TICKS))
                 self._step(share)
-                if share >= self.progress.measured / self.course.evaluations:
+                if share >= self.progress.measured / self.schedule.evaluations:
                     self._measure()
-                if time.monotonic() - saved >= self.course.state_seconds:
+                if time.monotonic() - saved >= self.schedule.state_seconds:
                     self._save()
                     saved = time.monotonic()
             for _ in range(shown, _TICKS):
@@ -182,19 +187,19 @@ class Training:
         """Return the used share of the budget, the larger one of time and tokens."""
         self.progress.seconds = time.monotonic() - self._started
         shares = [0.0]
-        if self.course.seconds is not None:
+        if self.schedule.seconds is not None:
             # The budget includes the last evaluation.
-            shares.append((self.progress.seconds + self._measuring) / self.course.seconds)
-        if self.course.tokens is not None:
-            shares.append(self.progress.tokens / self.course.tokens)
+            shares.append((self.progress.seconds + self._measuring) / self.schedule.seconds)
+        if self.schedule.tokens is not None:
+            shares.append(self.progress.tokens / self.schedule.tokens)
         return max(shares)
 
     def _step(self, share: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self.course.rate(share)
+            group["lr"] = self.schedule.rate(share)
         rows = self._rows(self.progress.steps)
         losses = []
-        for part in rows.split(self.course.together):
+        for part in rows.split(self.schedule.together):
             loss, tokens = self.trainee.loss(part)
             self.progress.tokens += tokens
             losses.append((loss.detach(), tokens))
@@ -215,12 +220,12 @@ class Training:
 
     def _rows(self, step: int) -> Tensor:
         """Return the windows of a step; each epoch has its own random order."""
-        total, batch = self.trainee.windows, self.course.batch
+        total, batch = self.trainee.windows, self.schedule.batch
         places = range(step * batch, (step + 1) * batch)
         epochs = {place // total for place in places}
         orders = {
             epoch: torch.randperm(
-                total, generator=torch.Generator().manual_seed(self.course.seed + epoch)
+                total, generator=torch.Generator().manual_seed(self.schedule.seed + epoch)
             )
             for epoch in epochs
         }

@@ -13,7 +13,7 @@ from hisvd_cli.cli.views.layout import make_table, size_text
 if TYPE_CHECKING:
     from hisvd_cli.evaluation.efficiency import Phase, Timing
     from hisvd_cli.evaluation.grid import Evaluation
-    from hisvd_cli.evaluation.speed import Race, Speed
+    from hisvd_cli.evaluation.speed import BatchSpeed, Speed
 
 _NAME_COLUMNS = 24
 
@@ -46,8 +46,8 @@ def speed_view(name: str, speed: Speed) -> list[RenderableType]:
     columns = ["batch", "phase", "tokens/s", *(["baseline", "speed"] if compared else [])]
     table = make_table(*columns, "ms: p50", "p90", "p99", left=0)
     table.columns[columns.index("phase")].justify = "left"
-    for race in speed.races:
-        for row in _race_rows(race):
+    for at_batch in speed.speeds:
+        for row in _batch_rows(at_batch):
             table.add_row(*row)
     lines: list[RenderableType] = [
         Text(f"{speed.conditions}.", "dim"),
@@ -59,15 +59,15 @@ def speed_view(name: str, speed: Speed) -> list[RenderableType]:
     return [Text(f"Speed of {name}", style="bold"), Group(*lines), Text()]
 
 
-def _race_rows(race: Race) -> list[list[str]]:
+def _batch_rows(at_batch: BatchSpeed) -> list[list[str]]:
     rows: list[list[str]] = []
-    compared = race.versus()
+    compared = at_batch.versus()
     for phase in ("prefill", "decode"):
-        row = ["" if rows else str(race.batch), phase, _rate(race.own, phase)]
-        if race.baseline is not None:
+        row = ["" if rows else str(at_batch.batch), phase, _rate(at_batch.own, phase)]
+        if at_batch.baseline is not None:
             each = compared[phase]
-            row += [_rate(race.baseline, phase), f"{each.speedup:.2f}× {each.verdict}"]
-        rows.append([*row, *(f"{1000 * s:.4g}" for s in race.own.latencies(phase).values())])
+            row += [_rate(at_batch.baseline, phase), f"{each.speedup:.2f}× {each.verdict}"]
+        rows.append([*row, *(f"{1000 * s:.4g}" for s in at_batch.own.latencies(phase).values())])
     return rows
 
 
@@ -81,7 +81,7 @@ def _memory_line(speed: Speed) -> str:
         return size_text(own) + ("" if other is None else f" (baseline {size_text(other)})")
 
     weights = compared(speed.weight_bytes, speed.baseline_weight_bytes)
-    largest = speed.races[-1]
+    largest = speed.speeds[-1]
     other = largest.baseline.peak_memory if largest.baseline else None
     peak = compared(largest.own.peak_memory, other)
     return f"Weights {weights}; peak memory at batch {largest.batch}: {peak}."

@@ -8,7 +8,7 @@ from typing import Any
 
 from hisvd_cli.evaluation.efficiency import PERCENTILES, PHASES, Phase
 from hisvd_cli.evaluation.grid import Evaluation
-from hisvd_cli.evaluation.speed import Race, Speed
+from hisvd_cli.evaluation.speed import BatchSpeed, Speed
 from hisvd_cli.evaluation.zero_shot import Score
 
 
@@ -68,7 +68,7 @@ def speed_table(rows: Sequence[Evaluation]) -> SpeedTable | None:
     timed = [(row.model, row.speed) for row in rows if row.speed is not None]
     if not timed:
         return None
-    compared = any(race.baseline for _, speed in timed for race in speed.races)
+    compared = any(at_batch.baseline for _, speed in timed for at_batch in speed.speeds)
     columns = ["tokens/s", *(["baseline", "speed"] if compared else [])]
     columns += [*(f"p{p} ms" for p in PERCENTILES), "peak MB"]
     return SpeedTable(
@@ -82,21 +82,21 @@ def speed_table(rows: Sequence[Evaluation]) -> SpeedTable | None:
 def _lines(
     model: str, speed: Speed, compared: bool
 ) -> Iterator[tuple[str, int, str, Sequence[Number]]]:
-    for race in speed.races:
+    for at_batch in speed.speeds:
         for phase in PHASES:
-            yield model, race.batch, phase, _figures(race, phase, compared)
+            yield model, at_batch.batch, phase, _figures(at_batch, phase, compared)
 
 
-def _figures(race: Race, phase: Phase, compared: bool) -> list[Number]:
-    cells = [_plain(race.own.rate(phase))]
-    if compared and race.baseline is not None:
-        each = race.versus()[phase]
-        cells.append(_plain(race.baseline.rate(phase)))
+def _figures(at_batch: BatchSpeed, phase: Phase, compared: bool) -> list[Number]:
+    cells = [_plain(at_batch.own.rate(phase))]
+    if compared and at_batch.baseline is not None:
+        each = at_batch.versus()[phase]
+        cells.append(_plain(at_batch.baseline.rate(phase)))
         cells.append(Number(f"{each.speedup:.2f} ×", each.verdict, each.speedup))
     elif compared:
         cells += [NOTHING, NOTHING]
-    cells += [_plain(1000 * seconds) for seconds in race.own.latencies(phase).values()]
-    return [*cells, _plain(race.own.peak_memory / 1e6)]
+    cells += [_plain(1000 * seconds) for seconds in at_batch.own.latencies(phase).values()]
+    return [*cells, _plain(at_batch.own.peak_memory / 1e6)]
 
 
 def _plain(value: float) -> Number:

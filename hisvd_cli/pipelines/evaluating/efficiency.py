@@ -10,7 +10,7 @@ import torch
 
 from hisvd_cli.calibration.text.tokens import model_positions
 from hisvd_cli.evaluation.efficiency import Runner, TimedWork, time_in_turns
-from hisvd_cli.evaluation.speed import Race, Speed
+from hisvd_cli.evaluation.speed import BatchSpeed, Speed
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -74,11 +74,11 @@ class SpeedRunner:
         }
         sizes = sorted(set(self._settings.eval.batch_sizes))
         count = len(sizes) * len(runners) * (1 + self._work.turns)
-        races = []
+        speeds = []
         with self._reporter.stage(f"Timing {Path(source.name).name}", count) as step:
             for batch in sizes:
                 timed = time_in_turns(runners, replace(self._work, batch=batch), step)
-                races.append(Race(batch, timed["model"], timed.get("baseline")))
+                speeds.append(BatchSpeed(batch, timed["model"], timed.get("baseline")))
         return Speed(
             device=str(own.model.device),
             dtype=dtype_name(own.model.dtype),
@@ -89,7 +89,7 @@ class SpeedRunner:
             baseline_weight_bytes=self._baseline_runner.weight_bytes
             if self._baseline_runner
             else None,
-            races=races,
+            speeds=speeds,
         )
 
     def _open(self, source: Source) -> Runner:

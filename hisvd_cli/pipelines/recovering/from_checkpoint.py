@@ -12,7 +12,7 @@ from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.output_names import inputs_of
 from hisvd_cli.pipelines.outputs import check_output, peak_memory, refuse_flags
 from hisvd_cli.pipelines.recovering.recovery import prepare_recovery
-from hisvd_cli.pipelines.recovering.training import course_of, run_recovery
+from hisvd_cli.pipelines.recovering.training import run_recovery, schedule_of
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.progress import Reporter
 
@@ -51,14 +51,14 @@ def forecast_recovery(
     """
     path = _checked_output(resolved, folder, output, overwrite)
     recovery = prepare_recovery(resolved, folder, reporter)
-    course, parts = course_of(recovery), 2 if recovery.knobs.method == "lora" else 1
+    schedule, parts = schedule_of(recovery), 2 if recovery.knobs.method == "lora" else 1
     return {
         "output": str(path),
         "from": str(folder),
         "bytes": recovery.student.weights.total_bytes,
         "text_tokens": recovery.data.tokens,
-        "tokens": course.tokens and course.tokens * parts,
-        "seconds": course.seconds and course.seconds * parts,
+        "tokens": schedule.tokens and schedule.tokens * parts,
+        "seconds": schedule.seconds and schedule.seconds * parts,
     }
 
 

@@ -12,7 +12,7 @@ from hisvd_cli.export.model_card import rewrite_card
 from hisvd_cli.finetuning.adaptation import Adapter, adapt
 from hisvd_cli.finetuning.factor_training import Factors, distill
 from hisvd_cli.finetuning.recover import Recovered, recover
-from hisvd_cli.finetuning.trainer import Course, Progress
+from hisvd_cli.finetuning.trainer import Progress, TrainingSchedule
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -51,17 +51,19 @@ def run_recovery(recovery: Recovery, output: Path, reporter: Reporter) -> Recove
 
 
 def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors, Progress]:
-    knobs, course = recovery.knobs, course_of(recovery)
+    knobs, schedule = recovery.knobs, schedule_of(recovery)
     if recovery.knobs.method == "lora":
         adapter = Adapter(knobs.lora_rank, knobs.lora_alpha, knobs.lora_dropout)
-        return adapt(recovery.student, recovery.data, course, recovery.run, adapter, home, reporter)
+        return adapt(
+            recovery.student, recovery.data, schedule, recovery.run, adapter, home, reporter
+        )
     if recovery.teacher is None:
         raise UsageError("Distillation needs the dense model.", "Name it with `model.name`.")
     return distill(
         recovery.student,
         recovery.teacher,
         recovery.data,
-        course,
+        schedule,
         recovery.run,
         knobs.temperature,
         home,
@@ -69,7 +71,7 @@ def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors,
     )
 
 
-def course_of(recovery: Recovery) -> Course:
+def schedule_of(recovery: Recovery) -> TrainingSchedule:
     """Return length and options of the training; LoRA has two of equal length."""
     knobs, data = recovery.knobs, recovery.data
     minutes, tokens = knobs.minutes, knobs.tokens
@@ -80,7 +82,7 @@ def course_of(recovery: Recovery) -> Course:
             trained = data.rows(0, data.split()[0])
             tokens = 2 * int(knobs.lora_epochs * trained.tokens)
     parts = 2 if knobs.method == "lora" else 1
-    return Course(
+    return TrainingSchedule(
         seconds=None if minutes is None else 60 * minutes / parts,
         tokens=None if tokens is None else max(tokens // parts, 1),
         learning_rate=knobs.learning_rate or _RATES[knobs.method],
@@ -93,9 +95,9 @@ def course_of(recovery: Recovery) -> Course:
 def _record(recovery: Recovery) -> Mapping[str, Any]:
     """Return everything that decides the result, for the provenance."""
     data, teacher = recovery.data, recovery.teacher
-    course = asdict(course_of(recovery))
+    schedule = asdict(schedule_of(recovery))
     for unrecorded in ("state_seconds", "together"):
-        del course[unrecorded]
+        del schedule[unrecorded]
     return {
         "method": recovery.knobs.method,
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint} if teacher else None,
@@ -109,7 +111,7 @@ def _record(recovery: Recovery) -> Mapping[str, Any]:
             "seqlen": data.ids.shape[1],
             "tokens": data.tokens,
         },
-        "course": course,
+        "schedule": schedule,
         "dtype": dtype_name(recovery.run.dtype),
         "settings": recovery.resolved.recorded("model", "recover"),
     }
