@@ -143,3 +143,33 @@ def test_the_remainder_goes_where_it_saves_most() -> None:
 def test_floors_above_the_budget_say_by_how_much() -> None:
     with pytest.raises(BudgetError, match="20 more than the budget of 100"):
         Budget([(10, 10)] * 3, 100, [2] * 3)
+
+
+@pytest.mark.parametrize("storage", LAYERS)
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+def test_scaled_ranks_spend_the_budget_in_proportion(ratio: float, storage: Storage) -> None:
+    shapes = [(60, 40), (20, 50), (50, 50), (64, 16)]
+    total = sum(m * n for m, n in shapes)
+    baselines = [3.0, 1.0, 2.0, 8.0]
+    budget = Budget(shapes, int(ratio * total), [2, 2, 2, 2], 1, storage)
+    ranks = budget.scaled(baselines)
+    spent = sum(cost(rank, shape) for rank, shape in zip(ranks, shapes, strict=True))
+    assert spent == pytest.approx(budget.parameters, rel=1e-9)
+    floors = [budget.cost(2, shape) / sum(shape) for shape in shapes]
+    assert all(rank >= floor for rank, floor in zip(ranks, floors, strict=True))
+    scales = [
+        rank / baseline
+        for rank, baseline, floor, shape in zip(ranks, baselines, floors, shapes, strict=True)
+        if floor < rank < break_even(shape)
+    ]
+    assert len(scales) >= 2
+    assert scales == pytest.approx([scales[0]] * len(scales))
+
+
+@pytest.mark.parametrize(("nearest", "ranks"), [(False, [4, 2, 2, 2]), (True, [3, 3, 2, 2])])
+def test_nearest_ranks_move_by_one_step(nearest: bool, ranks: list[int]) -> None:
+    shapes = [(10, 10)] * 4
+    weights = [1000.0, 10.0, 1.0, 1.0]
+    energies = [w * torch.ones(10, dtype=torch.float64) for w in weights]
+    budget = Budget(shapes, 200, [1] * 4)
+    assert budget.rounded([2.5] * 4, energies, nearest) == ranks
