@@ -347,7 +347,7 @@ def test_an_interrupted_run_says_how_to_go_on(here: Path) -> None:
     assert process.returncode == 130
     message, hint = two_lines(stderr)
     assert message == "Interrupted."
-    assert "last finished block" in hint
+    assert "last completed block" in hint
     assert not (here / "made").exists()
     assert len(list((here / ".made.partial").glob("block-*"))) >= 2
 

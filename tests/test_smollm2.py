@@ -1,7 +1,7 @@
 """The whole path on a real model, through the installed command: the figures that it must reach.
 
 Needs SmolLM2-135M-Instruct as GGUF (``HISVD_SMOLLM2``, see .ci/run) and the shared WikiText-2.
-Protocol: calibration on 12 × 1024 tokens of validation, evaluation on 8 windows of 1024 of test. It
+Protocol: calibration on 8 × 512 tokens of validation, evaluation on 8 windows of 1024 of test. It
 is smaller than that of tests/benchmarks/smollm2.py, whose figures the manual reports.
 """
 
@@ -68,7 +68,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with SmolLM2 calibrated in ``calibration``."""
     folder = tmp_path_factory.mktemp("smollm2")
     text = str(DATA / "validation.tokens.txt")
-    options = ["--dataset", text, "--samples", "12", "--seqlen", "1024", "--gradients"]
+    options = ["--dataset", text, "--samples", "8", "--seqlen", "512", "--gradients"]
     _hisvd(folder, "calibrate", "--model", GGUF, "--calibration", "calibration", *options)
     return folder
 
