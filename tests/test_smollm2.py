@@ -29,8 +29,9 @@ MODELS = {
     "best-0.6": ["--preset", "best"],
 }
 """Folder, which ends in the keep ratio → options of its compression."""
-LIMITS = {"hisvd-0.8": 1.0, "best-0.8": 1.0, "hisvd-0.6": 1.0, "best-0.6": 1.0}
-"""Folder → perplexity that it must reach, a little above what it measured."""
+LIMITS = {"hisvd-0.8": 98.0, "best-0.8": 42.5, "hisvd-0.6": 600.0, "best-0.6": 105.5}
+"""Folder → perplexity that it must reach, a little above what was measured: 97.6, 42.3, 598, 104.9.
+From so few calibration tokens it is far above that in the manual."""
 ROOM = 1.03  # bfloat16 products are rounded differently by other processors and thread counts
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 

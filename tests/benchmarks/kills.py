@@ -64,7 +64,14 @@ MORE: dict[str, tuple[str, ...]] = {
     "distill": ("--recover-tokens", "1500"),
 }
 GIVEN = ("low", "low.pt")  # in the folder of every run
-TEMPORARY = (f"**/*{TAG}*", "**/.*.tmp", "**/.*.lock", "**/.*.partial", "**/.*.key")
+TEMPORARY = (
+    f"**/*{TAG}*",
+    "**/.*.hisvd.*",
+    "**/.*.tmp",
+    "**/.*.lock",
+    "**/.*.partial",
+    "**/.*.key",
+)
 
 
 @dataclass
