@@ -18,7 +18,7 @@ from hisvd_cli.finetuning.adaptation import Adapter, adapted_model, as_linears
 from hisvd_cli.finetuning.distillation import divergence_from, likelihood_of, summed_loss
 from hisvd_cli.finetuning.factor_training import RunOptions, distill
 from hisvd_cli.finetuning.trained_pairs import balanced, open_pairs, stored_factors
-from hisvd_cli.finetuning.trainer import Trainee, Training, TrainingSchedule
+from hisvd_cli.finetuning.trainer import Schedule, Trainee, Training
 from hisvd_cli.finetuning.training_data import (
     TrainingData,
     instruction_data,
@@ -52,9 +52,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {storage: home / storage for storage in ("pair", "pivoted")}
 
 
-def schedule(**changes: Any) -> TrainingSchedule:
+def schedule(**changes: Any) -> Schedule:
     plain = {"seconds": None, "tokens": 600, "learning_rate": 0.05, "batch": 3, "together": 2}
-    return TrainingSchedule(**{**plain, "seed": 0, **changes})
+    return Schedule(**{**plain, "seed": 0, **changes})
 
 
 # The loss

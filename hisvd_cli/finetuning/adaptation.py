@@ -24,7 +24,7 @@ from hisvd_cli.finetuning.factor_training import (
     set_checkpointing,
 )
 from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs
-from hisvd_cli.finetuning.trainer import BEST, Progress, Trainee, Training, TrainingSchedule
+from hisvd_cli.finetuning.trainer import BEST, Progress, Schedule, Trainee, Training
 from hisvd_cli.finetuning.training_data import TrainingData
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.sources.source import Source
@@ -66,7 +66,7 @@ def check_peft() -> None:
 def adapt(
     student: Source,
     data: TrainingData,
-    schedule: TrainingSchedule,
+    schedule: Schedule,
     run: RunOptions,
     adapter: Adapter,
     home: Path,
@@ -129,7 +129,7 @@ def _train_one(
     names: list[str],
     factor: str,
     data: TrainingData,
-    schedule: TrainingSchedule,
+    schedule: Schedule,
     run: RunOptions,
     adapter: Adapter,
     home: Path,
@@ -175,7 +175,7 @@ def _trainee(
     model: PreTrainedModel,
     parameters: dict[str, nn.Parameter],
     data: TrainingData,
-    schedule: TrainingSchedule,
+    schedule: Schedule,
     run: RunOptions,
 ) -> Trainee:
     student = TwoParts(model, run.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hisvd_cli.finetuning.distillation import divergence_from, summed_loss
 from hisvd_cli.finetuning.teacher import Teacher
 from hisvd_cli.finetuning.trained_pairs import TrainedPair, open_pairs
-from hisvd_cli.finetuning.trainer import Progress, Trainee, Training, TrainingSchedule
+from hisvd_cli.finetuning.trainer import Progress, Schedule, Trainee, Training
 from hisvd_cli.finetuning.training_data import TrainingData
 from hisvd_cli.modeling.decoding import TwoParts
 from hisvd_cli.modeling.divergence import token_divergences, token_losses
@@ -44,7 +44,7 @@ def distill(
     student: Source,
     teacher: Source,
     data: TrainingData,
-    schedule: TrainingSchedule,
+    schedule: Schedule,
     run: RunOptions,
     temperature: float,
     home: Path,

@@ -32,7 +32,7 @@ _CLIP = 1.0  # maximum norm of the whole gradient, as is common for language mod
 
 
 @dataclass(frozen=True)
-class TrainingSchedule:
+class Schedule:
     """The schedule of a training.
 
     Attributes:
@@ -114,16 +114,14 @@ class Training:
     def __init__(
         self,
         trainee: Trainee,
-        schedule: TrainingSchedule,
+        schedule: Schedule,
         home: Path,
         device: torch.device,
         reporter: Reporter,
     ) -> None:
         from accelerate import Accelerator
 
-        self.trainee = trainee
-        self.schedule = schedule
-        self.home = home
+        self.trainee, self.schedule, self.home = trainee, schedule, home
         self.reporter = reporter
         self.progress = Progress()
         self._accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False)

@@ -38,7 +38,7 @@ import hisvd_cli
 from hisvd_cli.calibration import calibrate, gradients
 from hisvd_cli.cli import app
 from hisvd_cli.evaluation import measurement
-from hisvd_cli.finetuning.trainer import TrainingSchedule
+from hisvd_cli.finetuning.trainer import Schedule
 from hisvd_cli.pipelines.recovering import training
 from hisvd_cli.utils.files.owners import TAG
 from tests.cli_helpers import digests
@@ -100,7 +100,7 @@ def hurry() -> None:
         defaults = function.__kwdefaults__ or {}
         defaults["state_seconds"] = 0.0
     measurement.SAVE_SECONDS = 0.0
-    vars(training)["TrainingSchedule"] = partial(TrainingSchedule, state_seconds=0.2)
+    vars(training)["Schedule"] = partial(Schedule, state_seconds=0.2)
 
 
 def start(words: Iterable[str], home: Path) -> int:

@@ -12,7 +12,7 @@ from hisvd_cli.export.model_card import rewrite_card
 from hisvd_cli.finetuning.adaptation import Adapter, adapt
 from hisvd_cli.finetuning.factor_training import Factors, distill
 from hisvd_cli.finetuning.recover import Recovered, recover
-from hisvd_cli.finetuning.trainer import Progress, TrainingSchedule
+from hisvd_cli.finetuning.trainer import Progress, Schedule
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -71,7 +71,7 @@ def _train(recovery: Recovery, home: Path, reporter: Reporter) -> tuple[Factors,
     )
 
 
-def schedule_of(recovery: Recovery) -> TrainingSchedule:
+def schedule_of(recovery: Recovery) -> Schedule:
     """Return length and options of the training; LoRA has two of equal length."""
     knobs, data = recovery.knobs, recovery.data
     minutes, tokens = knobs.minutes, knobs.tokens
@@ -82,7 +82,7 @@ def schedule_of(recovery: Recovery) -> TrainingSchedule:
             trained = data.rows(0, data.split()[0])
             tokens = 2 * int(knobs.lora_epochs * trained.tokens)
     parts = 2 if knobs.method == "lora" else 1
-    return TrainingSchedule(
+    return Schedule(
         seconds=None if minutes is None else 60 * minutes / parts,
         tokens=None if tokens is None else max(tokens // parts, 1),
         learning_rate=knobs.learning_rate or _RATES[knobs.method],
