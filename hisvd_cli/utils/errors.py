@@ -67,8 +67,8 @@ class LostProcessError(HisvdError):
         super().__init__(
             message,
             "Run the same command again, with any number of processes: it resumes after the last "
-            "completed block. If memory ran out, lower `calibration.batch`, `calibration.seqlen` "
-            "or `calibration.samples`.",
+            "completed block. If memory ran out, lower `calibration.batch`, `eval.batch` or "
+            "`recover.batch`, whichever applies.",
         )
 
 
