@@ -259,6 +259,10 @@ def test_a_command_that_reuses_a_mutated_file(
         words = (*words, "--ratio", 0.6, "--output", tmp_path / "grid", "--no-evaluate")
     path = tmp_path / file
     content = path.read_bytes()
+    # Undamaged, it is reused: only the spectra of the weights, which are not cached here, are new.
+    told = succeed(command, *words, "--verbose").stderr
+    assert told.count("Computing spectra") == 1
+    assert ("exists already" in told) == (command == "compress")
 
     @_search(FEW // 2)
     @given(st.data())
