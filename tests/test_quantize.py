@@ -318,16 +318,22 @@ def test_the_hidden_states_are_those_of_integers(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]
 
 
+def trained_and_rounded(model: Path, folder: Path) -> tuple[object, ...]:
+    """Return a compression that trains and quantizes a tiny model."""
+    text = ("--dataset", text_file(folder), "--samples", 4, "--seqlen", 32, "--ratio", 0.5)
+    training = ("--recover", "distill", "--recover-tokens", 300, "--recover-seqlen", 16)
+    return ("compress", "--model", model, *text, *training, "--quantize", "int8")
+
+
+def stop(*_args: Any, **_kwargs: Any) -> None:
+    raise OutputError("The disk is full.", "Free some space.")
+
+
 def test_an_interrupted_rounding_loses_no_training(
     tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = ("--dataset", text_file(tmp_path), "--samples", 4, "--seqlen", 32, "--ratio", 0.5)
-    training = ("--recover", "distill", "--recover-tokens", 300, "--recover-seqlen", 16)
-    words = ("compress", "--model", tiny_model("llama"), *text, *training, "--quantize", "int8")
+    words = trained_and_rounded(tiny_model("llama"), tmp_path)
     succeed(*words, "--output", tmp_path / "one")
-
-    def stop(*_args: Any, **_kwargs: Any) -> None:
-        raise OutputError("The disk is full.", "Free some space.")
 
     with monkeypatch.context() as patch:
         patch.setattr("hisvd_cli.pipelines.compressing.writing.quantize_compressed", stop)
@@ -345,13 +351,8 @@ def test_an_interrupted_rounding_loses_no_training(
 def test_an_interrupted_single_file_loses_no_step(
     tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = ("--dataset", text_file(tmp_path), "--samples", 4, "--seqlen", 32, "--ratio", 0.5)
-    training = ("--recover", "distill", "--recover-tokens", 300, "--recover-seqlen", 16)
-    words = ("compress", "--model", tiny_model("llama"), *text, *training, "--quantize", "int8")
+    words = trained_and_rounded(tiny_model("llama"), tmp_path)
     succeed(*words, "--output", tmp_path / "one.pt")
-
-    def stop(*_args: Any, **_kwargs: Any) -> None:
-        raise OutputError("The disk is full.", "Free some space.")
 
     writing = "hisvd_cli.pipelines.compressing.writing"
     with monkeypatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from hisvd_cli.calibration.collector import Hook, hooked
 from hisvd_cli.linalg.moments import AddUp, MomentSum, Side, add_up_count
 
 
-class _ChunkCollector:
+class _ChunkCollector(ABC):
     """Collects from linear layers while chunks of sequences run forward and backward."""
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
@@ -30,8 +31,9 @@ class _ChunkCollector:
         with hooked(self._linears, self._hook):
             yield
 
+    @abstractmethod
     def _hook(self, name: str) -> Hook:
-        raise NotImplementedError
+        """Return the hook that collects from a layer."""
 
 
 class GradientCollector(_ChunkCollector):

@@ -110,7 +110,7 @@ class Console(StderrReporter):
         if cause is not None:
             for line in "".join(traceback.format_exception(cause)).rstrip().splitlines():
                 self._tell(Text(line))
-        for line in in_flags(error.message).splitlines():
+        for line in self.worded(error.message).splitlines():
             self._tell(Text.assemble(("Error: ", "bold red"), line))
         if error.hint:
-            self._tell(Text.assemble(("Hint: ", "cyan"), in_flags(error.hint)))
+            self._tell(Text.assemble(("Hint: ", "cyan"), self.worded(error.hint)))

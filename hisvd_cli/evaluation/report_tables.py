@@ -33,23 +33,23 @@ _TASK_FACTS = ("metric", "filter", "value", "stderr", "num_fewshot", "questions"
 _FACTS = ("split", "tokens", "bytes", "windows", "seqlen", "dataset_hash")
 
 
-def check_report_path(path: Path, flag: str) -> None:
+def check_report_path(path: Path, kind: str) -> None:
     """Check before any work that a report can be written; only an earlier report is overwritten.
 
     Args:
         path: the file.
-        flag: the argument that names it, as messages show it.
+        kind: ``markdown``, ``csv`` or ``report``, the argument that names it.
 
     Raises:
         OutputError: see :func:`check_text_place`; or the file is not a report of this kind.
     """
-    check_text_place(path, flag)
+    check_text_place(path, f"`{kind}`")
     if path.is_file() and not takes_text(path):
         with path.open("rb") as file:
             beginning = file.read(_BEGINNING)
-        if beginning and not re.match(_REPORTS[flag.strip("-`")], beginning):
+        if beginning and not re.match(_REPORTS[kind], beginning):
             raise OutputError(
-                f"{flag} {path} exists and is not a report of this kind.",
+                f"`{kind}` {path} exists and is not a report of this kind.",
                 "Choose another file, or remove this one.",
             )
 

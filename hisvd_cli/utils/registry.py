@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -24,11 +25,14 @@ MANY = 10**9
 """Upper bound of counts: large enough for every use, small enough to be multiplied."""
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
-Ratios = Annotated[
-    list[Ratio],
-    Field(min_length=1),
-    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value]),
-]
+
+
+def as_list(value: object) -> Sequence[object]:
+    """Return a list as it is, and any other value as the only item of one."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Ratios = Annotated[list[Ratio], Field(min_length=1), BeforeValidator(as_list)]
 
 
 class Options(BaseModel):
@@ -94,7 +98,7 @@ class Registry(Generic[F]):
     def names(self) -> list[str]:
         """Return the names of all methods."""
         self._load_builtin()
-        found = {*self._methods, *(point.name for point in entry_points(group=self._group))}
+        found = {*self._methods, *(point.name for point in self._outside)}
         return sorted(found, key=lambda name: (self._order.get(name, len(self._order)), name))
 
     def get(self, name: str) -> F:
@@ -146,13 +150,19 @@ class Registry(Generic[F]):
     def _method(self, name: str) -> _Method[F]:
         self._load_builtin()
         if name not in self._methods:
-            for point in entry_points(group=self._group, name=name):
-                self._load(point)
+            for point in self._outside:
+                if point.name == name:
+                    self._load(point)
         if name not in self._methods:
             raise UsageError(f"There is no {self._kind} '{name}'.", suggest(name, self.names()))
         if name in self._rejected:
             raise self._unusable(f"'{name}'", self._rejected[name])
         return self._methods[name]
+
+    @cached_property
+    def _outside(self) -> Sequence[EntryPoint]:
+        """The entry points of other packages: finding them reads the metadata of all packages."""
+        return tuple(entry_points(group=self._group))
 
     def _load(self, point: EntryPoint) -> None:
         """Import the function of an entry point. Its module may register it under the same name;

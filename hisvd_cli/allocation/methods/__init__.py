@@ -85,6 +85,5 @@ __all__ = [
     "Probe",
     "Ratio",
     "Ratios",
-    "Sequence",
     "Spectrum",
 ]

@@ -37,8 +37,5 @@ def replace(message: str, named: Callable[[str, bool], str]) -> str:
 def _flag(section: str, key: str | None) -> str | None:
     if key is None:
         return f"--{section}" if section in ARGUMENTS else None
-    return flag_of(section, key) if key in _keys(section) else None
-
-
-def _keys(section: str) -> frozenset[str]:
-    return frozenset(SECTIONS[section].model_fields) if section in SECTIONS else frozenset()
+    known = section in SECTIONS and key in SECTIONS[section].model_fields
+    return flag_of(section, key) if known else None

@@ -33,7 +33,7 @@ def report_files(named: Mapping[str, Path | None]) -> list[Path | None]:
     paths = {name: path and output_name(path, name) for name, path in named.items()}
     for name, path in paths.items():
         if path is not None:
-            check_report_path(path, f"`{name}`")
+            check_report_path(path, name)
     files = [path.resolve() for path in paths.values() if path and not takes_text(path)]
     if len(set(files)) < len(files):
         raise UsageError("Two reports have the same name.", "Give each report its own file.")

@@ -12,21 +12,13 @@ from pydantic_core import PydanticCustomError
 from hisvd_cli.allocation.methods import ALLOCATORS
 from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.utils.memory_bounds import checked
-from hisvd_cli.utils.registry import MANY, Options
+from hisvd_cli.utils.registry import MANY, Options, as_list
 
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
-def _as_list(value: object) -> object:
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def _as_items(value: object) -> Sequence[object]:
-    return value if isinstance(value, list | tuple) else [value]
-
-
 def _none_or_list(value: object) -> object:
-    return [] if value is None else _as_list(value)
+    return [] if value is None else as_list(value)
 
 
 def _once(values: list[str]) -> list[str]:
@@ -35,8 +27,7 @@ def _once(values: list[str]) -> list[str]:
 
 def _words(value: object) -> object:
     """Split each text of a list at commas, as lm-eval's command line does."""
-    items = value if isinstance(value, list | tuple) else [value]
-    texts = (item.split(",") if isinstance(item, str) else [item] for item in items)
+    texts = (item.split(",") if isinstance(item, str) else [item] for item in as_list(value))
     return [item.strip() if isinstance(item, str) else item for part in texts for item in part]
 
 
@@ -128,14 +119,14 @@ def any_of(names: Sequence[str]) -> str:
 
 LARGEST_SEED = 2**63 - 1
 
-Names = Annotated[list[str], BeforeValidator(_as_list)]
+Names = Annotated[list[str], BeforeValidator(as_list)]
 Presets = Annotated[list[PresetName], BeforeValidator(_none_or_list), AfterValidator(_once)]
 Words = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_words)]
 Counts = Annotated[
     list[Annotated[int, Field(ge=1, le=MANY)]], Field(min_length=1), BeforeValidator(_words)
 ]
 Memory = Annotated[str, AfterValidator(checked)]
-Methods = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
+Methods = Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)]
 
 
 class Section(Options):
@@ -145,6 +136,6 @@ class Section(Options):
     @classmethod
     def _plain_text(cls, value: object) -> object:
         """Reject NUL, which no file name can contain, and bytes that are not UTF-8."""
-        if any(_UNWRITABLE.search(item) for item in _as_items(value) if isinstance(item, str)):
+        if any(_UNWRITABLE.search(item) for item in as_list(value) if isinstance(item, str)):
             raise PydanticCustomError("unwritable", "UTF-8 text without NUL")
         return value
