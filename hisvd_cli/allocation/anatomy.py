@@ -54,8 +54,7 @@ def _dissected(source: Source) -> Anatomy:
     prefix, layers = decoder_blocks(model)
     names = tensor_names(model, source)
     shapes = model.state_dict()
-    infos = source.weights.infos
     for name, stored in names.items():
-        check_shape(name, infos[stored].shape, shapes[name].shape)
+        check_shape(name, source.weights.info(stored).shape, shapes[name].shape)
     total = sum(shapes[name].numel() for name in names)
     return Anatomy(find_sublayers(prefix, list(layers)), total, names)

@@ -222,18 +222,22 @@ def _cached(
     owner = share_by_cost(costs, here.size)
     own = [s for block in blocks.values() for s in block if owner[s.name] == here.rank]
 
-    def gather(s: Sublayer) -> tuple[Tensor, Statistics]:
+    def gather(linear: tuple[Sublayer, str]) -> tuple[Tensor, Statistics]:
+        s, name = linear
         known: dict[str, Statistics] = {}
         if of.calibration and need:
-            known = of.calibration.statistics(s.layer, {need}, of.device, {s.name})
-        weight = of.source.weights.read(of.names[f"{s.name}.weight"])
-        return weight, known.get(s.name, Statistics())
+            known = of.calibration.statistics(s.layer, {need}, of.device, {name})
+        weight = of.source.weights.read(of.names[f"{name}.weight"])
+        return weight, known.get(name, Statistics())
 
     mine: dict[str, Tensor] = {}
-    with reporter.stage("Computing spectra", len(own)) as step:
-        for s, (weight, statistics) in ahead(gather, own):
-            with decomposing(s.name):
-                mine[s.name] = compute(weight.to(of.device), statistics).cpu()
+    linears = [(s, name) for s in own for name in s.members]
+    with reporter.stage("Computing spectra", len(linears)) as step:
+        for (s, name), (weight, statistics) in ahead(gather, linears):
+            with decomposing(name):
+                value = compute(weight.to(of.device), statistics).cpu()
+            # One rank serves all experts of a stack, so that their losses add up by rank.
+            mine[s.name] = mine[s.name] + value if s.name in mine else value
             step()
     for part in here.gathered(mine):
         values |= part

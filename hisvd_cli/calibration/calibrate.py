@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.calibration.collector import Collector, TurnSum
+from hisvd_cli.calibration.routing import pool_stacks, stacks_among
 from hisvd_cli.calibration.statistics_files import block_file
 from hisvd_cli.calibration.store import (
     FORMAT_VERSION,
@@ -152,7 +153,7 @@ def _walk_blocks(
                 if index in done:
                     walk.advance(index)
                 else:
-                    mine = [s.name for s in sublayers if s.layer == index]
+                    mine = [s for s in sublayers if s.layer == index]
                     _measure_block(walk, index, mine, partial / block_file(index))
                 walk.free(index)
                 due = time.monotonic() - saved >= state_seconds and index + 1 < count
@@ -186,17 +187,19 @@ def _resume_state(walk: BlockWalk, sample: Sample, state: Checkpoints, kept: Seq
     """
     rows = world().share(len(sample.tokens))
     mine = sample.tokens[rows.start : rows.stop]
-    walk.embed(mine, compute_hidden=not kept)
-    if not kept:
+    walk.embed(mine)
+    if not kept or walk.carries:
         return 0
     walk.hidden = state.at(kept[-1]).load(rows.start, rows.stop, walk.home)
     return kept[-1]
 
 
-def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path) -> None:
-    """Run one block over all sequences and write the moments of its linear layers ``names``."""
+def _measure_block(walk: BlockWalk, index: int, mine: Sequence[Sublayer], path: Path) -> None:
+    """Run one block over all sequences and write the moments of its sublayers."""
     here = world()
-    collector = Collector(linears_of(walk, names), walk.device)
+    names = [name for sublayer in mine for name in sublayer.members]
+    linears = linears_of(walk, names)
+    collector = Collector(linears, walk.device, stacks=stacks_among(mine))
 
     def probe() -> list[list[str]]:
         with collector.grouping() as groups:
@@ -215,12 +218,15 @@ def _measure_block(walk: BlockWalk, index: int, names: Sequence[str], path: Path
     collector.pool(here.add_up)
     turn.pool(here.add_up)
     if here.first:
+        collector.count_experts(turn.tokens)
         _write_block(collector, turn, walk.dtype, path)
 
 
 def _write_block(collector: Collector, turn: TurnSum, dtype: torch.dtype, path: Path) -> None:
     # Each sum is freed before the next mean is computed.
     means = {key: collector.sums.pop(key).mean() for key in list(collector.sums)}
+    hits = {name: each.tokens for name, each in collector.hits.items()}
+    pool_stacks(means, collector.stacks, hits, "input")
     for key, mean in means.items():
         if not bool(mean.isfinite().all()):
             raise NumericalError(
@@ -228,6 +234,8 @@ def _write_block(collector: Collector, turn: TurnSum, dtype: torch.dtype, path: 
                 overflow_hint(dtype),
             )
     known = {"owners": collector.owners, "importance": turn.mean()}
+    if hits:
+        known["hits"] = {n: [hits[m] for m in each] for n, each in collector.stacks.items()}
     # A single metadata entry, since safetensors writes several in random order.
     write_tensors(path, means, {"block": json.dumps(known, sort_keys=True)})
 

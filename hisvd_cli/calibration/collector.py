@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hisvd_cli.calibration.routing import Hits, weighted
 from hisvd_cli.linalg.moments import AddUp, ChannelSum, MomentSum, add_up_count
 
 Hook = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], None]
@@ -45,6 +46,8 @@ class Collector:
         owners: keys of the moment and of the channels by full name of the layer; a layer that was
             not run has none.
         of_inputs: accumulate the moments of inputs for every group.
+        stacks: stack → its members, for experts; each has a moment of its own, of its input.
+        hits: tokens of each expert.
     """
 
     linears: Mapping[str, nn.Linear]
@@ -52,6 +55,8 @@ class Collector:
     sums: dict[str, MomentSum | ChannelSum] = field(default_factory=dict)
     owners: dict[str, tuple[str, str]] = field(default_factory=dict)
     of_inputs: bool = False
+    stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    hits: dict[str, Hits] = field(default_factory=dict)
 
     @contextmanager
     def grouping(self) -> Iterator[list[list[str]]]:
@@ -75,8 +80,13 @@ class Collector:
 
     def choose_sides(self, groups: Iterable[list[str]]) -> None:
         """Choose which moments are summed for each group of layers with a common input."""
+        experts = [name for members in self.stacks.values() for name in members]
+        self.hits = {name: Hits() for name in experts}
         for names in groups:
-            self._choose_side(names)
+            if plain := [name for name in names if name not in self.hits]:
+                self._choose_side(plain)
+        for name in experts:
+            self._sum_inputs([name])
 
     @contextmanager
     def summing(self) -> Iterator[None]:
@@ -86,22 +96,33 @@ class Collector:
 
     def pool(self, add_up: AddUp) -> None:
         """Add the sums of the other processes on the first process."""
-        for total in self.sums.values():
+        for total in (*self.sums.values(), *self.hits.values()):
             total.pool(add_up)
+
+    def count_experts(self, tokens: int) -> None:
+        """Make the moments of experts means over ``tokens`` tokens of the text."""
+        for name in self.hits:
+            for key in self.owners[name]:
+                self.sums[key].count_as(tokens)
 
     def _choose_side(self, names: list[str]) -> None:
         first, width = names[0], self.linears[names[0]].in_features
+        heights = {name: self.linears[name].out_features for name in names}
+        if self.of_inputs or sum(height**2 for height in heights.values()) >= width**2:
+            self._sum_inputs(names)
+            return
         channels = f"{first}.channels"
         self.sums[channels] = ChannelSum(width, self.device)
-        heights = {name: self.linears[name].out_features for name in names}
-        fewer = sum(height**2 for height in heights.values()) < width**2
-        if fewer and not self.of_inputs:
-            for name, height in heights.items():
-                self.sums[f"{name}.output"] = MomentSum(height, self.device)
-                self.owners[name] = (f"{name}.output", channels)
-        else:
-            self.sums[f"{first}.input"] = MomentSum(width, self.device)
-            self.owners.update(dict.fromkeys(names, (f"{first}.input", channels)))
+        for name, height in heights.items():
+            self.sums[f"{name}.output"] = MomentSum(height, self.device)
+            self.owners[name] = (f"{name}.output", channels)
+
+    def _sum_inputs(self, names: list[str]) -> None:
+        """Sum the moment of the input that layers share."""
+        first, width = names[0], self.linears[names[0]].in_features
+        self.sums[f"{first}.channels"] = ChannelSum(width, self.device)
+        self.sums[f"{first}.input"] = MomentSum(width, self.device)
+        self.owners.update(dict.fromkeys(names, (f"{first}.input", f"{first}.channels")))
 
     def _adder(self, name: str) -> Hook:
         moment, channels = self.owners.get(name, ("", ""))
@@ -109,7 +130,9 @@ class Collector:
         def add(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             # Shared statistics are counted by the first layer of the group.
             for key in {moment, channels} & {f"{name}.input", f"{name}.channels"}:
-                self.sums[key].add(args[0])
+                self.sums[key].add(weighted(module, args[0]))
+            if name in self.hits:
+                self.hits[name].add(module, args[0])
             if moment.endswith(".output"):
                 bias = module.bias
                 # In float32, so that subtracting the bias does not round.
@@ -146,6 +169,11 @@ class TurnSum:
         add_up(total)
         self._sum = float(total)
         self._tokens = add_up_count(self._tokens, add_up)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self._tokens
 
     def mean(self) -> float:
         """Return the mean over all tokens, from 0 to 1."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from hisvd_cli.calibration.collector import Hook, hooked
+from hisvd_cli.calibration.routing import Hits, pool_stacks, routed, weighted
 from hisvd_cli.linalg.moments import AddUp, MomentSum, Side, add_up_count
+from hisvd_cli.modeling.experts import Routed
 
 
 class _ChunkCollector(ABC):
@@ -19,15 +21,20 @@ class _ChunkCollector(ABC):
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
         self._linears = linears
         self._start = 0
+        self._sequences = 0
+        self._even = 0  # of these, those with an even index
 
     @contextmanager
-    def summing(self, start: int) -> Iterator[None]:
+    def summing(self, start: int, count: int) -> Iterator[None]:
         """Sum the gradients of all layers while the body runs one chunk forward and backward.
 
         Args:
             start: index of the first sequence of the chunk.
+            count: number of sequences in it.
         """
         self._start = start
+        self._sequences += count
+        self._even += len(range(start + start % 2, start + count, 2))
         with hooked(self._linears, self._hook):
             yield
 
@@ -50,6 +57,7 @@ class GradientCollector(_ChunkCollector):
             other sequence are also summed separately.
         seqlen: tokens per sequence.
         weights: whether weight gradients are collected too.
+        stacks: stack → its members, for experts.
     """
 
     def __init__(
@@ -60,11 +68,15 @@ class GradientCollector(_ChunkCollector):
         keys: Mapping[str, str],
         seqlen: int,
         weights: bool,
+        stacks: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__(linears)
         self._keys = keys
         self._seqlen = seqlen
         self._halves: dict[str, MomentSum] = {}
+        self._stacks = stacks or {}
+        members = [name for each in self._stacks.values() for name in each]
+        self._hits = {name: Hits() for name in members}
         for name, linear in linears.items():
             tall = keys[name].endswith(".output")
             width = linear.out_features if tall else linear.in_features
@@ -76,14 +88,14 @@ class GradientCollector(_ChunkCollector):
 
     def _hook(self, name: str) -> Hook:
         def watch(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
+            x, rows = args[0].detach(), routed(module)
             self._add_input(name, module, x, output.detach())
 
             def add(gradient: Tensor) -> None:
                 self._squares[name].add(gradient)
                 narrow = gradient @ module.weight if side_of(module) == "input" else gradient
                 self._sums[name].add(narrow)
-                self._add_half(name, narrow)
+                self._add_half(name, narrow, rows)
                 if name in self._weights:
                     pair = (as_sequences(t, self._seqlen) for t in (x, gradient))
                     self._weights[name].add(*pair)
@@ -94,23 +106,32 @@ class GradientCollector(_ChunkCollector):
 
     def _add_input(self, name: str, module: nn.Linear, x: Tensor, output: Tensor) -> None:
         key = self._keys[name]
+        if name in self._hits:
+            self._hits[name].add(module, x)
         if key == f"{name}.input":
-            self._add_half(key, x)
+            self._add_half(key, weighted(module, x), routed(module))
         elif key == f"{name}.output":
             bias = module.bias
-            self._add_half(key, output if bias is None else output.float() - bias.float())
+            plain = output if bias is None else output.float() - bias.float()
+            self._add_half(key, plain, None)
 
-    def _add_half(self, key: str, rows: Tensor) -> None:
-        """Add the sequences with an even index."""
-        even = as_sequences(rows, self._seqlen)[self._start % 2 :: 2]
+    def _add_half(self, key: str, rows: Tensor, of: Routed | None) -> None:
+        """Add the sequences with an even index; the rows of an expert are of the tokens ``of``."""
+        if of is not None:
+            sequence = self._start + of.tokens.div(self._seqlen, rounding_mode="floor")
+            even = rows[sequence % 2 == 0]
+        else:
+            even = as_sequences(rows, self._seqlen)[self._start % 2 :: 2]
         if len(even):
             self._halves[key].add(even)
 
     def pool(self, add_up: AddUp) -> None:
         """Add the sums of the other processes on the first process."""
-        for sums in (self._sums, self._halves, self._squares, self._weights):
+        for sums in (self._sums, self._halves, self._squares, self._weights, self._hits):
             for total in sums.values():
                 total.pool(add_up)
+        self._sequences = add_up_count(self._sequences, add_up)
+        self._even = add_up_count(self._even, add_up)
 
     def means(self) -> dict[str, Tensor]:
         """Return the means in float32 on the CPU.
@@ -119,12 +140,26 @@ class GradientCollector(_ChunkCollector):
         ``name.square`` is E[g²] ``[]``; ``name.half`` is the moment of the gradient, and
         ``key.half`` that of the activations, over the sequences with an even index.
         """
+        self._count_experts()
         found = {}
         for name, linear in self._linears.items():
             found[f"{name}.{side_of(linear)}"] = self._sums[name].mean()
             found[f"{name}.square"] = self._squares[name].mean()
         halves = {f"{key}.half": total.mean() for key, total in self._halves.items()}
-        return {**found, **halves}
+        means = {**found, **halves}
+        hits = {name: each.tokens for name, each in self._hits.items()}
+        for end in ("output", "input", "half", "input.half"):
+            pool_stacks(means, self._stacks, hits, end)
+        return means
+
+    def _count_experts(self) -> None:
+        """Make the gradients of experts sums over p², and the halves of their inputs means."""
+        half = self._even / self._sequences
+        for name, hits in self._hits.items():
+            squares = hits.squares or 1.0
+            self._sums[name].count_as(squares)
+            self._halves[name].count_as(half * squares)
+            self._halves[f"{name}.input"].count_as(self._even * self._seqlen)
 
     def weight_means(self) -> dict[str, Tensor]:
         """Return the mean of each part of ``WeightGradients`` by ``name.part``."""
@@ -167,7 +202,7 @@ class MeanSquare:
 
     def mean(self) -> Tensor:
         """Return the mean ``[]`` in float32."""
-        return torch.tensor(self._sum / self._count, dtype=torch.float32)
+        return torch.tensor(self._sum / max(self._count, 1), dtype=torch.float32)
 
 
 class WeightSum:

@@ -13,6 +13,7 @@ from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.calibration.calibrate import STATE_SECONDS
 from hisvd_cli.calibration.gradient_collector import GradientCollector
 from hisvd_cli.calibration.reverse_walk import ReverseWalk
+from hisvd_cli.calibration.routing import stacks_among
 from hisvd_cli.calibration.statistics_files import block_file, weights_file
 from hisvd_cli.calibration.store import (
     FORMAT_VERSION,
@@ -25,8 +26,9 @@ from hisvd_cli.calibration.store import (
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.hidden_states import Place, StatesHome
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.sublayers import find_sublayers
 from hisvd_cli.utils.distributed import building_together, world
-from hisvd_cli.utils.errors import NumericalError
+from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.utils.files.checksums import intact
 from hisvd_cli.utils.files.fingerprints import digest
 from hisvd_cli.utils.files.json_files import write_json
@@ -79,6 +81,8 @@ def measure_gradients(
     key = digest(str(FORMAT_VERSION), calibration.key, str(precise), str(weights))
     with building_together(calibration.folder / GRADIENTS, key) as partial:
         walk = BlockWalk(source, device, precise, batch, StatesHome(device, place, partial))
+        if weights:
+            _refuse_experts(walk)
         inputs = BlockInputs(calibration.folder / INPUTS)
         reverse = ReverseWalk(walk, sample.tokens, inputs, partial, reporter, state_seconds)
         blocks = _Blocks(walk, calibration, partial, sample.tokens.shape[1], weights, reporter)
@@ -99,6 +103,15 @@ def measure_gradients(
     if world().first:
         inputs.remove()
     return open_calibration(calibration.folder)
+
+
+def _refuse_experts(walk: BlockWalk) -> None:
+    if stacks_among(find_sublayers(walk.prefix, list(walk.layers))):
+        raise UnsupportedModelError(
+            f"{type(walk.model).__name__} is a mixture of experts, for which weight gradients are "
+            "not implemented.",
+            "Choose a method that needs no weight gradients, such as the preset `best`.",
+        )
 
 
 @dataclass(frozen=True)
@@ -125,11 +138,18 @@ class _Blocks:
             keys=self.calibration.moment_keys(index),
             seqlen=self.seqlen,
             weights=self.weights,
+            stacks=self.stacks(index),
         )
+
+    def stacks(self, index: int) -> dict[str, list[str]]:
+        """Return the stacks of experts of a block."""
+        sublayers = find_sublayers(self.walk.prefix, list(self.walk.layers))
+        return stacks_among([s for s in sublayers if s.layer == index])
 
     def write(self, index: int, collector: GradientCollector) -> None:
         """Write the gradients of a block. Raises NumericalError, OutputError."""
         means = collector.means()
+        experts = {member for each in self.stacks(index).values() for member in each}
         for name in self.calibration.moment_keys(index):
             found = means[f"{name}.square"]
             if not bool(found.isfinite()):
@@ -137,7 +157,7 @@ class _Blocks:
                     f"The gradient at the output of {name} is NaN or infinite.",
                     "Set `model.dtype` to float32, or calibrate on another text.",
                 )
-            if not bool(found):
+            if not bool(found) and name not in experts:
                 self.reporter.warn(
                     f"The gradient at the output of {name} is zero: the loss does not depend on it."
                 )

@@ -25,6 +25,7 @@ from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.rows import Checkpoints
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
 from hisvd_cli.utils.distributed import world
+from hisvd_cli.utils.errors import UnsupportedModelError
 from hisvd_cli.utils.progress import Reporter
 
 _STATE = "gradient"
@@ -33,8 +34,8 @@ _STATE = "gradient"
 class BlockCollector(Protocol):
     """Collects statistics of the linear layers of a block during its backward pass."""
 
-    def summing(self, start: int) -> AbstractContextManager[None]:
-        """Collect while the body runs the chunk that starts with sequence ``start``."""
+    def summing(self, start: int, count: int) -> AbstractContextManager[None]:
+        """Collect while the body runs the chunk of ``count`` sequences from ``start`` on."""
         ...
 
     def pool(self, add_up: AddUp) -> None:
@@ -121,7 +122,7 @@ class ReverseWalk:
 
     def names(self, index: int) -> list[str]:
         """Return the names of the linear layers of a block."""
-        return [s.name for s in self.sublayers if s.layer == index]
+        return [name for s in self.sublayers if s.layer == index for name in s.members]
 
     def _forward(self, count: int) -> None:
         """Store the inputs of all blocks, from the first missing one on."""
@@ -129,6 +130,12 @@ class ReverseWalk:
             lambda: next((i for i in range(count + 1) if not self.inputs.has(i, self._total)), None)
         )
         self.walk.embed(self._tokens, compute_hidden=first == 0)
+        if self.walk.carries:
+            raise UnsupportedModelError(
+                f"The blocks of {type(self.walk.model).__name__} share keys and values, so that "
+                "gradients cannot be computed block by block.",
+                "Choose a preset without gradients, such as `hisvd`.",
+            )
         if first is None:
             return
         if first > 0:
@@ -182,8 +189,8 @@ class ReverseWalk:
             part = gradient[start : start + self.walk.batch]
             number = self._start + start
             state = self.inputs.part(index, number, number + len(part))
-            with watcher.summing(number):
-                part.copy_(self.walk.reverse(index, state, part))
+            with watcher.summing(number, len(part)):
+                part.copy_(self.walk.reverse(index, start, state, part))
             self.walk.home.settle()
         self.walk.free(index)
         return watcher

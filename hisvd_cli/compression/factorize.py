@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hisvd_cli.allocation.estimate import decomposition_cost
 from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.calibration.store import Calibration
+from hisvd_cli.compression.layout import Layout, lay_out
 from hisvd_cli.compression.methods import DECOMPOSERS
-from hisvd_cli.compression.parts import PartBuilder, block_of
+from hisvd_cli.compression.parts import PartBuilder
 from hisvd_cli.compression.updating import Update, Updating
 from hisvd_cli.linalg.statistics import Need, missing
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
@@ -30,11 +28,9 @@ from hisvd_cli.modeling.checkpoints.checkpoint_config import (
 )
 from hisvd_cli.modeling.checkpoints.folder_record import Describe, write_record
 from hisvd_cli.modeling.checkpoints.shards import join_parts, parts_left, shard_file, shard_names
-from hisvd_cli.modeling.layers.lowrank import Storage, factor_shapes
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, own_head, tensor_names
 from hisvd_cli.modeling.sources.companions import copy_code, copy_companions, warn_of_links
 from hisvd_cli.modeling.sources.source import Source, code_modules
-from hisvd_cli.utils.distributed import World, building_together, share_by_cost, world
+from hisvd_cli.utils.distributed import building_together, world
 from hisvd_cli.utils.errors import StaleArtifactError
 from hisvd_cli.utils.files.fingerprints import digest
 from hisvd_cli.utils.files.json_files import write_json
@@ -56,86 +52,6 @@ class Compressed:
     decompose_seconds: float
     write_seconds: float
     record: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The tensors of a checkpoint, and the part in which each is written.
-
-    Attributes:
-        architecture: class name of the model.
-        parts: part → name in the checkpoint → name on disk of the source (for a factor, that of the
-            original matrix). Parts are written and resumed one by one: the tensors outside blocks,
-            the unchanged tensors of each block, and each factored sublayer.
-        sizes: part → bytes.
-        costs: part → cost of factoring, 0 for unchanged tensors.
-        own_head: whether the output head is written although the config ties it.
-    """
-
-    architecture: str
-    parts: dict[str, dict[str, str]]
-    sizes: dict[str, int]
-    costs: dict[str, int]
-    own_head: bool
-
-    def shared(self, left: Sequence[str], here: World) -> list[str]:
-        """Return those of the remaining parts that this process builds."""
-        blocks: dict[str, list[tuple[str, int]]] = {}
-        for part in left:
-            blocks.setdefault(block_of(part), []).append((part, self.costs[part]))
-        owner = share_by_cost(list(blocks.values()), here.size)
-        return [part for part in left if owner[part] == here.rank]
-
-    def factored(self) -> dict[str, str]:
-        """Return sublayer → part of all factored sublayers, in order."""
-        return {
-            next(iter(names)).rpartition(".")[0]: part
-            for part, names in self.parts.items()
-            if self.costs[part]
-        }
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.sizes.values())
-
-
-def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layout:
-    """Return all tensors of the checkpoint and their sizes."""
-    model = build_meta_model(source)
-    prefix, layers = decoder_blocks(model)
-    groups: dict[str, dict[str, dict[str, str]]] = {_OUTSIDE: {_OUTSIDE: {}}}
-    groups |= {block: {block: {}} for block in (f"block-{i:05d}" for i in range(len(layers)))}
-    sizes: dict[str, int] = defaultdict(int)
-    costs: dict[str, int] = defaultdict(int)
-    stored_names = tensor_names(model, source)
-    for name, stored in stored_names.items():
-        block, local = _OUTSIDE, ""
-        if name.startswith(f"{prefix}."):
-            index, _, local = name[len(prefix) + 1 :].partition(".")
-            block = f"block-{int(index):05d}"
-        info = source.weights.infos[stored]
-        rank = ranks.get(name.removesuffix(".weight"))
-        if rank is None:
-            groups[block][block][name] = stored
-            sizes[block] += info.nbytes
-            continue
-        part = f"{block}.{local.removesuffix('.weight')}"
-        names = groups[block].setdefault(part, {})
-        m, n = info.shape
-        costs[part] = decomposition_cost((m, n))
-        for leaf, shape in factor_shapes(storage, m, n, rank).items():
-            names[f"{name.removesuffix('weight')}{leaf}"] = stored
-            width = _INDEX_BYTES if leaf == "weight_order" else info.nbytes // (m * n)
-            sizes[part] += prod(shape) * width
-    parts = {part: names for group in groups.values() for part, names in group.items()}
-    return Layout(
-        type(model).__name__,
-        parts,
-        {part: sizes[part] for part in parts},
-        {part: costs[part] for part in parts},
-        own_head(model, stored_names),
-    )
 
 
 def compress(
@@ -212,7 +128,7 @@ def compress(
         here.wait()
         decomposed = time.monotonic()
         if here.first:
-            names = {part: list(tensors) for part, tensors in layout.parts.items()}
+            names = {name: part.names(plan.storage) for name, part in layout.parts.items()}
             join_parts(home, shards, names, layout.total_bytes)
             _complete(home, source, plan, layout)
             describe(home, record)
@@ -225,7 +141,8 @@ def compress(
 def _complete(home: Path, source: Source, plan: Plan, layout: Layout) -> None:
     """Write all files except weights."""
     plain = untied(source.plain_config) if layout.own_head else source.plain_config
-    config = compressed_config(plain, layout.architecture, plan.ranks, plan.storage)
+    stacks = {"experts": "separate"} if layout.stacked else {}
+    config = compressed_config(plain, layout.architecture, plan.ranks, plan.storage, **stacks)
     if source.carries_code:  # requested, and needed to load the result
         config["auto_map"] = plain["auto_map"]
     write_json(home / "config.json", config)

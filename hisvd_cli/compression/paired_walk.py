@@ -96,8 +96,8 @@ class PairedWalk:
         """Yield, for each chunk, the index of its first sequence, x and x′ ``[B, L, n]``."""
         for start in range(0, len(self._dense.hidden), self._dense.batch):
             part = slice(start, start + self._dense.batch)
-            x = self._dense.entering(index, self._dense.hidden[part], dense)
-            moved = self._prefix.entering(index, self._prefix.hidden[part], other)
+            x = self._dense.entering(index, start, self._dense.hidden[part], dense)
+            moved = self._prefix.entering(index, start, self._prefix.hidden[part], other)
             # Some blocks (of OPT) flatten all tokens of a chunk before a sublayer.
             shape = (len(self._dense.hidden[part]), -1, x.shape[-1])
             yield start, x.reshape(shape), moved.reshape(shape)

@@ -15,7 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # missing fr
 from hisvd_cli.calibration.calibrate import linears_of
 from hisvd_cli.calibration.collector import Collector
 from hisvd_cli.calibration.store import Sample
-from hisvd_cli.compression.parts import block_number
+from hisvd_cli.compression.layout import block_number
 from hisvd_cli.compression.rounded_sublayers import quantize_compensated, quantize_nearest
 from hisvd_cli.compression.rounding import Metric, metric_of
 from hisvd_cli.linalg.moments import exact_device

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.calibration.store import Sample
+from hisvd_cli.compression.layout import block_number
 from hisvd_cli.compression.paired_walk import PairedWalk
-from hisvd_cli.compression.parts import PartBuilder, PartInputs, block_number
+from hisvd_cli.compression.parts import PartBuilder, PartInputs
 from hisvd_cli.compression.updates import (
     DAMPINGS,
     CrossMoment,
@@ -200,8 +201,7 @@ class Updating:
         return least(partial(loss, *judged), DAMPINGS)
 
     def _weight_of(self, name: str, material: PartInputs) -> Tensor:
-        stored = self._builder.parts[self._parts[name]][f"{name}.weight"]
-        return material.tensors[stored].to(self._builder.device)
+        return self._builder.weight_of(name, self._parts[name], material)
 
     def _weight(self, name: str) -> Tensor:
         """Return the product of the finished factors of a sublayer."""

@@ -57,12 +57,16 @@ class _TokenSum:
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self._sum = torch.zeros(*shape, dtype=torch.float64, device=exact_device(device))
-        self._tokens = 0
+        self._tokens: float = 0
+
+    def count_as(self, tokens: float) -> None:
+        """Divide the sum by another number than that of the added tokens."""
+        self._tokens = tokens
 
     def pool(self, add_up: AddUp) -> None:
         """Add up the sums of all processes, on the first one."""
         add_up(self._sum)
-        self._tokens = add_up_count(self._tokens, add_up)
+        self._tokens = add_up_count(int(self._tokens), add_up)
 
     def mean(self) -> Tensor:
         """Return the mean over all tokens, in float32 on the CPU."""

@@ -1,54 +1,150 @@
-"""Records the arguments that a model passes to its blocks, with stubs in place of the blocks."""
+"""Records the arguments that a model passes to its blocks, with stubs in place of the blocks.
+
+Legend: B sequences of L tokens in a batch; hidden states ``[B, L, d]``, or ``[A, B, L, d]`` in
+models with A parallel streams, which are kept as ``[B, A, L, d]``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from hisvd_cli.utils.errors import UnsupportedModelError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Calls = dict[int, Arguments]
+"""Block → its arguments besides the hidden states."""
+Form = Callable[[Tensor], Any]
+
+FORMS: tuple[Form, ...] = (
+    lambda state: state,
+    lambda state: (state,),
+    lambda state: (state, None),
+)
+"""What blocks return: the hidden states, or a tuple that begins with them."""
 
 
 class DivertedError(Exception):
     """A block did not receive the output of the block before it."""
 
 
+class Recording:
+    """The arguments of every block for every batch of a text.
+
+    Arguments that do not depend on the text, such as masks and rotary embeddings, are kept once per
+    batch size. Others, such as per-layer embeddings, are kept on the CPU for each batch.
+
+    Args:
+        decoder: the module that runs the blocks.
+        layers: the blocks.
+        name: of the model's class, for errors.
+
+    Attributes:
+        carries: whether blocks pass more than hidden states on, such as keys and values.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: nn.ModuleList, name: str) -> None:
+        self._decoder = decoder
+        self._layers = layers
+        self._name = name
+        self._form = FORMS[0]
+        self._streams = 0  # dimensions before the batch
+        self._common: dict[int, Calls] = {}
+        self._own: dict[int, Calls] = {}
+        self.carries = False
+
+    def record(self, ids: Tensor, start: int) -> Tensor:
+        """Record the arguments for a batch, and return the first block's input, batch first.
+
+        Args:
+            ids: tokens ``[B, L]``.
+            start: index of its first sequence.
+
+        Raises:
+            UnsupportedModelError: the model does more between its blocks than pass states on.
+        """
+        state, calls = self._run(ids)
+        self._streams = state.ndim - 3
+        given = [value for _, kwargs in calls.values() for value in kwargs.values()]
+        self.carries |= any(map(_is_carrier, given))
+        common = self._common.setdefault(len(ids), calls)
+        if self.carries or not same_arguments(calls, common, set()):
+            self._own[start] = _apart(calls, common, {})
+        return self.to_rows(state)
+
+    def of(self, index: int, start: int, count: int, device: torch.device) -> Arguments | None:
+        """Return the arguments of a block; None if the model does not run it on text.
+
+        Args:
+            index: the block.
+            start: index of the first sequence of the batch.
+            count: number of sequences.
+            device: device of the arguments.
+        """
+        calls = self._own.get(start, self._common[count])
+        found: Arguments | None = _moved(calls.get(index), device)
+        return found
+
+    def to_rows(self, state: Tensor) -> Tensor:
+        """Return hidden states with the batch as the first dimension."""
+        return state.movedim(self._streams, 0)
+
+    def from_rows(self, state: Tensor) -> Tensor:
+        """Return hidden states in the order of dimensions of the blocks."""
+        return state.movedim(0, self._streams)
+
+    def returned(self, state: Tensor) -> Any:
+        """Return what a block returns for the output ``state``."""
+        return self._form(state)
+
+    def _run(self, ids: Tensor) -> tuple[Tensor, Calls]:
+        for form in (self._form, *FORMS):
+            try:
+                found = run_stubs(self._decoder, self._layers, ids, form)
+            except (DivertedError, TypeError, ValueError):
+                continue
+            self._form = form
+            return found
+        raise UnsupportedModelError(
+            f"{self._name} processes the hidden states between its blocks, or runs a block twice.",
+            "Use a model whose blocks run one after the other.",
+        )
+
+
 def run_stubs(
-    model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor, as_tuple: bool
-) -> tuple[Tensor, list[Arguments]]:
-    """Return the first block's input, and the other arguments of each block.
+    decoder: nn.Module, layers: nn.ModuleList, ids: Tensor, form: Form
+) -> tuple[Tensor, Calls]:
+    """Return the first block's input, and the other arguments of each block that is run.
 
     Raises:
         DivertedError: a block received another hidden state.
     """
-    calls: list[Arguments] = []
+    calls: Calls = {}
     states: list[Tensor] = []
 
-    def stub(index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def stub(index: int, *args: Any, **kwargs: Any) -> Any:
         state = args[0] if args else kwargs.pop("hidden_states", None)
         known = states[0] if states else state
-        if not isinstance(state, Tensor) or state is not known or index != len(calls):
+        if not isinstance(state, Tensor) or state is not known or index <= max(calls, default=-1):
             raise DivertedError
         states.append(state)
-        calls.append((args[1:], kwargs))
-        return (state,) if as_tuple else state
+        calls[index] = (args[1:], kwargs)
+        return form(state)
 
     with stubbed(layers, stub):
-        model.get_decoder()(input_ids=ids, use_cache=False)
-    if len(calls) != len(layers):
+        decoder(input_ids=ids, use_cache=False)
+    if not calls:
         raise DivertedError
     return states[0], calls
 
 
 @contextmanager
-def stubbed(layers: nn.ModuleList, stub: Callable[..., Tensor | tuple[Tensor]]) -> Iterator[None]:
+def stubbed(layers: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
     """Replace the forward method of every block with ``stub(index, …)`` for the body."""
     for index, layer in enumerate(layers):
         layer.forward = partial(stub, index)
@@ -59,6 +155,46 @@ def stubbed(layers: nn.ModuleList, stub: Callable[..., Tensor | tuple[Tensor]]) 
             del layer.forward
 
 
+def _is_carrier(value: object) -> bool:
+    """Return whether blocks write to an argument: a mapping that is empty before they run."""
+    return isinstance(value, dict) and not value
+
+
+def _apart(own: Any, common: Any, seen: dict[int, Any]) -> Any:
+    """Return arguments in which tensors equal to the common ones are replaced by those, and others
+    moved to the CPU. What blocks write to stays the same object."""
+    if id(own) in seen:
+        return seen[id(own)]
+    made: Any = own
+    if isinstance(own, Tensor):
+        made = common if _equal(own, common) else own.cpu()
+    elif type(own) is dict and own:
+        others = common if isinstance(common, dict) else {}
+        made = {key: _apart(each, others.get(key), seen) for key, each in own.items()}
+    elif type(own) in (list, tuple):
+        others = common if type(common) is type(own) and len(common) == len(own) else own
+        made = type(own)(_apart(*pair, seen) for pair in zip(own, others, strict=True))
+    seen[id(own)] = made
+    return made
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return arguments with all tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) is dict and value:
+        return {key: _moved(each, device) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(each, device) for each in value)
+    return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(torch.equal(one, other))
+
+
 def same_arguments(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
     """Return whether the arguments of two calls are equal; shared masks are compared once."""
     if one is other or (id(one), id(other)) in seen:
@@ -66,7 +202,7 @@ def same_arguments(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        same = one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        same = _equal(one, other)
     elif isinstance(one, list | tuple):
         same = len(one) == len(other) and all(map(partial(same_arguments, seen=seen), one, other))
     elif isinstance(one, dict):

@@ -16,29 +16,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hisvd_cli.modeling.block_arguments import (
-    Arguments,
-    DivertedError,
-    run_stubs,
-    same_arguments,
-    stubbed,
-)
+from hisvd_cli.modeling.block_arguments import Recording, stubbed
 from hisvd_cli.modeling.hidden_states import StatesHome
 from hisvd_cli.modeling.overflow import all_finite, overflow_hint
 from hisvd_cli.modeling.skeleton import (
-    SUPPORTED,
     build_meta_model,
     decoder_blocks,
+    decoder_of,
     drop_weights,
     read_tensor,
     tensor_names,
 )
-from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError
+from hisvd_cli.utils.errors import NumericalError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hisvd_cli.modeling.sources.source import Source
+
+
+PROBE = -1
+"""Start of the batch that consists of the first sequence alone."""
 
 
 class _ReachedError(Exception):
@@ -80,8 +78,8 @@ class BlockWalk:
         self.names = tensor_names(self.model, source)
         self._shapes = {name: t.shape for name, t in self.model.state_dict().items()}
         self.hidden = torch.empty(0)
-        self._arguments: dict[int, list[Arguments]] = {}
-        self._as_tuple = False
+        decoder, name = decoder_of(self.model), type(self.model).__name__
+        self._recording = Recording(decoder, self.layers, name)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, compute_hidden: bool = True) -> None:
@@ -94,14 +92,20 @@ class BlockWalk:
         if not len(tokens):  # there are more processes than sequences
             return
         self._fill_outside()
-        self._record(tokens[:1].to(self.device))  # for ``probe``, which runs one sequence
+        # For ``probe``, which runs one sequence.
+        self._recording.record(tokens[:1].to(self.device), PROBE)
         for start in range(0, len(tokens), self.batch):
             ids = tokens[start : start + self.batch]
-            if compute_hidden or len(ids) not in self._arguments:
-                state = self._record(ids.to(self.device))
-                if compute_hidden:
-                    self._keep(start, state, len(tokens))
+            state = self._recording.record(ids.to(self.device), start)
+            if compute_hidden:
+                self._keep(start, state, len(tokens))
         self._empty_outside()
+
+    @property
+    def carries(self) -> bool:
+        """Whether blocks pass more than hidden states on; known after :meth:`embed`. Such a walk
+        has to run all blocks in order."""
+        return self._recording.carries
 
     def _keep(self, start: int, state: Tensor, count: int) -> None:
         if start == 0:  # allocated at once: concatenating parts would need twice the memory
@@ -125,13 +129,13 @@ class BlockWalk:
     def probe(self, index: int) -> None:
         """Run the loaded block ``index`` on the first sequence, for its hooks; hidden states are
         not changed."""
-        self._run(index, self.hidden[:1].to(self.device))
+        self._run(index, self.hidden[:1].to(self.device), PROBE)
 
     def observe(self, index: int) -> None:
         """Run the loaded block ``index`` on all hidden states, for its hooks, without changing
         them. Raises NumericalError."""
         for start in range(0, len(self.hidden), self.batch):
-            self._run(index, self.hidden[start : start + self.batch].to(self.device))
+            self._run(index, self.hidden[start : start + self.batch].to(self.device), start)
 
     def advance(self, index: int) -> None:
         """Run the loaded block ``index`` on all hidden states, in place.
@@ -141,16 +145,19 @@ class BlockWalk:
         """
         for start in range(0, len(self.hidden), self.batch):
             part = self.hidden[start : start + self.batch]
-            part.copy_(self._run(index, part.to(self.device)))
+            part.copy_(self._run(index, part.to(self.device), start))
             self.home.settle()
 
     @torch.no_grad()
-    def entering(self, index: int, part: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+    def entering(
+        self, index: int, start: int, part: Tensor, modules: Sequence[nn.Module]
+    ) -> Tensor:
         """Run the loaded block ``index`` up to the first of ``modules``, and return the input of
         that module.
 
         Args:
             index: the block.
+            start: index of the first sequence.
             part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be smaller).
             modules: modules of the block, at least one of which is called.
         """
@@ -163,23 +170,24 @@ class BlockWalk:
         handles = [module.register_forward_pre_hook(stop) for module in modules]
         try:
             with suppress(_ReachedError):
-                self._forward(index, part.to(self.device))
+                self._forward(index, part.to(self.device), start)
         finally:
             for handle in handles:
                 handle.remove()
         return seen[0]
 
-    def reverse(self, index: int, part: Tensor, gradient: Tensor) -> Tensor:
+    def reverse(self, index: int, start: int, part: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient at the input of the loaded block ``index``.
 
         Args:
             index: the block.
+            start: index of the first sequence.
             part: its input ``[B, L, d]``, a chunk of ``batch`` sequences (the last may be smaller).
             gradient: the gradient at its output, of the same shape.
         """
         entered = part.to(self.device, self.dtype).requires_grad_()
         with torch.enable_grad():
-            state = self._forward(index, entered)
+            state = self._forward(index, entered, start)
         return torch.autograd.grad(state, entered, gradient.to(self.device))[0]
 
     def loss_gradient(self, ids: Tensor, state: Tensor) -> Tensor:
@@ -212,25 +220,25 @@ class BlockWalk:
             ids: tokens ``[B, L]``, on the walk's device.
             state: the last block's output for them ``[B, L, d]``.
         """
-        last = len(self.layers) - 1
+        given = self._recording.from_rows(state)
 
-        def stub(index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            passed = state if index == last else args[0] if args else kwargs["hidden_states"]
-            return (passed,) if self._as_tuple else passed
+        def stub(*_args: Any, **_kwargs: Any) -> Any:
+            return self._recording.returned(given)
 
         with stubbed(self.layers, stub):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
-    def _forward(self, index: int, part: Tensor) -> Tensor:
-        args, kwargs = self._arguments[len(part)][index]
-        out = self.layers[index](part, *args, **kwargs)
-        state: Tensor = out[0] if isinstance(out, tuple) else out
-        return state
+    def _forward(self, index: int, part: Tensor, start: int) -> Tensor:
+        given = self._recording.of(index, start, len(part), self.device)
+        if given is None:  # not run on text
+            return part
+        out = self.layers[index](self._recording.from_rows(part), *given[0], **given[1])
+        return self._recording.to_rows(out[0] if isinstance(out, tuple) else out)
 
     @torch.no_grad()
-    def _run(self, index: int, part: Tensor) -> Tensor:
-        state = self._forward(index, part)
+    def _run(self, index: int, part: Tensor, start: int) -> Tensor:
+        state = self._forward(index, part, start)
         if self._refuse_nonfinite and not all_finite(state):
             raise NumericalError(
                 f"The output of block {index} is NaN or infinite.", overflow_hint(self.dtype)
@@ -276,25 +284,3 @@ class BlockWalk:
     def _empty_outside(self) -> None:
         for module, _, _ in self._outside():
             drop_weights(module, recurse=False)
-
-    def _record(self, ids: Tensor) -> Tensor:
-        """Return the first block's input ``[B, L, d]``, and record the arguments of every block."""
-        # Blocks of most transformers models return a tensor, those of older ones a tuple. With the
-        # wrong kind, the next block does not receive the hidden state.
-        for as_tuple in (False, True):
-            try:
-                state, calls = run_stubs(self.model, self.layers, ids, as_tuple)
-            except DivertedError:
-                continue
-            self._as_tuple = as_tuple
-            if not same_arguments(calls, self._arguments.setdefault(len(ids), calls), set()):
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} passes its blocks more inputs that depend on the "
-                    "text than the hidden states, such as per-layer embeddings.",
-                    SUPPORTED,
-                )
-            return state
-        raise UnsupportedModelError(
-            f"{type(self.model).__name__} processes the hidden states between its blocks.",
-            SUPPORTED,
-        )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from hisvd_cli.modeling.skeleton import decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,18 +26,32 @@ def logits_from_states(model: PreTrainedModel, ids: Tensor, states: Tensor) -> T
         ids: tokens ``[B, L]``, on the device of ``states``.
         states: the decoder's output for them, after the final norm.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Given
+    output = _output_class()(last_hidden_state=states)
 
-    def stub(*_args: Any, **_kwargs: Any) -> Given:
-        return Given(last_hidden_state=states)
+    def stub(*_args: Any, **_kwargs: Any) -> Any:
+        return output
 
-    decoder: nn.Module = model.get_decoder()
+    decoder = decoder_of(model)
     decoder.forward = stub
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
         del decoder.forward
     return logits
+
+
+@cache
+def _output_class() -> Any:
+    """Return the class of a decoder's output; fields that only some decoders have are None."""
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    @dataclass
+    class Output(BaseModelOutputWithPastAndCrossAttentions):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return Output
 
 
 class TwoParts:
@@ -48,7 +66,7 @@ class TwoParts:
         self.model = model
         self._dtype = dtype
         self._device = model.device
-        self._decoder: nn.Module = model.get_decoder()
+        self._decoder = decoder_of(model)
 
     def states(self, ids: Tensor) -> Tensor:
         """Return the decoder's output ``[B, L, d]`` for tokens ``[B, L]``."""

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.decoding import logits_from_states
-from hisvd_cli.modeling.skeleton import build_stored_model, drop_weights
+from hisvd_cli.modeling.skeleton import (
+    build_stored_model,
+    decoder_blocks,
+    decoder_of,
+    drop_weights,
+)
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.utils.errors import UnsupportedModelError
@@ -134,7 +139,7 @@ class _Tap:
     """Captures the last output of a model's decoder."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         self._decoder: nn.Module | None = None if decoder is model else decoder
         self._seen: Tensor | None = None
 
@@ -187,7 +192,7 @@ def open_head(source: Source, how: Placement) -> Iterator[Head]:
             yield Head(walk.model, how.device)
         return
     model = load_source(source, how.device, how.dtype)
-    drop_weights(model.get_decoder(), recurse=True)
+    drop_weights(decoder_blocks(model)[1], recurse=True)
     yield Head(model, how.device)
 
 

@@ -6,15 +6,16 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hisvd_cli.modeling.linearize import linearize
+from hisvd_cli.modeling.naming import find_naming
 from hisvd_cli.modeling.sources.quantized_input import OWN, check_config
 from hisvd_cli.modeling.sources.source import read_config
 from hisvd_cli.modeling.sources.stored_names import (
-    find_names,
     naming_notes,
     refuse_unmerged,
     value_head,
@@ -23,7 +24,7 @@ from hisvd_cli.utils.errors import SourceError, UnsupportedModelError, reason
 from hisvd_cli.utils.library_errors import library_errors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from hisvd_cli.modeling.sources.source import Source
     from hisvd_cli.utils.progress import Reporter
@@ -32,7 +33,10 @@ SUPPORTED = "Supported: llama, mistral, qwen2, qwen3, opt, gemma, phi and simila
 
 
 def build_meta_model(
-    source: Source, dtype: torch.dtype = torch.float32, compressed: bool = False
+    source: Source,
+    dtype: torch.dtype = torch.float32,
+    compressed: bool = False,
+    working: bool = True,
 ) -> PreTrainedModel:
     """Build the dense model without weights; rotary buffers are initialized.
 
@@ -40,12 +44,13 @@ def build_meta_model(
         source: the model.
         dtype: dtype of the parameters.
         compressed: accept a compressed checkpoint, and build the equivalent dense model.
+        working: replace other forms of linear layers by ``nn.Linear``, see
+            :func:`hisvd_cli.modeling.linearize.linearize`.
 
     Raises:
         UnsupportedModelError: not a decoder-only language model, or already compressed.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     _check_precision(source, compressed)
     if getattr(source.config, "is_encoder_decoder", False):
@@ -54,13 +59,46 @@ def build_meta_model(
             SUPPORTED,
         )
     with library_errors(partial(_not_built, source)), init_empty_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(source.config).from_config(
             copy.deepcopy(source.config),  # from_config writes the dtype into the config
             dtype=dtype,
             trust_remote_code=source.runs_code,
         )
     model.eval()
+    if working:
+        prepare(model)
     return model
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Replace other forms of linear layers in the decoder blocks by ``nn.Linear``, in place.
+
+    A model without decoder blocks is left as it is.
+    """
+    with suppress(UnsupportedModelError):
+        linearize(decoder_blocks(model)[1])
+        for config in (model.config, model.config.get_text_config()):
+            config._experts_implementation = "eager"  # the others bypass linear layers
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads a model of this config.
+
+    A multimodal model is loaded whole if its config names that architecture.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL,
+    )
+
+    named = set(config.architectures or ())
+    causal, multimodal = CAUSAL.get(config.model_type), MULTIMODAL.get(config.model_type)
+    if multimodal and (causal is None or (multimodal in named and causal not in named)):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _not_built(source: Source, why: str) -> UnsupportedModelError:
@@ -71,14 +109,19 @@ def _not_built(source: Source, why: str) -> UnsupportedModelError:
     )
 
 
-def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+def build_stored_model(source: Source, dtype: torch.dtype, working: bool = True) -> PreTrainedModel:
     """Build a model without weights as stored on disk: with low-rank layers if it is compressed.
+
+    Args:
+        source: the model.
+        dtype: dtype of the parameters.
+        working: as for :func:`build_meta_model`.
 
     Raises:
         UnsupportedModelError: see :func:`build_meta_model`.
         SourceError: the ranks in its config do not match the model.
     """
-    model = build_meta_model(source, dtype, compressed=True)
+    model = build_meta_model(source, dtype, compressed=True, working=False)
     if source.quantization.get("quant_method") == "hisvd":
         from hisvd_cli.modeling.layers.transformers_plugin import HiSVDConfig, replace_linears
 
@@ -89,6 +132,8 @@ def build_stored_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
                 f"{source.name} cannot be built: {reason(error)}",
                 f"Run: hisvd inspect {source.name}",
             ) from error
+    if working:
+        prepare(model)
     return model
 
 
@@ -102,16 +147,47 @@ def _check_precision(source: Source, compressed: bool) -> None:
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name and the module list of the decoder blocks. Raises UnsupportedModelError."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    """Return the name and the module list of the decoder blocks.
+
+    It is the list of the text decoder with the most parameters, whatever its name.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    decoder = text_decoder(model)
+    within = next((f"{name}." for name, m in model.named_modules() if m is decoder), "")
+    within = within.removeprefix(".")
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and name.startswith(within) and _are_blocks(module)
+    ]
+    if not lists:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of decoder blocks at get_decoder().layers.",
-            SUPPORTED,
+            f"{type(model).__name__} has no list of decoder blocks.", SUPPORTED
         )
-    name = next(name for name, module in model.named_modules() if module is layers)
-    return name, layers
+    return max(lists, key=lambda each: sum(p.numel() for p in each[1].parameters()))
+
+
+def _are_blocks(layers: nn.ModuleList) -> bool:
+    """Return whether a list holds blocks, which consist of several layers."""
+    return len(layers) > 0 and all(any(True for _ in layer.children()) for layer in layers)
+
+
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the text decoder according to transformers; the model itself if it names none."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return found if isinstance(found, nn.Module) else model
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the module that runs the decoder blocks, or else what transformers calls the
+    decoder."""
+    try:
+        name, _ = decoder_blocks(model)
+    except UnsupportedModelError:
+        return text_decoder(model)
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
@@ -125,7 +201,7 @@ def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
             a language model head.
     """
     wanted = list(model.state_dict())
-    names = find_names(wanted, source.weights, model.base_model_prefix)
+    names = find_naming(model, source).names
     missing = dict.fromkeys(name for name in wanted if name not in names)
     _untie(model, source, names, missing)
     for name in missing:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
+from typing import cast
 
 from torch import nn
 
+from hisvd_cli.modeling.experts import ExpertLinears
 from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
 
-Shape = tuple[int, int]
-"""Outputs m and inputs n of a sublayer."""
+_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data_ptr))")
+
+Shape = tuple[int, ...]
+"""Outputs m and inputs n of a sublayer; ``(E, m, n)`` of a stack of E experts."""
 _HINT = "Supported: decoders with torch.nn.Linear layers, such as llama, mistral, qwen and opt."
 
 
@@ -32,67 +39,72 @@ class Sublayer:
     cluster: str
     shape: Shape
 
+    @property
+    def members(self) -> list[str]:
+        """Names of its linear modules in the working model: one per expert of a stack."""
+        if len(self.shape) == 2:
+            return [self.name]
+        return [f"{self.name}.{expert}" for expert in range(self.shape[0])]
+
 
 def find_sublayers(prefix: str, layers: Sequence[nn.Module]) -> list[Sublayer]:
-    """Return the linear layers of all blocks, in order of definition.
+    """Return the linear layers and expert stacks of all blocks, in order of definition.
+
+    Left out, and thus dense, are routers, layers whose weight the model's code uses otherwise than
+    by calling the layer, and everything that is not a linear layer.
 
     Args:
         prefix: name of the list of blocks in the model, such as ``model.layers``.
-        layers: the blocks, possibly on the meta device.
+        layers: the blocks of a working model, possibly on the meta device.
 
     Raises:
-        UnsupportedModelError: a block contains matrices that are not in a torch.nn.Linear.
+        UnsupportedModelError: no block has a linear layer.
     """
-    found: list[tuple[int, str, nn.Linear]] = []
-    for index, layer in enumerate(layers):
-        block = f"{prefix}.{index}"
-        _check_experts(block, layer)
-        _check_matrices(block, layer)
-        linears = [(index, n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
-        if not linears:
-            raise UnsupportedModelError(f"{block} has no torch.nn.Linear layers.", _HINT)
-        found += linears
-    clusters = _cluster_names(list(dict.fromkeys(name for _, name, _ in found)))
-    return [
-        Sublayer(f"{prefix}.{i}.{name}", i, clusters[name], (m.out_features, m.in_features))
-        for i, name, m in found
+    found = [
+        (index, name, shape)
+        for index, layer in enumerate(layers)
+        for name, shape in _linears(layer)
     ]
+    if not found:
+        raise UnsupportedModelError(f"The blocks in {prefix} have no linear layers.", _HINT)
+    clusters = _cluster_names(list(dict.fromkeys(name for _, name, _ in found)))
+    return [Sublayer(f"{prefix}.{i}.{name}", i, clusters[name], s) for i, name, s in found]
 
 
-def _check_experts(block: str, layer: nn.Module) -> None:
-    """Reject mixtures of experts: a list of modules with linear layers, or a stacked tensor."""
+def _linears(layer: nn.Module) -> list[tuple[str, Shape]]:
+    """Return local name and shape of each linear layer and expert stack of a block."""
+    found: list[tuple[str, Shape]] = []
     for name, module in layer.named_modules():
-        parts = list(module) if isinstance(module, nn.ModuleList) else []
-        if any(isinstance(m, nn.Linear) for part in parts for m in part.modules()):
-            raise UnsupportedModelError(
-                f"{block}.{name} is a list of {len(parts)} modules with linear layers: mixtures of "
-                "experts are not supported.",
-                _HINT,
-            )
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 2:
-                raise UnsupportedModelError(
-                    f"{_join(block, name, parameter_name)} ({type(module).__name__}) has "
-                    f"{parameter.ndim} dimensions: stacked experts and convolutions are not "
-                    "supported.",
-                    _HINT,
-                )
+        parent = layer.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, ExpertLinears):
+            m, n = module.linear(0).weight.shape
+            found.append((name, (len(module), m, n)))
+        elif isinstance(module, nn.Linear) and not _stays_dense(parent, name, module):
+            found.append((name, (module.out_features, module.in_features)))
+    return found
 
 
-def _check_matrices(block: str, layer: nn.Module) -> None:
-    """Reject matrices outside of torch.nn.Linear, which would not be compressed."""
-    for name, module in layer.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 2 and not isinstance(module, nn.Linear):
-                raise UnsupportedModelError(
-                    f"{_join(block, name, parameter_name)} is a matrix of a "
-                    f"{type(module).__name__}, which is not a torch.nn.Linear.",
-                    _HINT,
-                )
+def _stays_dense(parent: nn.Module, name: str, linear: nn.Linear) -> bool:
+    """Return whether a linear layer cannot be replaced by two, or is a router."""
+    if min(linear.weight.shape) == 1 or isinstance(parent, ExpertLinears):
+        return True
+    experts = next((len(m) for m in parent.modules() if isinstance(m, ExpertLinears)), 0)
+    if experts and linear.out_features == experts:
+        return True
+    return name.rpartition(".")[2] in _read_weights(type(parent))
 
 
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+@cache
+def _read_weights(kind: Hashable) -> frozenset[str]:
+    """Return the names of layers whose weight the code of a module class reads itself, as fused
+    kernels of state-space models do; reading only its dtype or device does not count."""
+    try:
+        source = inspect.getsource(cast(type, kind))
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(
+        re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data_ptr))", source)
+    )
 
 
 def _cluster_names(names: Sequence[str]) -> dict[str, str]:

@@ -11,16 +11,21 @@ import torch
 from torch import nn
 
 from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
-from hisvd_cli.modeling.skeleton import build_stored_model, own_head, read_tensor, tensor_names
-from hisvd_cli.modeling.sources.source import names_own_loader, read_config
+from hisvd_cli.modeling.naming import find_naming
+from hisvd_cli.modeling.skeleton import (
+    auto_class,
+    build_stored_model,
+    own_head,
+    read_tensor,
+    tensor_names,
+)
+from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sources.weights import open_weights
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.library_errors import library_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from hisvd_cli.modeling.sources.source import Source
 
 
 def load_source(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -35,14 +40,14 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype) -> Pre
     """
     if is_checkpoint(source.folder):  # the installed loader is used, not the checkpoint's copy
         source = replace(source, trust_remote_code=False)
-    model = build_stored_model(source, dtype)
+    model = build_stored_model(source, dtype, working=False)
     try:
         names = tensor_names(model, source)
     except SourceError:
         if source.weights.recipes:
             raise
         names = {}  # transformers may know these names
-    if not names or not (source.weights.recipes or _is_other(model, names)):
+    if not names or not (source.weights.recipes or _is_other(model, source, names)):
         return load_model(source.folder, device, dtype, source.trust_remote_code)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, stored in names.items():
@@ -56,10 +61,14 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype) -> Pre
     return model
 
 
-def _is_other(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
+def _is_other(model: PreTrainedModel, source: Source, names: Mapping[str, str]) -> bool:
     """Return whether transformers would read other tensors than these, or none."""
-    prefix = f"{model.base_model_prefix}."
-    if any(stored not in (name, name.removeprefix(prefix)) for name, stored in names.items()):
+    prefix, by_rules = f"{model.base_model_prefix}.", find_naming(model, source).by_rules
+    if any(
+        stored not in (name, name.removeprefix(prefix))
+        for name, stored in names.items()
+        if name not in by_rules
+    ):
         return True
     return own_head(model, names)
 
@@ -94,18 +103,14 @@ def load_model(
     Raises:
         SourceError: tensors are missing or have the wrong shape.
     """
-    from transformers import AutoModelForCausalLM
-
     import hisvd_cli.modeling.layers.transformers_plugin  # noqa: F401  (registers the loader)
 
     open_weights(folder)
     hint = f"Run: hisvd inspect {folder}"
     with library_errors(lambda why: SourceError(f"transformers cannot load {folder}: {why}", hint)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code and not names_own_loader(read_config(folder)),
+        source = Source(str(folder), folder, trust_remote_code=trust_remote_code)
+        loaded: Any = auto_class(source.config).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=source.runs_code
         )
     _check_loading(folder, loaded[1])
     model: PreTrainedModel = loaded[0].to(device)

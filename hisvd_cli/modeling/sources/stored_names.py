@@ -34,7 +34,7 @@ def find_names(wanted: Collection[str], stored: Iterable[str], base: str) -> dic
         stored: names on disk.
         base: prefix of the base model, which is missing if the model was saved without a head.
     """
-    known = _without_inner(stored)
+    known = without_inner(stored)
     best = _matched(wanted, known, base, "")
     if len(best) < len(wanted):
         for prefix in _prefixes(wanted, known, base):
@@ -43,7 +43,7 @@ def find_names(wanted: Collection[str], stored: Iterable[str], base: str) -> dic
     return best
 
 
-def _without_inner(stored: Iterable[str]) -> dict[str, str]:
+def without_inner(stored: Iterable[str]) -> dict[str, str]:
     """Return name without the parts inserted by wrappers → name on disk."""
     names = list(stored)
     known = {_INNER.sub("", name): name for name in names}

@@ -25,6 +25,21 @@ _CHECKED = 1 << 22
 
 
 @dataclass(frozen=True)
+class Derived:
+    """A tensor of a model that is computed from tensors on disk.
+
+    Attributes:
+        info: its dtype and shape.
+        make: computes it. Raises SourceError, NumericalError.
+        stored: names of the tensors on disk that it is computed from.
+    """
+
+    info: TensorInfo
+    make: Callable[[], Tensor]
+    stored: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Weights:
     """The tensors of one folder.
 
@@ -34,6 +49,7 @@ class Weights:
         recipes: name → function that computes a tensor that is not stored as it is read, such as a
             dequantized one.
         parts: additional files that recipes read.
+        derived: name → tensor of a model that is not stored as such; added when the model is known.
     """
 
     infos: dict[str, TensorInfo]
@@ -41,6 +57,8 @@ class Weights:
     _legacy: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     recipes: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     parts: tuple[Path, ...] = ()
+    derived: dict[str, Derived] = field(default_factory=dict, repr=False)
+    _last: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def files(self) -> list[Path]:
@@ -77,22 +95,52 @@ class Weights:
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
 
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of a tensor on disk or of a derived one."""
+        return self.infos[name] if name in self.infos else self.derived[name].info
+
     def read(self, name: str) -> Tensor:
-        """Read one tensor to the CPU.
+        """Read one tensor on disk, or compute a derived one, to the CPU.
 
         Raises:
             SourceError: the file is damaged.
             NumericalError: the tensor contains NaN or infinite values.
         """
+        if name not in self.where and name in self.derived:
+            return self.derived[name].make()
         path = self.where[name]
         if recipe := self.recipes.get(name):
             tensor = recipe()
         else:
             mapped = self._legacy.get(path)
             tensor = _read_safetensor(path, name) if mapped is None else mapped[name]
+        return self._checked(name, tensor)
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Read slice ``index`` of the first dimension of a tensor on disk.
+
+        A tensor that has to be computed is kept until another one is read, because slices are read
+        in turn.
+
+        Raises:
+            SourceError, NumericalError: as for :meth:`read`.
+        """
+        path = self.where[name]
+        if name in self.recipes or path in self._legacy:
+            whole = self._last.get(name)
+            if whole is None:
+                whole = self.read(name)
+                self._last.clear()
+                self._last[name] = whole
+            return whole[index].clone()
+        tensor = _read_safetensor(path, name, index)
+        return self._checked(name, tensor)
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if bad := _not_finite(tensor):
+            file = self.where[name].name
             raise NumericalError(
-                f"{name} in {path.name} contains {bad} values that are NaN or infinite.",
+                f"{name} in {file} contains {bad} values that are NaN or infinite.",
                 "The model is damaged: download it again or use another checkpoint.",
             )
         return tensor
@@ -108,12 +156,12 @@ def _not_finite(tensor: Tensor) -> int:
     return sum(int((~part.isfinite()).sum()) for part in parts if not bool(part.isfinite().all()))
 
 
-def _read_safetensor(path: Path, name: str) -> Tensor:
+def _read_safetensor(path: Path, name: str, index: int | None = None) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
     except (SafetensorError, OSError) as error:
         raise SourceError(
             f"Cannot read {name} from {path}: {reason(error)}", "Download the file again."

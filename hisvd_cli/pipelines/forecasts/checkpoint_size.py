@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hisvd_cli.allocation.anatomy import Anatomy
 from hisvd_cli.allocation.plan import Plan
-from hisvd_cli.compression.factorize import lay_out
+from hisvd_cli.compression.layout import lay_out
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.compressing.quantization import bytes_saved
 from hisvd_cli.pipelines.config.resolved import Resolved

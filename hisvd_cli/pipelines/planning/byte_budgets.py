@@ -158,8 +158,8 @@ def scope(ratio: float, settings: Settings, source: Source, anatomy: Anatomy) ->
     """Return the scope of a plan by bytes. Raises UsageError: a pattern matches nothing."""
     knobs = settings.plan
     sublayers = select(anatomy.sublayers, knobs.include, knobs.exclude)
-    infos = source.weights.infos
-    widths = [infos[anatomy.names[f"{s.name}.weight"]].nbytes // prod(s.shape) for s in sublayers]
+    stored = [source.weights.info(anatomy.names[f"{s.members[0]}.weight"]) for s in sublayers]
+    widths = [int(info.width) for info in stored]
     return ByteScope(ratio, knobs, sublayers, widths, source.weights.total_bytes, settings.quantize)
 
 
