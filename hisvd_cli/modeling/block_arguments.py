@@ -6,9 +6,10 @@ models with A parallel streams, which are kept as ``[B, A, L, d]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Recording:
         self._layers = layers
         self._name = name
         self._form = FORMS[0]
-        self._streams = 0  # dimensions before the batch
+        self._batch_dim = 0
         self._common: dict[int, Calls] = {}
         self._own: dict[int, Calls] = {}
         self.carries = False
@@ -69,7 +70,7 @@ class Recording:
             UnsupportedModelError: the model does more between its blocks than pass states on.
         """
         state, calls = self._run(ids)
-        self._streams = state.ndim - 3
+        self._batch_dim = _batch_dim(state.shape, *ids.shape)
         given = [value for _, kwargs in calls.values() for value in kwargs.values()]
         self.carries |= any(map(_is_carrier, given))
         common = self._common.setdefault(len(ids), calls)
@@ -92,11 +93,11 @@ class Recording:
 
     def to_rows(self, state: Tensor) -> Tensor:
         """Return hidden states with the batch as the first dimension."""
-        return state.movedim(self._streams, 0)
+        return state.movedim(self._batch_dim, 0)
 
     def from_rows(self, state: Tensor) -> Tensor:
         """Return hidden states in the order of dimensions of the blocks."""
-        return state.movedim(0, self._streams)
+        return state.movedim(0, self._batch_dim)
 
     def returned(self, state: Tensor) -> Any:
         """Return what a block returns for the output ``state``."""
@@ -106,7 +107,7 @@ class Recording:
         for form in (self._form, *FORMS):
             try:
                 found = run_stubs(self._decoder, self._layers, ids, form)
-            except (DivertedError, TypeError, ValueError):
+            except (DivertedError, TypeError, ValueError, AttributeError, IndexError):
                 continue
             self._form = form
             return found
@@ -114,6 +115,16 @@ class Recording:
             f"{self._name} processes the hidden states between its blocks, or runs a block twice.",
             "Use a model whose blocks run one after the other.",
         )
+
+
+def _batch_dim(shape: Sequence[int], count: int, length: int) -> int:
+    """Return the dimension of the ``count`` sequences, beside that of their ``length`` tokens."""
+    for i, pair in enumerate(pairwise(shape)):
+        if pair == (count, length):
+            return i
+        if pair == (length, count):
+            return i + 1
+    return 0
 
 
 def run_stubs(

@@ -234,7 +234,7 @@ class BlockWalk:
         if given is None:  # not run on text
             return part
         out = self.layers[index](self._recording.from_rows(part), *given[0], **given[1])
-        return self._recording.to_rows(out[0] if isinstance(out, tuple) else out)
+        return self._recording.to_rows(out[0] if isinstance(out, tuple | list) else out)
 
     @torch.no_grad()
     def _run(self, index: int, part: Tensor, start: int) -> Tensor:

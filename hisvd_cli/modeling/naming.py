@@ -72,7 +72,9 @@ def find_naming(model: PreTrainedModel, source: Source) -> Naming:
     with the source, because the rules take seconds for thousands of experts.
     """
     kept = vars(source).setdefault(_KEPT, {})
-    key = (type(model), tuple(model.state_dict()))
+    forms = (ExpertLinears, TurnedLinear)
+    working = any(isinstance(module, forms) for module in model.modules())
+    key = (type(model), working, tuple(model.state_dict()))
     if key not in kept:
         kept[key] = _naming(model, source)
     naming: Naming = kept[key]

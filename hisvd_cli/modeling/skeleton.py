@@ -149,7 +149,8 @@ def _check_precision(source: Source, compressed: bool) -> None:
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the name and the module list of the decoder blocks.
 
-    It is the list of the text decoder with the most parameters, whatever its name.
+    It is the list of the text decoder with as many blocks as the config says and the most
+    parameters, whatever its name.
 
     Raises:
         UnsupportedModelError: there is none.
@@ -166,7 +167,13 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of decoder blocks.", SUPPORTED
         )
-    return max(lists, key=lambda each: sum(p.numel() for p in each[1].parameters()))
+    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+
+    def rank(found: tuple[str, nn.ModuleList]) -> tuple[bool, int]:
+        layers = found[1]
+        return len(layers) == wanted, sum(p.numel() for p in layers.parameters())
+
+    return max(lists, key=rank)
 
 
 def _are_blocks(layers: nn.ModuleList) -> bool:
@@ -297,8 +304,9 @@ def _untie(
 def _tied_names(model: PreTrainedModel) -> tuple[str, str] | None:
     """Return the names of an output head and of the embedding that it is tied to, if it is."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    config = model.config.get_text_config()
-    if head is None or embedding is None or not getattr(config, "tie_word_embeddings", False):
+    configs = (model.config, model.config.get_text_config())
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    if head is None or embedding is None or not tied:
         return None
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     return names[head], names[embedding]
