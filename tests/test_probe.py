@@ -40,7 +40,7 @@ def sublayers(model: Any) -> list[str]:
 def probe_of(folder: Path, store: Path, model: Any, key: str = "key") -> ModelProbe:
     return ModelProbe(
         open_source(str(folder)),
-        sublayers(model),
+        {name: [name] for name in sublayers(model)},
         WINDOWS,
         factors_of(model),
         device=torch.device("cpu"),

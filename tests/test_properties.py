@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hisvd_cli.allocation.budget import Budget, break_even, cost, full_rank, rank_of_share
 from hisvd_cli.modeling.hidden_states import StatesHome
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
+from hisvd_cli.modeling.layers.shapes import Shape
 from hisvd_cli.modeling.rows import RowFiles
-from hisvd_cli.modeling.sublayers import Shape
 from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import Settings, flag_of

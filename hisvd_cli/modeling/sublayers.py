@@ -9,28 +9,34 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from hisvd_cli.modeling.layers.shapes import Shape, copies, is_stack
 from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
 
-Shape = tuple[int, int]
-"""Outputs m and inputs n of a sublayer."""
 _HINT = "Supported: decoders with torch.nn.Linear layers, such as llama, mistral, qwen and opt."
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One ``nn.Linear`` of a decoder block.
+    """One linear layer of a decoder block, or a stack of experts that share a rank.
 
     Attributes:
         name: full name in the model, such as ``model.layers.0.self_attn.q_proj``.
         layer: index of its block.
         cluster: its type, such as ``q_proj``.
-        shape: ``(m, n)`` = (outputs, inputs).
+        shape: ``(m, n)`` = (outputs, inputs), or ``(E, m, n)`` for a stack of E experts.
     """
 
     name: str
     layer: int
     cluster: str
     shape: Shape
+
+    @property
+    def members(self) -> list[str]:
+        """Names of its linear modules in the working model; one per expert for a stack."""
+        if not is_stack(self.shape):
+            return [self.name]
+        return [f"{self.name}.{expert}" for expert in range(copies(self.shape))]
 
 
 def find_sublayers(prefix: str, layers: Sequence[nn.Module]) -> list[Sublayer]:
