@@ -102,7 +102,9 @@ def frontier(
                 loss = sum(choice.loss for choice in chosen)
                 points.append(Point(name, ratio, (rest + taken) / (rest + full), loss))
     for bits in BITS[1:]:
-        taken = sum(stored_bytes(c.shape, full_rank(c.shape), bits, group, 0) for c in candidates)
+        taken = sum(
+            stored_bytes(c.shape, full_rank(c.shape), bits, group, c.width) for c in candidates
+        )
         loss = sum(c.dense_loss(bits) for c in candidates)
         points.append(Point(f"int{bits} dense", None, (rest + taken) / (rest + full), loss))
     return points
