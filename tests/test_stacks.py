@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from hisvd_cli.allocation.anatomy import Anatomy
 from hisvd_cli.allocation.budget import Budget, full_rank
 from hisvd_cli.allocation.byte_budget import BITS, Candidate, choices, spend, stored_bytes
 from hisvd_cli.allocation.byte_frontier import JOINT, frontier
@@ -31,13 +32,18 @@ from hisvd_cli.calibration.workload import (
 from hisvd_cli.cli.views.plans import plan_view
 from hisvd_cli.cli.views.results import audit_view
 from hisvd_cli.compression.quantized_parts import factored_stacks
+from hisvd_cli.evaluation.grid import Evaluation, Grid
+from hisvd_cli.evaluation.perplexity import PerplexityResult
+from hisvd_cli.evaluation.report import page
+from hisvd_cli.evaluation.report.content import ModelFacts, Report
 from hisvd_cli.export.model_card import rewrite_card
 from hisvd_cli.inspection.inspection import audit
 from hisvd_cli.inspection.stored_sublayers import Layout, active_on_disk, rows_of, sublayer_shapes
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
-from hisvd_cli.modeling.layers.shapes import Shape
+from hisvd_cli.modeling.layers.shapes import Shape, matrix_of
 from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.pipelines.api.results import Plan as NotebookPlan
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.progress import Silent
 from tests import schemas
@@ -48,7 +54,8 @@ from tests.test_views import shown
 EXPERTS = 4
 UP: Shape = (EXPERTS, 20, 12)
 KINDS: list[tuple[str, Shape]] = [("q_proj", (12, 12)), ("experts.gate_up_proj", UP)]
-ACTIVE, PER_TOKEN, TOTAL = 3_888, 2, 6_768
+VERSIONS = {"hisvd": "0", "torch": "0", "transformers": "0"}
+ACTIVE, PER_TOKEN, TOTAL = 5_328, 2, 6_768
 
 
 def falling(seed: int, count: int, scale: float = 100.0) -> torch.Tensor:
@@ -57,7 +64,8 @@ def falling(seed: int, count: int, scale: float = 100.0) -> torch.Tensor:
     rest = torch.rand(count, generator=generator, dtype=torch.float64)
     decay = torch.exp(-(0.2 + 0.2 * speed) * torch.arange(count))
     energy = scale * (0.2 + noise) * decay * (0.5 + rest)
-    return energy.sort(descending=True).values
+    found: torch.Tensor = energy.sort(descending=True).values
+    return found
 
 
 def spectra_of(shapes: Sequence[tuple[str, Shape]], layers: int = 3) -> list[Spectrum]:
@@ -79,7 +87,7 @@ def apart(spectra: Sequence[Spectrum]) -> list[Spectrum]:
         replace(
             s,
             name=f"{s.name}.{i}",
-            shape=s.shape[1:],
+            shape=matrix_of(s.shape),
             energy=s.energy / s.shape[0],
             weight_energy=s.of_weight / s.shape[0],
             changes=None if s.changes is None else s.changes / s.shape[0],
@@ -229,7 +237,7 @@ def planned(storage: str = "pair", known: bool = True) -> Plan:
             "model": {"name": "m", "revision": None, "fingerprint": "0" * 64, "parameters": TOTAL}
             | experts,
             "calibration": None,
-            "versions": {"hisvd": "0", "torch": "0", "transformers": "0"},
+            "versions": VERSIONS,
         },
     )
 
@@ -246,9 +254,13 @@ def test_a_plan_counts_every_expert() -> None:
 
 def test_a_plan_knows_what_a_token_uses() -> None:
     """2 of 4 experts per token: half of what stacks save, all of what other layers do."""
-    assert TOTAL - ACTIVE == 3 * 960 - 0
+    plan = planned()
+    sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
+    anatomy = Anatomy(sublayers, TOTAL, {}, PER_TOKEN)
+    assert anatomy.active_parameters == TOTAL - 3 * 480 == ACTIVE
+    assert replace(anatomy, experts_per_token=None).active_parameters is None
     less = 3 * (144 - 4 * 24) + 2 * (960 - EXPERTS * 96) // 2
-    assert planned().active_parameters == (ACTIVE, ACTIVE - less)
+    assert plan.active_parameters == (ACTIVE, ACTIVE - less)
     assert planned(known=False).active_parameters is None
 
 
@@ -270,7 +282,7 @@ def test_a_plan_with_stacks_is_read_again(storage: str, tmp_path: Path) -> None:
     [
         ("      4,\n        20,\n        12", "      0,\n        20,\n        12"),
         ('"experts_per_token": 2', '"experts_per_token": 0'),
-        ('"active_parameters": 3888', '"active_parameters": "many"'),
+        ('"active_parameters": 5328', '"active_parameters": "many"'),
         ('"bits": 16', '"bits": 8'),
     ],
 )
@@ -292,7 +304,6 @@ def test_views_name_the_experts(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
     assert "experts.gate_up_proj 4 × (20×12)" in text
-    assert "3,456 of 3,888" not in text
     dense, kept = planned("pivoted").active_parameters or (0, 0)
     assert f"active per token {kept:,} of {dense:,} parameters" in text
     assert "experts are plain pairs" in text
@@ -304,6 +315,26 @@ def test_views_name_the_experts(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
     assert any("4 × (20×12)" in line and "experts.gate_up_proj" in line for line in lines)
     assert any(f"(dense {ACTIVE:,})" in line for line in lines)
+
+
+def test_a_report_and_a_notebook_tell_what_a_token_uses() -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    result = PerplexityResult("t", "test", 48.0, 100, 2, 51, "none", "0" * 64, [])
+
+    def page_of(plan: Plan) -> str:
+        grid = Grid([Evaluation("m", [result])], None, [], [])
+        return page.render(Report(grid, {"m": ModelFacts("m", 1000, plan)}, None, {}, VERSIONS))
+
+    dense, kept = planned().active_parameters or (0, 0)
+    text = page_of(planned())
+    assert "active kept" in text
+    assert f"{kept / dense:.1%}" in text
+    assert "4 × (20×12)" in text
+    assert "active kept" not in page_of(planned(known=False))
+    shown_plan = repr(NotebookPlan(planned()))
+    assert f"{kept:,} of {dense:,} parameters" in shown_plan
+    assert "experts.gate_up_proj 4 × (20×12)" in shown_plan
 
 
 def test_a_card_tells_what_a_token_uses(tmp_path: Path) -> None:
