@@ -11,7 +11,7 @@ from hisvd_cli.allocation.budget import Budget
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.modeling.layers.lowrank import Storage
-from hisvd_cli.modeling.sublayers import Shape
+from hisvd_cli.modeling.layers.shapes import Shape, matrix_of, numel
 
 KINDS: list[tuple[str, Shape]] = [("q", (12, 12)), ("k", (6, 12)), ("up", (20, 12))]
 
@@ -55,7 +55,7 @@ def make_budget(
 ) -> Budget:
     """Return the budget of a keep ratio."""
     shapes = [s.shape for s in spectra]
-    total = sum(m * n for m, n in shapes)
+    total = sum(map(numel, shapes))
     return Budget(shapes, round(ratio * total), [floor] * len(shapes), multiple_of, storage)
 
 
@@ -68,7 +68,7 @@ def choices(
     shape: Shape, floor: int = 1, step: int = 1, storage: Storage = "pair"
 ) -> dict[int, int]:
     """Return rank → parameters, of all truncated ranks and (as full rank) dense."""
-    m, n = shape
+    m, n = matrix_of(shape)
     # Written out from the tensors: V′ and C, or U and V, and a number for the place of each row.
     sizes = {
         r: r * n + (m - r) * r + m if storage == "pivoted" else r * n + m * r

@@ -13,7 +13,7 @@ SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 RATIO: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 FLAG: Schema = {"type": "boolean"}
 SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-SHAPE: Schema = {"type": "array", "items": COUNT, "minItems": 2, "maxItems": 2}
+SHAPE: Schema = {"type": "array", "items": COUNT, "minItems": 2, "maxItems": 3}
 
 
 def strict(**properties: Schema) -> Schema:
@@ -24,6 +24,11 @@ def strict(**properties: Schema) -> Schema:
         "required": list(properties),
         "additionalProperties": False,
     }
+
+
+def sometimes(schema: Schema, **properties: Schema) -> Schema:
+    """An object that may have these keys besides its own."""
+    return {**schema, "properties": {**schema["properties"], **properties}}
 
 
 def rows(**properties: Schema) -> Schema:
@@ -38,7 +43,11 @@ def maybe(schema: Schema) -> Schema:
 
 VERSIONS = strict(hisvd=TEXT, torch=TEXT, transformers=TEXT)
 MODEL = strict(name=TEXT, revision=maybe(TEXT), fingerprint=SHA256)
-PLANNED_MODEL = strict(name=TEXT, revision=maybe(TEXT), fingerprint=SHA256, parameters=COUNT)
+PLANNED_MODEL = sometimes(
+    strict(name=TEXT, revision=maybe(TEXT), fingerprint=SHA256, parameters=COUNT),
+    active_parameters=COUNT,
+    experts_per_token=COUNT,
+)
 DATA = strict(
     dataset=TEXT,
     drop={"type": "string"},
@@ -168,7 +177,7 @@ PLAN = strict(
 )
 PLANS = strict(plans={"type": "array", "items": PLAN, "minItems": 2})
 
-INSPECT = strict(
+_AUDIT = strict(
     kind={"enum": ["checkpoint", "pt", "plan", "calibration", "model"]},
     ratio=maybe(RATIO),
     model_ratio=maybe(RATIO),
@@ -194,6 +203,7 @@ INSPECT = strict(
     provenance={"type": "object"},
     problems={"type": "array", "items": TEXT},
 )
+INSPECT = sometimes(_AUDIT, active_parameters=COUNT, dense_active_parameters=COUNT)
 
 SIGNED: Schema = {"type": "number"}
 INTERVAL = maybe({"type": "array", "items": SIGNED, "minItems": 2, "maxItems": 2})

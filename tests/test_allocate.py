@@ -12,6 +12,7 @@ from hisvd_cli.allocation.budget import Budget, break_even, cost
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
 from hisvd_cli.allocation.methods.hisvd import MODULATIONS, cluster_tails
 from hisvd_cli.allocation.spectrum import Spectrum
+from hisvd_cli.modeling.layers.shapes import numel
 from tests.allocation import allocate
 
 KNOBS: dict[str, Any] = {
@@ -38,7 +39,7 @@ def _spectra() -> list[Spectrum]:
 
 def _budget(ratio: float, spectra: list[Spectrum]) -> Budget:
     shapes = [s.shape for s in spectra]
-    total = sum(m * n for m, n in shapes)
+    total = sum(map(numel, shapes))
     return Budget(shapes, int(ratio * total), [1] * len(shapes))
 
 

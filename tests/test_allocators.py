@@ -15,6 +15,7 @@ from hisvd_cli.allocation.budget import Budget, break_even, full_rank, is_dense
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Spectrum
 from hisvd_cli.allocation.methods.waterfill import optimal_ranks
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
+from hisvd_cli.modeling.layers.shapes import matrix_of, numel
 from hisvd_cli.utils.errors import SourceError
 from tests.allocation import (
     allocate,
@@ -131,7 +132,9 @@ def _naive_zero_sum(spectra: list[Spectrum], budget: Budget, selection: str) -> 
     total = 0.0
 
     def size() -> int:
-        return sum(min(m * n, r * (m + n)) for (m, n), r in zip(shapes, ranks, strict=True))
+        return sum(
+            min(m * n, r * (m + n)) for (m, n), r in zip(map(matrix_of, shapes), ranks, strict=True)
+        )
 
     while size() > budget.parameters:
         offers = []
@@ -241,10 +244,10 @@ def test_svdllm_v2_removes_in_proportion_to_one_over_log_of_the_loss(ratio: floa
     spectra = make_spectra(6, seed=4)
     budget = make_budget(spectra, ratio)
     ranks = _svdllm_v2(spectra, ratio).ranks
-    target = 1 - budget.parameters / sum(m * n for m, n in budget.shapes)
+    target = 1 - budget.parameters / sum(map(numel, budget.shapes))
     for kind in ("q", "k", "up"):
         mine = [i for i, s in enumerate(spectra) if s.cluster == kind]
-        m, n = spectra[mine[0]].shape
+        m, n = matrix_of(spectra[mine[0]].shape)
         uniform = int((1 - target) * m * n / (m + n))
         loss = np.array([np.sqrt(TOKENS * spectra[i].energy.numpy()[uniform:].sum()) for i in mine])
         assert loss.min() > np.e  # or the guard would count
@@ -299,13 +302,13 @@ def _swift(spectra: list[Spectrum], ratio: float, weight: float) -> Allocation:
 @pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
 def test_swift_shares_half_by_effective_rank_and_importance(weight: float) -> None:
     spectra = make_spectra(6, seed=7)
-    ratio = make_budget(spectra, 0.4).parameters / sum(m * n for m, n in (s.shape for s in spectra))
+    ratio = make_budget(spectra, 0.4).parameters / sum(numel(s.shape) for s in spectra)
     ranks = _swift(spectra, 0.4, weight).ranks
     angles = np.array([s.importance for s in spectra])
     importance = 1 + (angles - angles.min()) / (angles.max() - angles.min())
     for kind in ("q", "k", "up"):
         mine = [i for i, s in enumerate(spectra) if s.cluster == kind]
-        m, n = spectra[mine[0]].shape
+        m, n = matrix_of(spectra[mine[0]].shape)
         density = []
         for i in mine:
             p = np.sqrt(spectra[i].energy.numpy())

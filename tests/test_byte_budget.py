@@ -24,6 +24,7 @@ from hisvd_cli.linalg.metric import Metric
 from hisvd_cli.linalg.moments import Moment
 from hisvd_cli.linalg.statistics import Channels, Gradient, Statistics
 from hisvd_cli.linalg.truncation import truncate
+from hisvd_cli.modeling.layers.shapes import matrix_of
 from hisvd_cli.utils.errors import BudgetError
 from tests import schemas
 from tests.cli_helpers import QUICK, as_json, fail, succeed
@@ -53,7 +54,7 @@ def candidates(seed: int, count: int = 3) -> list[Candidate]:
 
 def written_out(candidate: Candidate) -> list[Choice]:
     """Return every choice there is, its loss and bytes worked out number by number."""
-    m, n = candidate.shape
+    m, n = matrix_of(candidate.shape)
     full, energy = min(m, n), candidate.energy.tolist()
     weights = candidate.weight_energy.tolist()
 
@@ -156,7 +157,7 @@ def test_published_layouts_take_what_their_files_hold() -> None:
         dobi = rank * (96 + 96 + 2 * (160 - 96)) + rank * 2 * 2  # bytes, halves, two scales each
         assert points["dobi-svd remap"].bytes_ratio == dobi / full
         assert points["zs-svd remap"].bytes_ratio == rank * (96 + 160) * 2 / full
-        m, n = candidate.shape
+        m, n = matrix_of(candidate.shape)
         ranks = range(1, 96)
         pivoted = [2 * (r * n + (m - r) * r) + 4 * m for r in ranks]  # V′, C, order of the rows
         assert (

@@ -22,7 +22,12 @@ MATHS = ("linalg/", "allocation/methods/", "compression/methods/")
 """Import torch, pydantic, one another, and what :data:`_PLAIN` names."""
 _PLAIN = {
     *("utils.errors", "utils.registry", "utils.prefetch"),
-    *("allocation.budget", "allocation.spectrum", "modeling.layers.lowrank", "modeling.sublayers"),
+    *(
+        "allocation.budget",
+        "allocation.spectrum",
+        "modeling.layers.lowrank",
+        "modeling.layers.shapes",
+    ),
 }
 _MOST_FILES = 12
 _MOST_LINES = 300

@@ -14,7 +14,7 @@ import torch
 from hisvd_cli.allocation.budget import Budget, break_even, full_rank
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Spectrum
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
-from hisvd_cli.modeling.sublayers import Shape
+from hisvd_cli.modeling.layers.shapes import Shape, numel
 from hisvd_cli.utils.errors import NumericalError
 from tests.allocation import (
     allocate as run_allocator,
@@ -269,7 +269,7 @@ def _learned(
 def _optimal_positions(budget: Budget, weights: Sequence[float]) -> list[float]:
     """Return shares x of break-even that minimise Σ w(1 − x)² with Σ x·mn the budget: where none
     is at an end, 1 − x is in proportion to mn/w."""
-    sizes = [m * n for m, n in budget.shapes]
+    sizes = list(map(numel, budget.shapes))
     scale = (sum(sizes) - budget.parameters) / sum(
         size**2 / w for size, w in zip(sizes, weights, strict=True)
     )
@@ -285,7 +285,7 @@ def test_learned_approaches_the_optimum_that_the_divergence_has(ratio: float) ->
     spectra = [_falling(f"model.layers.{i}", shape, 0.06) for i, shape in enumerate(shapes)]
     budget = make_budget(spectra, ratio)
     # Weights in proportion to sizes, up to a factor from 1 to 3: no position ends at an end.
-    weights = [m * n * (1 + i * 5 % 12 / 6) for i, (m, n) in enumerate(shapes)]
+    weights = [numel(s) * (1 + i * 5 % 12 / 6) for i, s in enumerate(shapes)]
     optimum = _optimal_positions(budget, weights)
 
     def distance(ranks: Sequence[int]) -> float:
@@ -303,7 +303,7 @@ def test_learned_is_not_pulled_by_a_sublayer_at_its_floor() -> None:
     shapes: list[Shape] = [(192, 192), (64, 96), (192, 96), (96, 192), (96, 96)]
     spectra = [_falling(f"model.layers.{i}", shape, 0.06) for i, shape in enumerate(shapes)]
     budget = make_budget(spectra, 0.35)
-    weights = [1.0, *(m * n * (1.0 + i % 2) for i, (m, n) in enumerate(shapes[1:]))]
+    weights = [1.0, *(numel(s) * (1.0 + i % 2) for i, s in enumerate(shapes[1:]))]
     ranks = _learned(spectra, budget, weights, steps=300).ranks
     rest = Budget(shapes[1:], budget.parameters - (192 + 192), [1] * 4)
     optimum = [

@@ -37,10 +37,16 @@ def sublayers(model: Any) -> list[str]:
     return [s.name for s in find_sublayers(prefix, list(decoder.layers))]
 
 
-def probe_of(folder: Path, store: Path, model: Any, key: str = "key") -> ModelProbe:
+def probe_of(
+    folder: Path,
+    store: Path,
+    model: Any,
+    key: str = "key",
+    members: dict[str, list[str]] | None = None,
+) -> ModelProbe:
     return ModelProbe(
         open_source(str(folder)),
-        sublayers(model),
+        members or {name: [name] for name in sublayers(model)},
         WINDOWS,
         factors_of(model),
         device=torch.device("cpu"),
@@ -84,6 +90,28 @@ def test_answers_are_those_of_the_whole_model(
         assert probe.divergence(name, 5) == pytest.approx(expected, rel=1e-3)
         loss = nn.functional.cross_entropy(other[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())
         assert probe.perplexity(name, 5) == pytest.approx(math.exp(float(loss)), rel=1e-4)
+
+
+def test_members_of_a_stack_are_truncated_together(tiny_model: MakeModel, tmp_path: Path) -> None:
+    """Two layers of a block stand for the experts of a stack."""
+    folder = tiny_model("llama")
+    model = load_dense(folder)
+    names = [name for name in sublayers(model) if ".1.mlp." in name][:2]
+    stack = names[0].rpartition(".")[0] + ".experts"
+    probe = probe_of(folder, tmp_path / "one.json", model, members={stack: names})
+    other = load_dense(folder)
+    for name in names:
+        u, v = factors_of(model)(name)
+        other.get_submodule(name).weight.data = (u[:, :5] @ v[:5]).float()
+    expected = divergence(logits(model), logits(other))
+    assert probe.divergence(stack, 5) == pytest.approx(expected, rel=1e-3)
+    # One position for both: its gradient is the sum of those of two equal positions.
+    apart = probe_of(folder, tmp_path / "two.json", model, members={n: [n] for n in names})
+    loss, slopes = apart.soft_divergence([6.0, 6.0], 0.05, 0)
+    together, (slope,) = probe.soft_divergence([6.0], 0.05, 0)
+    assert together == pytest.approx(loss, rel=1e-5)
+    assert slope == pytest.approx(sum(slopes), rel=1e-4)
+    assert min(map(abs, slopes)) > 0
 
 
 def test_a_sublayer_has_its_weight_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from hisvd_cli.allocation.budget import Budget, break_even, cost, full_rank, rank_of_share
 from hisvd_cli.modeling.hidden_states import StatesHome
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
+from hisvd_cli.modeling.layers.shapes import Shape
 from hisvd_cli.modeling.rows import RowFiles
-from hisvd_cli.modeling.sublayers import Shape
 from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import Settings, flag_of
@@ -24,7 +25,10 @@ from hisvd_cli.utils.errors import SourceError
 
 some = settings(max_examples=100, derandomize=True, database=None, deadline=None)
 
-SHAPE = st.tuples(st.integers(2, 60), st.integers(2, 60))
+_SIDE = st.integers(2, 60)
+PLAIN = st.tuples(_SIDE, _SIDE)
+STACK = st.tuples(st.integers(1, 9), _SIDE, _SIDE)
+SHAPE: st.SearchStrategy[Shape] = st.one_of(PLAIN, STACK)
 STORAGE: st.SearchStrategy[Storage] = st.sampled_from(list(LAYERS))
 
 
@@ -33,18 +37,19 @@ STORAGE: st.SearchStrategy[Storage] = st.sampled_from(list(LAYERS))
 def test_cost_rises_with_rank_up_to_that_of_the_matrix(shape: Shape, storage: Storage) -> None:
     costs = [cost(rank, shape, storage) for rank in range(1, full_rank(shape) + 1)]
     assert all(low <= high for low, high in pairwise(costs))
-    assert costs[-1] == shape[0] * shape[1]
+    assert costs[-1] == prod(shape)
 
 
 @some
 @given(SHAPE, STORAGE, st.floats(0, 1))
 def test_a_rank_of_a_share_costs_that_share(shape: Shape, storage: Storage, share: float) -> None:
-    rank, entries = rank_of_share(share, shape, storage), shape[0] * shape[1]
+    rank, entries = rank_of_share(share, shape, storage), prod(shape)
     assert 0 <= rank <= full_rank(shape) + 1e-9
     if rank > 0:
         assert cost(rank, shape, storage) == pytest.approx(share * entries, rel=1e-6)
     else:
-        assert share * entries <= (shape[0] if storage == "pivoted" else 0)
+        pivoted = storage == "pivoted" and len(shape) == 2
+        assert share * entries <= (shape[0] if pivoted else 0)
 
 
 @st.composite
@@ -54,7 +59,7 @@ def budgets(draw: st.DrawFn) -> tuple[Budget, list[torch.Tensor]]:
     floors = [draw(st.integers(1, full_rank(shape))) for shape in shapes]
     storage: Storage = draw(STORAGE)
     least = sum(int(cost(r, s, storage)) for r, s in zip(floors, shapes, strict=True))
-    most = sum(m * n for m, n in shapes)
+    most = sum(map(prod, shapes))
     budget = Budget(shapes, draw(st.integers(least, max(least, most))), floors, 1, storage)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     energies = [
@@ -92,6 +97,34 @@ def test_filling_lowers_no_rank_and_buys_the_dearest_energy_first(
     filled = budget.filled(budget.floors, energies)
     assert all(now >= floor for now, floor in zip(filled, budget.floors, strict=True))
     assert budget.filled(filled, energies) == filled
+
+
+@some
+@given(budgets(), st.lists(st.floats(0.01, 100), min_size=6, max_size=6), st.data())
+def test_a_stack_is_as_many_plain_layers_of_one_rank(
+    drawn: tuple[Budget, list[torch.Tensor]], wishes: list[float], data: st.DataObject
+) -> None:
+    """Its storage is plain pairs whatever that of the others, so that those are compared alone."""
+    budget, _ = drawn
+    counts = [shape[0] if len(shape) == 3 else 1 for shape in budget.shapes]
+    ranks = [data.draw(st.integers(1, full_rank(shape))) for shape in budget.shapes]
+    experts: list[Shape] = [(s[-2], s[-1]) for s in budget.shapes]
+    kinds: list[Storage] = ["pair" if len(s) == 3 else budget.storage for s in budget.shapes]
+    each = [cost(r, s, kind) for r, s, kind in zip(ranks, experts, kinds, strict=True)]
+    assert budget.spent(ranks) == sum(e * c for e, c in zip(each, counts, strict=True))
+    if len(set(kinds)) > 1:
+        return
+
+    def repeated(values: list[Any]) -> list[Any]:
+        return [v for v, count in zip(values, counts, strict=True) for _ in range(count)]
+
+    floors = repeated(list(budget.floors))
+    apart = Budget(repeated(experts), budget.parameters, floors, 1, kinds[0])
+    together = Budget(budget.shapes, budget.parameters, budget.floors, 1, kinds[0])
+    assert apart.shares(repeated(ranks)) == repeated(together.shares(ranks))
+    baselines = wishes[: len(counts)]
+    scaled = together.scaled(baselines)
+    assert apart.scaled(repeated(baselines)) == pytest.approx(repeated(scaled), rel=1e-6)
 
 
 VALUES: dict[Key, st.SearchStrategy[Any]] = {

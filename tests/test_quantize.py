@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hisvd_cli.compression.quantization import sublayer_names
-from hisvd_cli.inspection.audit import Layout, sublayer_shapes
+from hisvd_cli.compression.quantization import sublayers_of
+from hisvd_cli.inspection.stored_sublayers import Layout, sublayer_shapes
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.layers.quantized import (
     QuantizedLinear,
@@ -98,7 +98,7 @@ def test_bytes_on_disk_are_those_that_were_counted(
     whole, made = checkpoint("llama"), tmp_path / "made"
     succeed("convert", whole, "--quantize", "int4", "--group-size", 24, "--output", made)
     found = open_checkpoint(made)
-    names = sublayer_names(found)
+    names = [s.name for s in sublayers_of(found)]
     shapes = _matrices(made)
     sizes = {name: quantized_bytes(shape, 4, 24) for name, shape in shapes.items()}
     inside = [n for n in found.weights if n.rpartition(".")[0] in names]
@@ -145,7 +145,7 @@ def test_bits_may_differ_from_sublayer_to_sublayer(
     method: str, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     whole = open_checkpoint(checkpoint("llama", "pivoted"))
-    names = sublayer_names(whole)
+    names = [s.name for s in sublayers_of(whole)]
     bits = {name: (16, 8, 4)[i % 3] for i, name in enumerate(names)}
     flags = {("quantize", "bits"): "int8", ("quantize", "method"): method}
     resolved = resolve(flags, environ={}, start=tmp_path)

@@ -15,7 +15,8 @@ from hisvd_cli.cli.views.layout import duration_text, perplexity_text, size_text
 from hisvd_cli.cli.views.plans import comparison_view, plan_view
 from hisvd_cli.cli.views.results import audit_view, compressed_view, rank_table
 from hisvd_cli.evaluation.perplexity import PerplexityResult
-from hisvd_cli.inspection.audit import Audit, Row
+from hisvd_cli.inspection.audit import Audit
+from hisvd_cli.inspection.stored_sublayers import Row
 from hisvd_cli.pipelines.compressing.outcome import Outcome
 from hisvd_cli.pipelines.config.settings import ALLOCATOR_NAMES
 

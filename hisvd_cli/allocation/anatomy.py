@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hisvd_cli.allocation.plan_assembly import ModelSize
+from hisvd_cli.modeling.layers.shapes import active_parameters, is_stack, numel
 from hisvd_cli.modeling.skeleton import (
     build_meta_model,
     check_shape,
     decoder_blocks,
     tensor_names,
 )
+from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers, select
 
@@ -20,16 +22,31 @@ _KEPT = "_anatomy"
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The structure of a model: all sublayers, its size, and the names of its tensors on disk."""
+    """The structure of a model: all sublayers, its size, and the names of its tensors on disk.
+
+    ``experts_per_token`` is None if there are no stacks of experts, or if the config does not say.
+    """
 
     sublayers: list[Sublayer]
     total_parameters: int
     names: dict[str, str]
+    experts_per_token: int | None = None
+
+    @property
+    def active_parameters(self) -> int | None:
+        """Parameters that one token uses; None if ``experts_per_token`` is None."""
+        stacks = [(s.shape, numel(s.shape)) for s in self.sublayers if is_stack(s.shape)]
+        return active_parameters(self.total_parameters, stacks, self.experts_per_token)
+
+    @property
+    def inside(self) -> int:
+        """Parameters of all sublayers."""
+        return sum(numel(s.shape) for s in self.sublayers)
 
     def size(self, include: Sequence[str], exclude: Sequence[str]) -> ModelSize:
         """Return the size of the model and of the sublayers that a plan covers."""
         chosen = select(self.sublayers, include, exclude)
-        return ModelSize(self.total_parameters, sum(s.shape[0] * s.shape[1] for s in chosen))
+        return ModelSize(self.total_parameters, sum(numel(s.shape) for s in chosen))
 
 
 def dissect(source: Source) -> Anatomy:
@@ -57,4 +74,6 @@ def _dissected(source: Source) -> Anatomy:
     for name, stored in names.items():
         check_shape(name, source.weights.info(stored).shape, shapes[name].shape)
     total = sum(shapes[name].numel() for name in names)
-    return Anatomy(find_sublayers(prefix, list(layers)), total, names)
+    sublayers = find_sublayers(prefix, list(layers))
+    experts = any(is_stack(s.shape) for s in sublayers)
+    return Anatomy(sublayers, total, names, experts_per_token(source.config) if experts else None)

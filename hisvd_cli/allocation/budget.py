@@ -2,7 +2,8 @@
 
 A pair of rank r costs ``r(m+n)`` parameters, a dense sublayer ``mn``. Both are equal at the
 break-even rank ``k* = mn/(m+n)``; a rank at or above it means dense. In pivoted storage a pair
-costs ``r(m+n−r) + m``, with m indices, and breaks even just below full rank.
+costs ``r(m+n−r) + m``, with m indices, and breaks even just below full rank. A stack of E experts
+with a common rank costs E times as much as one of them; its pairs are always plain.
 
 Real-valued ranks are those of a plain pair in any storage: they express a share of mn. Integer
 ranks are the stored ones.
@@ -16,13 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hisvd_cli.modeling.layers.shapes import Shape, copies, matrix_of, numel, storage_of
 from hisvd_cli.utils.errors import BudgetError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hisvd_cli.modeling.layers.lowrank import Storage
-    from hisvd_cli.modeling.sublayers import Shape
 
 _ALMOST = 1e-9
 """Tolerance of rounding down: real-valued ranks carry rounding errors."""
@@ -30,36 +31,39 @@ _ALMOST = 1e-9
 
 def full_rank(shape: Shape) -> int:
     """Return ``min(m, n)``."""
-    return min(shape)
+    return min(matrix_of(shape))
 
 
 def break_even(shape: Shape) -> float:
     """Return ``k* = mn/(m+n)``, the rank at which a plain pair is as large as the matrix."""
-    m, n = shape
+    m, n = matrix_of(shape)
     return m * n / (m + n)
 
 
 def is_dense(rank: float, shape: Shape, storage: Storage = "pair") -> bool:
     """Return whether a rank is at or above break-even, so that the sublayer stays dense."""
-    m, n = shape
-    return rank >= min(shape) or _factored(rank, shape, storage) >= m * n
+    m, n = matrix_of(shape)
+    return rank >= min(m, n) or _factored(rank, shape, storage) >= m * n
 
 
 def cost(rank: float, shape: Shape, storage: Storage = "pair") -> float:
-    """Return the parameters of a sublayer at ``rank`` (``mn`` if dense)."""
-    m, n = shape
-    return m * n if is_dense(rank, shape, storage) else _factored(rank, shape, storage)
+    """Return the parameters of a sublayer at ``rank`` (all of them if dense)."""
+    if is_dense(rank, shape, storage):
+        return numel(shape)
+    return copies(shape) * _factored(rank, shape, storage)
 
 
 def _factored(rank: float, shape: Shape, storage: Storage) -> float:
-    m, n = shape
-    return rank * (m + n) if storage == "pair" else rank * (m + n - rank) + m
+    """Return the parameters of one pair."""
+    m, n = matrix_of(shape)
+    return rank * (m + n) if storage_of(shape, storage) == "pair" else rank * (m + n - rank) + m
 
 
 def rank_of_share(share: float, shape: Shape, storage: Storage = "pair") -> float:
-    """Return the real-valued rank that costs ``share`` of mn; 0 if the share is too small."""
-    m, n = shape
-    if storage == "pair":
+    """Return the real-valued rank that costs ``share`` of the parameters; 0 if the share is too
+    small."""
+    m, n = matrix_of(shape)
+    if storage_of(shape, storage) == "pair":
         return share * break_even(shape)
     # The smaller root of r² − (m+n)r + (share·mn − m) = 0.
     return ((m + n) - math.sqrt((m + n) ** 2 - 4 * max(share * m * n - m, 0.0))) / 2
@@ -70,7 +74,7 @@ class Budget:
     """The parameter budget of the sublayers that a plan covers.
 
     Attributes:
-        shapes: ``(m, n)`` of each sublayer.
+        shapes: ``(m, n)`` of each sublayer, or ``(E, m, n)``.
         parameters: the number of parameters that all of them together may keep.
         floors: minimum rank of each sublayer.
         multiple_of: ranks of truncated sublayers are multiples of this.
@@ -101,10 +105,10 @@ class Budget:
         return sum(self.cost(r, s) for r, s in zip(ranks, self.shapes, strict=True))
 
     def shares(self, ranks: Sequence[int]) -> list[float]:
-        """Return the share of mn that each sublayer costs at an integer rank."""
+        """Return the share of its parameters that each sublayer costs at an integer rank."""
         return [
-            self.cost(rank, (m, n)) / (m * n)
-            for rank, (m, n) in zip(ranks, self.shapes, strict=True)
+            self.cost(rank, shape) / numel(shape)
+            for rank, shape in zip(ranks, self.shapes, strict=True)
         ]
 
     def scaled(self, baselines: Sequence[float]) -> list[float]:
@@ -130,8 +134,9 @@ class Budget:
 
     def _plain(self, rank: int, shape: Shape) -> float:
         """Return the real-valued rank of the plain pair with the cost of ``rank``."""
-        m, n = shape
-        return rank if self.storage == "pair" else self.cost(rank, shape) / (m + n)
+        if storage_of(shape, self.storage) == "pair":
+            return rank
+        return self.cost(rank, shape) / sum(matrix_of(shape))
 
     def rounded(
         self, ranks: Sequence[float], energies: Sequence[Tensor], nearest: bool = False
@@ -144,7 +149,8 @@ class Budget:
 
         Args:
             ranks: real-valued ranks that meet the budget.
-            energies: σ² of each sublayer's components ``[min(m, n)]``, falling.
+            energies: σ² of each sublayer's components ``[min(m, n)]``, falling; of a stack, the
+                sums over its experts.
             nearest: first give every sublayer at most one step, so that ranks stay close to their
                 real values.
 

@@ -1,9 +1,10 @@
 """Joint choice of rank and bits for every sublayer, within a budget of bytes.
 
 A sublayer of shape ``(m, n)`` is dense or a plain pair of rank r, in the model's dtype or quantized
-to 8 or 4 bits. Legend: e_j the energies in the plan's metric; w(r) the share of ‖W‖² in the r
-largest singular values of W; η the noise-to-signal ratio and D the loss of rounding W (see
-``rounding_noise.py``), both 0 without rounding. The loss of a choice is
+to 8 or 4 bits. A stack of experts ``(E, m, n)`` keeps the model's dtype. Legend: e_j the energies
+in the plan's metric; w(r) the share of ‖W‖² in the r largest singular values of W; η the
+noise-to-signal ratio and D the loss of rounding W (see ``rounding_noise.py``), both 0 without
+rounding. The loss of a choice is
 
     Σ_{j>r} e_j + η·Σ_{j≤r} e_j + D·w(r)    for a pair,    D    for a dense sublayer.
 
@@ -29,7 +30,7 @@ from hisvd_cli.allocation.budget import full_rank, is_dense
 from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.linalg.convex_hull import lower_hull
 from hisvd_cli.modeling.layers.quantized import quantized_bytes
-from hisvd_cli.modeling.sublayers import Shape
+from hisvd_cli.modeling.layers.shapes import Shape, copies, is_stack, matrix_of, numel
 from hisvd_cli.utils.errors import BudgetError
 
 FULL_BITS = 16
@@ -43,10 +44,10 @@ class Candidate:
     """A sublayer to choose rank and bits for.
 
     Attributes:
-        shape: ``(m, n)``.
+        shape: ``(m, n)``, or ``(E, m, n)`` for a stack.
         energy: e ``[min(m, n)]`` in the plan's metric, falling.
         weight_energy: σ² of W, likewise.
-        roundings: bits → effect of rounding W.
+        roundings: bits → effect of rounding W; empty for a stack, which is not rounded.
         floor: minimum rank.
         width: bytes per number without rounding.
     """
@@ -61,7 +62,7 @@ class Candidate:
     @property
     def full_bytes(self) -> int:
         """Bytes of the sublayer before compression."""
-        return self.shape[0] * self.shape[1] * self.width
+        return numel(self.shape) * self.width
 
     def truncated(self) -> Tensor:
         """Return the loss of truncation at each rank from 0 ``[min(m, n) + 1]``."""
@@ -84,7 +85,7 @@ class Candidate:
 
     def dense_loss(self, bits: int) -> float:
         """Return the loss of the dense sublayer at some bits."""
-        return 0.0 if bits == FULL_BITS else self.roundings[bits].loss
+        return 0.0 if bits_of(self.shape, bits) == FULL_BITS else self.roundings[bits].loss
 
 
 def _sums(values: Tensor) -> Tensor:
@@ -92,7 +93,12 @@ def _sums(values: Tensor) -> Tensor:
     return torch.cat([values.new_zeros(1), values.cumsum(0)]).double()
 
 
-def matrix_bytes(shape: Shape, bits: int, group: int, width: int) -> int:
+def bits_of(shape: Shape, bits: int) -> int:
+    """Return the bits of a sublayer where others have ``bits``: stacks are not quantized."""
+    return FULL_BITS if is_stack(shape) else bits
+
+
+def matrix_bytes(shape: tuple[int, int], bits: int, group: int, width: int) -> int:
     """Return the bytes of a matrix on disk, scales included.
 
     Args:
@@ -107,11 +113,12 @@ def matrix_bytes(shape: Shape, bits: int, group: int, width: int) -> int:
 
 
 def stored_bytes(shape: Shape, rank: int, bits: int, group: int, width: int) -> int:
-    """Return the bytes of a sublayer: the matrix at full rank, otherwise a plain pair."""
-    m, n = shape
-    if rank >= full_rank(shape):
-        return matrix_bytes(shape, bits, group, width)
-    return sum(matrix_bytes(each, bits, group, width) for each in ((rank, n), (m, rank)))
+    """Return the bytes of a sublayer: the matrix at full rank, otherwise a plain pair; of a stack,
+    for every expert, without rounding."""
+    m, n = matrix_of(shape)
+    matrices = ((m, n),) if rank >= full_rank(shape) else ((rank, n), (m, rank))
+    bits = bits_of(shape, bits)
+    return copies(shape) * sum(matrix_bytes(each, bits, group, width) for each in matrices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +143,13 @@ def choices(candidate: Candidate, bits: Sequence[int], group: int, step: int) ->
 
     Args:
         candidate: the sublayer.
-        bits: the allowed bits.
+        bits: the allowed bits, of which a stack takes those of the model's dtype.
         group: numbers that share a scale at 4 bits.
         step: ranks are multiples of this.
     """
     shape, width, full = candidate.shape, candidate.width, full_rank(candidate.shape)
     found = []
-    for each in bits:
+    for each in dict.fromkeys(bits_of(shape, each) for each in bits):
         dense = stored_bytes(shape, full, each, group, width)
         found.append(Choice(full, each, dense, candidate.dense_loss(each)))
         losses = candidate.losses(each).tolist()

@@ -4,6 +4,7 @@ published methods, with their claimed sizes and the sizes of their files.
 ``16 bit ranks`` are plain pairs without rounding, ``16 bit pivoted`` the same in pivoted storage.
 All use the ranks of least loss under their own count, and the rounding of hisvd: the comparison is
 between layouts, not between allocations. k is a rank, ``(m, n)`` a shape; numbers have 16 bits.
+Stacks of experts are plain pairs without rounding in every layout.
 
 ``dobi-svd remap``
     Dobi-SVD (ICLR 2025, arXiv 2502.02723; ``modules/remapping.py`` of the authors' code): in both
@@ -36,8 +37,10 @@ from hisvd_cli.allocation.byte_budget import (
     spend,
     stored_bytes,
 )
+from hisvd_cli.modeling.layers.shapes import is_stack, matrix_of, numel
 
 JOINT = "joint"
+_RANKS = "16 bit ranks"
 BUDGETS = (0.5, 0.4, 0.3, 0.2)
 """Bytes ratios of the comparison, besides the requested one."""
 
@@ -85,17 +88,23 @@ def frontier(
     """
     full = sum(c.full_bytes for c in candidates)
     points = []
-    for name, layout in _layouts(candidates, group, step).items():
-        options = [layout.options(c) for c in candidates]
+    layouts = _layouts(candidates, group, step)
+    for name, layout in layouts.items():
+        used = [layouts[_RANKS] if is_stack(c.shape) else layout for c in candidates]
+        options = [own.options(c) for own, c in zip(used, candidates, strict=True)]
         for ratio, budget in sorted(budgets.items(), reverse=True):
             if least_price(options) <= budget:
                 chosen = spend(options, budget)
-                pairs = zip(candidates, chosen, strict=True)
-                taken = sum(layout.taken(candidate, choice) for candidate, choice in pairs)
+                taken = sum(
+                    own.taken(candidate, choice)
+                    for own, candidate, choice in zip(used, candidates, chosen, strict=True)
+                )
                 loss = sum(choice.loss for choice in chosen)
                 points.append(Point(name, ratio, (rest + taken) / (rest + full), loss))
     for bits in BITS[1:]:
-        taken = sum(stored_bytes(c.shape, full_rank(c.shape), bits, group, 0) for c in candidates)
+        taken = sum(
+            stored_bytes(c.shape, full_rank(c.shape), bits, group, c.width) for c in candidates
+        )
         loss = sum(c.dense_loss(bits) for c in candidates)
         points.append(Point(f"int{bits} dense", None, (rest + taken) / (rest + full), loss))
     return points
@@ -107,7 +116,7 @@ def _layouts(candidates: Sequence[Candidate], group: int, step: int) -> dict[str
 
     layouts = {
         JOINT: _Layout(lambda c: choices(c, BITS, group, step), counted),
-        "16 bit ranks": _Layout(lambda c: choices(c, BITS[:1], group, step), counted),
+        _RANKS: _Layout(lambda c: choices(c, BITS[:1], group, step), counted),
         "16 bit pivoted": _Layout(lambda c: _pivoted(c, step), counted),
     }
     if all(c.width == 2 for c in candidates):  # the published layouts are defined for 16 bits
@@ -141,7 +150,7 @@ def _pivoted(candidate: Candidate, step: int) -> list[Choice]:
 
 def _remapped(candidate: Candidate, step: int, whole: bool = False) -> list[Choice]:
     """Return the choices of a remapped sublayer; ``whole`` does not round full rank."""
-    (m, n), full = candidate.shape, full_rank(candidate.shape)
+    (m, n), full = matrix_of(candidate.shape), full_rank(candidate.shape)
     # min(m, n) rows of U [m, k] and columns of V [k, n] are rounded.
     rounded = full / m * candidate.noise_of_u(8) + full / n * candidate.noise_of_v(8)
     losses = (candidate.truncated() + rounded).tolist()
@@ -156,4 +165,4 @@ def _halved(candidate: Candidate, step: int) -> list[Choice]:
     shape, full, losses = candidate.shape, full_rank(candidate.shape), candidate.losses(8).tolist()
     ranks = range(candidate.floor, full, step)
     found = [Choice(r, 8, int(cost(r, shape)), losses[r]) for r in ranks if not is_dense(r, shape)]
-    return falling([*found, Choice(full, 8, shape[0] * shape[1], candidate.dense_loss(8))])
+    return falling([*found, Choice(full, 8, numel(shape), candidate.dense_loss(8))])

@@ -1,6 +1,6 @@
 """Estimates of disk space, memory and time, from shapes and one short measurement.
 
-Legend: m outputs and n inputs of a sublayer.
+Legend: m outputs and n inputs of a sublayer. A token passes k of the E experts of a stack.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from hisvd_cli.calibration.workload import (
     Workload,
     calibration_peak,
     gradients_peak,
-    parameters,
     squares,
+    with_sides,
 )
+from hisvd_cli.modeling.layers.shapes import Shape, copies, copies_used, matrix_of, numel
 from hisvd_cli.modeling.sublayers import Sublayer
 
 _EIGH_FLOPS = 25  # eigendecomposition with vectors, in units of size³ at the rate of products
@@ -52,11 +53,21 @@ def _seconds(work: Workload, passed: int, products: int) -> float:
     return 2 * work.tokens * (forward + products / product_rate(work.device, torch.float32))
 
 
+def _passed(work: Workload) -> list[tuple[int, int]]:
+    """Return ``(m, n)`` of every matrix that one token passes."""
+    return [
+        matrix_of(s.shape)
+        for s in work.sublayers
+        for _ in range(copies_used(s.shape, work.experts_per_token))
+    ]
+
+
 def estimate_calibration(work: Workload) -> Estimate:
     """Return an upper estimate of a calibration, see :mod:`hisvd_cli.calibration.workload`."""
-    count = squares(work.sublayers)
-    seconds = _seconds(work, parameters(work.sublayers), count)
-    return Estimate(4 * count, calibration_peak(work), seconds)
+    passed = _passed(work)
+    products = sum(min(shape) ** 2 for shape in passed)
+    seconds = _seconds(work, sum(m * n for m, n in passed), products)
+    return Estimate(4 * squares(work.sublayers), calibration_peak(work), seconds)
 
 
 def estimate_gradients(work: Workload, weights: bool) -> Estimate:
@@ -66,20 +77,22 @@ def estimate_gradients(work: Workload, weights: bool) -> Estimate:
         work: the workload; all parameters outside sublayers are counted as the head.
         weights: whether weight gradients are collected too.
     """
-    shapes = [s.shape for s in work.sublayers]
+    shapes = _passed(work)
+    weight = sum(m * n for m, n in shapes)
     # Forward and backward through every block and the head; gradients of tall weights are also
     # propagated to the input.
-    passed = 2 * parameters(work.sublayers) + 3 * work.outside_parameters
+    passed = 2 * weight + 3 * work.outside_parameters
     passed += sum(m * n for m, n in shapes if m > n)
-    count = squares(work.sublayers)
-    products = 2 * count  # H, and again H and G for half of the text
+    # H, and again H and G for half of the text
+    products = 2 * sum(min(shape) ** 2 for shape in shapes)
     whole = 0
     if weights:
-        whole = sum(m * n + m * m + n * n for m, n in shapes)
-        products += parameters(work.sublayers)
-        products += sum(m * n * (m + n) for m, n in shapes) // work.seqlen
+        whole = sum(copies(s.shape) * with_sides(s) for s in work.sublayers)
+        both = sum(numel(s.shape) * sum(matrix_of(s.shape)) for s in work.sublayers)
+        products += weight + both // work.seqlen
     seconds = _seconds(work, passed, products)
-    return Estimate(4 * (3 * count + whole), gradients_peak(work, weights), seconds)
+    stored = 4 * (3 * squares(work.sublayers) + whole)
+    return Estimate(stored, gradients_peak(work, weights), seconds)
 
 
 def estimate_update(work: Workload) -> float:
@@ -88,8 +101,9 @@ def estimate_update(work: Workload) -> float:
     A block runs to each of about four distinct inputs of its sublayers, half of it on average, and
     once to its end; C and G′ are counted for every sublayer.
     """
-    products = sum(2 * s.shape[1] ** 2 for s in work.sublayers)
-    return _seconds(work, 2 * 3 * parameters(work.sublayers), products)
+    passed = _passed(work)
+    products = sum(2 * n**2 for _, n in passed)
+    return _seconds(work, 2 * 3 * sum(m * n for m, n in passed), products)
 
 
 def estimate_measuring(parameters: int, tokens: int, passes: float, rate: float) -> float:
@@ -103,7 +117,8 @@ def estimate_decomposition(sublayers: Sequence[Sublayer]) -> float:
     return flops / product_rate(torch.device("cpu"), torch.float64, 512)
 
 
-def decomposition_cost(shape: tuple[int, int]) -> int:
-    """Return the operations for spectrum and factors of W, at the rate of products."""
-    m, n = shape
-    return 2 * _EIGH_FLOPS * min(shape) ** 3 + 4 * m * n * min(shape)
+def decomposition_cost(shape: Shape) -> int:
+    """Return the operations for spectrum and factors of W, of every expert for a stack, at the rate
+    of products."""
+    m, n = matrix_of(shape)
+    return copies(shape) * (2 * _EIGH_FLOPS * min(m, n) ** 3 + 4 * m * n * min(m, n))

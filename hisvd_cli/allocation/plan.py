@@ -11,10 +11,10 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from hisvd_cli.allocation.budget import full_rank
-from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS
+from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS, bits_of
 from hisvd_cli.allocation.byte_frontier import Point
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
-from hisvd_cli.modeling.sublayers import Shape
+from hisvd_cli.modeling.layers.shapes import Shape, active_parameters, copies, is_stack, numel
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.json_files import json_text, read_json
 from hisvd_cli.utils.files.text_output import write_through
@@ -108,7 +108,8 @@ class Plan:
         predicted_loss: sum of the losses of the sublayers.
         clusters: one entry per sublayer type.
         sublayers: one entry per sublayer.
-        provenance: model, calibration (None if made from weights alone) and versions.
+        provenance: model, calibration (None if made from weights alone) and versions. The model of
+            one with experts has ``active_parameters`` and ``experts_per_token``, if they are known.
         bytes: byte counts of a plan by bytes; None for a plan by parameters.
     """
 
@@ -143,13 +144,24 @@ class Plan:
     @property
     def full_parameters(self) -> int:
         """Parameters of the planned sublayers before compression."""
-        return sum(s.shape[0] * s.shape[1] for s in self.sublayers)
+        return sum(numel(s.shape) for s in self.sublayers)
 
     @property
     def model_parameters(self) -> int | None:
         """Parameters of the whole model before compression, if the plan records them."""
         total: int | None = self.provenance["model"].get("parameters")
         return total
+
+    @property
+    def active_parameters(self) -> tuple[int, int] | None:
+        """Parameters of the whole model that one token uses, before and after compression; None
+        without experts, or if the plan does not record them."""
+        model = self.provenance["model"]
+        before, count = model.get("active_parameters"), model.get("experts_per_token")
+        saved = [(s.shape, numel(s.shape) - s.parameters) for s in self.sublayers]
+        stacks = [(shape, each) for shape, each in saved if is_stack(shape)]
+        less = active_parameters(sum(each for _, each in saved), stacks, count)
+        return None if before is None or less is None else (before, before - less)
 
     @property
     def kept_ratio(self) -> float:
@@ -215,7 +227,9 @@ def plan_from(document: Mapping[str, Any]) -> Plan:
 def _check_row(row: SublayerPlan) -> None:
     if not 1 <= row.rank <= full_rank(row.shape) or row.layer < 0 or row.parameters < 1:
         raise ValueError(f"{row.name}: rank {row.rank}")
-    if row.bits not in BITS:
+    if copies(row.shape) < 1:
+        raise ValueError(f"{row.name}: no experts")
+    if row.bits not in BITS or bits_of(row.shape, row.bits) != row.bits:
         raise ValueError(f"{row.name}: {row.bits} bits")
 
 
@@ -224,7 +238,8 @@ def _check_origin(provenance: Mapping[str, Any]) -> None:
     model, calibration = provenance["model"], provenance["calibration"]
     if not isinstance(model["name"], str) or not isinstance(model["fingerprint"], str):
         raise ValueError("provenance")
-    if type(model.get("parameters", 1)) is not int or model.get("parameters", 1) < 1:
-        raise ValueError("provenance")
+    for key in ("parameters", "active_parameters", "experts_per_token"):
+        if type(model.get(key, 1)) is not int or model.get(key, 1) < 1:
+            raise ValueError(f"provenance: {key}")
     if calibration is not None and not isinstance(calibration, str):
         raise ValueError("provenance")

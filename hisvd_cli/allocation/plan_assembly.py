@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any
 
 from hisvd_cli.allocation.budget import cost, full_rank, is_dense
 from hisvd_cli.allocation.byte_budget import Choice
 from hisvd_cli.allocation.methods import Allocation
 from hisvd_cli.allocation.plan import BytePlan, ClusterPlan, Plan, SublayerPlan
-from hisvd_cli.allocation.spectrum import Spectrum, tail_share
+from hisvd_cli.allocation.spectrum import Spectrum, mean_over_matrices, tail_share
 from hisvd_cli.modeling.layers.lowrank import Storage
+from hisvd_cli.modeling.layers.shapes import numel
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,17 @@ def _cluster_rows(
     table = []
     for cluster in dict.fromkeys(row.cluster for row in rows):
         mine = [(r, s) for r, s in zip(rows, spectra, strict=True) if r.cluster == cluster]
-        densities = [row.density for row, _ in mine if row.density is not None]
-        tails = [0.0 if row.dense else tail_share(s.energy, row.rank) for row, s in mine]
-        full = sum(row.shape[0] * row.shape[1] for row, _ in mine)
+        densities = [(r.density, r.shape) for r, _ in mine if r.density is not None]
+        tails = [
+            (0.0 if row.dense else tail_share(s.energy, row.rank), row.shape) for row, s in mine
+        ]
+        full = sum(numel(row.shape) for row, _ in mine)
         table.append(
             ClusterPlan(
                 cluster=cluster,
                 sublayers=len(mine),
-                density=fmean(densities) if densities else None,
-                tail_share=allocation.tail_shares.get(cluster, fmean(tails)),
+                density=mean_over_matrices(densities) if densities else None,
+                tail_share=allocation.tail_shares.get(cluster, mean_over_matrices(tails)),
                 factor=allocation.factors.get(cluster),
                 kept_ratio=sum(row.parameters for row, _ in mine) / full,
             )

@@ -9,8 +9,8 @@ Legend: S windows of L tokens; d hidden width; hidden states ``[S, L, d]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -43,9 +43,10 @@ class ModelProbe:
 
     Args:
         source: the dense model; it is loaded at the first measurement.
-        names: the sublayers, in the order of the spectra.
+        members: sublayer → its linear modules, in the order of the spectra; a stack of experts has
+            several.
         windows: probe text ``[S, L]``.
-        factors: returns the full-rank factors of a sublayer.
+        factors: returns the full-rank factors of a linear module.
         device: device of the model.
         dtype: dtype of the forward passes.
         store: file of the cached measurements.
@@ -56,7 +57,7 @@ class ModelProbe:
     def __init__(
         self,
         source: Source,
-        names: Sequence[str],
+        members: Mapping[str, Sequence[str]],
         windows: Tensor,
         factors: Factors,
         *,
@@ -66,7 +67,7 @@ class ModelProbe:
         key: str,
         reporter: Reporter,
     ) -> None:
-        self._names = names
+        self._members = members
         self._windows = windows
         self._factors = factors
         self._device = device
@@ -106,8 +107,8 @@ class ModelProbe:
     ) -> Iterator[None]:
         handles = []
         try:
-            for name, position in zip(self._names, positions, strict=True):
-                if position.requires_grad:
+            for members, position in zip(self._members.values(), positions, strict=True):
+                for name in members if position.requires_grad else ():
                     if name not in self._soft:
                         self._soft[name] = _SoftMask(
                             *self._factors(name), model.dtype, self._device
@@ -128,8 +129,10 @@ class ModelProbe:
     ) -> float:
         if key not in self._answers:
             model = self._model()
-            u, v = self._factors(name)
-            with model.replaced(name, u[:, :rank] @ v[:rank]):
+            with ExitStack() as truncated:
+                for member in self._members[name]:
+                    u, v = self._factors(member)
+                    truncated.enter_context(model.replaced(member, u[:, :rank] @ v[:rank]))
                 self._answers[key] = measure(model, name)
             with suppress(OutputError):  # the cache is optional
                 write_json(self._store, {"key": self._key, "answers": self._answers})
@@ -190,12 +193,12 @@ class _Loaded:
                 self._model.get_decoder()(input_ids=ids[None], use_cache=False)
 
     def linear(self, name: str) -> nn.Linear:
-        """Return a sublayer."""
+        """Return a linear module."""
         return cast(nn.Linear, self._model.get_submodule(name))
 
     @contextmanager
     def replaced(self, name: str, weight: Tensor) -> Iterator[None]:
-        """Replace the weight of a sublayer while the body runs."""
+        """Replace the weight of a linear module while the body runs."""
         linear = self.linear(name)
         kept = linear.weight
         linear.weight = nn.Parameter(weight.to(kept.device, kept.dtype), requires_grad=False)

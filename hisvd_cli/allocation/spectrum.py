@@ -1,20 +1,21 @@
 """Spectra of sublayers, and their rank measures.
 
-Legend: W ``[m, n]``; a spectrum is the energies e = σ² ``[min(m, n)]``, falling, in float64.
+Legend: W ``[m, n]``; a spectrum is the energies e = σ² ``[min(m, n)]``, falling, in float64. The
+spectrum of a stack of experts, which have one rank, is the sum of their energies by index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+from hisvd_cli.modeling.layers.shapes import Shape, copies, matrix_of
 from hisvd_cli.utils.errors import UsageError, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from hisvd_cli.modeling.sublayers import Shape
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Spectrum:
     Attributes:
         name: full name of the sublayer in the model.
         cluster: its type; sublayers of one cluster share a stage-2 factor.
-        shape: ``(m, n)``.
+        shape: ``(m, n)``, or ``(E, m, n)`` for a stack of experts.
         energy: energies ``[min(m, n)]`` in the plan's metric, falling: the loss that each
             component adds when it is dropped (those of W without a calibration).
         weight_energy: energies of W, likewise; None if no method of the plan needs them.
@@ -70,7 +71,7 @@ def mathematical_rank(energy: Tensor, shape: Shape) -> float:
     import torch
 
     sigma = energy.sqrt()
-    threshold = max(shape) * torch.finfo(torch.float32).eps * sigma[0]
+    threshold = max(matrix_of(shape)) * torch.finfo(torch.float32).eps * sigma[0]
     return float((sigma > threshold).sum())
 
 
@@ -92,10 +93,15 @@ def rank_density(energy: Tensor, shape: Shape, method: str) -> float:
         raise UsageError(f"No rank method '{method}'.", suggest(method, RANK_METHODS))
     if float(energy.sum()) == 0:
         return 0.0
-    return RANK_METHODS[method](energy, shape) / min(shape)
+    return RANK_METHODS[method](energy, shape) / min(matrix_of(shape))
 
 
 def tail_share(energy: Tensor, rank: int) -> float:
     """Return Σ_{j>rank} e_j / Σ_j e_j, 0 for an all-zero spectrum."""
     total = float(energy.sum())
     return float(energy[rank:].sum()) / total if total else 0.0
+
+
+def mean_over_matrices(values: Iterable[tuple[float, Shape]]) -> float:
+    """Return the mean of one value per sublayer, in which every expert of a stack counts."""
+    return fmean(value for value, shape in values for _ in range(copies(shape)))

@@ -2,7 +2,8 @@
 
 Legend: m outputs and n inputs of a layer; L tokens per window; d hidden width. Estimates are upper
 bounds: every layer counts with a moment on its smaller side, although layers with a common input
-share one.
+share one. All E experts of a stack have weights and moments in memory together; a token passes k of
+them, and one at a time is factorized.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hisvd_cli.modeling.hidden_states import Place
+from hisvd_cli.modeling.layers.shapes import copies, copies_used, is_stack, matrix_of, numel
 from hisvd_cli.modeling.sublayers import Sublayer
 
 IMPORTS_BYTES = 420_000_000
@@ -57,6 +59,7 @@ class Workload:
         dtype: dtype of forward passes.
         device: where they run.
         place: where hidden states are kept.
+        experts_per_token: k; None if unknown, which counts all experts.
     """
 
     sublayers: Sequence[Sublayer]
@@ -68,6 +71,7 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
     place: Place = "device"
+    experts_per_token: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -88,7 +92,7 @@ class Workload:
 def calibration_peak(work: Workload) -> Peak:
     """Return the peak of collecting moments."""
     block, size = work.block, work.dtype.itemsize
-    largest = max(min(s.shape) ** 2 for s in block)
+    largest = max(min(matrix_of(s.shape)) ** 2 for s in block)
     sums = _DOUBLE * squares(block) + (_DOUBLE + _SINGLE) * largest  # with one product
     running = size * parameters(block) + sums + _activations(work)
     return _spread(work, max(size * work.outside_parameters, running), _SINGLE * squares(block))
@@ -102,8 +106,8 @@ def gradients_peak(work: Workload, weights: bool) -> Peak:
     # H, and H and G of half the text, in float64, and one at a time in float32.
     moments = 3 * (_DOUBLE + _SINGLE) * squares(block)
     if weights:
-        moments += _SINGLE * sum(m * n + m * m + n * n for m, n in (s.shape for s in block))
-    graph = 3 * sum(map(sum, (s.shape for s in block))) * size  # per token
+        moments += _SINGLE * sum(copies(s.shape) * with_sides(s) for s in block)
+    graph = 3 * activations(block, work.experts_per_token) * size  # per token
     running = size * parameters(block) + moments + work.batch * work.seqlen * graph
     return _spread(work, max(head, running), moments // 3)
 
@@ -111,7 +115,7 @@ def gradients_peak(work: Workload, weights: bool) -> Peak:
 def update_peak(work: Workload) -> Peak:
     """Return the peak of the paired walk that updates layers, with their factorization."""
     block, size = work.block, work.dtype.itemsize
-    widest = max(s.shape[1] for s in block) ** 2
+    widest = max(copies(s.shape) * matrix_of(s.shape)[1] ** 2 for s in block)
     # C and G′ of the fitting and the held-out part, their means, and the solver of K.
     sums = _DOUBLE * 10 * widest
     running = 2 * size * parameters(block) + sums + 2 * _activations(work)
@@ -141,16 +145,18 @@ def factoring_peak(sublayers: Sequence[Sublayer], size: int, device: torch.devic
 
 
 def _factoring(sublayer: Sublayer, size: int) -> int:
-    """Return the bytes for factorizing one layer: the weight, copies in float64, and three square
-    matrices of its smaller side."""
-    (m, n), side = sublayer.shape, min(sublayer.shape)
-    return m * n * (size + 3 * _DOUBLE) + 3 * _DOUBLE * side**2
+    """Return the bytes for factorizing one layer or expert: the weight, copies in float64, and
+    three square matrices of its smaller side."""
+    m, n = matrix_of(sublayer.shape)
+    return m * n * (size + 3 * _DOUBLE) + 3 * _DOUBLE * min(m, n) ** 2
 
 
 def _activations(work: Workload) -> int:
     """Return the bytes of one forward pass of a block: three of its widest activations and the
     states around them in ``dtype``, and two of the widest in float32 for statistics."""
-    widest = max(max(s.shape) for s in work.block)
+    widest = max(
+        max(matrix_of(s.shape)) * copies_used(s.shape, work.experts_per_token) for s in work.block
+    )
     own = (3 * widest + 6 * work.width) * work.dtype.itemsize
     return work.batch * work.seqlen * (own + 2 * _SINGLE * widest)
 
@@ -167,7 +173,7 @@ def _spread(work: Workload, running: int, means: int) -> Peak:
     kept = chunk if work.place == "file" else work.states_bytes
     if work.device.type == "cpu":
         return Peak(IMPORTS_BYTES + running + kept)
-    widest = max(s.shape[0] * s.shape[1] for s in work.block)
+    widest = max(numel(s.shape) for s in work.block)
     largest = work.dtype.itemsize * max(widest, work.outside_parameters)
     host = IMPORTS_BYTES + means + largest
     device = _CONTEXT_BYTES + running + chunk
@@ -186,10 +192,11 @@ def on_device(device: torch.device, taken: int) -> Peak:
 def quantization_peak(work: Workload) -> Peak:
     """Return the peak of quantizing block by block with the moments of inputs (GPTQ)."""
     block, size = work.block, work.dtype.itemsize
-    inputs = {s.shape[1] for s in block}
+    rounded = [matrix_of(s.shape) for s in block if not is_stack(s.shape)]
+    inputs = [n**2 for _, n in rounded]
     # All layers may have different inputs; sums are in float64, and one is factorized.
-    moments = _DOUBLE * sum(s.shape[1] ** 2 for s in block) + 4 * _DOUBLE * max(inputs) ** 2
-    widest = max(s.shape[0] * s.shape[1] for s in block)
+    moments = _DOUBLE * sum(inputs) + 4 * _DOUBLE * max(inputs, default=0)
+    widest = max((m * n for m, n in rounded), default=0)
     rounding = 4 * _DOUBLE * widest + size * parameters(block)
     running = size * parameters(block) + moments + rounding + _activations(work)
     return _spread(work, max(size * work.outside_parameters, running), 0)
@@ -197,9 +204,21 @@ def quantization_peak(work: Workload) -> Peak:
 
 def squares(sublayers: Sequence[Sublayer]) -> int:
     """Return the number of entries of the moments of layers, each on its smaller side."""
-    return sum(min(s.shape) ** 2 for s in sublayers)
+    return sum(copies(s.shape) * min(matrix_of(s.shape)) ** 2 for s in sublayers)
+
+
+def with_sides(sublayer: Sublayer) -> int:
+    """Return ``mn + m² + n²`` of a layer or one expert, the entries of a weight gradient and both
+    moments."""
+    m, n = matrix_of(sublayer.shape)
+    return m * n + m * m + n * n
 
 
 def parameters(sublayers: Sequence[Sublayer]) -> int:
     """Return the number of parameters of layers, without biases."""
-    return sum(s.shape[0] * s.shape[1] for s in sublayers)
+    return sum(numel(s.shape) for s in sublayers)
+
+
+def activations(sublayers: Sequence[Sublayer], experts_per_token: int | None) -> int:
+    """Return the inputs and outputs of layers for one token."""
+    return sum(copies_used(s.shape, experts_per_token) * sum(matrix_of(s.shape)) for s in sublayers)

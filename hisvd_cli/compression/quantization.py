@@ -22,7 +22,7 @@ from hisvd_cli.modeling.checkpoints.shards import join_parts, parts_left, shard_
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.companions import copy_companions, is_own_file, warn_of_links
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import find_sublayers
+from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
 from hisvd_cli.utils.files.artifact import building
 from hisvd_cli.utils.files.fingerprints import digest
 from hisvd_cli.utils.files.json_files import write_json
@@ -31,11 +31,11 @@ from hisvd_cli.utils.progress import Reporter
 from hisvd_cli.utils.versions import versions
 
 
-def sublayer_names(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of all sublayers of a checkpoint, low-rank and dense."""
+def sublayers_of(checkpoint: Checkpoint) -> list[Sublayer]:
+    """Return all sublayers of a checkpoint, low-rank and dense."""
     source = Source(str(checkpoint.folder), checkpoint.folder)
     prefix, layers = decoder_blocks(build_meta_model(source, compressed=True))
-    return [sublayer.name for sublayer in find_sublayers(prefix, list(layers))]
+    return find_sublayers(prefix, list(layers))
 
 
 def quantize(

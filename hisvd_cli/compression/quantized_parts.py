@@ -231,9 +231,21 @@ class PartsWriter:
 
 
 def pair_storage(checkpoint: Checkpoint, recipe: Recipe) -> Storage:
-    """Return the storage of the low-rank sublayers after quantization; 4 bits needs plain pairs."""
-    pairs = all(recipe.bits.get(name) == 4 for name in checkpoint.ranks)
+    """Return the storage of the low-rank sublayers after quantization; 4 bits needs plain pairs, as
+    stacks of experts are in any storage."""
+    single = set(checkpoint.ranks).difference(factored_stacks(checkpoint))
+    pairs = all(recipe.bits.get(name) == 4 for name in single)
     return "pair" if pairs else checkpoint.storage
+
+
+def factored_stacks(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the low-rank stacks of experts, whose factors have three dimensions."""
+    infos = checkpoint.weights.infos
+    known = {
+        name: [infos[leaf].shape for x in MATRICES if (leaf := f"{name}.{x}") in infos]
+        for name in checkpoint.ranks
+    }
+    return [name for name, shapes in known.items() if any(len(shape) == 3 for shape in shapes)]
 
 
 def _replace(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> None:

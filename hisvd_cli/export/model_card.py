@@ -10,6 +10,7 @@ from typing import Any
 from hisvd_cli.allocation.plan import Plan, load_plan
 from hisvd_cli.export.card_results import BEGIN, END, TASK, read_provenance
 from hisvd_cli.inspection.audit import recovery_text, stages_text
+from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.sources.companions import CARD, card_metadata, licences
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.escaping import markdown_code, markdown_text
@@ -27,7 +28,7 @@ _BODY = """
 | | |
 |---|---|
 | parameters kept, compressible layers | {kept_exact:.2%} |
-| parameters kept, whole model | {model_kept:.2%} |
+| parameters kept, whole model | {model_kept:.2%} |{active}
 | low-rank layers | {low_rank} of {sublayers}, {storage} |{integers}
 | rank allocation | {allocator} |
 | decomposition | {decomposer} |{stages}
@@ -159,6 +160,8 @@ def _body(plan: Plan, record: Mapping[str, Any], multiplied: bool, carries_code:
     pairs = {"pair": "stored as plain factors", "pivoted": "stored as pivoted factors"}[
         integers.get("storage", plan.storage)
     ]
+    if plan.storage == "pivoted" and any(is_stack(s.shape) for s in plan.sublayers):
+        pairs += ", experts as plain factors"
     tuned = recovery_text(record)
     return _BODY.format(
         name=markdown_text(Path(named).name),
@@ -169,10 +172,11 @@ def _body(plan: Plan, record: Mapping[str, Any], multiplied: bool, carries_code:
         kept=plan.ratio,
         kept_exact=plan.kept_ratio,
         model_kept=plan.model_ratio,
+        active="" if multiplied else _active(plan),
         low_rank=len(plan.ranks),
         sublayers=len(plan.sublayers),
         storage="converted to dense weights" if multiplied else pairs,
-        integers="" if multiplied else _integers(integers),
+        integers="" if multiplied else _integers(integers, plan),
         allocator=markdown_text(plan.allocator),
         decomposer=markdown_text(record["decomposer"] + _updated(record.get("update"))),
         stages=f"\n| stages | {markdown_text(stages)} |" if (stages := stages_text(record)) else "",
@@ -181,6 +185,14 @@ def _body(plan: Plan, record: Mapping[str, Any], multiplied: bool, carries_code:
         loading=_PLAIN_LOADING if multiplied else _CODE_LOADING if carries_code else _LOADING,
         and_plan="" if multiplied else ", the rank of every layer in `plan.json`",
     )
+
+
+def _active(plan: Plan) -> str:
+    """Return the table row about the experts that a token passes; empty without experts."""
+    if plan.active_parameters is None:
+        return ""
+    dense, kept = plan.active_parameters
+    return f"\n| parameters kept, active per token | {kept / dense:.2%} ({kept:,} of {dense:,}) |"
 
 
 def _licence(folder: Path) -> dict[str, Any]:
@@ -194,7 +206,7 @@ def _licence(folder: Path) -> dict[str, Any]:
     return carried
 
 
-def _integers(made: Mapping[str, Any]) -> str:
+def _integers(made: Mapping[str, Any], plan: Plan) -> str:
     """Return the table rows about quantization; empty if nothing is quantized."""
     if not made:
         return ""
@@ -203,7 +215,9 @@ def _integers(made: Mapping[str, Any]) -> str:
     groups = f", groups of {made['group_size']}" if 4 in counts else ""
     size, before = made["bytes"], made["dense_bytes"]
     share = f"{size / 1e6:,.1f} MB, {size / before:.2%} of {before / 1e6:,.1f} MB"
-    text = markdown_text(f"{kinds}{groups}; method {made['method']}")
+    experts = any(is_stack(s.shape) for s in plan.sublayers)
+    left = "; experts are not quantized" if experts else ""
+    text = markdown_text(f"{kinds}{groups}; method {made['method']}{left}")
     return f"\n| quantization | {text} |\n| size of all weights | {share} |"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -12,64 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.allocation.budget import full_rank
 from hisvd_cli.allocation.plan import Plan
-from hisvd_cli.modeling.layers.lowrank import Storage, factor_shapes, is_order
-from hisvd_cli.modeling.layers.quantized import SCALE, quantized_shapes, storage_with
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.inspection.stored_sublayers import Row
+from hisvd_cli.modeling.layers.lowrank import is_order
+from hisvd_cli.modeling.layers.quantized import SCALE
+from hisvd_cli.modeling.layers.shapes import numel
 
 
 def part(document: object, name: str) -> dict[str, Any]:
     """Return the object ``name`` of a JSON document; empty if there is none."""
     inner = document.get(name) if isinstance(document, dict) else None
     return inner if isinstance(inner, dict) else {}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How sublayers are stored according to a config or a plan.
-
-    Attributes:
-        ranks: name → rank, for low-rank sublayers.
-        storage: storage of their factors.
-        bits: name → 8 or 4, for quantized sublayers.
-        group_size: columns per scale with 4 bits.
-    """
-
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    storage: Storage = "pair"
-    bits: Mapping[str, int] = field(default_factory=dict)
-    group_size: int = 1
-
-    def line(self) -> str:
-        """Return a summary of the quantization in one line."""
-        counts = sorted(Counter(self.bits.values()).items())
-        kinds = ", ".join(f"int{bits} in {count} layers" for bits, count in counts)
-        return kinds + (f", groups of {self.group_size}" if 4 in self.bits.values() else "")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sublayer on disk; ``rank`` is the full rank if it is dense, ``bits`` the bits per stored
-    value."""
-
-    name: str
-    layer: int | None
-    cluster: str
-    shape: tuple[int, int]
-    rank: int
-    dense: bool
-    dtype: str
-    storage: Storage = "pair"
-    bits: int | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the factors or of the dense matrix; of quantized layers, the number of
-        codes."""
-        if self.dense:
-            return prod(self.shape)
-        return sum(map(prod, factor_shapes(self.storage, *self.shape, self.rank).values()))
 
 
 @dataclass(frozen=True)
@@ -84,6 +36,8 @@ class Audit:
         bytes: size of the weights on disk.
         dense_bytes: size of the original model in the dtype of the unquantized weights; None if
             unknown.
+        active: parameters that one token uses, in this and in the original model; None without
+            experts, or if unknown.
         sublayers: one row per sublayer.
         provenance: how it was made, as recorded in the files.
         problems: one line per problem.
@@ -100,6 +54,7 @@ class Audit:
     problems: list[str] = field(default_factory=list)
     table: dict[str, str] = field(default_factory=dict)
     dense_bytes: int | None = None
+    active: tuple[int, int] | None = None
 
     @property
     def bytes_ratio(self) -> float | None:
@@ -109,7 +64,7 @@ class Audit:
     @property
     def ratio(self) -> float | None:
         """Keep ratio of the sublayers; None without sublayers."""
-        full = sum(row.shape[0] * row.shape[1] for row in self.sublayers)
+        full = sum(numel(row.shape) for row in self.sublayers)
         return sum(row.parameters for row in self.sublayers) / full if full else None
 
     @property
@@ -127,6 +82,7 @@ class Audit:
             "model_ratio": self.model_ratio,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
+            **self._active(),
             "bytes": self.bytes,
             "dense_bytes": self.dense_bytes,
             "bytes_ratio": self.bytes_ratio,
@@ -135,58 +91,16 @@ class Audit:
             "problems": self.problems,
         }
 
+    def _active(self) -> dict[str, int]:
+        if self.active is None:
+            return {}
+        used, dense = self.active
+        return {"active_parameters": used, "dense_active_parameters": dense}
+
     def line(self) -> str:
         """Return the result in one line."""
         count = len(self.problems)
         return f"{self.kind}: {count or 'no'} problem{'s' * (count != 1)}"
-
-
-def rows_of(sublayers: Iterable[Sublayer], dtypes: Mapping[str, str], layout: Layout) -> list[Row]:
-    """Return one row per sublayer.
-
-    Args:
-        sublayers: sublayers of the dense model.
-        dtypes: tensor name on disk → dtype.
-        layout: how they are stored.
-    """
-    rows = []
-    for s in sublayers:
-        rank, bits = layout.ranks.get(s.name), layout.bits.get(s.name)
-        dtype = dtypes.get(f"{s.name}.weight", "")
-        full = full_rank(s.shape) if rank is None else rank
-        storage = storage_with(bits, layout.storage)
-        bits = bits or _bits_of(dtype)
-        rows.append(
-            Row(s.name, s.layer, s.cluster, s.shape, full, rank is None, dtype, storage, bits)
-        )
-    return rows
-
-
-def _bits_of(dtype: str) -> int | None:
-    known = getattr(torch, dtype, None)
-    return 8 * known.itemsize if isinstance(known, torch.dtype) else None
-
-
-def sublayer_shapes(
-    sublayers: Iterable[Sublayer], layout: Layout, *, packed: bool = True
-) -> dict[str, tuple[int, ...]]:
-    """Return tensor name → shape for every sublayer.
-
-    Args:
-        sublayers: sublayers of the dense model.
-        layout: how they are stored.
-        packed: for quantized layers, return the shapes on disk, with scales, instead of the shapes
-            of the matrices.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for s in sublayers:
-        rank, bits = layout.ranks.get(s.name), layout.bits.get(s.name)
-        storage = storage_with(bits, layout.storage)
-        tensors = {"weight": s.shape} if rank is None else factor_shapes(storage, *s.shape, rank)
-        if bits and packed:
-            tensors = quantized_shapes(tensors, bits, layout.group_size)
-        shapes |= {f"{s.name}.{leaf}": shape for leaf, shape in tensors.items()}
-    return shapes
 
 
 def parameters_on_disk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,21 @@ from hisvd_cli.allocation.plan import Plan, load_plan
 from hisvd_cli.calibration.store import MANIFEST, Calibration, open_calibration
 from hisvd_cli.inspection.audit import (
     Audit,
-    Layout,
     parameters_on_disk,
     part,
     plan_problems,
     provenance_table,
-    rows_of,
-    sublayer_shapes,
     tensor_problems,
     value_problems,
 )
 from hisvd_cli.inspection.pickle_audit import PICKLES, audit_pickle
+from hisvd_cli.inspection.stored_sublayers import (
+    Layout,
+    Row,
+    active_on_disk,
+    rows_of,
+    sublayer_shapes,
+)
 from hisvd_cli.modeling.checkpoints.checkpoint import (
     PLAN_FILE,
     Checkpoint,
@@ -29,7 +34,9 @@ from hisvd_cli.modeling.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
+from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tell_notes, tensor_names
+from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sources.weights import Weights
@@ -79,6 +86,7 @@ def _audit_plan(target: str, plan: Plan, size: int) -> Audit:
     made_for = part(plan.provenance, "model")
     total = made_for.get("parameters")
     sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
+    active = plan.active_parameters
     return Audit(
         "plan",
         target,
@@ -92,6 +100,7 @@ def _audit_plan(target: str, plan: Plan, size: int) -> Audit:
             "allocator": plan.allocator,
             "storage": plan.storage,
         },
+        active=active and active[::-1],
     )
 
 
@@ -155,8 +164,10 @@ def _audit_checkpoint(
     found = {name: info.shape for name, info in weights.infos.items()}
     model, sublayers, dense = _skeleton(source)
     dense = {name: shape for name, shape in dense.items() if not _is_copy(model, name, found)}
-    expected = {**dense, **sublayer_shapes(sublayers, layout)}
-    matrices = {**dense, **sublayer_shapes(sublayers, layout, packed=False)}
+    replaced = {f"{m}.weight" for s in sublayers if s.name in ranks for m in s.members}
+    kept = {name: shape for name, shape in dense.items() if name not in replaced}
+    expected = {**kept, **sublayer_shapes(sublayers, layout)}
+    matrices = {**kept, **sublayer_shapes(sublayers, layout, packed=False)}
     problems = _name_problems(sublayers, ranks, expected, found)
     problems += tensor_problems(expected, found)
     dtypes = {name: info.dtype for name, info in weights.infos.items()}
@@ -170,22 +181,27 @@ def _audit_checkpoint(
         problems.append(f"{PROVENANCE} is missing or empty: the provenance is unknown.")
     if check_values:
         problems += _value_problems(weights, reporter)
+    held, total = parameters_on_disk(matrices, found), sum(map(prod, dense.values()))
     return Audit(
         "checkpoint",
         source.name,
-        parameters=parameters_on_disk(matrices, found),
-        dense_parameters=sum(map(prod, dense.values())),
+        parameters=held,
+        dense_parameters=total,
         bytes=sum(file.stat().st_size for file in weights.files),
-        dense_bytes=sum(map(prod, dense.values())) * getattr(torch, weights.dtype).itemsize,
+        dense_bytes=total * getattr(torch, weights.dtype).itemsize,
         sublayers=rows,
         provenance=made,
         problems=problems,
-        table={**provenance_table(made), "storage": storage, **_numbers(layout)},
+        table={**provenance_table(made), "storage": storage, **_numbers(layout, rows)},
+        active=active_on_disk(rows, held, total, experts_per_token(source.config)),
     )
 
 
-def _numbers(layout: Layout) -> dict[str, str]:
-    return {"quantization": layout.line()} if layout.bits else {}
+def _numbers(layout: Layout, rows: Iterable[Row]) -> dict[str, str]:
+    if not layout.bits:
+        return {}
+    left = "; experts are not quantized" if any(is_stack(row.shape) for row in rows) else ""
+    return {"quantization": layout.line() + left}
 
 
 def _is_copy(model: PreTrainedModel, name: str, found: dict[str, tuple[int, ...]]) -> bool:
@@ -239,16 +255,16 @@ def _audit_model(source: Source, check_values: bool, reporter: Reporter) -> Audi
     if check_values:
         problems += _value_problems(source.weights, reporter)
     total = sum(map(prod, expected.values()))
+    rows = rows_of(sublayers, {n: infos[stored].dtype for n, stored in names.items()}, Layout())
     return Audit(
         "model",
         source.name,
         parameters=total,
         dense_parameters=total,
         bytes=sum(file.stat().st_size for file in source.weights.files),
-        sublayers=rows_of(
-            sublayers, {n: infos[stored].dtype for n, stored in names.items()}, Layout()
-        ),
+        sublayers=rows,
         provenance={"revision": source.revision, "fingerprint": source.fingerprint},
         problems=problems,
         table={"architecture": ", ".join(source.config.architectures or ["?"])},
+        active=active_on_disk(rows, total, total, experts_per_token(source.config)),
     )

@@ -11,17 +11,14 @@ from typing import Any
 from hisvd_cli.allocation.plan import plan_from
 from hisvd_cli.inspection.audit import (
     Audit,
-    Layout,
-    Row,
     parameters_on_disk,
     plan_problems,
     provenance_table,
-    rows_of,
-    sublayer_shapes,
     tensor_problems,
     value_problems,
 )
 from hisvd_cli.inspection.pt_files import check_parts, is_unpacked, open_pt
+from hisvd_cli.inspection.stored_sublayers import Layout, Row, rows_of, sublayer_shapes
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.modeling.checkpoints.checkpoint_config import quantization_of
 from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor, read_foreign
@@ -82,6 +79,7 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
     if check_values:
         problems += value_problems(tensors.items())
     held = parameters_on_disk(sublayer_shapes(sublayers, layout, packed=False), shapes)
+    active = plan.active_parameters
     return Audit(
         "pt",
         target,
@@ -92,6 +90,7 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         provenance=provenance,
         problems=problems,
         table={**provenance_table(provenance), "storage": known.storage},
+        active=active and active[::-1],
     )
 
 

@@ -14,24 +14,22 @@ from typing import cast
 from torch import nn
 
 from hisvd_cli.modeling.experts import ExpertLinears
+from hisvd_cli.modeling.layers.shapes import Shape, copies, is_stack
 from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
 
 _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data_ptr))")
-
-Shape = tuple[int, ...]
-"""Outputs m and inputs n of a sublayer; ``(E, m, n)`` of a stack of E experts."""
 _HINT = "Supported: decoders with torch.nn.Linear layers, such as llama, mistral, qwen and opt."
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One ``nn.Linear`` of a decoder block.
+    """One linear layer of a decoder block, or a stack of experts that share a rank.
 
     Attributes:
         name: full name in the model, such as ``model.layers.0.self_attn.q_proj``.
         layer: index of its block.
         cluster: its type, such as ``q_proj``.
-        shape: ``(m, n)`` = (outputs, inputs).
+        shape: ``(m, n)`` = (outputs, inputs), or ``(E, m, n)`` for a stack of E experts.
     """
 
     name: str
@@ -41,10 +39,10 @@ class Sublayer:
 
     @property
     def members(self) -> list[str]:
-        """Names of its linear modules in the working model: one per expert of a stack."""
-        if len(self.shape) == 2:
+        """Names of its linear modules in the working model; one per expert for a stack."""
+        if not is_stack(self.shape):
             return [self.name]
-        return [f"{self.name}.{expert}" for expert in range(self.shape[0])]
+        return [f"{self.name}.{expert}" for expert in range(copies(self.shape))]
 
 
 def find_sublayers(prefix: str, layers: Sequence[nn.Module]) -> list[Sublayer]:
@@ -102,9 +100,7 @@ def _read_weights(kind: Hashable) -> frozenset[str]:
         source = inspect.getsource(cast(type, kind))
     except (OSError, TypeError):
         return frozenset()
-    return frozenset(
-        re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data_ptr))", source)
-    )
+    return frozenset(_READ.findall(source))
 
 
 def _cluster_names(names: Sequence[str]) -> dict[str, str]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Literal
 
 from pydantic import Field
 
 from hisvd_cli.allocation.budget import Budget, break_even, full_rank
 from hisvd_cli.allocation.methods import ALLOCATORS, WEIGHT_SPECTRA, Allocation, Options
-from hisvd_cli.allocation.spectrum import Spectrum, rank_density, tail_share
+from hisvd_cli.allocation.spectrum import Spectrum, mean_over_matrices, rank_density, tail_share
+from hisvd_cli.modeling.layers.shapes import Shape
 
 _TINY_DENSITY = 1e-6  # keeps λ finite for all-zero matrices
 
@@ -93,8 +93,8 @@ def hisvd(spectra: Sequence[Spectrum], budget: Budget, *, options: HisvdOptions)
 def cluster_tails(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> dict[str, float]:
     """Return cluster → T_c, the mean tail share of the cluster's truncated sublayers; 0 if all its
     sublayers stay dense."""
-    shares: dict[str, list[float]] = {s.cluster: [] for s in spectra}
+    shares: dict[str, list[tuple[float, Shape]]] = {s.cluster: [] for s in spectra}
     for s, rank in zip(spectra, ranks, strict=True):
         if rank < full_rank(s.shape):
-            shares[s.cluster].append(tail_share(s.energy, rank))
-    return {cluster: fmean(values) if values else 0.0 for cluster, values in shares.items()}
+            shares[s.cluster].append((tail_share(s.energy, rank), s.shape))
+    return {cluster: mean_over_matrices(own) if own else 0.0 for cluster, own in shares.items()}

@@ -18,11 +18,11 @@ from hisvd_cli.allocation.budget import Budget, break_even, full_rank, rank_of_s
 from hisvd_cli.allocation.methods import ALLOCATORS, MANY, Allocation, Options, Probe
 from hisvd_cli.allocation.methods.waterfill import optimal_ranks
 from hisvd_cli.allocation.spectrum import Spectrum
+from hisvd_cli.modeling.layers.shapes import Shape, matrix_of, numel, storage_of
 from hisvd_cli.utils.errors import NumericalError
 
 if TYPE_CHECKING:
     from hisvd_cli.modeling.layers.lowrank import Storage
-    from hisvd_cli.modeling.sublayers import Shape
 
 _BETAS = (0.9, 0.99)
 _TINY = 1e-12
@@ -86,7 +86,7 @@ def learned(
 def _slopes(
     probe: Probe, shares: Sequence[float], budget: Budget, softness: float, step: int
 ) -> list[float]:
-    """Return the gradient of the divergence with respect to each share of mn."""
+    """Return the gradient of the divergence with respect to each share of parameters."""
     places = [_place(x, s, budget.storage) for x, s in zip(shares, budget.shapes, strict=True)]
     loss, gradient = probe.soft_divergence([rank for rank, _ in places], softness, step)
     if not all(map(math.isfinite, [loss, *gradient])):
@@ -98,12 +98,13 @@ def _slopes(
 
 
 def _place(share: float, shape: Shape, storage: Storage) -> tuple[float, float]:
-    """Return the position that costs a share of mn, and its derivative by the share."""
+    """Return the position that costs a share of the parameters, and its derivative by the share."""
     if share >= 1:
         return math.inf, 0.0
-    m, n = shape
+    m, n = matrix_of(shape)
     rank = rank_of_share(share, shape, storage)
-    return rank, m * n / (m + n - (2 * rank if storage == "pivoted" else 0))
+    saved = 2 * rank if storage_of(shape, storage) == "pivoted" else 0
+    return rank, m * n / (m + n - saved)
 
 
 def _along_budget(slopes: Sequence[float], shares: Sequence[float], budget: Budget) -> list[float]:
@@ -148,9 +149,10 @@ class _Adam:
 
 
 def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
-    """Return the nearest shares of mn, between floor and 1, that cost exactly the budget.
+    """Return the nearest shares, between floor and 1, that cost exactly the budget.
 
-    The cost of a share is mn times the share, so the nearest point subtracts a multiple of mn.
+    A share costs itself times the size of the dense sublayer, so the nearest point subtracts a
+    multiple of the sizes.
     """
     sizes, floors = _sizes(budget), budget.shares(budget.floors)
     largest = max(sizes)
@@ -171,4 +173,4 @@ def _projected(shares: Sequence[float], budget: Budget) -> list[float]:
 
 
 def _sizes(budget: Budget) -> list[int]:
-    return [m * n for m, n in budget.shapes]
+    return list(map(numel, budget.shapes))

@@ -8,13 +8,12 @@ between the block's input and output, rescaled to 1 … 2 over the blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from pydantic import Field
 
 from hisvd_cli.allocation.budget import Budget, break_even
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Options
-from hisvd_cli.allocation.spectrum import Spectrum, rank_density
+from hisvd_cli.allocation.spectrum import Spectrum, mean_over_matrices, rank_density
 from hisvd_cli.linalg.statistics import missing
 
 _FIXED_SHARE = 0.5
@@ -50,7 +49,7 @@ def swift(spectra: Sequence[Spectrum], budget: Budget, *, options: SwiftOptions)
     wanted = [0.0] * len(spectra)
     for cluster in dict.fromkeys(s.cluster for s in spectra):
         mine = [i for i, s in enumerate(spectra) if s.cluster == cluster]
-        mean = fmean(scores[i] for i in mine)
+        mean = mean_over_matrices((scores[i], spectra[i].shape) for i in mine)
         for i in mine:
             wanted[i] = uniform[i] * (_FIXED_SHARE + (1 - _FIXED_SHARE) * scores[i] / mean)
     ranks = budget.rounded(budget.scaled(wanted), [s.energy for s in spectra], nearest=True)

@@ -1,9 +1,9 @@
 """Optimal ranks under a separable loss.
 
 Minimises ``Σ_l tail_l(r_l)`` with ``Σ_l cost_l(r_l)`` within the budget, where dense is one of the
-choices (cost mn, loss 0). The solutions of the Lagrangian for all multipliers are the corners of
-the lower convex hull of each sublayer's losses over its costs: the steps between corners are taken
-in order of energy saved per parameter until the budget is spent.
+choices (loss 0, cost of the matrix). The solutions of the Lagrangian for all multipliers are the
+corners of the lower convex hull of each sublayer's losses over its costs: the steps between corners
+are taken in order of energy saved per parameter until the budget is spent.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from hisvd_cli.allocation.budget import Budget, full_rank, is_dense
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.linalg.convex_hull import lower_hull
+from hisvd_cli.modeling.layers.shapes import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from hisvd_cli.modeling.sublayers import Shape
 
 
 @ALLOCATORS.register("waterfill")

@@ -2,7 +2,8 @@
 
 Dropping a whitened component changes the loss by δ to first order (``Spectrum.changes``). The
 candidates are the smallest remaining component of each sublayer, in two heaps by the sign of δ; the
-next one is chosen such that the running sum stays near zero.
+next one is chosen such that the running sum stays near zero. A component of a stack is one of each
+of its experts: its δ is their sum, and the mean over the experts is its place among the candidates.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hisvd_cli.allocation.budget import Budget, full_rank
 from hisvd_cli.allocation.methods import ALLOCATORS, Allocation, Options
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.linalg.statistics import missing
+from hisvd_cli.modeling.layers.shapes import copies, numel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +65,7 @@ def zero_sum(spectra: Sequence[Spectrum], budget: Budget, *, options: ZeroSumOpt
         SourceError: the changes are unknown.
     """
     queue = _Queue(spectra, budget, options.selection)
-    excess = sum(m * n for m, n in budget.shapes) - budget.parameters
+    excess = sum(map(numel, budget.shapes)) - budget.parameters
     while excess > 0 and (i := queue.pop()) is not None:
         shape = budget.shapes[i]
         before = budget.cost(queue.ranks[i], shape)
@@ -79,6 +81,7 @@ class _Queue:
     def __init__(self, spectra: Sequence[Spectrum], budget: Budget, selection: str) -> None:
         self.ranks = [full_rank(s.shape) for s in spectra]
         self._floors = budget.floors
+        self._copies = [copies(s.shape) for s in spectra]
         self._changes = [_known(s).tolist() for s in spectra]
         self._energies = [s.energy.tolist() for s in spectra]
         self._selection = selection
@@ -92,7 +95,7 @@ class _Queue:
         last = self.ranks[i] - 1
         if last >= self._floors[i]:
             change = self._changes[i][last]
-            key = _ORDERS[self._selection](change, self._energies[i][last])
+            key = _ORDERS[self._selection](change, self._energies[i][last]) / self._copies[i]
             falls = change < 0 and self._selection in ("zero-sum", "negative-sum")
             heapq.heappush(self._falling if falls else self._rising, (key, i))
 

@@ -14,6 +14,7 @@ from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS
 from hisvd_cli.cli.views.charts import HeatMap
 from hisvd_cli.cli.views.layout import make_table, size_text
 from hisvd_cli.cli.views.results import rank_table
+from hisvd_cli.modeling.layers.shapes import Shape, numel
 from hisvd_cli.pipelines.planning.tables import rank_span
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class _ByteShare:
 
     layer: int
     cluster: str
-    shape: tuple[int, int]
+    shape: Shape
     parameters: int
     dense: bool
 
@@ -66,7 +67,7 @@ def _types(plan: Plan, number: float) -> Table:
     table = make_table("layer type", "count", *bits, "dense", "ranks", "full", "kept")
     for cluster in plan.clusters:
         rows = [s for s in plan.sublayers if s.cluster == cluster.cluster]
-        whole = number * sum(s.shape[0] * s.shape[1] for s in rows)
+        whole = number * sum(numel(s.shape) for s in rows)
         table.add_row(
             cluster.cluster,
             str(cluster.sublayers),

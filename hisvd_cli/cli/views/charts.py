@@ -11,6 +11,8 @@ from typing import Protocol
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from hisvd_cli.modeling.layers.shapes import Shape, numel
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LEVELS = len(_BLOCKS)
 # Eight steps of viridis, whose lightness increases evenly (readable with colour-vision deficiency),
@@ -32,7 +34,7 @@ class Shaded(Protocol):
     @property
     def cluster(self) -> str: ...
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> Shape: ...
     @property
     def parameters(self) -> int: ...
     @property
@@ -90,7 +92,7 @@ class HeatMap:
 def _cell(row: Shaded | None, width: int, colour: bool) -> Text:
     if row is None:
         return Text(f"{'-':>{width - 1}} ", style="dim")
-    share = row.parameters / (row.shape[0] * row.shape[1])
+    share = row.parameters / numel(row.shape)
     percent = 100 if row.dense else min(99, round(100 * share))
     return _shade(percent, width, colour)
 

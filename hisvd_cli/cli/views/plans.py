@@ -13,7 +13,12 @@ from hisvd_cli.cli.views.byte_plans import byte_choices, byte_facts
 from hisvd_cli.cli.views.charts import HeatMap, sparkline
 from hisvd_cli.cli.views.layout import duration_text, facts_table, make_table
 from hisvd_cli.cli.views.results import rank_table
-from hisvd_cli.pipelines.planning.tables import CLUSTER_COLUMNS, cluster_rows
+from hisvd_cli.pipelines.planning.tables import (
+    CLUSTER_COLUMNS,
+    active_text,
+    cluster_rows,
+    experts_text,
+)
 
 if TYPE_CHECKING:
     from hisvd_cli.allocation.plan import Plan
@@ -138,9 +143,14 @@ def _totals(plan: Plan) -> RenderableType:
     }
     if plan.bytes is not None:
         facts = byte_facts(plan, plan.bytes)
+    if text := experts_text(plan):
+        facts["experts"] = text
+    if plan.active_parameters is not None:
+        facts["active per token"] = active_text(*plan.active_parameters[::-1])
     facts["predicted loss"] = f"{plan.predicted_loss:.6g} ({_unit(plan)})"
     if plan.storage == "pivoted":
-        facts["storage"] = "pivoted pairs: rank r takes r(m+n−r) + m parameters"
+        plain = "; experts are plain pairs" if experts_text(plan) else ""
+        facts["storage"] = f"pivoted pairs: rank r takes r(m+n−r) + m parameters{plain}"
     if plan.settings["multiple_of"] > 1:
         facts["rounding"] = f"ranks are multiples of {plan.settings['multiple_of']}"
     return facts_table(facts)

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hisvd_cli.allocation.budget import full_rank
 from hisvd_cli.cli.views.charts import HeatMap, Shaded, short_name
 from hisvd_cli.cli.views.layout import (
     duration_text,
@@ -18,6 +19,7 @@ from hisvd_cli.cli.views.layout import (
     size_text,
     times_text,
 )
+from hisvd_cli.modeling.layers.shapes import numel, shape_text
 
 if TYPE_CHECKING:
     from hisvd_cli.calibration.store import Calibration
@@ -89,7 +91,7 @@ def rank_table(
     """
     clusters = list(dict.fromkeys(row.cluster for row in rows))
     cells = {(row.layer, row.cluster): row for row in rows}
-    full = {row.cluster: str(min(row.shape)) for row in rows}
+    full = {row.cluster: str(full_rank(row.shape)) for row in rows}
     layers = sorted({row.layer for row in rows if row.layer is not None})
     widest = max(widest, *(len(short_name(cluster)) for cluster in clusters))
     fit = max(1, (width - 7) // (widest + 2))
@@ -165,6 +167,9 @@ def _before_and_after(outcome: Outcome) -> Table:
     total, kept = outcome.dense_parameters, outcome.parameters
     if total is not None and kept is not None:
         table.add_row("parameters", f"{total:,}", f"{kept:,}", f"{kept / total:.1%}")
+    if outcome.plan.active_parameters is not None:
+        total, kept = outcome.plan.active_parameters
+        table.add_row("active per token", f"{total:,}", f"{kept:,}", f"{kept / total:.1%}")
     dense, size = outcome.dense_bytes, outcome.bytes
     table.add_row("size", size_text(dense), size_text(size), f"{size / dense:.1%}")
     if outcome.perplexity:
@@ -209,6 +214,8 @@ def audit_view(audit: Audit, width: int, ranks: bool = False) -> RenderableType:
         facts["on disk"] += f", {audit.bytes_ratio:.3%} of {size_text(audit.dense_bytes)}"
     if audit.parameters:
         facts["parameters"] = f"{audit.parameters:,} (dense {audit.dense_parameters:,})"
+    if audit.active is not None:
+        facts["active per token"] = "{:,} (dense {:,})".format(*audit.active)
     if audit.ratio is not None and audit.model_ratio is not None:
         kept = f"{audit.ratio:.3%} of the factored layers"
         facts["kept"] = f"{kept}, {audit.model_ratio:.3%} of the model"
@@ -225,11 +232,11 @@ def _kept_table(audit: Audit) -> Table:
     for cluster in dict.fromkeys(row.cluster for row in audit.sublayers):
         rows = [row for row in audit.sublayers if row.cluster == cluster]
         low = [row.rank for row in rows if not row.dense]
-        full = sum(row.shape[0] * row.shape[1] for row in rows)
+        full = sum(numel(row.shape) for row in rows)
         table.add_row(
             cluster,
             str(len(rows)),
-            "×".join(map(str, rows[0].shape)),
+            shape_text(rows[0].shape),
             str(len(low)),
             f"{sum(low) / len(low):.1f}" if low else "-",
             f"{sum(row.parameters for row in rows) / full:.1%}",

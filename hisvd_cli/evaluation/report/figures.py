@@ -14,6 +14,7 @@ from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.evaluation.perplexity import PerplexityResult
 from hisvd_cli.evaluation.report.content import ModelFacts, Report, Spectra, short_name
 from hisvd_cli.evaluation.report.palette import LINE, MARKERS, MUTED, SERIES, STYLES, TEXT, ink_on
+from hisvd_cli.modeling.layers.shapes import numel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +152,7 @@ def heat_map(model: str, plan: Plan, number: int) -> Drawing:
     layers = sorted({row.layer for row in plan.sublayers})
     shares = [[math.nan] * len(clusters) for _ in layers]
     for row in plan.sublayers:
-        share = 100.0 if row.dense else 100 * row.parameters / math.prod(row.shape)
+        share = 100.0 if row.dense else 100 * row.parameters / numel(row.shape)
         shares[layers.index(row.layer)][clusters.index(row.cluster)] = share
     with _canvas(_WIDTH, 1.1 + 0.16 * len(layers)) as (drawing, axes):
         steps = colormaps["viridis"].resampled(20)  # matplotlib rasterizes finer colour bars

@@ -6,12 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.evaluation.grid import Evaluation
 from hisvd_cli.evaluation.perplexity import PerplexityResult
 from hisvd_cli.evaluation.report import palette
 from hisvd_cli.evaluation.report.content import ModelFacts, Report, as_text, flat, short_name
 from hisvd_cli.evaluation.report.figures import curves, heat_map, spectra_figures
 from hisvd_cli.evaluation.report.tables import NOTHING, Number, speed_table, task_rows
+from hisvd_cli.modeling.layers.shapes import shape_text
 from hisvd_cli.utils.errors import UsageError
 
 _HERE = Path(__file__).parent
@@ -56,6 +58,7 @@ def render(report: Report) -> str:
             }
             for i, first in enumerate(report.datasets)
         ],
+        experts=any(plan.active_parameters is not None for _, plan in planned),
         heat_maps=[heat_map(facts.name, plan, i) for i, (facts, plan) in enumerate(planned)],
         spectra=spectra_figures(report.spectra, dense) if report.spectra and dense else [],
         sublayers=_sublayers(report),
@@ -72,9 +75,18 @@ def _row(each: Evaluation, facts: ModelFacts, result: PerplexityResult) -> dict[
         "model": each.model,
         "kept": Number(f"{plan.kept_ratio:.1%}", "", plan.kept_ratio) if plan else NOTHING,
         "whole": Number(f"{plan.model_ratio:.1%}", "", plan.model_ratio) if plan else NOTHING,
+        "active": _active(plan),
         "size": Number(f"{facts.bytes / 1e6:,.1f}", "", facts.bytes),
         "figures": [_figure(result, name) for name in ("perplexity", *_FORMS)],
     }
+
+
+def _active(plan: Plan | None) -> Number:
+    """Return the share kept of the parameters that one token uses, for models with experts."""
+    if plan is None or plan.active_parameters is None:
+        return NOTHING
+    dense, kept = plan.active_parameters
+    return Number(f"{kept / dense:.1%}", "", kept / dense)
 
 
 def _figure(result: PerplexityResult, name: str) -> Number:
@@ -96,7 +108,7 @@ def _sublayers(report: Report) -> list[dict[str, Any]]:
             facts = {
                 "layer": row.layer,
                 "type": row.cluster,
-                "shape": "×".join(map(str, row.shape)),
+                "shape": shape_text(row.shape),
             }
             names.setdefault(row.name, {**facts, "full": row.full_rank})
         ranks.append(

@@ -1,14 +1,22 @@
-"""Checks and cleans up dtypes and quantization settings in config.json."""
+"""Reads and checks values of config.json: dtypes, quantization settings, experts per token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hisvd_cli.modeling.sources.quantized_input import CONFIG_KEYS
 from hisvd_cli.utils.errors import SourceError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_EXPERT_KEYS = (
+    *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts"),
+    *("moe_topk", "moe_top_k", "moe_k"),
+)
+"""Names of the number of experts per token, in the configs of different architectures."""
 
 
 def check_dtype(name: str, config: Mapping[str, Any]) -> None:
@@ -48,3 +56,15 @@ def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if isinstance(text := plain.get("text_config"), dict):
         plain["text_config"] = plain_config(text, dtype)
     return plain
+
+
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """Return how many experts of a stack one token passes; None if the config does not say, or says
+    different numbers for its blocks."""
+    text = config.get_text_config()
+    for key in _EXPERT_KEYS:
+        known = getattr(text, key, None)
+        counts = set(known) if isinstance(known, list) else {known}
+        if len(counts) == 1 and isinstance(count := counts.pop(), int) and count > 0:
+            return count
+    return None

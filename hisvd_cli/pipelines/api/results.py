@@ -25,7 +25,12 @@ from hisvd_cli.pipelines.api.result import Result
 from hisvd_cli.pipelines.compressing.outcome import Outcome
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.planning.plan_files import check_plan_file
-from hisvd_cli.pipelines.planning.tables import CLUSTER_COLUMNS, cluster_rows
+from hisvd_cli.pipelines.planning.tables import (
+    CLUSTER_COLUMNS,
+    active_text,
+    cluster_rows,
+    experts_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,11 +114,14 @@ class Plan(Result):
 
     def _facts(self) -> dict[str, object]:
         data = self.data
+        used = data.active_parameters
         return {
             "model": self.model,
             "keep ratio": f"{data.ratio:g} ({data.allocator})",
             "kept": f"{data.kept_ratio:.2%} of the layers, {data.model_ratio:.2%} of the model",
             "low-rank layers": f"{len(data.ranks)} of {len(data.sublayers)}",
+            **({"experts": text} if (text := experts_text(data)) else {}),
+            **({"active per token": active_text(*used[::-1])} if used is not None else {}),
             "predicted loss": f"{data.predicted_loss:.6g}",
         }
 

@@ -11,11 +11,12 @@ import torch
 
 from hisvd_cli.calibration.store import Calibration, Sample
 from hisvd_cli.compression.factorize import Compressed
-from hisvd_cli.compression.quantization import quantize, sublayer_names
-from hisvd_cli.compression.quantized_parts import Recipe, Text
+from hisvd_cli.compression.quantization import quantize, sublayers_of
+from hisvd_cli.compression.quantized_parts import Recipe, Text, factored_stacks
 from hisvd_cli.export.model_card import rewrite_card
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.modeling.layers.quantized import dequantize
+from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.samples import (
@@ -136,6 +137,9 @@ def quantize_checkpoint(
             "Rounding to nearest loses much accuracy with int4 and with pivoted pairs; "
             "`quantize.method` gptq loses several times less."
         )
+    if stacks := len(factored_stacks(checkpoint)):
+        kept = checkpoint.weights.dtype
+        reporter.note(f"Experts are not quantized: the factors of {stacks} stacks stay in {kept}.")
     bits = bits or _bits(resolved, checkpoint)
     recipe = Recipe(bits, knobs.group_size, knobs.method, knobs.damping)
     return quantize(
@@ -151,9 +155,10 @@ def quantize_checkpoint(
 
 
 def _bits(resolved: Resolved, checkpoint: Checkpoint) -> dict[str, int]:
-    """Return sublayer → bits, by the settings."""
+    """Return sublayer → bits, by the settings; stacks of experts are not quantized."""
     knobs = resolved.settings.quantize
-    bits = dict.fromkeys(sublayer_names(checkpoint), _BITS[knobs.bits])
+    single = [s.name for s in sublayers_of(checkpoint) if not is_stack(s.shape)]
+    bits = dict.fromkeys(single, _BITS[knobs.bits])
     if knobs.dense == "int8":
         bits |= dict.fromkeys(bits.keys() - checkpoint.ranks.keys(), 8)
     return bits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hisvd_cli.allocation.anatomy import Anatomy
 from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.compression.layout import lay_out
+from hisvd_cli.modeling.layers.shapes import is_stack, numel
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.compressing.quantization import bytes_saved
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -24,12 +25,17 @@ def checkpoint_bytes(
         return scope.model - scope.full + scope.budget(share)
     total = source.weights.total_bytes
     itemsize = total / anatomy.total_parameters
-    inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
+    inside = anatomy.inside
+    single = sum(numel(s.shape) for s in anatomy.sublayers if not is_stack(s.shape))
+
+    def saved(kept: int) -> int:
+        """Return the bytes saved by quantizing: of kept numbers, as many as are not in stacks."""
+        return bytes_saved(resolved, kept * single // inside, itemsize)
+
     if plan is not None:
         size = lay_out(source, plan.ranks, plan.storage).total_bytes
-        return size - bytes_saved(resolved, inside - int((total - size) / itemsize), itemsize)
+        return size - saved(inside - int((total - size) / itemsize))
     knobs = resolved.settings.plan
     model = anatomy.size(knobs.include, knobs.exclude)
     dropped = model.sublayers - model.budget(knobs.ratio[0], knobs.ratio_of)
-    saved = bytes_saved(resolved, inside - dropped, itemsize)
-    return int(total - dropped * itemsize) - saved
+    return int(total - dropped * itemsize) - saved(inside - dropped)

@@ -31,10 +31,10 @@ def forecast_plan(resolved: Resolved) -> dict[str, Any]:
     passes = {name: probe_passes(name, knobs, count) for name in knobs.allocator}
     tokens = min(knobs.probe_samples, request.samples) * request.seqlen
     rate = product_rate(torch.device(request.device), getattr(torch, request.dtype))
+    used = anatomy.active_parameters or anatomy.total_parameters
     return {
         "allocators": {
-            name: estimate_measuring(anatomy.total_parameters, tokens, count, rate)
-            for name, count in passes.items()
+            name: estimate_measuring(used, tokens, count, rate) for name, count in passes.items()
         },
-        "seconds": estimate_measuring(anatomy.total_parameters, tokens, sum(passes.values()), rate),
+        "seconds": estimate_measuring(used, tokens, sum(passes.values()), rate),
     }

@@ -54,11 +54,10 @@ def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
 def workload(resolved: Resolved, source: Source, anatomy: Anatomy) -> Workload:
     """Return the workload of a calibration by the settings, without a memory limit."""
     request = request_calibration(resolved, source)
-    inside = sum(s.shape[0] * s.shape[1] for s in anatomy.sublayers)
     device = torch.device(request.device)
     return Workload(
         sublayers=anatomy.sublayers,
-        outside_parameters=anatomy.total_parameters - inside,
+        outside_parameters=anatomy.total_parameters - anatomy.inside,
         width=source.config.get_text_config().hidden_size,
         samples=request.samples,
         seqlen=request.seqlen,
@@ -66,6 +65,7 @@ def workload(resolved: Resolved, source: Source, anatomy: Anatomy) -> Workload:
         dtype=getattr(torch, request.dtype),
         device=device,
         place="host" if device.type == HOST else "device",
+        experts_per_token=anatomy.experts_per_token,
     )
 
 

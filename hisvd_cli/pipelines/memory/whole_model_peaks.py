@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from hisvd_cli.calibration.workload import Peak, factoring_peak, on_device, parameters
+from hisvd_cli.allocation.budget import full_rank
+from hisvd_cli.calibration.workload import (
+    Peak,
+    activations,
+    factoring_peak,
+    on_device,
+    parameters,
+)
+from hisvd_cli.modeling.layers.shapes import copies, copies_used, matrix_of, numel
 from hisvd_cli.modeling.sublayers import Sublayer
 
 _SINGLE, _DOUBLE = 4, 8
@@ -33,6 +41,7 @@ class WholeModel:
         vocabulary: V.
         dtype: dtype of the weights and of the passes.
         device: device of the model.
+        experts_per_token: experts of a stack that one token passes; None if unknown.
     """
 
     sublayers: Sequence[Sublayer]
@@ -42,6 +51,7 @@ class WholeModel:
     vocabulary: int
     dtype: torch.dtype
     device: torch.device
+    experts_per_token: int | None = None
 
     @property
     def blocks(self) -> int:
@@ -59,10 +69,15 @@ class WholeModel:
         """Bytes of the weights outside the sublayers."""
         return (self.parameters - parameters(self.sublayers)) * self.dtype.itemsize
 
+    @property
+    def sides(self) -> int:
+        """The sum of m + n over all linear layers and experts."""
+        return sum(copies(s.shape) * sum(matrix_of(s.shape)) for s in self.sublayers)
+
     def activations(self, tokens: int, kept: bool) -> int:
         """Return the bytes of activations of all blocks, kept for a backward pass (``kept``), or of
         one block at a time."""
-        wide = 3 * sum(map(sum, (s.shape for s in self.sublayers)))
+        wide = 3 * activations(self.sublayers, self.experts_per_token)
         each = wide if kept else wide // self.blocks
         return tokens * (each + 6 * self.width) * self.dtype.itemsize
 
@@ -98,7 +113,7 @@ def probing_peak(model: WholeModel, samples: int, seqlen: int, exact: torch.devi
     """
     size = model.dtype.itemsize
     entered = (model.blocks + 1) * samples * seqlen * model.width * size
-    widest = max(s.shape[0] * s.shape[1] for s in model.sublayers)
+    widest = max(numel(s.shape) for s in model.sublayers)
     passing = model.activations(seqlen, kept=False) + model.logits(2 * seqlen, 0)
     comparing = model.logits(min(_PROBED_ROWS, seqlen), 6) + _DOUBLE * 2 * widest
     running = on_device(model.device, model.loaded + entered + passing + comparing)
@@ -109,9 +124,10 @@ def learning_peak(model: WholeModel, samples: int, seqlen: int, exact: torch.dev
     """Return the peak of learning ranks: all factors, and a backward pass through them; arguments
     as for :func:`probing_peak`."""
     size = model.dtype.itemsize
-    shapes = [s.shape for s in model.sublayers]
-    factors = sum(min(shape) * sum(shape) for shape in shapes) * size
-    hidden = 3 * seqlen * sum(map(min, shapes)) * size
+    whole = [(full_rank(s.shape), s.shape) for s in model.sublayers]
+    factors = sum(rank * sum(matrix_of(s)) * copies(s) for rank, s in whole) * size
+    used = sum(rank * copies_used(s, model.experts_per_token) for rank, s in whole)
+    hidden = 3 * seqlen * used * size
     graph = model.activations(seqlen, kept=True) + hidden + model.logits(seqlen, 6)
     more = on_device(model.device, factors + graph)
     return probing_peak(model, samples, seqlen, exact).beside(more)
@@ -147,7 +163,10 @@ def training_peak(student: WholeModel, teacher: WholeModel | None, work: Trainin
         states = student.blocks * work.tokens * student.width * student.dtype.itemsize
         passing = states + student.activations(work.tokens // student.blocks + 1, kept=True)
     if work.adapters:  # dropout keeps a result and a mask for each input
-        inputs = sum(s.shape[1] for s in student.sublayers) * (student.dtype.itemsize + 1)
+        inputs = sum(
+            matrix_of(s.shape)[1] * copies_used(s.shape, student.experts_per_token)
+            for s in student.sublayers
+        ) * (student.dtype.itemsize + 1)
         passing += work.tokens * inputs // (student.blocks if work.checkpointing else 1)
     taught = 2 if teacher else 1
     judging = taught * max(student.logits(work.seqlen, 4), student.logits(_TRAINED_ROWS, 6))

@@ -12,6 +12,7 @@ from hisvd_cli.linalg.moments import exact_device
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, is_checkpoint
 from hisvd_cli.modeling.layers.lowrank import FACTORS
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
+from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -53,6 +54,7 @@ def whole_model(resolved: Resolved, source: Source, dtype: torch.dtype | None = 
         vocabulary=config.vocab_size,
         dtype=dtype,
         device=device,
+        experts_per_token=experts_per_token(config),
     )
 
 
@@ -135,7 +137,7 @@ def check_training(
         student = replace(student, parameters=student.parameters - inside + factors)
     adapters = 0
     if knobs.method == "lora":
-        adapters = knobs.lora_rank * sum(sum(s.shape) for s in student.sublayers)
+        adapters = knobs.lora_rank * student.sides
     work = Training(factors, adapters, shape[0] * shape[1], shape[1], knobs.checkpointing)
     teacher = whole_model(resolved, models[1], dtype) if models[1] else None
     check_fits(resolved, training_peak(student, teacher, work), f"`recover.method` {knobs.method}")
@@ -143,9 +145,10 @@ def check_training(
 
 def factor_parameters(checkpoint: Checkpoint) -> int:
     """Return the number of parameters in the low-rank factors of a checkpoint."""
-    leaves = FACTORS[checkpoint.storage]
-    shapes = [checkpoint.weights.infos[f"{n}.{x}"].shape for n in checkpoint.ranks for x in leaves]
-    return sum(torch.Size(shape).numel() for shape in shapes)
+    infos = checkpoint.weights.infos
+    names = (f"{n}.{leaf}" for n in checkpoint.ranks for leaf in FACTORS[checkpoint.storage])
+    # Stacks have no order of outputs, whatever the storage.
+    return sum(torch.Size(infos[name].shape).numel() for name in names if name in infos)
 
 
 def streamed_states(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from hisvd_cli.allocation.anatomy import Anatomy
 from hisvd_cli.allocation.budget import break_even, full_rank
@@ -13,8 +12,9 @@ from hisvd_cli.allocation.byte_frontier import BUDGETS, frontier
 from hisvd_cli.allocation.plan import BytePlan, Plan
 from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.allocation.spectrum import Spectrum
+from hisvd_cli.modeling.layers.shapes import Shape, numel
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Shape, Sublayer, select
+from hisvd_cli.modeling.sublayers import Sublayer, select
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import PlanSettings, QuantizeSettings, Settings
 from hisvd_cli.utils.errors import BudgetError, UsageError
@@ -107,7 +107,7 @@ class ByteScope:
     @property
     def full(self) -> int:
         """Bytes of the sublayers, uncompressed."""
-        return sum(prod(s.shape) * w for s, w in zip(self.sublayers, self.widths, strict=True))
+        return sum(numel(s.shape) * w for s, w in zip(self.sublayers, self.widths, strict=True))
 
     @property
     def rest(self) -> int:
@@ -149,7 +149,14 @@ class ByteScope:
     ) -> list[Candidate]:
         """Return the candidates of each sublayer."""
         return [
-            Candidate(s.shape, s.energy, s.of_weight, roundings[s.name], self.floor(s.shape), width)
+            Candidate(
+                s.shape,
+                s.energy,
+                s.of_weight,
+                roundings.get(s.name, {}),
+                self.floor(s.shape),
+                width,
+            )
             for s, width in zip(spectra, self.widths, strict=True)
         ]
 

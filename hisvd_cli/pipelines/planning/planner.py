@@ -71,6 +71,14 @@ class Planner:
         )
         return by_bytes(plan, chosen, counted)
 
+    def _active(self) -> dict[str, int]:
+        """Return the record of the experts that a token passes; empty if there are none, or their
+        number is unknown."""
+        active, count = self.anatomy.active_parameters, self.anatomy.experts_per_token
+        if active is None or count is None:
+            return {}
+        return {"active_parameters": active, "experts_per_token": count}
+
     def _assemble(
         self,
         name: str,
@@ -97,6 +105,7 @@ class Planner:
                     "revision": self.source.revision,
                     "fingerprint": self.source.original.fingerprint,
                     "parameters": size.total,
+                    **self._active(),
                 },
                 "calibration": self.calibration.key if self.calibration else None,
                 "versions": versions(),

@@ -17,7 +17,7 @@ from hisvd_cli.utils.device import pick_device
 
 
 class ProbeFactors:
-    """Full-rank factors of one sublayer at a time; the statistics of the last block are kept."""
+    """Full-rank factors of a linear module at a time; the statistics of the last block are kept."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class ProbeFactors:
     ) -> None:
         self._source = source
         self._names = anatomy.names
-        self._layers = {s.name: s.layer for s in anatomy.sublayers}
+        self._layers = {name: s.layer for s in anatomy.sublayers for name in s.members}
         self._calibration = calibration
         self._method = method
         self._needs = decomposer_needs(resolved.settings.compress)
@@ -37,7 +37,7 @@ class ProbeFactors:
         self._known: tuple[int, dict[str, Statistics]] = (-1, {})
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return U ``[m, k]`` and V ``[k, n]`` of a sublayer, k = min(m, n), best first."""
+        """Return U ``[m, k]`` and V ``[k, n]`` of a linear module, k = min(m, n), best first."""
         layer = self._layers[name]
         if self._known[0] != layer:
             known = self._calibration.statistics(layer, self._needs, self._device)

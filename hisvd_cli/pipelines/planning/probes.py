@@ -54,7 +54,7 @@ def open_probe(
     chosen = select(anatomy.sublayers, knobs.include, knobs.exclude)
     return ModelProbe(
         source,
-        [s.name for s in chosen],
+        {s.name: s.members for s in chosen},
         windows,
         ProbeFactors(resolved, source, anatomy, calibration, partial(method, **used)).of,
         device=pick_device(resolved.settings.model.device),

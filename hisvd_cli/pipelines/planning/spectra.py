@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.compression.rounding import round_nearest
 from hisvd_cli.linalg.moments import exact_device
+from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sublayers import select
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -45,12 +47,14 @@ def find_roundings(
     calibration: Calibration | None,
     reporter: Reporter,
 ) -> dict[str, dict[int, Rounding]]:
-    """Return sublayer → bits → rounding error in that metric, by the method of the settings.
+    """Return sublayer → bits → rounding error in that metric, by the method of the settings. Stacks
+    of experts, which are not rounded, have none.
 
     Raises:
         SourceError: see :func:`find_spectra`.
     """
     of, wanted = _wanted(resolved, source, anatomy, calibration)
+    of = replace(of, sublayers=[s for s in of.sublayers if not is_stack(s.shape)])
     group = resolved.settings.quantize.group_size
     methods = {bits: partial(_rounded, bits, group) for bits in BITS if bits < FULL_BITS}
     known = load_roundings(of, wanted, methods, f"nearest {group}", reporter)

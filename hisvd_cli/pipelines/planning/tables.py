@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.modeling.layers.shapes import is_stack, shape_text
 
 CLUSTER_COLUMNS = (
     *("layer type", "count", "density", "tail share", "factor", "ranks", "full", "kept"),
@@ -35,3 +36,14 @@ def rank_span(ranks: Sequence[int]) -> str:
     if not ranks:
         return "-"
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+
+
+def experts_text(plan: Plan) -> str:
+    """Return the types of the stacks of experts with their shapes; empty without stacks."""
+    known = {(s.cluster, s.shape): None for s in plan.sublayers if is_stack(s.shape)}
+    return ", ".join(f"{cluster} {shape_text(shape)}" for cluster, shape in known)
+
+
+def active_text(active: int, dense: int) -> str:
+    """Return the parameters that one token uses, in a compressed model and the dense one."""
+    return f"{active:,} of {dense:,} parameters ({active / dense:.2%})"
