@@ -2,32 +2,26 @@
 
 Mixtures of experts hold the weights of E experts in one parameter, ``[E, m, n]`` (m outputs, n
 inputs), or ``[E, n, m]`` if their code multiplies from the other side. ``LowRankExperts`` takes
-the place and the name of such a parameter. The model's own code indexes, transposes and multiplies
-it as before; ``__torch_function__`` computes each product factor by factor, so that U V is never
-formed. What it does not support raises an error.
-
-Letters: E experts, m outputs, n inputs, r rank, S tokens sorted by expert.
+the place and the name of such a parameter; ``factored`` makes it work in the model's own code.
 
 This file is copied into every checkpoint (see ``transformers_plugin.remote_code_files``), so it
-only imports torch.
+only imports torch and another copied file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
+
+from .factored import Factored, pair_of, refusal
 
 ExpertLayout = Literal["separate", "shared-v", "shared-u"]
 
 EXPERT_LAYOUTS = ("separate", "shared-v", "shared-u")
 """Which factors belong to each expert: both, or only U (V is common), or only V (U is common)."""
-
-_ALIGNMENT = 16  # bytes; grouped products of torch require it of every row
 
 
 class ExpertStack(NamedTuple):
@@ -49,14 +43,17 @@ class ExpertStack(NamedTuple):
 
 
 def find_stack(model: nn.Module, name: str) -> ExpertStack | None:
-    """Return the stack of a name, or None if that is not a parameter with three dimensions."""
+    """Return the stack of a name, or None if that is not a parameter with three dimensions.
+
+    The weight of a convolution is no stack either.
+    """
     path, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(path)
     except AttributeError:
         return None
     parameter = owner._parameters.get(leaf)
-    if parameter is None or parameter.dim() != 3:
+    if parameter is None or parameter.dim() != 3 or isinstance(owner, nn.modules.conv._ConvNd):
         return None
     return ExpertStack(parameter, is_transposed(owner))
 
@@ -70,11 +67,11 @@ def is_transposed(experts: nn.Module) -> bool:
     marked = getattr(experts, "is_transposed", None)
     if marked is not None:
         return bool(marked)
-    shapes = [getattr(getattr(experts, x, None), "shape", ()) for x in ("gate_up_proj", "down_proj")]
-    if len(shapes[0]) != 3 or len(shapes[1]) != 3:
+    first = getattr(getattr(experts, "gate_up_proj", None), "shape", ())
+    second = getattr(getattr(experts, "down_proj", None), "shape", ())
+    if len(first) != 3 or len(second) != 3:
         return False
-    (_, rows, columns), (_, inner, outer) = shapes
-    return bool(columns == 2 * inner and rows == outer)
+    return bool(first[2] == 2 * second[1] and first[1] == second[2])
 
 
 def expert_shapes(
@@ -93,152 +90,7 @@ def expert_shapes(
     return {"weight": v, "weight_u": u}
 
 
-class _Factored:
-    """Acts like a tensor ``[..., m, n]`` or, transposed, ``[..., n, m]`` of which only the factors
-    V ``[..., r, n]`` and U ``[..., m, r]`` exist.
-
-    Attributes:
-        stack: the layer that the factors belong to.
-        transposed: whether the rows are inputs.
-    """
-
-    stack: LowRankExperts
-    transposed: bool
-
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """Return V and U; those of an offloaded layer are on the meta device."""
-        raise NotImplementedError
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return V and U for computing."""
-        return self.stored()
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the dense tensor."""
-        v, u = self.stored()
-        batch = max(v.shape[:-2], u.shape[:-2], key=len)
-        sizes = (v.shape[-1], u.shape[-2]) if self.transposed else (u.shape[-2], v.shape[-1])
-        return torch.Size((*batch, *sizes))
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the factors."""
-        return self.stored()[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the factors."""
-        return self.stored()[0].device
-
-    @property
-    def mT(self) -> _Factored:  # noqa: N802 (torch's own name for it)
-        """The transpose of each matrix."""
-        return ExpertView(*self.factors(), not self.transposed, self.stack)
-
-    @property
-    def T(self) -> _Factored:  # noqa: N802 (torch's own name for it)
-        """The transpose of one matrix."""
-        return self.mT if self.ndim == 2 else _refuse(self, ".T of a stack")
-
-    def dim(self) -> int:
-        """Return the number of dimensions."""
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        """Return the shape, or one number of it."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def data_ptr(self) -> int:
-        """Return a number that is as aligned as the less aligned factor; not an address."""
-        v, u = self.stored()
-        return v.data_ptr() | u.data_ptr()
-
-    def contiguous(self) -> _Factored:
-        """Return self; the products take factors of any strides."""
-        return self
-
-    def transpose(self, first: int, second: int) -> _Factored:
-        """Return the transpose of each matrix."""
-        if {first % self.ndim, second % self.ndim} == {self.ndim - 2, self.ndim - 1}:
-            return self.mT
-        return _refuse(self, f"transpose({first}, {second})")
-
-    def __getitem__(self, index: Any) -> _Factored:
-        """Select experts by a number, a slice, or a tensor of numbers of any shape."""
-        if self.ndim < 3 or index is None or index is Ellipsis or isinstance(index, tuple):
-            return _refuse(self, f"the index {index!r}")
-        v, u = (factor[index] if factor.dim() > 2 else factor for factor in self.factors())
-        return ExpertView(v, u, self.transposed, self.stack)
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        return torch.matmul(cast(Tensor, self), other)
-
-    def _no_arithmetic(self, other: object) -> NoReturn:  # noqa: ARG002 (an operator's signature)
-        _refuse(self, "arithmetic other than products")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = _no_arithmetic
-    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_arithmetic
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],  # noqa: ARG003 (part of torch's protocol)
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Compute a product; every other function of torch is refused."""
-        name = str(getattr(func, "__name__", func)).partition(".")[0]
-        if name not in _FUNCTIONS:
-            _refuse(_first_of([*args, *(kwargs or {}).values()]), name)
-        return _FUNCTIONS[name](func, *args, **(kwargs or {}))
-
-
-class ExpertView(_Factored):
-    """What indexing or transposing a stack gives.
-
-    Args:
-        v: V, ``[..., r, n]``, or ``[r, n]`` if it is common.
-        u: U, ``[..., m, r]``, or ``[m, r]`` if it is common.
-        transposed: whether the view acts like ``[..., n, m]``.
-        stack: the layer that the factors belong to.
-    """
-
-    def __init__(self, v: Tensor, u: Tensor, transposed: bool, stack: LowRankExperts) -> None:
-        self.v = v
-        self.u = u
-        self.transposed = transposed
-        # Not the name of the layer: torch.compile would compile again for every name.
-        self.stack = stack
-
-    def __getattr__(self, name: str) -> NoReturn:
-        layer = self.__dict__["stack"].layer if "stack" in self.__dict__ else "This"
-        raise AttributeError(_refusal(layer, f".{name}"))
-
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """Return V and U."""
-        return self.v, self.u
-
-    def to(self, *args: Any, **kwargs: Any) -> ExpertView:
-        """Convert both factors; arguments as for ``Tensor.to``."""
-        v, u = (factor.to(*args, **kwargs) for factor in (self.v, self.u))
-        return ExpertView(v, u, self.transposed, self.stack)
-
-    def float(self) -> ExpertView:
-        """Convert both factors to float32."""
-        return self.to(torch.float32)
-
-
-class LowRankExperts(_Factored, nn.Module):
+class LowRankExperts(Factored, nn.Module):
     """A stack of experts whose weights are products U V of one common rank.
 
     Attributes:
@@ -292,12 +144,11 @@ class LowRankExperts(_Factored, nn.Module):
         except AttributeError:
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
-            raise AttributeError(_refusal(self.layer, f".{name}")) from None
+            raise AttributeError(refusal(self.layer, f".{name}")) from None
 
-    @property
-    def stack(self) -> LowRankExperts:  # type: ignore[override]
-        """The layer itself."""
-        return self
+    def label(self) -> str:
+        """Return the name of the layer in its model."""
+        return self.layer
 
     def reset_parameters(self) -> None:
         """Initialize both factors at random, with the bounds of ``nn.Linear``."""
@@ -339,7 +190,7 @@ class LowRankExperts(_Factored, nn.Module):
         wide = torch.promote_types(self.dtype, torch.float32)
         dense = torch.empty(self.shape, device=self.device, dtype=dtype or self.dtype)
         for i in range(self.experts):
-            first, second = _pair(self[i])
+            first, second = pair_of(self[i])
             dense[i] = first.to(wide) @ second.to(wide)
         return dense
 
@@ -349,76 +200,3 @@ class LowRankExperts(_Factored, nn.Module):
             f"experts={self.experts}, in_features={self.in_features}, "
             f"out_features={self.out_features}, rank={self.rank}, layout={self.layout}"
         )
-
-
-def _refusal(layer: str, operation: str) -> str:
-    return (
-        f"{layer} is a low-rank stack of experts, which does not support {operation}. Load the "
-        "model with experts_implementation 'eager', 'batched_mm' or 'grouped_mm', or call "
-        "model.dequantize() first."
-    )
-
-
-def _refuse(stack: _Factored, operation: str) -> NoReturn:
-    raise NotImplementedError(_refusal(stack.stack.layer, operation))
-
-
-def _first_of(values: Iterable[Any]) -> _Factored:
-    """Return the first factored argument, also of a list of tensors."""
-    flat = (item for v in values for item in (v if isinstance(v, list | tuple) else [v]))
-    return next(item for item in flat if isinstance(item, _Factored))
-
-
-def _pair(matrix: _Factored) -> tuple[Tensor, Tensor]:
-    """Return the two factors whose product ``first @ second`` the matrix is."""
-    v, u = matrix.factors()
-    return (v.mT, u.mT) if matrix.transposed else (u, v)
-
-
-def _linear(function: Callable[..., Any], x: Any, weight: Any, bias: Any = None) -> Any:
-    """``F.linear``: x ``[..., n]`` and a matrix ``[m, n]``."""
-    if isinstance(x, _Factored) or isinstance(bias, _Factored) or weight.ndim != 2:
-        _refuse(_first_of([x, weight, bias]), f"{function.__name__} of these arguments")
-    first, second = _pair(weight)
-    return F.linear(F.linear(x, second), first, bias)
-
-
-def _matmul(function: Callable[..., Any], a: Any, b: Any, **options: Any) -> Any:
-    """A product with one factored matrix or stack, on either side."""
-    if options or (isinstance(a, _Factored) and isinstance(b, _Factored)):
-        _refuse(_first_of([a, b]), f"{function.__name__} of these arguments")
-    if isinstance(b, _Factored):
-        first, second = _pair(b)
-        return a @ first @ second
-    first, second = _pair(a)
-    return first @ (second @ b)
-
-
-def _grouped(
-    function: Callable[..., Any],
-    x: Any,
-    stack: Any,
-    offs: Tensor | None = None,
-    **options: Any,
-) -> Any:
-    """A grouped product: x ``[S, n]``, of which each expert takes the rows up to its offset."""
-    given = [value for value in options.values() if value is not None]
-    if given or isinstance(x, _Factored) or stack.ndim != 3:
-        _refuse(_first_of([x, stack]), f"{function.__name__} of these arguments")
-    v, u = stack.factors()
-    lacking = -v.shape[-2] % (_ALIGNMENT // v.element_size())
-    if lacking:  # the rows of U and of x V' must be aligned
-        v, u = F.pad(v, (0, 0, 0, lacking)), F.pad(u, (0, lacking))
-    y = x
-    for factor in _pair(ExpertView(v, u, stack.transposed, stack.stack)):
-        y = y @ factor if factor.dim() == 2 else function(y, factor, offs=offs)
-    return y
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "linear": _linear,
-    **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
-    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
-    "transpose": lambda _, stack, first, second: stack.transpose(first, second),
-}
-"""Name of a function of torch → its form for factors."""
