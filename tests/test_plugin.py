@@ -644,6 +644,10 @@ def test_remote_code_files_exist_and_name_the_auto_map() -> None:
         "quantized.py",
         "peft_support.py",
         "import_hooks.py",
+        "factored.py",
+        "experts.py",
+        "replacement.py",
+        "conversions.py",
     }
     assert all(path.is_file() for path in files.values())
     module, class_name = AUTO_MAP["AutoModelForCausalLM"].split(".")

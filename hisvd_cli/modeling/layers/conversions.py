@@ -41,7 +41,7 @@ class _Except:
         return None if name in self.names else self.pattern.search(name)
 
 
-class _Reversed:
+class Reversed:
     """A rule whose reverse does not apply to certain names.
 
     Args:
@@ -112,7 +112,7 @@ def saved_as_named(model: Any, names: Iterable[str]) -> Iterator[None]:
         rules = get_model_conversion_mapping(model, add_legacy=False)
         rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
     kept = frozenset(names)
-    model._weight_conversions = [_Reversed(rule, kept) for rule in rules]
+    model._weight_conversions = [Reversed(rule, kept) for rule in rules]
     try:
         yield
     finally:

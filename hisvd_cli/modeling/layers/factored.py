@@ -13,6 +13,7 @@ only imports torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn, cast
 
 import torch
@@ -230,20 +231,31 @@ def _grouped(
     x: Any,
     stack: Any,
     offs: Tensor | None = None,
-    **options: Any,
+    bias: Any = None,
+    out_dtype: Any = None,
 ) -> Any:
     """A grouped product: x ``[S, n]``, of which each expert takes the rows up to its offset."""
-    given = [value for value in options.values() if value is not None]
-    if given or isinstance(x, Factored) or stack.ndim != 3:
+    unsupported = bias is not None or out_dtype is not None or offs is None
+    if unsupported or isinstance(x, Factored) or stack.ndim != 3:
         _refuse(_first_of([x, stack]), f"{function.__name__} of these arguments")
     v, u = stack.factors()
     lacking = -v.shape[-2] % (_ALIGNMENT // v.element_size())
-    if lacking:  # the rows of U and of x V' must be aligned
-        v, u = F.pad(v, (0, 0, 0, lacking)), F.pad(u, (0, lacking))
-    y = x
+    if lacking and "fallback" not in function.__name__:
+        if v.device.type == "cpu" and not torch.compiler.is_compiling():
+            function = _by_expert  # in place of a copy of all experts
+        else:
+            v, u = F.pad(v, (0, 0, 0, lacking)), F.pad(u, (0, lacking))
     for factor in pair_of(ExpertView(v, u, stack.transposed, stack)):
-        y = y @ factor if factor.dim() == 2 else function(y, factor, offs=offs)
-    return y
+        x = x @ factor if factor.dim() == 2 else function(x, factor, offs=offs)
+    return x
+
+
+def _by_expert(x: Tensor, factor: Tensor, *, offs: Tensor) -> Tensor:
+    """A grouped product of any alignment: x ``[S, k]`` and ``[E, k, j]``."""
+    ends = offs.tolist()
+    parts = x[: ends[-1]].split([b - a for a, b in pairwise([0, *ends])])
+    y = torch.cat([part @ matrix for part, matrix in zip(parts, factor, strict=True)])
+    return F.pad(y, (0, 0, 0, len(x) - len(y)))
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
