@@ -1,460 +1,775 @@
-"""Stacks of experts: E matrices with one rank, beside layers of a single matrix."""
+"""Low-rank stacks of experts in plain transformers, against models with multiplied factors.
+
+The factors are random, and the dense reference is made by the test's own products, in the
+orientation that a table here states. No test downloads anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import copy
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.pytorch_utils import Conv1D
 
-from hisvd_cli.allocation.anatomy import Anatomy
-from hisvd_cli.allocation.budget import Budget, full_rank
-from hisvd_cli.allocation.byte_budget import BITS, Candidate, choices, spend, stored_bytes
-from hisvd_cli.allocation.byte_frontier import JOINT, frontier
-from hisvd_cli.allocation.estimate import decomposition_cost, estimate_calibration
-from hisvd_cli.allocation.methods import Allocation
-from hisvd_cli.allocation.plan import Plan, load_plan
-from hisvd_cli.allocation.plan_assembly import ModelSize, assemble
-from hisvd_cli.allocation.rounding_noise import Rounding
-from hisvd_cli.allocation.spectrum import Spectrum
-from hisvd_cli.calibration.workload import (
-    Workload,
-    activations,
-    calibration_peak,
-    factoring_peak,
-    gradients_peak,
-    quantization_peak,
+from hisvd_cli.modeling.layers.conversions import Reversed, excepted, with_and_without
+from hisvd_cli.modeling.layers.experts import LowRankExperts, find_stack
+from hisvd_cli.modeling.layers.lowrank import LowRankLinear
+from hisvd_cli.modeling.layers.transformers_plugin import (
+    AUTO_MAP,
+    HiSVDConfig,
+    HiSVDForCausalLM,
+    auto_map,
+    remote_code_files,
+    replace_linears,
 )
-from hisvd_cli.cli.views.plans import plan_view
-from hisvd_cli.cli.views.results import audit_view
-from hisvd_cli.compression.quantized_parts import factored_stacks
-from hisvd_cli.evaluation.grid import Evaluation, Grid
-from hisvd_cli.evaluation.perplexity import PerplexityResult
-from hisvd_cli.evaluation.report import page
-from hisvd_cli.evaluation.report.content import ModelFacts, Report
-from hisvd_cli.export.model_card import rewrite_card
-from hisvd_cli.inspection.inspection import audit
-from hisvd_cli.inspection.stored_sublayers import Layout, active_on_disk, rows_of, sublayer_shapes
-from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
-from hisvd_cli.modeling.layers.shapes import Shape, matrix_of
-from hisvd_cli.modeling.sources.model_config import experts_per_token
-from hisvd_cli.modeling.sublayers import Sublayer
-from hisvd_cli.pipelines.api.results import Plan as NotebookPlan
-from hisvd_cli.utils.errors import SourceError
-from hisvd_cli.utils.progress import Silent
-from tests import schemas
-from tests.allocation import allocate
-from tests.test_json import holds
-from tests.test_views import shown
 
-EXPERTS = 4
-UP: Shape = (EXPERTS, 20, 12)
-KINDS: list[tuple[str, Shape]] = [("q_proj", (12, 12)), ("experts.gate_up_proj", UP)]
-VERSIONS = {"hisvd": "0", "torch": "0", "transformers": "0"}
-ACTIVE, PER_TOKEN, TOTAL = 5_328, 2, 6_768
+if int(transformers.__version__.split(".")[0]) < 5:
+    pytest.skip("transformers 4 has no stacks of experts", allow_module_level=True)
 
+RANK = 6  # neither 16 bytes nor a divisor of any width
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+_SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+_LATENT = {
+    **{"q_lora_rank": 12, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4},
+    **{"v_head_dim": 8, "n_group": 2, "topk_group": 1, "n_routed_experts": 4},
+    **{"num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    **{"moe_intermediate_size": 20, "num_key_value_heads": 4, "head_dim": 4},
+}
+_HYBRID = {
+    "layers_block_type": ["moe", "full_attention"],
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    **{"moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 28},
+    **{"n_group": 2, "topk_group": 1},
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", _QWEN, False),
+    "mixtral": ("MixtralConfig", _LOCAL, False),
+    "gpt_oss": ("GptOssConfig", _LOCAL, True),
+    "llama4": (
+        "Llama4TextConfig",
+        {**_LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 32},
+        True,
+    ),
+    "granitemoe": ("GraniteMoeConfig", _LOCAL, False),
+    "deepseek_v3": ("DeepseekV3Config", _LATENT, False),
+    "nemotron_h": ("NemotronHConfig", _HYBRID, False),
+    "jetmoe": ("JetMoeConfig", {**_LOCAL, "kv_channels": 6}, False),
+}
+"""Name → class of the config, sizes, and whether the experts are stored as inputs × outputs."""
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+FIXED = ("llama4", "jetmoe")  # have only their own code for experts
 
-def falling(seed: int, count: int, scale: float = 100.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    speed, noise = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-    rest = torch.rand(count, generator=generator, dtype=torch.float64)
-    decay = torch.exp(-(0.2 + 0.2 * speed) * torch.arange(count))
-    energy = scale * (0.2 + noise) * decay * (0.5 + rest)
-    found: torch.Tensor = energy.sort(descending=True).values
-    return found
-
-
-def spectra_of(shapes: Sequence[tuple[str, Shape]], layers: int = 3) -> list[Spectrum]:
-    """Return one spectrum per kind and layer; that of a stack is E times that of an expert."""
-    found = []
-    for layer in range(layers):
-        for number, (cluster, shape) in enumerate(shapes):
-            count = shape[0] if len(shape) == 3 else 1
-            energy = count * falling(7 * layer + number, full_rank(shape))
-            changes = energy * (-1) ** torch.arange(len(energy))
-            name = f"model.layers.{layer}.{cluster}"
-            found.append(Spectrum(name, cluster, shape, energy, energy, layer, layer / 5, changes))
-    return found
-
-
-def apart(spectra: Sequence[Spectrum]) -> list[Spectrum]:
-    """Return the spectra of the single experts, all of the same energies."""
-    return [
-        replace(
-            s,
-            name=f"{s.name}.{i}",
-            shape=matrix_of(s.shape),
-            energy=s.energy / s.shape[0],
-            weight_energy=s.of_weight / s.shape[0],
-            changes=None if s.changes is None else s.changes / s.shape[0],
-        )
-        for s in spectra
-        for i in range(s.shape[0])
-    ]
+Model = Any  # transformers' own model classes say little to a type checker
 
 
 @dataclass
-class Measured:
-    """A probe whose divergence is the energy that a truncation drops."""
+class Folder:
+    """A checkpoint, and the dense model that it must equal."""
 
-    spectra: Sequence[Spectrum]
+    path: Path
+    dense: Model
+    factors: dict[str, tuple[Tensor, Tensor]]
 
-    def divergence(self, name: str, rank: int) -> float:
-        return float(next(s.energy for s in self.spectra if s.name == name)[rank:].sum())
+
+def draw(model: nn.Module, seed: int = 0) -> None:
+    """Make every parameter random, biases and norms too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
-OPTIONS = {
-    "rank_method": "effective",
-    "alpha": 0.5,
-    "spectrum": "weight",
-    "modulation": "logarithmic",
-    "lwe_strength": 2.0,
-    "tail_redundancy_weight": 30.0,
-    "tokens": 512,
-    "importance_weight": 0.6,
-    "probe_ratio": 0.5,
-    "depth_factor": 5.0,
+def build(architecture: str) -> Model:
+    """Build a tiny dense model with random numbers in every tensor."""
+    kind, extra, _ = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**_SIZES, **extra}))
+    draw(model)
+    return model.eval()
+
+
+def stacks_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the stacked parameters: those with three dimensions that are no convolution's."""
+    return {n: p for n, p in model.named_parameters() if p.dim() == 3 and "conv" not in n}
+
+
+def multiplied(v: Tensor, u: Tensor, transposed: bool) -> Tensor:
+    """Return the dense stack of V ``[E, r, n]`` and U ``[E, m, r]``, one of them maybe common."""
+    count = max(len(v) if v.dim() == 3 else 0, len(u) if u.dim() == 3 else 0)
+    rows = []
+    for e in range(count):
+        matrix = (u if u.dim() == 2 else u[e]) @ (v if v.dim() == 2 else v[e])
+        rows.append(matrix.T if transposed else matrix)
+    return torch.stack(rows)
+
+
+def factor(model: Model, transposed: bool, layout: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Give every stack of a model random factors, multiplied out; return them by name."""
+    factors = {}
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in stacks_of(model).items():
+        count, a, b = parameter.shape
+        m, n = (b, a) if transposed else (a, b)
+        v = torch.randn((count, RANK, n), generator=generator) / n**0.5
+        u = torch.randn((count, m, RANK), generator=generator) / RANK**0.5
+        v = v[0] if layout == "shared-v" else v
+        u = u[0] if layout == "shared-u" else u
+        parameter.data = multiplied(v, u, transposed)
+        factors[name] = v.contiguous(), u.contiguous()
+    assert factors
+    return factors
+
+
+def write(folder: Path, model: Model, tensors: dict[str, Tensor], **quantization: Any) -> None:
+    """Write a checkpoint as the documentation of its format says, with the code that travels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    file = folder / "config.json"
+    document = json.loads(file.read_text())
+    document["auto_map"] = AUTO_MAP
+    document["quantization_config"] = {"quant_method": "hisvd", **quantization}
+    file.write_text(json.dumps(document))
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    for name, source in remote_code_files().items():
+        shutil.copyfile(source, folder / name)
+
+
+def make(folder: Path, architecture: str, layout: str = "separate") -> Folder:
+    """Write the checkpoint of an architecture."""
+    model = build(architecture)
+    factors = factor(model, ARCHITECTURES[architecture][2], layout)
+    tensors = {n: t for n, t in model.state_dict().items() if n not in factors}
+    for name, (v, u) in factors.items():
+        tensors |= {f"{name}.weight": v, f"{name}.weight_u": u}
+    ranks = dict.fromkeys(factors, RANK)
+    write(folder, model, tensors, format_version=4, experts=layout, ranks=ranks)
+    return Folder(folder, model, factors)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Folder]:
+    """Give the folder of an architecture; made once, not to be changed."""
+    made: dict[tuple[str, str], Folder] = {}
+
+    def give(architecture: str, layout: str = "separate") -> Folder:
+        key = architecture, layout
+        if key not in made:
+            path = tmp_path_factory.mktemp(architecture) / layout
+            made[key] = make(path, architecture, layout)
+        return made[key]
+
+    return give
+
+
+def load(path: Path, implementation: str | None = None, **kwargs: Any) -> Model:
+    """Load a folder as any user does."""
+    if implementation is not None:
+        kwargs["experts_implementation"] = implementation
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+
+
+def logits(model: Model) -> Tensor:
+    """Return the logits for ``IDS``, ``[2, 8, vocabulary]``."""
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+def expected(folder: Folder) -> Tensor:
+    """Return the logits of the dense model, computed by the loop over experts."""
+    if any(folder.dense.config.model_type.startswith(kind) for kind in FIXED):
+        return logits(folder.dense)
+    folder.dense.set_experts_implementation("eager")
+    return logits(folder.dense)
+
+
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    """Compare within a tolerance relative to the largest value."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+CASES = [
+    (architecture, implementation)
+    for architecture in ARCHITECTURES
+    for implementation in (IMPLEMENTATIONS if architecture not in FIXED else (None,))
+]
+
+
+@pytest.mark.parametrize(("architecture", "implementation"), CASES)
+def test_logits_equal_those_of_the_multiplied_model(
+    architecture: str, implementation: str | None, pristine: Callable[..., Folder]
+) -> None:
+    folder = pristine(architecture)
+    model = load(folder.path, implementation)
+    layers = [m for m in model.modules() if isinstance(m, LowRankExperts)]
+    assert len(layers) == len(folder.factors)
+    assert not stacks_of(model).keys() & folder.factors.keys()
+    assert_close(logits(model), expected(folder))
+
+
+@pytest.mark.parametrize("layout", ["shared-v", "shared-u"])
+@pytest.mark.parametrize(("architecture", "implementation"), CASES)
+def test_common_factors(
+    architecture: str, implementation: str | None, layout: str, pristine: Callable[..., Folder]
+) -> None:
+    folder = pristine(architecture, layout)
+    assert_close(logits(load(folder.path, implementation)), expected(folder))
+
+
+@pytest.mark.parametrize("layout", ["separate", "shared-v", "shared-u"])
+@pytest.mark.parametrize(("architecture", "implementation"), CASES)
+def test_gradients_follow_the_chain_rule(
+    architecture: str, implementation: str | None, layout: str, pristine: Callable[..., Folder]
+) -> None:
+    folder = pristine(architecture, layout)
+    transposed = ARCHITECTURES[architecture][2]
+    dense = copy.deepcopy(folder.dense)
+    model = load(folder.path, implementation)
+    for one in (dense, model):
+        one(IDS, labels=IDS).loss.backward()
+    for name, (v, u) in folder.factors.items():
+        whole = dense.get_parameter(name).grad
+        g = whole.mT if transposed else whole  # [E, m, n]
+        stack = model.get_submodule(name)
+        of_v, of_u = u.mT @ g, g @ v.mT
+        assert_close(stack.weight.grad, of_v.sum(0) if v.dim() == 2 else of_v, 1e-4)
+        assert_close(stack.weight_u.grad, of_u.sum(0) if u.dim() == 2 else of_u, 1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saving_again_keeps_names_and_tensors(
+    architecture: str, pristine: Callable[..., Folder], tmp_path: Path
+) -> None:
+    folder = pristine(architecture)
+    model = load(folder.path)
+    model.save_pretrained(tmp_path / "again")
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    for name, (v, u) in folder.factors.items():
+        assert torch.equal(saved[f"{name}.weight"], v)
+        assert torch.equal(saved[f"{name}.weight_u"], u)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    before = json.loads((folder.path / "config.json").read_text())
+    assert config["quantization_config"] == before["quantization_config"]
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_from_a_config_saves_what_loads_again(
+    architecture: str, pristine: Callable[..., Folder], tmp_path: Path
+) -> None:
+    """Such a model was not loaded, so that transformers takes every conversion rule of its type."""
+    config = transformers.AutoConfig.from_pretrained(pristine(architecture).path)
+    model = HiSVDForCausalLM._from_config(config).eval()
+    draw(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {f"{n}.weight_u" for n in pristine(architecture).factors} <= saved.keys()
+    assert_close(logits(load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "llama4", "nemotron_h"])
+def test_dequantize_gives_the_stacks_back(
+    architecture: str, pristine: Callable[..., Folder], tmp_path: Path
+) -> None:
+    folder = pristine(architecture)
+    model = load(folder.path)
+    model.dequantize()
+    for name, parameter in stacks_of(folder.dense).items():
+        found = model.get_parameter(name)
+        assert found.requires_grad
+        assert found.shape == parameter.shape
+        assert_close(found.detach(), parameter.detach())
+    assert_close(logits(model), expected(folder))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not {"auto_map", "quantization_config"} & config.keys()
+    assert_close(logits(load(tmp_path)), expected(folder))
+
+
+def test_casts(pristine: Callable[..., Folder]) -> None:
+    folder = pristine("gpt_oss")
+    for implementation in IMPLEMENTATIONS:
+        model = load(folder.path, implementation, dtype=torch.bfloat16)
+        stacks = [m for m in model.modules() if isinstance(m, LowRankExperts)]
+        assert {m.dtype for m in stacks} == {torch.bfloat16}
+        assert_close(logits(model).float(), expected(folder), 0.1)
+        assert model.float() is model
+        assert {m.dtype for m in stacks} == {torch.float32}
+        assert_close(logits(model), expected(folder), 0.1)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_stacks_on_disk(
+    implementation: str, pristine: Callable[..., Folder], tmp_path: Path
+) -> None:
+    folder = pristine("qwen3_moe")
+    places = {"model.layers.1": "disk", "": "cpu"}
+    model = load(folder.path, implementation, device_map=places, offload_folder=tmp_path)
+    stack = model.get_submodule("model.layers.1.mlp.experts.down_proj")
+    assert stack.weight.is_meta
+    assert not model.model.layers[0].mlp.experts.down_proj.weight.is_meta
+    for _ in range(2):
+        assert_close(logits(model), expected(folder))
+        assert stack.weight.is_meta
+    with pytest.raises(ValueError, match=r"offloaded: model\.layers\.1\."):
+        model.dequantize()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "implementation"),
+    [("qwen3_moe", "grouped_mm"), ("gpt_oss", "batched_mm"), ("llama4", None)],
+)
+def test_a_model_compiles_into_one_graph(
+    architecture: str, implementation: str | None, pristine: Callable[..., Folder]
+) -> None:
+    folder = pristine(architecture)
+    compiled = torch.compile(load(folder.path, implementation), backend="eager", fullgraph=True)
+    assert_close(logits(compiled), expected(folder))
+
+
+@pytest.mark.slow
+def test_the_loop_over_experts_compiles_with_graph_breaks(pristine: Callable[..., Folder]) -> None:
+    folder = pristine("qwen3_moe")
+    compiled = torch.compile(load(folder.path, "eager"), backend="eager")
+    assert_close(logits(compiled), expected(folder))
+
+
+def test_copies_and_pickles(pristine: Callable[..., Folder]) -> None:
+    folder = pristine("deepseek_v3")
+    model = load(folder.path)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), logits(model))
+
+
+REMOTE = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hisvd_cli":
+            raise ModuleNotFoundError("hisvd_cli is not installed here")
+sys.meta_path.insert(0, Blocker())
+ids = torch.tensor(eval(sys.argv[2]))
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers.models."), type(model)
+    model.save_pretrained(path / "again")
+    again = AutoModelForCausalLM.from_pretrained(path / "again", trust_remote_code=True)
+    with torch.no_grad():
+        torch.save((model(ids).logits, again(ids).logits), path / "logits.pt")
+"""
+
+
+def test_without_hisvd_the_folder_brings_its_code(
+    pristine: Callable[..., Folder], tmp_path: Path
+) -> None:
+    folders = {name: pristine(name) for name in ARCHITECTURES}
+    for name, folder in folders.items():
+        shutil.copytree(folder.path, tmp_path / "source" / name)
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", REMOTE, str(tmp_path / "source"), str(IDS.tolist())],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    for name, folder in folders.items():
+        first, again = torch.load(tmp_path / "source" / name / "logits.pt")
+        assert_close(first, expected(folder))
+        assert torch.equal(first, again)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+STACK = "model.layers.0.mlp.experts.down_proj"  # of qwen3_moe: E 4, m 24, n 20
+
+
+def damaged(
+    folder: Folder, to: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], object]
+) -> Path:
+    """Copy a folder, and edit its tensors and its quantization_config."""
+    shutil.copytree(folder.path, to)
+    tensors = load_file(to / "model.safetensors")
+    config = json.loads((to / "config.json").read_text())
+    edit(tensors, config["quantization_config"])
+    save_file({n: t.contiguous() for n, t in tensors.items()}, to / "model.safetensors")
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], object], str]] = {
+    "V is missing": (lambda t, _: t.pop(f"{STACK}.weight"), f"lacks .*{STACK}.weight"),
+    "U is missing": (lambda t, _: t.pop(f"{STACK}.weight_u"), f"lacks .*{STACK}.weight_u"),
+    "one expert less": (
+        lambda t, _: t.update({f"{STACK}.weight": t[f"{STACK}.weight"][1:]}),
+        r"weight is \[3, 6, 20\] and should be \[4, 6, 20\]",
+    ),
+    "U is transposed": (
+        lambda t, _: t.update({f"{STACK}.weight_u": t[f"{STACK}.weight_u"].mT}),
+        r"weight_u is \[4, 6, 24\] and should be \[4, 24, 6\]",
+    ),
+    "another rank": (lambda _, q: q["ranks"].update({STACK: 5}), r"should be \[4, 24, 5\]"),
+    "too large a rank": (lambda _, q: q["ranks"].update({STACK: 21}), "21 of .* exceeds .* 20"),
+    "no rank": (lambda _, q: q["ranks"].pop(STACK), f"(lacks|low-rank) .*{STACK}"),
+    "an unknown layout": (lambda _, q: q.update(experts="shared-w"), "experts 'shared-w'"),
+    "another layout": (lambda _, q: q.update(experts="shared-v"), r"should be \[6, 24\]"),
+    "no layout": (lambda _, q: q.pop("experts"), "version 4"),
+    "an old version": (lambda _, q: q.update(format_version=1), "version 1"),
+    "no version for stacks": (
+        lambda _, q: (q.pop("experts"), q.update(format_version=1)),
+        "lacks experts, although .* is a stack",
+    ),
+    "only other layers": (
+        lambda _, q: q.update(ranks={"model.layers.0.self_attn.q_proj": 3}),
+        "no name in quantization_config.ranks is a stack",
+    ),
+    "quantized": (lambda _, q: q.update(bits={STACK: 8}), f"bits: {STACK} is a stack"),
+    "a name of nothing": (
+        lambda _, q: q["ranks"].update({STACK + "s": 3}),
+        f"neither linear nor stacks of experts in Qwen3MoeForCausalLM: {STACK}s",
+    ),
 }
 
 
-@pytest.mark.parametrize("ratio", [0.3, 0.45])
-@pytest.mark.parametrize(
-    ("allocator", "values"),
-    [
-        ("uniform", {}),
-        ("hisvd", {}),
-        ("hisvd", {"rank_method": "mathematical", "spectrum": "whitened"}),
-        ("waterfill", {}),
-        ("svdllm-v2", {}),
-        ("swift", {}),
-        ("lems", {}),
-        ("zero-sum", {"selection": "sigma"}),
-        ("zero-sum", {"selection": "smallest"}),
-    ],
-)
-def test_an_allocation_over_stacks_is_that_over_their_experts(
-    allocator: str, values: dict[str, Any], ratio: float
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_an_error(
+    damage: str, pristine: Callable[..., Folder], tmp_path: Path
 ) -> None:
-    """The budget is what whole steps of stacks cost, so that single experts can end no step more.
-
-    Both kinds of stacks have equal sides, so that all steps of a rank cost the same, and energies
-    that fall fast, so that no stack is worth leaving dense.
-    """
-    kinds: list[tuple[str, Shape]] = [("up_proj", (EXPERTS, 60, 40)), ("gate", (EXPERTS, 40, 60))]
-    stacks = spectra_of(kinds, layers=4)
-    singles = apart(stacks)
-    step = EXPERTS * (60 + 40)
-    parameters = int(ratio * len(stacks) * EXPERTS * 60 * 40) // step * step
-
-    def ranks(spectra: Sequence[Spectrum]) -> list[int]:
-        budget = Budget([s.shape for s in spectra], parameters, [1] * len(spectra))
-        given = {**OPTIONS, **values, "probe": Measured(spectra)}
-        found = allocate(allocator, spectra, budget, **given).ranks
-        assert budget.spent(found) == parameters
-        return found
-
-    together = ranks(stacks)
-    assert ranks(singles) == [rank for rank in together for _ in range(EXPERTS)]
-    assert len(set(together)) > 1 or allocator == "uniform"
+    edit, message = DAMAGES[damage]
+    path = damaged(pristine("qwen3_moe"), tmp_path / "damaged", edit)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        load(path)
 
 
-@pytest.mark.parametrize("storage", ["pair", "pivoted"])
-def test_dense_is_for_all_experts_or_none(storage: Any) -> None:
-    """A stack breaks even where one of its experts does as a plain pair: at 240/32 = 7.5."""
-    budget = Budget([UP], EXPERTS * 240, [1], storage=storage)
-    assert [budget.spent([rank]) for rank in (7, 8)] == [EXPERTS * 7 * 32, EXPERTS * 240]
-    assert budget.rounded([7.5], [falling(0, 12)]) == [12]
+def test_transformers_4_is_told_to_be_too_old(
+    pristine: Callable[..., Folder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = build("qwen3_moe"), pristine("qwen3_moe").path
+    quantization = transformers.AutoConfig.from_pretrained(path).quantization_config
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(ValueError, match=r"4\.57\.6 does not support\. Install transformers 5"):
+        replace_linears(model, HiSVDConfig(**quantization))
 
 
-# Bytes
+def test_the_document_without_stacks_is_as_before() -> None:
+    document = HiSVDConfig({"a": 3}).to_dict()
+    assert document == {"quant_method": "hisvd", "format_version": 1, "ranks": {"a": 3}}
+    assert auto_map() == AUTO_MAP
+    assert list(AUTO_MAP) == ["AutoModelForCausalLM", "AutoConfig"]
 
 
-def candidate(shape: Shape, seed: int) -> Candidate:
-    energy = falling(seed, full_rank(shape))
-    stack = len(shape) == 3
-    total = float(energy.sum())
-    roundings = {} if stack else {8: Rounding(1e-4, 1e-4 * total), 4: Rounding(0.01, 0.01 * total)}
-    return Candidate(shape, energy, energy, roundings)
+def test_a_convolution_is_no_stack() -> None:
+    assert find_stack(nn.Sequential(nn.Conv1d(4, 4, 3)), "0.weight") is None
 
 
-def test_the_bytes_of_a_stack_are_those_of_its_experts_in_16_bits() -> None:
-    for bits in BITS:
-        assert stored_bytes(UP, 5, bits, 4, 2) == EXPERTS * 2 * 5 * (20 + 12)
-        assert stored_bytes(UP, 12, bits, 4, 2) == EXPERTS * 2 * 20 * 12
-    stack = candidate(UP, 1)
-    found = choices(stack, BITS, 4, 1)
-    assert {choice.bits for choice in found} == {16}
-    losses = {c.rank: float(stack.energy[c.rank :].sum()) for c in found}
-    assert {c.rank: c.loss for c in found} == pytest.approx(losses)
-    assert [c.rank for c in found] == [1, 2, 3, 4, 5, 6, 7, 12]
+# --- the layer -----------------------------------------------------------------------------------
 
 
-def test_stacks_keep_their_dtype_in_every_layout() -> None:
-    found = [candidate((12, 12), 0), candidate(UP, 1), candidate((20, 12), 2)]
-    full = sum(c.full_bytes for c in found)
-    made = spend([choices(c, BITS, 4, 1) for c in found], int(0.25 * full))
-    assert made[1].bits == 16
-    assert min(made[0].bits, made[2].bits) < 16
-    points = {p.method: p for p in frontier(found, {0.6: int(0.6 * full)}, 4, 1)}
-    assert len(points) == 8
-    stack = EXPERTS * 2 * 240
-    int8 = 12 * 12 + 2 * 12 + 20 * 12 + 2 * 20 + stack
-    assert points["int8 dense"].bytes_ratio == pytest.approx(int8 / full)
-    assert points[JOINT].predicted_loss <= points["16 bit ranks"].predicted_loss
-    alone = [p for p in frontier(found[1:2], {0.6: int(0.6 * stack)}, 4, 1) if p.budget]
-    assert len(alone) == 6
-    assert len({(p.bytes_ratio, p.predicted_loss) for p in alone}) == 1
+def small(layout: Any = "separate", transposed: bool = False) -> tuple[LowRankExperts, Tensor]:
+    """Return a stack of three experts, m 8, n 12, r 4, and its dense tensor."""
+    torch.manual_seed(0)
+    stack = LowRankExperts((3, 8, 12), 4, layout, transposed, "some.stack")
+    v, u = stack.weight.detach(), stack.weight_u.detach()
+    return stack, multiplied(v, u, transposed)
 
 
-# Plans
+PRODUCTS: dict[str, Callable[[Any], Tensor]] = {
+    "linear": lambda w: F.linear(torch.ones(2, w.shape[2]), w[1], torch.ones(w.shape[1])),
+    "linear of a transpose": lambda w: F.linear(torch.ones(2, w.shape[1]), w[1].T),
+    "matmul": lambda w: torch.matmul(torch.ones(2, w.shape[1]), w[torch.tensor(1)]),
+    "mm": lambda w: torch.mm(torch.ones(2, w.size(1)), w[-1].to(torch.float32).contiguous()),
+    "operator": lambda w: torch.ones(w.shape[1]) @ w[0],
+    "operator from the left": lambda w: w[0] @ torch.ones(w.shape[2], 2),
+    "bmm": lambda w: torch.bmm(torch.ones(3, 2, w.shape[1]), w),
+    "bmm of a transpose": lambda w: torch.bmm(torch.ones(3, 2, w.size()[2]), w.transpose(1, 2)),
+    "bmm from the left": lambda w: torch.bmm(w, torch.ones(3, w.shape[2], 1)),
+    "bmm of chosen experts": lambda w: torch.bmm(
+        w[torch.tensor([2, 0, 0, 1])], torch.ones(4, w.shape[2], 1)
+    ),
+    "experts in two dimensions": lambda w: (
+        torch.ones(2, 2, 1, w.shape[1]) @ w[torch.tensor([[2, 0], [1, 1]])]
+    ),
+    "a slice": lambda w: torch.bmm(w[1:].mT, torch.ones(2, w.shape[1], 1)),
+    "torch.transpose": lambda w: torch.transpose(w, -1, -2)[2] @ torch.ones(w.shape[1]),
+    "grouped": lambda w: F.grouped_mm(
+        torch.ones(5, w.shape[1]), w, offs=torch.tensor([2, 2, 5], dtype=torch.int32)
+    ),
+    "fallback": lambda w: torch.ops.transformers.grouped_mm_fallback(
+        torch.ones(5, w.shape[2]), w.transpose(-2, -1), offs=torch.tensor([2, 2, 5])
+    ),
+    "float": lambda w: w[1].float() @ torch.ones(w.shape[2]),
+    "every expert": lambda w: torch.stack([x @ torch.ones(w.shape[2]) for x in w]),
+}
 
 
-def planned(storage: str = "pair", known: bool = True) -> Plan:
-    """Return a plan of two layers, in which q_proj has rank 4 and the experts rank 3, except those
-    of the last layer, which are dense."""
-    spectra = spectra_of(KINDS, layers=3)
-    ranks = [4, 3, 4, 3, 4, 12]
-    size = ModelSize(TOTAL, 3 * (144 + EXPERTS * 240))
-    experts = {"active_parameters": ACTIVE, "experts_per_token": PER_TOKEN} if known else {}
-    return assemble(
-        ratio=0.7,
-        allocator="waterfill",
-        allocation=Allocation(ranks, ranks),
-        spectra=spectra,
-        layers=[s.layer for s in spectra],
-        size=size,
-        budget_parameters=3_000,
-        settings={
-            "storage": storage,
-            "metric": "weight",
-            "multiple_of": 1,
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", ["separate", "shared-v", "shared-u"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_equal_those_of_the_dense_tensor(
+    product: str, layout: str, transposed: bool
+) -> None:
+    stack, dense = small(layout, transposed)
+    assert_close(PRODUCTS[product](stack).detach(), PRODUCTS[product](dense))
+    assert_close(stack.dense_weight().detach(), dense)
+
+
+def test_a_stack_looks_like_the_tensor() -> None:
+    stack, dense = small(transposed=True)
+    for a, b in ((stack, dense), (stack[0], dense[0]), (stack[:2].mT, dense[:2].mT)):
+        assert (a.shape, a.size(), a.size(-1), a.ndim, a.dim(), len(a)) == (
+            *(b.shape, b.size(), b.size(-1), b.ndim, b.dim(), len(b)),
+        )
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+
+
+REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "einsum": (lambda w: torch.einsum("emn,en->em", torch.ones(3, 8, 12), w), "einsum"),
+    "addition": (lambda w: torch.ones(3, 8, 12) + w, "add"),
+    "a sum from the left": (lambda w: w[0] + 1, "arithmetic"),
+    "cat": (lambda w: torch.cat([torch.ones(8, 12), w[0]]), "cat"),
+    "initialization": (lambda w: nn.init.normal_(w[0]), "normal_"),
+    "an attribute": (lambda w: w.permute(0, 2, 1), r"\.permute"),
+    "an attribute of an expert": (lambda w: w[0].view(-1), r"\.view"),
+    "other transposes": (lambda w: w.transpose(0, 1), r"transpose\(0, 1\)"),
+    "T of a stack": (lambda w: w.T, r"\.T of a stack"),
+    "an index of two dimensions": (lambda w: w[0, 1], r"index \(0, 1\)"),
+    "an index of one expert": (lambda w: w[0][1], "index 1"),
+    "a product of two": (lambda w: w @ w, "matmul"),
+    "out": (lambda w: torch.mm(torch.ones(2, 8), w[0], out=torch.ones(2, 12)), "mm"),
+    "linear of a stack": (lambda w: F.linear(torch.ones(2, 12), w), "linear"),
+    "a grouped bias": (
+        lambda w: torch._grouped_mm(
+            torch.ones(3, 8), w, torch.tensor([1, 2, 3], dtype=torch.int32), torch.ones(3, 12)
+        ),
+        "_grouped_mm",
+    ),
+}
+
+
+@pytest.mark.parametrize("operation", REFUSED)
+def test_what_is_not_supported_is_an_error_that_names_it(operation: str) -> None:
+    run, name = REFUSED[operation]
+    with pytest.raises((NotImplementedError, AttributeError), match=rf"some\.stack .*{name}"):
+        run(small()[0])
+
+
+@pytest.mark.parametrize(("rank", "layout"), [(0, "separate"), (2, "shared")])
+def test_invalid_arguments(rank: int, layout: Any) -> None:
+    with pytest.raises(ValueError, match=r"at least 1|Unknown layout"):
+        LowRankExperts((3, 8, 12), rank, layout)
+
+
+# --- conversion rules of transformers ------------------------------------------------------------
+
+
+def rules_for_experts() -> list[tuple[str, str]]:
+    """Return (key of the mapping, name of a stack) for all that the rules of transformers merge."""
+    from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+
+    found = set()
+    for key, rules in _build_checkpoint_conversion_mapping().items():
+        for rule in rules:
+            for target in rule.target_patterns:
+                name = target.replace("\\", "").strip(".^")
+                if "experts" in name and re.fullmatch(r"[a-z_.]+_proj", name):
+                    found.add((key, f"model.layers.0.{name}"))
+    assert len(found) > 40
+    return sorted(found)
+
+
+def test_no_rule_of_any_architecture_changes_the_names_of_factors() -> None:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    def renamed(rules: list[Any], name: str, reverse: bool) -> tuple[str, str | None]:
+        kinds = ([r for r in rules if isinstance(r, k)] for k in (WeightRenaming, WeightConverter))
+        changed: tuple[str, str | None] = rename_source_key(name, *kinds, reverse=reverse)
+        return changed
+
+    harmful = 0
+    for key, stack in rules_for_experts():
+        names = [f"{stack}.{leaf}" for leaf in ("weight", "weight_u")]
+        kept = with_and_without("model", names)
+        for name in (*names, *(n.removeprefix("model.") for n in names)):
+            for reverse in (False, True):
+                plain = get_checkpoint_conversion_mapping(key)
+                rules = [r.reverse_transform() for r in plain[::-1]] if reverse else plain
+                harmful += renamed(rules, name, reverse) != (name, None)
+                if reverse:
+                    fresh = get_checkpoint_conversion_mapping(key)[::-1]
+                    rules = [Reversed(rule, kept).reverse_transform() for rule in fresh]
+                else:
+                    rules = [excepted(rule, kept) for rule in rules]
+                assert renamed(rules, name, reverse) == (name, None), (key, name)
+                assert renamed(rules, "model.other.bias", reverse)[1] is None
+    assert harmful > 40  # without the exceptions, the rules would apply to factors
+
+
+# --- image-text models ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Give a Qwen3-VL-MoE, whose rules transpose the stacks without renaming them."""
+    text = {**_SIZES, **_QWEN, "decoder_sparse_step": 1, "rope_parameters": None}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**text, "rope_parameters": {**rope, "mrope_interleaved": True}},
+        vision_config={
+            **{"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2},
+            **{"out_hidden_size": 24, "patch_size": 4, "num_position_embeddings": 16},
+            "deepstack_visual_indexes": [0],
         },
-        provenance={
-            "model": {"name": "m", "revision": None, "fingerprint": "0" * 64, "parameters": TOTAL}
-            | experts,
-            "calibration": None,
-            "versions": VERSIONS,
-        },
+        tie_word_embeddings=False,
     )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    draw(model)
+    factors = factor_of_text(model)
+    tensors = {n: t for n, t in model.state_dict().items() if n not in factors}
+    for name, (v, u) in factors.items():
+        tensors |= {f"{name}.weight": v, f"{name}.weight_u": u}
+    folder = tmp_path_factory.mktemp("vision") / "model"
+    ranks = dict.fromkeys(factors, RANK)
+    write(folder, model, tensors, format_version=4, experts="separate", ranks=ranks)
+    edit = json.loads((folder / "config.json").read_text())
+    edit["auto_map"] = auto_map("AutoModelForImageTextToText")
+    (folder / "config.json").write_text(json.dumps(edit))
+    return Folder(folder, model.eval(), factors)
 
 
-def test_a_plan_counts_every_expert() -> None:
-    plan = planned()
-    stacks = [row.parameters for row in plan.sublayers if len(row.shape) == 3]
-    assert stacks == [EXPERTS * 3 * 32, EXPERTS * 3 * 32, EXPERTS * 240]
-    assert plan.full_parameters == 3 * (144 + 960)
-    assert plan.kept_parameters == 3 * 4 * 24 + sum(stacks)
-    experts = next(c for c in plan.clusters if c.cluster == "experts.gate_up_proj")
-    assert experts.kept_ratio == pytest.approx(sum(stacks) / (3 * 960))
+def factor_of_text(model: Model) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factor the stacks of the decoder only."""
+    inner = factor(model.model.language_model, False, "separate")
+    return {f"model.language_model.{name}": pair for name, pair in inner.items()}
 
 
-def test_a_plan_knows_what_a_token_uses() -> None:
-    """2 of 4 experts per token: half of what stacks save, all of what other layers do."""
-    plan = planned()
-    sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
-    anatomy = Anatomy(sublayers, TOTAL, {}, PER_TOKEN)
-    assert anatomy.active_parameters == TOTAL - 3 * 480 == ACTIVE
-    assert replace(anatomy, experts_per_token=None).active_parameters is None
-    less = 3 * (144 - 4 * 24) + 2 * (960 - EXPERTS * 96) // 2
-    assert plan.active_parameters == (ACTIVE, ACTIVE - less)
-    assert planned(known=False).active_parameters is None
+def test_an_image_text_model(vision: Folder, tmp_path: Path) -> None:
+    for trust in (False, True):
+        model = AutoModelForImageTextToText.from_pretrained(vision.path, trust_remote_code=trust)
+        assert_close(logits(model.eval()), expected(vision))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["auto_map"] == auto_map("AutoModelForImageTextToText")
+    assert (tmp_path / "experts.py").is_file()
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(logits(again.eval()), logits(model))
 
 
-@pytest.mark.parametrize("storage", ["pair", "pivoted"])
-def test_a_plan_with_stacks_is_read_again(storage: str, tmp_path: Path) -> None:
-    plan = planned(storage)
-    plan.save(tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == plan
-    text = (tmp_path / "plan.json").read_text().replace(" ", "").replace("\n", "")
-    assert '"shape":[4,20,12]' in text
-    document = plan.document()
-    rows = schemas.PLAN["properties"]["sublayers"]
-    holds([{**row, "shape": list(row["shape"])} for row in document["sublayers"]], rows)
-    holds(document["provenance"], schemas.PLAN["properties"]["provenance"])
+def test_an_image_text_model_without_head(vision: Folder) -> None:
+    model = AutoModel.from_pretrained(vision.path).eval()
+    dense = vision.dense.model
+    with torch.no_grad():
+        found, wanted = (m(input_ids=IDS).last_hidden_state for m in (model, dense))
+    assert_close(found, wanted)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("      4,\n        20,\n        12", "      0,\n        20,\n        12"),
-        ('"experts_per_token": 2', '"experts_per_token": 0'),
-        ('"active_parameters": 5328', '"active_parameters": "many"'),
-        ('"bits": 16', '"bits": 8'),
-    ],
-)
-def test_a_plan_with_damaged_stacks_is_rejected(before: str, after: str, tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    planned().save(path)
-    text = path.read_text()
-    assert before in text
-    path.write_text(text.replace(before, after))
-    with pytest.raises(SourceError, match="not a plan"):
-        load_plan(path)
+# --- Conv1D --------------------------------------------------------------------------------------
 
 
-# What is shown
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Give a GPT-2 with every Conv1D as a pair."""
+    config = transformers.GPT2Config(vocab_size=40, n_positions=32, n_embd=24, n_layer=2, n_head=3)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    draw(model)
+    tensors = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    factors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            v, u = torch.randn(RANK, inputs) / inputs**0.5, torch.randn(outputs, RANK)
+            module.weight.data = (u @ v).T.contiguous()
+            factors[name] = v, u
+            tensors |= {f"{name}.weight": v, f"{name}.weight_u": u}
+    assert len(factors) == 8
+    folder = tmp_path_factory.mktemp("gpt2") / "model"
+    write(folder, model, tensors, format_version=1, ranks=dict.fromkeys(factors, RANK))
+    return Folder(folder, model.eval(), factors)
 
 
-def test_views_name_the_experts(tmp_path: Path) -> None:
-    lines = shown(plan_view(planned("pivoted"), 80, ranks=True))
-    assert max(map(len, lines)) <= 80
-    text = " ".join(" ".join(lines).split())
-    assert "experts.gate_up_proj 4 × (20×12)" in text
-    dense, kept = planned("pivoted").active_parameters or (0, 0)
-    assert f"active per token {kept:,} of {dense:,} parameters" in text
-    assert "experts are plain pairs" in text
-    planned().save(tmp_path / "plan.json")
-    found = audit(str(tmp_path / "plan.json"), None, False, True, Silent())
-    holds(found.document()["active_parameters"], schemas.COUNT)
-    assert found.document()["dense_active_parameters"] == ACTIVE
-    lines = shown(audit_view(found, 80, ranks=True))
-    assert max(map(len, lines)) <= 80
-    assert any("4 × (20×12)" in line and "experts.gate_up_proj" in line for line in lines)
-    assert any(f"(dense {ACTIVE:,})" in line for line in lines)
+def test_conv1d(gpt2: Folder, tmp_path: Path) -> None:
+    model = load(gpt2.path)
+    assert_close(logits(model), logits(gpt2.dense))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    model.dequantize()
+    for name in gpt2.factors:
+        found, wanted = model.get_submodule(name), gpt2.dense.get_submodule(name)
+        assert type(found) is Conv1D
+        assert_close(found.weight.detach(), wanted.weight.detach())
+        assert torch.equal(found.bias, wanted.bias)
+    model.save_pretrained(tmp_path / "dense")
+    assert_close(logits(load(tmp_path / "dense")), logits(gpt2.dense))
 
 
-def test_a_report_and_a_notebook_tell_what_a_token_uses() -> None:
-    pytest.importorskip("jinja2")
-    pytest.importorskip("matplotlib")
-    result = PerplexityResult("t", "test", 48.0, 100, 2, 51, "none", "0" * 64, [])
-
-    def page_of(plan: Plan) -> str:
-        grid = Grid([Evaluation("m", [result])], None, [], [])
-        return page.render(Report(grid, {"m": ModelFacts("m", 1000, plan)}, None, {}, VERSIONS))
-
-    dense, kept = planned().active_parameters or (0, 0)
-    text = page_of(planned())
-    assert "active kept" in text
-    assert f"{kept / dense:.1%}" in text
-    assert "4 × (20×12)" in text
-    assert "active kept" not in page_of(planned(known=False))
-    shown_plan = repr(NotebookPlan(planned()))
-    assert f"{kept:,} of {dense:,} parameters" in shown_plan
-    assert "experts.gate_up_proj 4 × (20×12)" in shown_plan
+def test_merging_adapters_gives_conv1d_back(gpt2: Folder) -> None:
+    peft = pytest.importorskip("peft")
+    targets = ["c_attn", "c_fc"]
+    settings = {"init_lora_weights": False, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    for rank, kind in ((2, LowRankLinear), (20, Conv1D)):
+        adapted = peft.get_peft_model(load(gpt2.path), peft.LoraConfig(r=rank, **settings)).eval()
+        wanted = logits(adapted)
+        merged = adapted.merge_and_unload()
+        assert type(merged.transformer.h[0].mlp.c_fc) is kind
+        assert_close(logits(merged), wanted)
 
 
-def test_a_card_tells_what_a_token_uses(tmp_path: Path) -> None:
-    (tmp_path / "made").mkdir()
-    planned("pivoted").save(tmp_path / "plan.json")
-    integers = {"bits": {"q": 8}, "group_size": 1, "bytes": 1, "dense_bytes": 2}
-    record = {
-        "model": {"name": "m"},
-        "decomposer": "whitened",
-        "calibration": None,
-        "quantization": {**integers, "method": "nearest", "storage": "pivoted"},
-    }
-    rewrite_card(tmp_path, tmp_path / "made", record)
-    text = (tmp_path / "made" / "README.md").read_text()
-    dense, kept = planned("pivoted").active_parameters or (0, 0)
-    assert f"| parameters kept, active per token | {kept / dense:.2%}" in text
-    assert "experts as plain factors" in text
-    assert "experts are not quantized" in text
+def test_a_quantized_conv1d(gpt2: Folder, tmp_path: Path) -> None:
+    name = "transformer.h.0.mlp.c_fc"
+    weight = gpt2.dense.get_submodule(name).weight.detach().T  # [m, n]
+    scale = weight.abs().amax(1, keepdim=True).div(127).half()
+    codes = weight.div(scale.float()).round().clamp(-127, 127).to(torch.int8)
 
+    def edit(tensors: dict[str, Tensor], quantization: dict[str, Any]) -> None:
+        del tensors[f"{name}.weight_u"], quantization["ranks"][name]
+        tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale.view(torch.int16)}
+        quantization |= {"bits": {name: 8}, "format_version": 3}
 
-def test_the_tensors_of_a_stack_are_those_of_its_experts_together() -> None:
-    plan = planned("pivoted")
-    sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
-    layout = Layout(plan.ranks, plan.storage)
-    shapes = sublayer_shapes(sublayers, layout)
-    stack = "model.layers.0.experts.gate_up_proj"
-    own = {name: shape for name, shape in shapes.items() if name.startswith(stack)}
-    assert own == {f"{stack}.weight": (4, 3, 12), f"{stack}.weight_u": (4, 20, 3)}
-    assert not any("layers.2.experts" in name for name in shapes)
-    assert shapes["model.layers.0.q_proj.weight_order"] == (12,)
-    rows = rows_of(sublayers, {f"{stack}.weight": "float16"}, layout)
-    assert [row.parameters for row in rows] == [row.parameters for row in plan.sublayers]
-    assert (rows[1].dtype, rows[1].storage) == ("float16", "pair")
-    held = TOTAL - plan.full_parameters + plan.kept_parameters
-    active = plan.active_parameters
-    assert active is not None
-    assert active_on_disk(rows, held, TOTAL, PER_TOKEN) == (
-        held - sum(row.parameters // 2 for row in rows[1::2]),
-        TOTAL - 3 * 480,
-    )
-    assert active_on_disk(rows, held, TOTAL, None) is None
-    assert active_on_disk(rows[::2], held, TOTAL, PER_TOKEN) is None
-
-
-def test_members_are_the_linear_layers_of_the_experts() -> None:
-    assert Sublayer("a.q_proj", 0, "q_proj", (12, 12)).members == ["a.q_proj"]
-    assert Sublayer("a.up", 0, "up", (3, 20, 12)).members == ["a.up.0", "a.up.1", "a.up.2"]
-
-
-def test_stacks_of_a_checkpoint_have_factors_of_three_dimensions() -> None:
-    shapes = {
-        **{"q.weight": (4, 12), "q.weight_u": (12, 4)},
-        **{"up.weight": (4, 3, 12), "up.weight_u": (4, 20, 3)},
-        **{"down.weight": (3, 20), "down.weight_u": (4, 12, 3), "damaged.weight": (3, 3)},
-    }
-    infos = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
-    ranks = {"q": 4, "up": 3, "down": 3, "damaged": 3}
-    found = SimpleNamespace(ranks=ranks, weights=SimpleNamespace(infos=infos))
-    assert factored_stacks(cast(Checkpoint, found)) == ["up", "down"]
-
-
-# Estimates
-
-
-def work(experts: bool, per_token: int | None = None) -> Workload:
-    """Return a workload with a stack, or its experts as plain layers, in each of two blocks."""
-    sublayers = []
-    for layer in range(2):
-        name = f"layers.{layer}"
-        sublayers.append(Sublayer(f"{name}.q", layer, "q", (64, 64)))
-        kinds: list[Shape] = [(EXPERTS, 160, 64)] if experts else [(160, 64)] * EXPERTS
-        sublayers += [
-            Sublayer(f"{name}.up.{i}", layer, "up", shape) for i, shape in enumerate(kinds)
-        ]
-    cpu = torch.device("cpu")
-    made = Workload(sublayers, 10_000, 64, 512, 512, 8, torch.float32, cpu)
-    return replace(made, experts_per_token=per_token)
-
-
-def test_experts_take_the_memory_of_as_many_layers() -> None:
-    stack, plain = work(True), work(False)
-    assert activations(stack.block, None) == activations(plain.block, None)
-    for weights in (False, True):
-        assert gradients_peak(stack, weights) == gradients_peak(plain, weights)
-    cpu = torch.device("cpu")
-    assert factoring_peak(stack.sublayers, 4, cpu) == factoring_peak(plain.sublayers, 4, cpu)
-    # A token passes one expert: the same activations as with a single one, and the moments of all.
-    assert calibration_peak(work(True, 1)) == calibration_peak(plain)
-    assert calibration_peak(stack).host > calibration_peak(plain).host
-    single = sum(decomposition_cost((160, 64)) for _ in range(EXPERTS))
-    assert decomposition_cost((EXPERTS, 160, 64)) == single
-    assert estimate_calibration(stack).bytes == estimate_calibration(plain).bytes
-
-
-def test_a_token_uses_its_experts_alone() -> None:
-    assert activations(work(True, 2).block, 2) == (64 + 64) + 2 * (160 + 64)
-    assert activations(work(True, 9).block, 9) == (64 + 64) + EXPERTS * (160 + 64)
-
-
-def test_rounding_counts_no_moments_of_stacks() -> None:
-    """8 bytes for each entry of a moment; 4 more matrices of the widest input, and of the widest
-    weight, are in float64 while one layer is rounded."""
-    plain, stack = work(False), work(True, 1)
-    moments = 8 * EXPERTS * 64**2
-    rounded = 4 * 8 * (160 * 64 - 64 * 64)
-    assert quantization_peak(plain).host - quantization_peak(stack).host == moments + rounded
-
-
-def test_experts_per_token_have_many_names() -> None:
-    from transformers import (
-        Ernie4_5_MoeConfig,
-        GptOssConfig,
-        HunYuanMoEV1Config,
-        LlamaConfig,
-        MixtralConfig,
-    )
-
-    assert experts_per_token(MixtralConfig(num_experts_per_tok=3)) == 3
-    assert experts_per_token(GptOssConfig(num_experts_per_tok=5)) == 5
-    assert experts_per_token(Ernie4_5_MoeConfig(moe_k=6)) == 6
-    assert experts_per_token(HunYuanMoEV1Config(moe_topk=[2, 2])) == 2
-    assert experts_per_token(HunYuanMoEV1Config(moe_topk=[2, 4])) is None
-    assert experts_per_token(LlamaConfig()) is None
+    model = load(damaged(gpt2, tmp_path / "quantized", edit))
+    dense = copy.deepcopy(gpt2.dense)
+    dense.get_submodule(name).weight.data = (codes * scale.float()).T.contiguous()
+    assert_close(logits(model), logits(dense))
+    model.dequantize()
+    assert type(model.get_submodule(name)) is Conv1D
+    assert_close(logits(model), logits(dense))

@@ -52,6 +52,8 @@ class LowRankLinear(nn.Module):
         weight: V, ``[rank, in_features]``.
         weight_u: U, ``[out_features, rank]``.
         bias: b, ``[out_features]``, or None.
+        conv1d: class of the dense layer if that is not an ``nn.Linear`` but transformers'
+            ``Conv1D``, whose weight is ``[in_features, out_features]``.
 
     Args:
         in_features: n, the size of x.
@@ -66,6 +68,7 @@ class LowRankLinear(nn.Module):
     """
 
     storage: Storage = "pair"
+    conv1d: type[nn.Module] | None = None
     bias: nn.Parameter | None
 
     def __init__(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .import_hooks import when_imported
 from .lowrank import LowRankLinear
 from .quantized import QuantizedLinear, QuantizedLowRankLinear
+from .replacement import dense_layer
 
 _DISPATCHERS = "peft.tuners.lora.model"  # the module that selects the adapter class of a layer
 _PLAIN_STARTS = ("gaussian", "orthogonal")
@@ -129,28 +130,35 @@ def _merged(base: nn.Module, a: Tensor, b: Tensor, added: Tensor | None) -> nn.M
     if added is not None and bias is None:
         raise ValueError("The bias of an adapter cannot be merged into a layer without one.")
     wide = b.float() @ a.float()
-    if isinstance(base, nn.Linear):  # an earlier merge made it dense
-        return _dense(base.weight.float() + wide, bias, added, base.weight.dtype)
-    assert isinstance(base, LowRankLinear)
+    if not isinstance(base, LowRankLinear):  # an earlier merge made it dense
+        return _dense(base, _rows(base).float() + wide, added)
     rank = base.rank + len(a)
     if type(base) is not LowRankLinear or rank > min(base.in_features, base.out_features):
-        return _dense(base.dense_weight(torch.float32) + wide, bias, added, base.weight.dtype)
+        return _dense(base, base.dense_weight(torch.float32) + wide, added)
     like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
     pair = LowRankLinear(base.in_features, base.out_features, rank, bias is not None, **like)
+    pair.conv1d = base.conv1d
     pair.weight.copy_(torch.cat([base.weight, a.to(base.weight.dtype)]))
     pair.weight_u.copy_(torch.cat([base.weight_u, b.to(base.weight_u.dtype)], 1))
-    return _with_bias(pair, bias, added)
+    if pair.bias is not None:
+        pair.bias.copy_(_biased(base, added))
+    return pair.requires_grad_(False)
 
 
-def _dense(weight: Tensor, bias: Any, added: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    rows, columns = weight.shape
-    layer = nn.Linear(columns, rows, bias is not None, device=weight.device, dtype=dtype)
-    layer.weight.copy_(weight.to(dtype))
-    return _with_bias(layer, bias, added)
+def _rows(dense: Any) -> Tensor:
+    """Return the weight ``[m, n]`` of a dense layer."""
+    weight: Tensor = dense.weight
+    return weight if isinstance(dense, nn.Linear) else weight.T
 
 
-def _with_bias(layer: Any, bias: Tensor | None, added: Tensor | None) -> nn.Module:
-    if bias is not None:
-        layer.bias.copy_(bias if added is None else bias + added.to(bias.dtype))
-    module: nn.Module = layer.requires_grad_(False)
-    return module
+def _dense(base: Any, weight: Tensor, added: Tensor | None) -> nn.Module:
+    """Return a dense layer with the weight ``[m, n]`` and the bias of ``base``."""
+    kind = getattr(base, "conv1d", None if isinstance(base, nn.Linear) else type(base))
+    bias = None if base.bias is None else _biased(base, added)
+    return dense_layer(weight.to(base.weight.dtype), bias, kind).requires_grad_(False)
+
+
+def _biased(base: Any, added: Tensor | None) -> Tensor:
+    """Return the bias of ``base`` with that of an adapter added."""
+    bias: Tensor = base.bias.detach().clone()
+    return bias if added is None else bias + added.to(bias.dtype)

@@ -193,6 +193,7 @@ class _DenseLinear(nn.Module):
     """The tensors of a dense layer. Not an ``nn.Linear``, because code that expects one would use
     the codes as values."""
 
+    conv1d: type[nn.Module] | None = None
     bias: nn.Parameter | None
 
     def __init__(

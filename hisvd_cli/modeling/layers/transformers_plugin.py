@@ -7,12 +7,17 @@ For transformers, ``hisvd`` is a quantization method named in ``config.json``: `
 like any others. Version 2 adds ``"storage": "pivoted"``, for a ``PivotedLinear`` with ``X.weight``
 ``[r, n]``, ``X.weight_u`` ``[m − r, r]`` and ``X.weight_order`` ``[m]``. Version 3, with either
 storage, adds ``"bits": {name: 8 or 4}`` and ``"group_size"`` for quantized low-rank or dense
-layers; ``quantized`` describes their tensors.
+layers; ``quantized`` describes their tensors. Version 4, with or without these, adds ``"experts":
+"separate"``, ``"shared-v"`` or ``"shared-u"``: some names in ``ranks`` are stacked parameters of
+mixtures of experts, X ``[E, m, n]`` or transposed ``[E, n, m]``, replaced by ``LowRankExperts``
+with ``X.weight`` = V ``[E, r, n]`` and ``X.weight_u`` = U ``[E, m, r]``, or ``[r, n]`` or
+``[m, r]`` for the shared one. A low-rank ``Conv1D`` of transformers is stored like an
+``nn.Linear``.
 
 Importing this file registers the method. The file is also copied into checkpoints as
 ``modeling_hisvd.py``, for ``trust_remote_code=True`` without hisvd. It therefore only imports files
 that are copied too, and raises plain ``ValueError`` (invalid ``config.json``) and ``RuntimeError``
-(invalid tensors). It supports transformers 4.57 and 5.
+(invalid tensors). It supports transformers 4.57 and 5; stacks of experts need 5.
 
 The file exceeds the usual length limit, because the names of the copied files are part of the
 checkpoint format.
@@ -27,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import (
@@ -38,22 +44,38 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .import_hooks import when_imported  # noqa: F401 (4.57 only copies files imported here)
-from .lowrank import FACTORS, LAYERS, LowRankLinear, PivotedLinear, Storage, is_order
+from .conversions import excepted, saved_as_named, with_and_without
+from .experts import EXPERT_LAYOUTS, ExpertLayout, ExpertStack, LowRankExperts
+from .factored import Factored  # noqa: F401 (4.57 only copies files imported here)
+from .import_hooks import when_imported  # noqa: F401
+from .lowrank import FACTORS, LowRankLinear, PivotedLinear, Storage, is_order
 from .peft_support import support_adapters
-from .quantized import BITS, MATRICES, QUANTIZED, SCALE, QuantizedLinear, storage_with
+from .quantized import BITS, MATRICES, SCALE, QuantizedLinear
+from .replacement import (
+    Replaced,
+    dense_form,
+    find_dense,
+    low_rank_stack,
+    replacement,
+    set_layer,
+    sizes_of,
+)
 
 if TYPE_CHECKING:  # at run time, transformers may still be importing these
     from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
 
 QUANT_METHOD = "hisvd"
 FORMAT_VERSIONS = {"pair": 1, "pivoted": 2}
 QUANTIZED_VERSION = 3
+EXPERTS_VERSION = 4
 GROUP_SIZE = 64
 MODELING_FILE = "modeling_hisvd.py"
 AUTO_CLASS = "AutoModelForCausalLM"
-AUTO_MAP = {
+IMAGE_TEXT_CLASS = "AutoModelForImageTextToText"
+ENTRY_POINTS = {
     AUTO_CLASS: "modeling_hisvd.HiSVDForCausalLM",
+    IMAGE_TEXT_CLASS: "modeling_hisvd.HiSVDForImageTextToText",
     "AutoConfig": "modeling_hisvd.HiSVDAutoConfig",
 }
 
@@ -73,14 +95,16 @@ class HiSVDConfig(QuantizationConfigMixin):
     Args:
         ranks: module name → rank of each low-rank layer.
         format_version: version of the layout: 1 for the storage pair, 2 for pivoted, 3 for either
-            with bits.
+            with bits, 4 for any with stacks of experts.
         storage: how factors are stored.
         bits: module name → 8 or 4 for each quantized layer.
         group_size: columns per scale with 4 bits.
+        experts: layout of the stacks of experts; None if there are none.
         kwargs: other keys of ``config.json``; ignored.
 
     Raises:
-        ValueError: unknown format version or storage, or invalid ranks, bits or group size.
+        ValueError: unknown format version, storage or layout of experts, or invalid ranks, bits or
+            group size.
     """
 
     quant_method: Any  # a plain string, because transformers' enum only has its own methods
@@ -92,14 +116,17 @@ class HiSVDConfig(QuantizationConfigMixin):
         storage: str = "pair",
         bits: Mapping[str, int] | None = None,
         group_size: int = GROUP_SIZE,
+        experts: str | None = None,
         **kwargs: Any,  # noqa: ARG002 (contains ``quant_method``)
     ) -> None:
         known = isinstance(storage, str) and storage in FORMAT_VERSIONS
-        if not known or format_version != format_version_of(storage, bits):
+        known = known and experts in (None, *EXPERT_LAYOUTS)
+        if not known or format_version != format_version_of(storage, bits, experts):
             raise ValueError(
-                f"This checkpoint has hisvd format version {format_version!r} and storage "
-                f"{storage!r}, but this code supports version 1 (pair), 2 (pivoted) and 3 (either, "
-                "quantized). Use another version of hisvd."
+                f"This checkpoint has hisvd format version {format_version!r}, storage {storage!r} "
+                f"and experts {experts!r}, but this code supports version 1 (pair), 2 (pivoted), "
+                f"3 (either, quantized) and 4 (with experts {', '.join(EXPERT_LAYOUTS)}). Use "
+                "another version of hisvd."
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
@@ -111,6 +138,7 @@ class HiSVDConfig(QuantizationConfigMixin):
                 f"quantization_config.group_size is not a positive integer: {group_size}"
             )
         self.group_size = group_size
+        self.experts = cast(ExpertLayout | None, experts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content for ``config.json``, without default values."""
@@ -119,6 +147,8 @@ class HiSVDConfig(QuantizationConfigMixin):
             document.pop("storage")
         if not self.bits:
             del document["bits"], document["group_size"]
+        if self.experts is None:
+            del document["experts"]
         return document
 
 
@@ -135,13 +165,21 @@ class HiSVDQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HiSVDConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._report_seen = False
+        self._names: frozenset[str] = frozenset()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Replace the layers of a model on the meta device, and hook into the loading report."""
         replace_linears(model, self.quantization_config)
+        self._names = with_and_without(model.base_model_prefix, _low_rank_tensors(model))
         files = kwargs.get("checkpoint_files")  # transformers 5 only
         _check_file_shapes(model, files or ())
         self._watch_report(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Exclude low-rank tensors from the rules by which transformers 5 converts tensors."""
+        before = super().update_weight_conversions  # type: ignore[no-untyped-call]
+        rules: list[Any] = before(weight_conversions, *args)
+        return [excepted(rule, self._names) for rule in rules]
 
     def _watch_report(self, model: PreTrainedModel) -> None:
         """Check the loading report of this model.
@@ -227,7 +265,7 @@ class HiSVDQuantizer(HfQuantizer):
         if dtype is None and self.quantization_config.bits:  # codes have no floating-point dtype
             dtype = model.dtype
         for name, layer in layers.items():
-            _set_module(model, name, _dense_linear(layer, dtype))
+            set_layer(model, name, dense_form(layer, dtype))
         if dtype is not None and dtype != model.dtype:
             nn.Module.to(model, dtype)  # all layers: mixed dtypes would not run
         _drop_code(model)
@@ -260,22 +298,22 @@ class HiSVDForCausalLM:
     ``LlamaForCausalLM``. Architectures defined by remote code are not supported.
     """
 
+    auto_class = AUTO_CLASS
+
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Load a low-rank checkpoint; arguments as for ``AutoModelForCausalLM.from_pretrained``."""
-        from transformers import AutoModelForCausalLM
-
+        """Load a low-rank checkpoint; arguments as for ``from_pretrained`` of the auto class."""
         kwargs["trust_remote_code"] = False  # this call is the remote code
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
+        auto = getattr(transformers, cls.auto_class)
+        model: PreTrainedModel = auto.from_pretrained(path, *args, **kwargs)
         return model
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
         """Build a model with random weights in the checkpoint's low-rank structure."""
-        from transformers import AutoModelForCausalLM
-
         kwargs["trust_remote_code"] = False
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
+        auto = getattr(transformers, cls.auto_class)
+        model: PreTrainedModel = auto.from_config(config, **kwargs)
         replace_linears(model, HiSVDConfig(**dict(config.quantization_config)))
         _carry_code(model)
         return model
@@ -283,6 +321,12 @@ class HiSVDForCausalLM:
     @classmethod
     def register_for_auto_class(cls, auto_class: str = AUTO_CLASS) -> None:
         """Do nothing; transformers calls this to have the file of a class saved with the model."""
+
+
+class HiSVDForImageTextToText(HiSVDForCausalLM):
+    """The entry point for models that also take images."""
+
+    auto_class = IMAGE_TEXT_CLASS
 
 
 class HiSVDAutoConfig:
@@ -308,13 +352,32 @@ class HiSVDAutoConfig:
 def remote_code_files() -> dict[str, Path]:
     """Return file name in a checkpoint → path of the source, for the loader code."""
     here = Path(__file__)
-    names = ("lowrank.py", "quantized.py", "peft_support.py", "import_hooks.py")
+    names = (
+        *("lowrank.py", "quantized.py", "peft_support.py", "import_hooks.py"),
+        *("factored.py", "experts.py", "replacement.py", "conversions.py"),
+    )
     inner = {name: here.with_name(name) for name in names}
     return {MODELING_FILE: here, **inner}
 
 
-def format_version_of(storage: str, bits: Mapping[str, int] | None) -> int:
+def auto_map(auto_class: str = AUTO_CLASS) -> dict[str, str]:
+    """Return the ``auto_map`` of ``config.json``.
+
+    Args:
+        auto_class: the auto class that loads the model.
+    """
+    return {name: ENTRY_POINTS[name] for name in (auto_class, "AutoConfig")}
+
+
+AUTO_MAP = auto_map()
+
+
+def format_version_of(
+    storage: str, bits: Mapping[str, int] | None, experts: str | None = None
+) -> int:
     """Return the format version of a layout."""
+    if experts is not None:
+        return EXPERTS_VERSION
     return QUANTIZED_VERSION if bits else FORMAT_VERSIONS[storage]
 
 
@@ -323,9 +386,9 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
-def replaced_layers(model: nn.Module) -> dict[str, LowRankLinear | QuantizedLinear]:
-    """Return name → layer for all low-rank and quantized layers of a model."""
-    kinds = (LowRankLinear, QuantizedLinear)
+def replaced_layers(model: nn.Module) -> dict[str, Replaced]:
+    """Return name → layer for all low-rank and quantized layers and stacks of a model."""
+    kinds = (LowRankLinear, QuantizedLinear, LowRankExperts)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
@@ -338,24 +401,38 @@ def replace_linears(model: PreTrainedModel, config: HiSVDConfig) -> None:
         config: the layers to replace.
 
     Raises:
-        ValueError: a name is not an ``nn.Linear`` of the model, or its rank is too large.
+        ValueError: a name is not a linear layer or a stack of experts of the model, its rank is too
+            large, or the layout of the experts is missing, superfluous or not supported.
     """
-    modules = dict(model.named_modules())
+    if config.experts and int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            "This checkpoint has low-rank experts, which transformers "
+            f"{transformers.__version__} does not support. Install transformers 5."
+        )
     prefix = f"{model.base_model_prefix}."
     headless = _is_headless(model)
     wrong = []
+    stacks = False
     for name in {**config.ranks, **config.bits}:
-        local = name.removeprefix(prefix) if headless and name not in modules else name
-        linear = modules.get(local)
-        if isinstance(linear, nn.Linear):
-            _check_rank(linear, name, config)
-            _set_module(model, local, _replacement(linear, name, config))
+        local = name
+        dense = find_dense(model, name)
+        if dense is None and headless:
+            local = name.removeprefix(prefix)
+            dense = find_dense(model, local)
+        if dense is not None:
+            stacks |= isinstance(dense, ExpertStack)
+            set_layer(model, local, _replacement(dense, name, config))
         elif not headless or name.startswith(prefix):
             wrong.append(name)
     if wrong:
         raise ValueError(
-            f"quantization_config names modules that are not nn.Linear in {type(model).__name__}: "
-            f"{_listed(wrong)}."
+            "quantization_config names layers that are neither linear nor stacks of experts in "
+            f"{type(model).__name__}: {_listed(wrong)}."
+        )
+    if config.experts and not stacks:
+        raise ValueError(
+            f"quantization_config.experts is {config.experts!r}, but no name in "
+            "quantization_config.ranks is a stack of experts."
         )
 
 
@@ -402,53 +479,29 @@ def _listed(items: Iterable[str], limit: int = 5) -> str:
 
 def _is_headless(model: PreTrainedModel) -> bool:
     """Return whether this is a model without a head, as returned by ``AutoModel``."""
-    return not hasattr(model, model.base_model_prefix)
+    prefix = model.base_model_prefix
+    return bool(prefix) and not hasattr(model, prefix)
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _check_rank(linear: nn.Linear, name: str, config: HiSVDConfig) -> None:
-    """Raise ``ValueError`` if a rank exceeds the full rank of its matrix."""
-    largest = min(linear.in_features, linear.out_features)
-    rank = config.ranks.get(name, 1)
-    if rank > largest:
+def _replacement(
+    dense: nn.Linear | Conv1D | ExpertStack, name: str, config: HiSVDConfig
+) -> nn.Module:
+    """Return the layer that replaces a dense one. Raises ``ValueError``."""
+    rank, largest = config.ranks.get(name), min(sizes_of(dense))
+    if rank is not None and rank > largest:
         raise ValueError(
             f"quantization_config.ranks: the rank {rank} of {name} exceeds its maximum, {largest}."
         )
-
-
-def _replacement(linear: nn.Linear, name: str, config: HiSVDConfig) -> nn.Module:
-    """Return the layer that replaces a dense one, with the same sizes, device and dtype."""
-    like: dict[str, Any] = {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bias": linear.bias is not None,
-        "device": linear.weight.device,
-        "dtype": linear.weight.dtype,
-    }
-    if name in config.ranks:
-        like["rank"] = config.ranks[name]
-    if name in config.bits:
-        like |= {"bits": config.bits[name], "group_size": config.group_size}
-    layers = QUANTIZED if name in config.bits else LAYERS
-    storage = storage_with(config.bits.get(name), config.storage)
-    kind = layers[storage] if name in config.ranks else QuantizedLinear
-    layer: nn.Module = kind(**like)
-    return layer.train(linear.training)
-
-
-def _dense_linear(layer: LowRankLinear | QuantizedLinear, dtype: torch.dtype | None) -> nn.Linear:
-    """Return the dense layer that is equivalent to a low-rank or quantized one."""
-    has_bias = layer.bias is not None
-    dense = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
-    with torch.no_grad():
-        dense.weight = nn.Parameter(layer.dense_weight(dtype), layer.weight.requires_grad)
-        if layer.bias is not None:
-            dense.bias = nn.Parameter(layer.bias.detach().to(dtype), layer.bias.requires_grad)
-    return dense.train(layer.training)
+    bits = config.bits.get(name)
+    if not isinstance(dense, ExpertStack):
+        return replacement(dense, rank, config.storage, bits, config.group_size)
+    if rank is None or bits is not None:
+        raise ValueError(f"quantization_config.bits: {name} is a stack of experts.")
+    if config.experts is None:
+        raise ValueError(
+            f"quantization_config lacks experts, although {name} is a stack of experts."
+        )
+    return low_rank_stack(dense, name, rank, config.experts)
 
 
 def _low_rank_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
@@ -567,10 +620,19 @@ def _refuse_extra(model: PreTrainedModel, config: HiSVDConfig, unexpected: Itera
         )
 
 
-def _names_our_code(config: PretrainedConfig) -> bool:
-    """Return whether ``auto_map`` refers to this file, in the folder or in a Hub repository."""
-    auto_map = getattr(config, "auto_map", None) or {}
-    return str(auto_map.get(AUTO_CLASS, "")).split("--")[-1] == AUTO_MAP[AUTO_CLASS]
+def _our_entries(config: PretrainedConfig) -> dict[str, str]:
+    """Return the entries of ``auto_map`` for this file, if it names the file: empty if not.
+
+    It may name the file in the folder or in a Hub repository.
+    """
+    stated = getattr(config, "auto_map", None) or {}
+    own = {
+        name: entry
+        for name, entry in ENTRY_POINTS.items()
+        if str(stated.get(name, "")).split("--")[-1] == entry
+    }
+    model_class = next((name for name in own if name != "AutoConfig"), None)
+    return {**auto_map(model_class), **own} if model_class else {}
 
 
 def _allow_casts(model: PreTrainedModel) -> None:
@@ -599,13 +661,13 @@ def _note_ranks(model: PreTrainedModel) -> None:
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, HiSVDConfig):
         return
-    layers, prefix = low_rank_layers(model), f"{model.base_model_prefix}."
+    layers, prefix = replaced_layers(model), f"{model.base_model_prefix}."
     for name in list(config.ranks):
         layer = layers.get(name) or layers.get(name.removeprefix(prefix))
-        if layer is None:
-            del config.ranks[name]
-        else:
+        if isinstance(layer, LowRankLinear | LowRankExperts):
             config.ranks[name] = layer.rank
+        else:
+            del config.ranks[name]
 
 
 def _save_with_code(
@@ -617,13 +679,14 @@ def _save_with_code(
 ) -> None:
     """Save the model with the method of its class, then add the loader code."""
     _note_ranks(model)
-    with_code = _names_our_code(model.config)
-    if with_code:  # the code is in the saved folder now, not in a Hub repository
-        model.config.auto_map = {**model.config.auto_map, **AUTO_MAP}
-    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    entries = _our_entries(model.config)
+    if entries:  # the code is in the saved folder now, not in a Hub repository
+        model.config.auto_map = {**model.config.auto_map, **entries}
+    with saved_as_named(model, _low_rank_tensors(model)):
+        type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     folder = Path(save_directory)
     # For a model with adapters, only the adapters are saved, without a config.json.
-    if with_code and is_main_process and (folder / "config.json").is_file():
+    if entries and is_main_process and (folder / "config.json").is_file():
         for name, source in remote_code_files().items():
             shutil.copyfile(source, folder / name)
 
@@ -632,8 +695,8 @@ def _drop_code(model: PreTrainedModel) -> None:
     """Undo ``_carry_code`` and ``_allow_casts``, for a dequantized model."""
     for name in ("save_pretrained", *_CASTS):
         model.__dict__.pop(name, None)
-    if _names_our_code(model.config):
-        for auto_class in AUTO_MAP:
+    if entries := _our_entries(model.config):
+        for auto_class in entries:
             model.config.auto_map.pop(auto_class, None)
         if not model.config.auto_map:
             del model.config.auto_map
