@@ -104,6 +104,7 @@ def _complete(
             storage,
             bits=dict(recipe.bits),
             group_size=recipe.group_size,
+            experts=checkpoint.experts,
         ),
     )
     if is_own_file(checkpoint.folder / PLAN_FILE):

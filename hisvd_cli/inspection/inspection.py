@@ -35,7 +35,14 @@ from hisvd_cli.modeling.checkpoints.checkpoint import (
 )
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
 from hisvd_cli.modeling.layers.shapes import is_stack
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tell_notes, tensor_names
+from hisvd_cli.modeling.naming import names_in_model
+from hisvd_cli.modeling.skeleton import (
+    build_meta_model,
+    decoder_blocks,
+    tell_notes,
+    tensor_names,
+    tied_names,
+)
 from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
@@ -148,9 +155,10 @@ def _moment_problems(calibration: Calibration, layer: int) -> list[str]:
 def _skeleton(
     source: Source,
 ) -> tuple[PreTrainedModel, list[Sublayer], dict[str, tuple[int, ...]]]:
-    """Return the dense model without weights, its sublayers, and tensor name → shape."""
-    model = build_meta_model(source, compressed=True)
-    prefix, layers = decoder_blocks(model)
+    """Return the dense model of transformers without weights, its sublayers, and tensor name →
+    shape."""
+    prefix, layers = decoder_blocks(build_meta_model(source, compressed=True))
+    model = build_meta_model(source, compressed=True, working=False)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     return model, find_sublayers(prefix, list(layers)), shapes
 
@@ -161,16 +169,20 @@ def _audit_checkpoint(
     ranks, storage = checkpoint.ranks, checkpoint.storage
     layout = Layout(ranks, storage, checkpoint.bits, checkpoint.group_size)
     weights = checkpoint.weights
-    found = {name: info.shape for name, info in weights.infos.items()}
     model, sublayers, dense = _skeleton(source)
+    shapes = sublayer_shapes(sublayers, layout)
+    names, made_from = names_in_model(model, {**dense, **shapes}, weights)
+    found = {names[n]: info.shape for n, info in weights.infos.items()}
+    found |= {name: dense[name] for name in made_from if name in dense}
     dense = {name: shape for name, shape in dense.items() if not _is_copy(model, name, found)}
-    replaced = {f"{m}.weight" for s in sublayers if s.name in ranks for m in s.members}
-    kept = {name: shape for name, shape in dense.items() if name not in replaced}
-    expected = {**kept, **sublayer_shapes(sublayers, layout)}
+    replaced = {s.name if is_stack(s.shape) else f"{s.name}.weight" for s in sublayers}
+    stacks = {s.name for s in sublayers if is_stack(s.shape) and s.name not in ranks}
+    kept = {n: shape for n, shape in dense.items() if n not in replaced or n in stacks}
+    expected = {**kept, **shapes}
     matrices = {**kept, **sublayer_shapes(sublayers, layout, packed=False)}
     problems = _name_problems(sublayers, ranks, expected, found)
     problems += tensor_problems(expected, found)
-    dtypes = {name: info.dtype for name, info in weights.infos.items()}
+    dtypes = {names[name]: info.dtype for name, info in weights.infos.items()}
     rows = rows_of(sublayers, dtypes, layout)
     if (checkpoint.folder / PLAN_FILE).is_file():
         problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
@@ -206,10 +218,7 @@ def _numbers(layout: Layout, rows: Iterable[Row]) -> dict[str, str]:
 
 def _is_copy(model: PreTrainedModel, name: str, found: dict[str, tuple[int, ...]]) -> bool:
     """Return whether a tensor is a tied output head, which is stored once, as the embedding."""
-    if name in found or not model.config.get_text_config().tie_word_embeddings:
-        return False
-    head = model.get_output_embeddings()
-    return any(f"{n}.weight" == name for n, module in model.named_modules() if module is head)
+    return name not in found and name == (tied_names(model) or ("",))[0]
 
 
 def _name_problems(
@@ -251,11 +260,12 @@ def _audit_model(source: Source, check_values: bool, reporter: Reporter) -> Audi
         problems.append(error.message)
         names = {name: name for name in shapes if name in infos}
     expected = {name: shapes[name] for name in names}
-    problems += tensor_problems(expected, {n: infos[stored].shape for n, stored in names.items()})
+    info = source.weights.info
+    problems += tensor_problems(expected, {n: info(stored).shape for n, stored in names.items()})
     if check_values:
         problems += _value_problems(source.weights, reporter)
     total = sum(map(prod, expected.values()))
-    rows = rows_of(sublayers, {n: infos[stored].dtype for n, stored in names.items()}, Layout())
+    rows = rows_of(sublayers, {n: info(stored).dtype for n, stored in names.items()}, Layout())
     return Audit(
         "model",
         source.name,

@@ -10,7 +10,6 @@ Legend: E experts; m outputs and n inputs of each; T tokens, each routed to k ex
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
+
+from hisvd_cli.modeling.layers.experts import is_transposed
 
 
 @dataclass(frozen=True)
@@ -206,23 +207,16 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 """Attributes of modules that hold the number of experts."""
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether a module of experts multiplies ``x @ parameter[i]``."""
-    declared = getattr(module, "is_transposed", None)
-    if isinstance(declared, bool):
-        return declared
-    return "linear(" not in inspect.getsource(type(module).forward)
-
-
 def separate_experts(blocks: nn.Module) -> None:
     """Replace each stacked parameter in ``blocks`` by one linear layer per expert."""
     for module in list(blocks.modules()):
         found = stacks_of(module)
         if not found:
             continue
+        transposed = is_transposed(module)
         for name, parameter in found.items():
             delattr(module, name)
-            setattr(module, name, ExpertLinears(parameter, is_transposed(module)))
+            setattr(module, name, ExpertLinears(parameter, transposed))
         module.register_forward_pre_hook(_note_routing, with_kwargs=True)
 
 

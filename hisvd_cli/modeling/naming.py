@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -119,12 +119,45 @@ def settles(model: PreTrainedModel, stem: str, name: str) -> bool:
     )
 
 
+def stems_on_disk(
+    model: PreTrainedModel, sublayers: Sequence[str], stored: Iterable[str]
+) -> dict[str, str]:
+    """Return sublayer → the name that precedes ``.weight`` in the files of a checkpoint."""
+    names = without_inner(stored)
+    wanted = [f"{sublayer}.weight" for sublayer in sublayers]
+    renamed = {}
+    if any(name not in names for name in wanted):
+        renamed = convert_names(_Structure(model), wanted, names).renamed
+    return {
+        sublayer: (name if name in names else renamed.get(name, name)).removesuffix(".weight")
+        for sublayer, name in zip(sublayers, wanted, strict=True)
+    }
+
+
+def names_in_model(
+    model: PreTrainedModel, expected: Collection[str], stored: Iterable[str]
+) -> tuple[dict[str, str], frozenset[str]]:
+    """Return name on disk → name in the model, and the tensors that are made from others.
+
+    Args:
+        model: the model in the form of transformers.
+        expected: names of its tensors.
+        stored: names on disk. Those that no rule maps to an expected name keep their own.
+    """
+    names = list(stored)
+    conversion = convert_names(_Structure(model), expected, {name: name for name in names})
+    found = {on_disk: name for name, on_disk in conversion.renamed.items()}
+    for name, made in conversion.converted.items():
+        found |= dict.fromkeys(made.stored, name)
+    return {name: found.get(name, name) for name in names}, frozenset(conversion.converted)
+
+
 def _found(
     origin: _Origin, literal: Mapping[str, str], conversion: Conversion
 ) -> str | Converted | None:
     for known in (conversion.converted, conversion.renamed, literal):
         if origin.name in known:
-            return cast(str | Converted, known[origin.name])
+            return known[origin.name]
     return None
 
 

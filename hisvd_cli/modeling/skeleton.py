@@ -231,7 +231,7 @@ def own_head(model: PreTrainedModel, names: Mapping[str, str]) -> bool:
 
     transformers 4 ties it nevertheless, and ignores the stored tensor.
     """
-    return (_tied_names(model) or ("", ""))[0] in names
+    return (tied_names(model) or ("", ""))[0] in names
 
 
 def tell_notes(source: Source, reporter: Reporter) -> None:
@@ -289,7 +289,7 @@ def _untie(
 
     As in transformers, a head on disk that differs from the embedding is kept as untied.
     """
-    head, embedding = _tied_names(model) or ("", "")
+    head, embedding = tied_names(model) or ("", "")
     if head in missing:
         del missing[head]
     elif embedding in missing:
@@ -301,7 +301,7 @@ def _untie(
         del names[head]
 
 
-def _tied_names(model: PreTrainedModel) -> tuple[str, str] | None:
+def tied_names(model: PreTrainedModel) -> tuple[str, str] | None:
     """Return the names of an output head and of the embedding that it is tied to, if it is."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     configs = (model.config, model.config.get_text_config())

@@ -89,7 +89,8 @@ def _stays_dense(parent: nn.Module, name: str, linear: nn.Linear) -> bool:
     experts = next((len(m) for m in parent.modules() if isinstance(m, ExpertLinears)), 0)
     if experts and linear.out_features == experts:
         return True
-    return name.rpartition(".")[2] in _read_weights(type(parent))
+    kind: Hashable = type(parent)  # type: ignore[assignment]  # classes are hashable
+    return name.rpartition(".")[2] in _read_weights(kind)
 
 
 @cache

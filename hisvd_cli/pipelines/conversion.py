@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from hisvd_cli.export.convert import from_pt, repack, to_dense, to_pt, unpacked
+from hisvd_cli.export.convert import conversion_key, from_pt, repack, to_pt, unpacked
+from hisvd_cli.export.dense import to_dense
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hisvd_cli.modeling.sources.companions import warn_of_links
 from hisvd_cli.pipelines.compressing.quantization import check_quantization, quantize_checkpoint
@@ -132,7 +133,8 @@ def _convert(checkpoint: Checkpoint, to: Target, output: Path, shard_bytes: int)
     if to == "pt":
         to_pt(checkpoint, output)
     elif to == "dense":
-        to_dense(checkpoint, output, shard_bytes)
+        key = conversion_key("dense", checkpoint, shard_bytes)
+        to_dense(checkpoint, output, key, shard_bytes)
     else:
         repack(checkpoint, output, shard_bytes)
 

@@ -81,6 +81,11 @@ class Checkpoint:
         return self._loader.storage
 
     @property
+    def experts(self) -> str | None:
+        """Layout of the stacks of experts; None if there are none. Raises SourceError."""
+        return self._loader.experts
+
+    @property
     def architecture(self) -> str:
         """Class name of the model. Raises SourceError."""
         return architecture_of(self.config, self.folder)

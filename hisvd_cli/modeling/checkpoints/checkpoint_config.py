@@ -63,22 +63,35 @@ def compressed_config(
         architecture: class name of the model.
         ranks: name → rank of the low-rank sublayers.
         storage: storage of their factors.
-        quantized: ``bits`` and ``group_size``, if sublayers are quantized.
+        quantized: ``bits`` and ``group_size``, if sublayers are quantized; ``experts``, the layout
+            of stacks of experts, if there are any.
     """
     from hisvd_cli.modeling.layers.transformers_plugin import (
-        AUTO_MAP,
         HiSVDConfig,
+        auto_map,
         format_version_of,
     )
 
-    version = format_version_of(storage, quantized.get("bits"))
+    version = format_version_of(storage, quantized.get("bits"), quantized.get("experts"))
     quantization = HiSVDConfig(ranks, version, storage, **quantized)
     return {
         **config,
         "architectures": [architecture],
-        "auto_map": dict(AUTO_MAP),
+        "auto_map": auto_map(auto_class_of(architecture)),
         "quantization_config": quantization.to_dict(),
     }
+
+
+def auto_class_of(architecture: str) -> str:
+    """Return the name of the class of transformers that loads an architecture: that of causal
+    language models, unless it is only known as a multimodal model."""
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    multimodal = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    if architecture in multimodal and architecture not in causal:
+        return "AutoModelForImageTextToText"
+    return "AutoModelForCausalLM"
 
 
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ applied to one tensor at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -171,3 +171,32 @@ def _targets(first: str, rule: Any) -> list[str]:
     if len(rule.target_patterns) == 1 or head not in first:
         return [first]
     return [first.replace(head, target, 1) for target in rule.target_patterns]
+
+
+def original_groups(model: Any, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the groups of tensors that the rules make from others on disk.
+
+    Args:
+        model: the model in the form of transformers.
+        names: names of its tensors.
+    """
+    rules = conversion_rules(model)
+    if rules is None:
+        return []
+    from transformers.core_model_loading import apply_converters
+
+    converters = [rule.reverse_transform() for rule in reversed(rules[1])]
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        target, pattern = apply_converters(name, converters)
+        if pattern is not None:
+            rule = next(i for i, c in enumerate(converters) if pattern in c.source_patterns)
+            groups.setdefault((target, rule), []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def original_tensors(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a model as they are on disk: one group of :func:`original_groups`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
