@@ -186,7 +186,7 @@ def _copied(
     on_disk = _stored(weights, stored)
     if stored in weights.derived and changed.intersection(on_disk):
         return [(name, stored)]
-    if name in naming.by_rules or stored in weights.derived:
+    if naming.by_rules or stored in weights.derived:
         return [(each, each) for each in on_disk]
     return [(name, stored)]
 
@@ -197,7 +197,7 @@ def _factored(
     """Return how a sublayer is read and named: as on disk, if rules rename it alone."""
     weights = {member: names[f"{member}.weight"] for member in sublayer.members}
     stem = sublayer.name
-    if len(weights) == 1 and f"{stem}.weight" in naming.by_rules:
+    if len(weights) == 1 and naming.by_rules:
         stored = next(iter(weights.values())).removesuffix(".weight")
         stem = stored if settles(model, stored, sublayer.name) else stem
     return Factored(sublayer.name, stem, weights, stacked=len(sublayer.shape) > 2)

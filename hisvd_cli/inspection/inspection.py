@@ -175,9 +175,9 @@ def _audit_checkpoint(
     found = {names[n]: info.shape for n, info in weights.infos.items()}
     found |= {name: dense[name] for name in made_from if name in dense}
     dense = {name: shape for name, shape in dense.items() if not _is_copy(model, name, found)}
-    replaced = {s.name if is_stack(s.shape) else f"{s.name}.weight" for s in sublayers}
-    stacks = {s.name for s in sublayers if is_stack(s.shape) and s.name not in ranks}
-    kept = {n: shape for n, shape in dense.items() if n not in replaced or n in stacks}
+    changed = [s for s in sublayers if s.name in ranks or s.name in checkpoint.bits]
+    replaced = {s.name if is_stack(s.shape) else f"{s.name}.weight" for s in changed}
+    kept = {name: shape for name, shape in dense.items() if name not in replaced}
     expected = {**kept, **shapes}
     matrices = {**kept, **sublayer_shapes(sublayers, layout, packed=False)}
     problems = _name_problems(sublayers, ranks, expected, found)

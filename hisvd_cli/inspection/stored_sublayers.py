@@ -101,8 +101,8 @@ def _bits_of(dtype: str) -> int | None:
 def sublayer_shapes(
     sublayers: Iterable[Sublayer], layout: Layout, *, packed: bool = True
 ) -> dict[str, tuple[int, ...]]:
-    """Return tensor name → shape for every sublayer but dense stacks, whose tensors are those of
-    the model.
+    """Return tensor name → shape for every low-rank or quantized sublayer; the tensors of others
+    are those of the model.
 
     Args:
         sublayers: sublayers of the dense model.
@@ -113,7 +113,7 @@ def sublayer_shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for s in sublayers:
         rank, bits = layout.ranks.get(s.name), layout.bits.get(s.name)
-        if rank is None and is_stack(s.shape):
+        if rank is None and not bits:
             continue
         storage = storage_with(bits, layout.storage)
         tensors = {"weight": s.shape} if rank is None else _factors(s.shape, rank, storage)
