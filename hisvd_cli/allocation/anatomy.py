@@ -73,7 +73,7 @@ def _dissected(source: Source) -> Anatomy:
     shapes = model.state_dict()
     for name, stored in names.items():
         check_shape(name, source.weights.info(stored).shape, shapes[name].shape)
-    total = sum(shapes[name].numel() for name in names)
+    total = sum({stored: shapes[name].numel() for name, stored in names.items()}.values())
     sublayers = find_sublayers(prefix, list(layers))
     experts = any(is_stack(s.shape) for s in sublayers)
     return Anatomy(sublayers, total, names, experts_per_token(source.config) if experts else None)

@@ -138,6 +138,7 @@ def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layou
     parts: dict[str, Part] = {OUTSIDE: Part()}
     parts |= {f"block-{i:05d}": Part() for i in range(len(layers))}
     groups: dict[str, list[str]] = defaultdict(list)
+    done: set[str] = set()
     for name in names:
         block = _block(name, prefix)
         if sublayer := owner.get(name):
@@ -148,7 +149,8 @@ def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layou
                 groups[block].append(part)
             continue
         for written, stored in _copied(source.weights, name, names[name], changed, naming):
-            if stored not in parts[block].copied.values():
+            if stored not in done:
+                done.add(stored)
                 parts[block].copied[written] = stored
                 parts[block].bytes += source.weights.info(stored).nbytes
     return Layout(type(model).__name__, dict(_ordered(parts, groups)), own_head(model, names))

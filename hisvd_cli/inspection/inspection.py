@@ -39,6 +39,7 @@ from hisvd_cli.modeling.naming import names_in_model
 from hisvd_cli.modeling.skeleton import (
     build_meta_model,
     decoder_blocks,
+    shared_tensors,
     tell_notes,
     tensor_names,
     tied_names,
@@ -217,8 +218,9 @@ def _numbers(layout: Layout, rows: Iterable[Row]) -> dict[str, str]:
 
 
 def _is_copy(model: PreTrainedModel, name: str, found: dict[str, tuple[int, ...]]) -> bool:
-    """Return whether a tensor is a tied output head, which is stored once, as the embedding."""
-    return name not in found and name == (tied_names(model) or ("",))[0]
+    """Return whether a tensor is a copy of another, such as a tied output head, and not stored."""
+    copies = {(tied_names(model) or ("",))[0], *shared_tensors(model)}
+    return name not in found and name in copies
 
 
 def _name_problems(

@@ -26,6 +26,7 @@ FORMS: tuple[Form, ...] = (
     lambda state: state,
     lambda state: (state,),
     lambda state: (state, None),
+    lambda state: (state, None, None),
 )
 """What blocks return: the hidden states, or a tuple that begins with them."""
 

@@ -27,7 +27,7 @@ from hisvd_cli.modeling.skeleton import (
     read_tensor,
     tensor_names,
 )
-from hisvd_cli.utils.errors import NumericalError
+from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 PROBE = -1
 """Start of the batch that consists of the first sequence alone."""
+
+
+_BLOCK_FAULTS = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
+"""What the code of a block raises if it is not given what it needs."""
 
 
 class _ReachedError(Exception):
@@ -233,7 +237,14 @@ class BlockWalk:
         given = self._recording.of(index, start, len(part), self.device)
         if given is None:  # not run on text
             return part
-        out = self.layers[index](self._recording.from_rows(part), *given[0], **given[1])
+        try:
+            out = self.layers[index](self._recording.from_rows(part), *given[0], **given[1])
+        except _BLOCK_FAULTS as error:
+            raise UnsupportedModelError(
+                f"Block {index} of {type(self.model).__name__} cannot be run on its own: "
+                f"{reason(error)}",
+                "It may need results of earlier blocks that are not hidden states.",
+            ) from error
         return self._recording.to_rows(out[0] if isinstance(out, tuple | list) else out)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -77,6 +78,8 @@ def prepare(model: PreTrainedModel) -> None:
     """
     with suppress(UnsupportedModelError):
         linearize(decoder_blocks(model)[1])
+        for name in {n for pair in shared_tensors(model).items() for n in pair}:
+            model.get_submodule(name.rpartition(".")[0]).shared = True
         for config in (model.config, model.config.get_text_config()):
             config._experts_implementation = "eager"  # the others bypass linear layers
 
@@ -184,17 +187,25 @@ def _are_blocks(layers: nn.ModuleList) -> bool:
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """Return the text decoder according to transformers; the model itself if it names none."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return found if isinstance(found, nn.Module) else model
+    has_blocks = isinstance(found, nn.Module) and any(
+        isinstance(module, nn.ModuleList) for module in found.modules()
+    )
+    return found if has_blocks else model
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """Return the module that runs the decoder blocks, or else what transformers calls the
-    decoder."""
+    """Return the innermost module that runs the decoder blocks on tokens, or else what transformers
+    calls the decoder."""
     try:
         name, _ = decoder_blocks(model)
     except UnsupportedModelError:
         return text_decoder(model)
-    return model.get_submodule(name.rpartition(".")[0])
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if "input_ids" in inspect.signature(module.forward).parameters:
+            return module
+    return model
 
 
 def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
@@ -209,6 +220,11 @@ def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
     """
     wanted = list(model.state_dict())
     names = find_naming(model, source).names
+    names |= {
+        name: names[other]
+        for name, other in shared_tensors(model).items()
+        if name not in names and other in names
+    }
     missing = dict.fromkeys(name for name in wanted if name not in names)
     _untie(model, source, names, missing)
     for name in missing:
@@ -224,6 +240,14 @@ def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
             "The files are incomplete or of another architecture: download the model again.",
         )
     return names
+
+
+def shared_tensors(model: PreTrainedModel) -> dict[str, str]:
+    """Return tensor → tensor of an earlier block with the same values, which is stored once."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    outside = tied_names(model) or ("", "")
+    pairs = dict(tied) if isinstance(tied, dict) else {}
+    return {name: other for name, other in pairs.items() if (name, other) != outside}
 
 
 def own_head(model: PreTrainedModel, names: Mapping[str, str]) -> bool:

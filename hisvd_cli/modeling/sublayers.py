@@ -86,6 +86,8 @@ def _stays_dense(parent: nn.Module, name: str, linear: nn.Linear) -> bool:
     """Return whether a linear layer cannot be replaced by two, or is a router."""
     if min(linear.weight.shape) == 1 or isinstance(parent, ExpertLinears):
         return True
+    if getattr(linear, "shared", False):  # stored once for several blocks
+        return True
     experts = next((len(m) for m in parent.modules() if isinstance(m, ExpertLinears)), 0)
     if experts and linear.out_features == experts:
         return True

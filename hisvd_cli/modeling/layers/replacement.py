@@ -46,8 +46,9 @@ def set_layer(model: nn.Module, name: str, layer: nn.Module | nn.Parameter) -> N
     """Put a module or a parameter in the place of another."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    delattr(owner, leaf)  # a parameter cannot be replaced by a module otherwise
-    setattr(owner, leaf, layer)
+    if isinstance(getattr(owner, leaf), nn.Module) != isinstance(layer, nn.Module):
+        delattr(owner, leaf)  # a parameter cannot be replaced by a module otherwise
+    setattr(owner, leaf, layer)  # in place: the order of an nn.Sequential counts
 
 
 def low_rank_stack(

@@ -42,12 +42,14 @@ class Converted:
 
     Attributes:
         name: in the model.
+        first: name of the first tensor that the rule makes.
         parts: pattern of a rule → names on disk, in order.
         rule: the rule, without tensors.
         model: for rules that read sizes from its config.
     """
 
     name: str
+    first: str
     parts: Mapping[str, tuple[str, ...]]
     rule: Any
     model: Structure = field(repr=False)
@@ -77,9 +79,9 @@ class Converted:
         rule = copy.deepcopy(self.rule)
         for pattern, names in parts.items():
             for name in names:
-                rule.add_tensor(self.name, name, pattern, weights.read(name))
+                rule.add_tensor(self.first, name, pattern, weights.read(name))
         try:
-            made = rule.convert(self.name, model=self.model, config=self.model.config)
+            made = rule.convert(self.first, model=self.model, config=self.model.config)
             tensor = made[self.name]
         except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
             raise SourceError(
@@ -139,7 +141,7 @@ def convert_names(
     for first, parts in groups.items():
         fixed = {pattern: tuple(names) for pattern, names in parts.items()}
         for name in _targets(first, rule_of[first]):
-            converted[name] = Converted(name, fixed, rule_of[first], model)
+            converted[name] = Converted(name, first, fixed, rule_of[first], model)
     return Conversion(renamed, converted)
 
 
