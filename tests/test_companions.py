@@ -22,7 +22,10 @@ from tests.test_source import copy_of
 SECRET = "ssh-secret"
 PLANTED = (".bashrc", ".env", "hisvd.toml", "evil.py", "tokenizer.py", "token", "LICENSE.py")
 WRITTEN = {"README.md", "config.json", "hisvd.json", "model.safetensors", "plan.json"}
-LOADER = {"modeling_hisvd.py", "lowrank.py", "quantized.py", "peft_support.py", "import_hooks.py"}
+LOADER = {
+    *("modeling_hisvd.py", "lowrank.py", "quantized.py", "peft_support.py", "import_hooks.py"),
+    *("factored.py", "experts.py", "replacement.py", "conversions.py"),
+}
 TRAVELS = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "NOTICE", "LICENCE"}
 QUICK = ("--samples", 8, "--seqlen", 64, "--dataset", "demo", "--set", "compress.evaluate=false")
 

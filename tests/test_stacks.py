@@ -336,7 +336,8 @@ def test_stacks_on_disk(
     implementation: str, pristine: Callable[..., Folder], tmp_path: Path
 ) -> None:
     folder = pristine("qwen3_moe")
-    places = {"model.layers.1": "disk", "": "cpu"}
+    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    places = {**dict.fromkeys(rest, "cpu"), "model.layers.1": "disk"}
     model = load(folder.path, implementation, device_map=places, offload_folder=tmp_path)
     stack = model.get_submodule("model.layers.1.mlp.experts.down_proj")
     assert stack.weight.is_meta
@@ -396,22 +397,27 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def test_without_hisvd_the_folder_brings_its_code(
-    pristine: Callable[..., Folder], tmp_path: Path
-) -> None:
-    folders = {name: pristine(name) for name in ARCHITECTURES}
-    for name, folder in folders.items():
-        shutil.copytree(folder.path, tmp_path / "source" / name)
+def run(script: str, folder: Path, *arguments: object, isolated: bool = False) -> None:
+    """Run a script in a process of its own; isolated, as if hisvd were not installed."""
     result = subprocess.run(
-        [sys.executable, "-I", "-c", REMOTE, str(tmp_path / "source"), str(IDS.tolist())],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        [sys.executable, *(["-I"] if isolated else []), "-c", script, *map(str, arguments)],
+        cwd=folder if isolated else Path(__file__).parents[1],
+        env={**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_without_hisvd_the_folder_brings_its_code(
+    pristine: Callable[..., Folder], tmp_path: Path
+) -> None:
+    folders = {name: pristine(name) for name in ARCHITECTURES}
+    for name, folder in folders.items():
+        shutil.copytree(folder.path, tmp_path / "source" / name)
+    run(REMOTE, tmp_path, tmp_path / "source", IDS.tolist(), isolated=True)
     for name, folder in folders.items():
         first, again = torch.load(tmp_path / "source" / name / "logits.pt")
         assert_close(first, expected(folder))
@@ -552,6 +558,27 @@ def test_products_equal_those_of_the_dense_tensor(
     assert_close(stack.dense_weight().detach(), dense)
 
 
+@pytest.mark.parametrize("layout", ["separate", "shared-v", "shared-u"])
+def test_ranks_that_are_not_aligned_are_padded_where_torch_requires_it(
+    layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, and in compiled code, a loop over experts would be slow."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    stack = LowRankExperts((3, 8, 12), 5, layout, False, "some.stack")
+    x = torch.randn(7, 12, requires_grad=True)
+    view: Any = stack.transpose(-2, -1)
+    offs = torch.tensor([3, 3, 7], dtype=torch.int32)
+    y = F.grouped_mm(x, view, offs=offs)
+    dense = stack.dense_weight()
+    wanted = torch.cat([x[:3] @ dense[0].T, x[3:] @ dense[2].T])
+    assert_close(y.detach(), wanted.detach())
+    inputs = (x, stack.weight, stack.weight_u)
+    for a, b in zip(
+        *(torch.autograd.grad(out.square().sum(), inputs) for out in (y, wanted)), strict=True
+    ):
+        assert_close(a, b)
+
+
 def test_a_stack_looks_like_the_tensor() -> None:
     stack, dense = small(transposed=True)
     for a, b in ((stack, dense), (stack[0], dense[0]), (stack[:2].mT, dense[:2].mT)):
@@ -621,8 +648,11 @@ def test_no_rule_of_any_architecture_changes_the_names_of_factors() -> None:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     def renamed(rules: list[Any], name: str, reverse: bool) -> tuple[str, str | None]:
-        kinds = ([r for r in rules if isinstance(r, k)] for k in (WeightRenaming, WeightConverter))
-        changed: tuple[str, str | None] = rename_source_key(name, *kinds, reverse=reverse)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        changed: tuple[str, str | None] = rename_source_key(
+            name, renamings, converters, reverse=reverse
+        )
         return changed
 
     harmful = 0
@@ -753,6 +783,34 @@ def test_merging_adapters_gives_conv1d_back(gpt2: Folder) -> None:
         merged = adapted.merge_and_unload()
         assert type(merged.transformer.h[0].mlp.c_fc) is kind
         assert_close(logits(merged), wanted)
+
+
+ADAPTERS = """
+import sys
+from transformers import AutoModelForCausalLM
+import hisvd_cli
+import transformers.quantizers.auto
+AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+import hisvd_cli.modeling.layers.transformers_plugin as plugin
+from hisvd_cli.modeling.layers.lowrank import LowRankLinear
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+entry = get_class_from_dynamic_module("modeling_hisvd.HiSVDForCausalLM", sys.argv[1])
+copy = sys.modules[entry.__module__]
+assert copy is not plugin
+import peft
+settings = peft.LoraConfig(r=2, target_modules=["c_fc"], task_type="CAUSAL_LM")
+for code in (plugin, copy):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    model.transformer.h[0].mlp.c_fc = code.LowRankLinear(24, 96, 3)
+    model.transformer.h[1].mlp.c_fc = code.LowRankLinear(24, 96, 3)
+    peft.get_peft_model(model, settings)
+"""
+
+
+def test_adapters_work_on_layers_of_either_copy_of_the_code(gpt2: Folder, tmp_path: Path) -> None:
+    """Both the installed code and that of a checkpoint wait for peft to be imported."""
+    pytest.importorskip("peft")
+    run(ADAPTERS, tmp_path, gpt2.path)
 
 
 def test_a_quantized_conv1d(gpt2: Folder, tmp_path: Path) -> None:

@@ -217,6 +217,10 @@ def test_code_of_a_model_travels_only_where_it_is_asked_for(
         "quantized.py",
         "peft_support.py",
         "import_hooks.py",
+        "factored.py",
+        "experts.py",
+        "replacement.py",
+        "conversions.py",
     }
     succeed(*made, "--output", "plain")
     assert {path.name for path in Path("plain").glob("*.py")} == loader

@@ -67,11 +67,12 @@ def is_transposed(experts: nn.Module) -> bool:
     marked = getattr(experts, "is_transposed", None)
     if marked is not None:
         return bool(marked)
-    first = getattr(getattr(experts, "gate_up_proj", None), "shape", ())
-    second = getattr(getattr(experts, "down_proj", None), "shape", ())
-    if len(first) != 3 or len(second) != 3:
-        return False
-    return bool(first[2] == 2 * second[1] and first[1] == second[2])
+    up, down = (_shape(experts, name) for name in ("gate_up_proj", "down_proj"))
+    return len(up) == len(down) == 3 and up[2] == 2 * down[1] and up[1] == down[2]
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    return tuple(getattr(getattr(module, name, None), "shape", ()))
 
 
 def expert_shapes(

@@ -233,14 +233,25 @@ def _grouped(
     offs: Tensor | None = None,
     bias: Any = None,
     out_dtype: Any = None,
+    aligned: bool = True,
 ) -> Any:
-    """A grouped product: x ``[S, n]``, of which each expert takes the rows up to its offset."""
+    """A grouped product: x ``[S, n]``, of which each expert takes the rows up to its offset.
+
+    Args:
+        function: computes it for tensors.
+        x: the rows, sorted by expert.
+        stack: the factors.
+        offs: row after the last one of each expert, ``[E]``.
+        bias: not supported.
+        out_dtype: not supported.
+        aligned: whether ``function`` requires aligned rows.
+    """
     unsupported = bias is not None or out_dtype is not None or offs is None
     if unsupported or isinstance(x, Factored) or stack.ndim != 3:
         _refuse(_first_of([x, stack]), f"{function.__name__} of these arguments")
     v, u = stack.factors()
     lacking = -v.shape[-2] % (_ALIGNMENT // v.element_size())
-    if lacking and "fallback" not in function.__name__:
+    if lacking and aligned:
         if v.device.type == "cpu" and not torch.compiler.is_compiling():
             function = _by_expert  # in place of a copy of all experts
         else:
@@ -248,6 +259,11 @@ def _grouped(
     for factor in pair_of(ExpertView(v, u, stack.transposed, stack)):
         x = x @ factor if factor.dim() == 2 else function(x, factor, offs=offs)
     return x
+
+
+def _grouped_fallback(function: Callable[..., Any], x: Any, stack: Any, offs: Tensor) -> Any:
+    """The grouped product of transformers, for what that of torch does not support."""
+    return _grouped(function, x, stack, offs, aligned=False)
 
 
 def _by_expert(x: Tensor, factor: Tensor, *, offs: Tensor) -> Tensor:
@@ -261,7 +277,8 @@ def _by_expert(x: Tensor, factor: Tensor, *, offs: Tensor) -> Tensor:
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
-    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
+    **dict.fromkeys(("grouped_mm", "_grouped_mm"), _grouped),
+    "grouped_mm_fallback": _grouped_fallback,
     "transpose": lambda _, stack, first, second: stack.transpose(first, second),
 }
 """Name of a function of torch → its form for factors."""

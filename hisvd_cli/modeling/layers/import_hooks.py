@@ -67,8 +67,13 @@ class _Finder(MetaPathFinder):
             return None
         # Several finders may wait for the same module: each wraps the result of the next.
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        waiting = next((f for f in behind if isinstance(f, _Finder) and f.name == fullname), None)
-        spec = (waiting or PathFinder).find_spec(fullname, path, target)
+        waiting = next((f for f in behind if _waits(f, fullname)), PathFinder)
+        spec = waiting.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)
         return spec
+
+
+def _waits(finder: object, name: str) -> bool:
+    """Return whether a finder is one of this file, or of a copy of it in a checkpoint."""
+    return type(finder).__name__ == _Finder.__name__ and getattr(finder, "name", None) == name

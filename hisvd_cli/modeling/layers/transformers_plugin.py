@@ -177,8 +177,8 @@ class HiSVDQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Exclude low-rank tensors from the rules by which transformers 5 converts tensors."""
-        before = super().update_weight_conversions  # type: ignore[no-untyped-call]
-        rules: list[Any] = before(weight_conversions, *args)
+        inherited: Any = super().update_weight_conversions
+        rules = inherited(weight_conversions, *args)
         return [excepted(rule, self._names) for rule in rules]
 
     def _watch_report(self, model: PreTrainedModel) -> None:
