@@ -6,8 +6,9 @@ models with A parallel streams, which are kept as ``[B, A, L, d]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,15 +21,21 @@ from hisvd_cli.utils.errors import UnsupportedModelError
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Calls = dict[int, Arguments]
 """Block → its arguments besides the hidden states."""
-Form = Callable[[Tensor], Any]
+FORMS = (0, 1, 2, 3)
+"""What blocks return: the hidden states, or a tuple of so many elements that begins with them."""
 
-FORMS: tuple[Form, ...] = (
-    lambda state: state,
-    lambda state: (state,),
-    lambda state: (state, None),
-    lambda state: (state, None, None),
-)
-"""What blocks return: the hidden states, or a tuple that begins with them."""
+
+@dataclass(frozen=True)
+class Passed:
+    """Stands for a further output of a block, as an argument of a later one.
+
+    Attributes:
+        block: the block that returned it.
+        place: its place in the tuple.
+    """
+
+    block: int
+    place: int
 
 
 class DivertedError(Exception):
@@ -54,10 +61,11 @@ class Recording:
         self._decoder = decoder
         self._layers = layers
         self._name = name
-        self._form = FORMS[0]
+        self._form = 0
         self._batch_dim = 0
         self._common: dict[int, Calls] = {}
         self._own: dict[int, Calls] = {}
+        self._passed: dict[int, dict[Passed, Any]] = {}
         self.carries = False
 
     def record(self, ids: Tensor, start: int) -> Tensor:
@@ -73,7 +81,7 @@ class Recording:
         state, calls = self._run(ids)
         self._batch_dim = _batch_dim(state.shape, *ids.shape)
         given = [value for _, kwargs in calls.values() for value in kwargs.values()]
-        self.carries |= any(map(_is_carrier, given))
+        self.carries |= any(_is_carrier(value) or isinstance(value, Passed) for value in given)
         common = self._common.setdefault(len(ids), calls)
         if self.carries or not same_arguments(calls, common, set()):
             self._own[start] = _apart(calls, common, {})
@@ -89,8 +97,24 @@ class Recording:
             device: device of the arguments.
         """
         calls = self._own.get(start, self._common[count])
-        found: Arguments | None = _moved(calls.get(index), device)
+        found: Arguments | None = _moved(calls.get(index), device, self._passed.get(start, {}))
         return found
+
+    def keep(self, index: int, start: int, output: Any) -> Tensor:
+        """Return the hidden states of a block's output, batch first, and keep what else it passes
+        on.
+
+        Args:
+            index: the block.
+            start: index of the first sequence of the batch.
+            output: what the block returned.
+        """
+        if not isinstance(output, tuple | list):
+            return self.to_rows(output)
+        if self.carries:
+            further = {Passed(index, i): each for i, each in enumerate(output) if i}
+            self._passed.setdefault(start, {}).update(further)
+        return self.to_rows(output[0])
 
     def to_rows(self, state: Tensor) -> Tensor:
         """Return hidden states with the batch as the first dimension."""
@@ -102,7 +126,7 @@ class Recording:
 
     def returned(self, state: Tensor) -> Any:
         """Return what a block returns for the output ``state``."""
-        return self._form(state)
+        return _output(self._form, -1, state)
 
     def _run(self, ids: Tensor) -> tuple[Tensor, Calls]:
         for form in (self._form, *FORMS):
@@ -129,7 +153,7 @@ def _batch_dim(shape: Sequence[int], count: int, length: int) -> int:
 
 
 def run_stubs(
-    decoder: nn.Module, layers: nn.ModuleList, ids: Tensor, form: Form
+    decoder: nn.Module, layers: nn.ModuleList, ids: Tensor, form: int
 ) -> tuple[Tensor, Calls]:
     """Return the first block's input, and the other arguments of each block that is run.
 
@@ -146,7 +170,7 @@ def run_stubs(
             raise DivertedError
         states.append(state)
         calls[index] = (args[1:], kwargs)
-        return form(state)
+        return _output(form, index, state)
 
     with stubbed(layers, stub):
         decoder(input_ids=ids, use_cache=False)
@@ -165,6 +189,11 @@ def stubbed(layers: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _output(form: int, index: int, state: Tensor) -> Any:
+    """Return what a block returns, with stand-ins for all but the hidden states."""
+    return (state, *(Passed(index, i) for i in range(1, form))) if form else state
 
 
 def _is_carrier(value: object) -> bool:
@@ -190,14 +219,16 @@ def _apart(own: Any, common: Any, seen: dict[int, Any]) -> Any:
     return made
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return arguments with all tensors on a device."""
+def _moved(value: Any, device: torch.device, passed: Mapping[Passed, Any]) -> Any:
+    """Return arguments with all tensors on a device, and outputs of blocks for their stand-ins."""
+    if isinstance(value, Passed):
+        return passed.get(value)
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) is dict and value:
-        return {key: _moved(each, device) for key, each in value.items()}
+        return {key: _moved(each, device, passed) for key, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_moved(each, device) for each in value)
+        return type(value)(_moved(each, device, passed) for each in value)
     return value
 
 

@@ -245,7 +245,7 @@ class BlockWalk:
                 f"{reason(error)}",
                 "It may need results of earlier blocks that are not hidden states.",
             ) from error
-        return self._recording.to_rows(out[0] if isinstance(out, tuple | list) else out)
+        return self._recording.keep(index, start, out)
 
     @torch.no_grad()
     def _run(self, index: int, part: Tensor, start: int) -> Tensor:

@@ -79,7 +79,7 @@ def prepare(model: PreTrainedModel) -> None:
     with suppress(UnsupportedModelError):
         linearize(decoder_blocks(model)[1])
         for name in {n for pair in shared_tensors(model).items() for n in pair}:
-            model.get_submodule(name.rpartition(".")[0]).shared = True
+            vars(model.get_submodule(name.rpartition(".")[0]))["shared"] = True
         for config in (model.config, model.config.get_text_config()):
             config._experts_implementation = "eager"  # the others bypass linear layers
 
@@ -187,9 +187,9 @@ def _are_blocks(layers: nn.ModuleList) -> bool:
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """Return the text decoder according to transformers; the model itself if it names none."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    has_blocks = isinstance(found, nn.Module) and any(
-        isinstance(module, nn.ModuleList) for module in found.modules()
-    )
+    if not isinstance(found, nn.Module):
+        return model
+    has_blocks = any(isinstance(module, nn.ModuleList) for module in found.modules())
     return found if has_blocks else model
 
 

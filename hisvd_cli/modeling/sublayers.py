@@ -108,11 +108,12 @@ def _read_weights(kind: Hashable) -> frozenset[str]:
 
 def _cluster_names(names: Sequence[str]) -> dict[str, str]:
     """Return the shortest distinct suffix of each name: ``q_proj``, or ``mlp.dense`` if the last
-    part is ambiguous."""
+    part is ambiguous or a number."""
     last = Counter(name.rpartition(".")[2] for name in names)
     return {
-        name: name if last[name.rpartition(".")[2]] > 1 else name.rpartition(".")[2]
+        name: name if last[leaf] > 1 or leaf.isdigit() else leaf
         for name in names
+        for leaf in [name.rpartition(".")[2]]
     }
 
 
