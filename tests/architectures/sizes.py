@@ -33,7 +33,8 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "attention_hidden_size lru_width vision_hidden_size projection_hidden_size "
         "projection_hidden_dim image_text_hidden_size patch_embed_hidden_size "
         "input_size vision_output_dim projector_input_dim projector_output_dim output_dim "
-        "projection_intermediate_size conv_dim channels moe_hidden_size output_channels",
+        "projection_intermediate_size conv_dim channels moe_hidden_size output_channels "
+        "codebook_dim",
     ),
     (
         HEADS,
@@ -46,7 +47,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
         GROUPS,
         "num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads "
         "num_query_groups depth encoder_layers decoder_layers num_global_layers num_lstm_layers "
-        "resampler_depth conf_num_hidden_layers num_blocks max_num_tiles decoder_num_layers",
+        "resampler_depth conf_num_hidden_layers num_blocks decoder_num_layers",
     ),
     (
         HEAD,
@@ -67,11 +68,16 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "moe_shared_intermediate_size",
     ),
     (4, "n_routed_experts num_experts num_local_experts moe_num_experts n_experts zero_expert_num"),
-    (2, "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts topk"),
+    (
+        2,
+        "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts topk "
+        "pos_emb_height pos_emb_width posemb_grid_size",
+    ),
     (
         1,
         "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups "
-        "num_nextn_predict_layers first_k_dense_replace num_dense_layers n_shared_experts "
+        "num_res_blocks n_layers_per_attn_res_block num_nextn_predict_layers "
+        "first_k_dense_replace num_dense_layers n_shared_experts "
         "num_shared_experts moe_num_shared_experts mtp_num_layers mtp_num_hidden_layers",
     ),
     (32, "kv_lora_rank o_lora_rank"),
@@ -86,7 +92,9 @@ _SIZES: tuple[tuple[int, str], ...] = (
     ),
     (8, "qk_rope_head_dim rotary_dim index_topk"),
     (24, "linear_value_head_dim"),
-    (VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size"),
+    (8, "mamba_n_heads mamba_num_heads"),
+    (128, "mamba_d_ssm"),
+    (VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input decoder_vocab_size"),
     (
         POSITIONS,
         "max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length "
@@ -97,7 +105,8 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "sliding_window sliding_window_size window_size attention_window_size "
         "attention_chunk_size local_attention local_attention_window_len keep_window_size",
     ),
-    (IMAGE, "image_size resolution"),
+    (IMAGE, "image_size resolution max_image_size base_channels latent_channels num_embeddings"),
+    (32, "codebook_size image_token_embed_dim downsample_hidden_size"),
     (PATCH, "patch_size"),
 )
 RULES = {name: value for value, names in _SIZES for name in names.split()}
@@ -124,22 +133,30 @@ def representatives(lists: Sequence[Sequence[Any]], least: int) -> list[int]:
     return sorted(chosen)
 
 
-def tiny_rope(rope: Mapping[str, Any], head: int) -> dict[str, Any]:
-    """Return rotary parameters for heads of width ``head``, possibly per type of layer."""
+def tiny_rope(
+    rope: Mapping[str, Any], sizes: Mapping[str, Any], ignored: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return rotary parameters for the width of the heads in ``sizes``.
+
+    Args:
+        rope: the default's, possibly one mapping per type of layer.
+        sizes: the sizes of the tiny configuration.
+        ignored: keys that the class lets pass; it reads ``mrope_section`` if that is among them.
+    """
     if any(isinstance(value, Mapping) for value in rope.values()):
         return {
-            key: tiny_rope(value, head) if isinstance(value, Mapping) else value
+            key: tiny_rope(value, sizes) if isinstance(value, Mapping) else value
             for key, value in rope.items()
         }
+    head = sizes.get("qk_rope_head_dim") or sizes.get("head_dim") or HIDDEN // HEADS
     half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
     made = dict(rope)
-    for key in ("long_factor", "short_factor"):
-        if key in made:
-            made[key] = [1.0] * half
+    for key in made.keys() & {"long_factor", "short_factor"}:
+        made[key] = [1.0] * half
     if "original_max_position_embeddings" in made:
         made["original_max_position_embeddings"] = POSITIONS
-    if "mrope_section" in made:
-        parts = len(made["mrope_section"])
+    if "mrope_section" in made or "mrope_section" in ignored:
+        parts = len(made.get("mrope_section", (1, 1, 1)))
         made["mrope_section"] = [half // parts + (i < half % parts) for i in range(parts)]
     return made
 

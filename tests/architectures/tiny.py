@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hisvd_cli
 from tests.architectures.overrides import OVERRIDES
 from tests.architectures.registry import Architecture, config_class
 from tests.architectures.sizes import (
-    GROUPS,
-    HEAD,
     HEADS,
     HIDDEN,
     LAYERS,
@@ -40,73 +37,78 @@ _KEPT = ("A_log", "a_log", "dt_bias", "time_decay", "time_first", "inv_freq", "l
 def tiny_config(each: Architecture) -> PreTrainedConfig:
     """Return a tiny configuration. Raises what the class raises on a setting that it refuses."""
     own = copy.deepcopy(OVERRIDES.get(each.model_type, {}))
-    return _shrunk(config_class(each.model_type), {}, own, False)
+    return _shrunk(config_class(each.model_type), own, False)
 
 
-def _shrunk(
-    kind: type[PreTrainedConfig], start: dict[str, Any], own: dict[str, Any], tower: bool
-) -> PreTrainedConfig:
+def _shrunk(kind: type[PreTrainedConfig], own: dict[str, Any], tower: bool) -> PreTrainedConfig:
     """Return a configuration of a class with the rules applied to it and to all within it.
 
     Args:
         kind: the class.
-        start: what the default starts with, as the enclosing class wants it.
         own: settings that go before the rules; ``{"text_config": {...}}`` for those within.
         tower: whether it belongs to a part that sees no text.
     """
-    default = kind(**{**start, **own.pop("start", {})})
-    values = vars(default)
+    default = kind()
     known = {field.name for field in fields(kind)}
-    made = dict(start)
-    made |= {k: v for k, v in RULES.items() if k in known and _is_size(values.get(k))}
-    made |= special_tokens(k for k in known if isinstance(values.get(k), int))
+    renamed = kind.attribute_map
+    values = {name: vars(default).get(renamed.get(name, name)) for name in sorted(known)}
+    made = {k: v for k, v in RULES.items() if _is_size(values.get(k))}
+    made |= special_tokens(k for k in known if _is_size(values[k]))
     made |= dict.fromkeys(known & {"bos_token_id", "eos_token_id", "pad_token_id"}, 0)
-    made |= _layers(default, known, tower)
-    for name, value in values.items():
+    made |= _layers(values, tower)
+    for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):
             within = tower or TOWER.search(name) is not None
-            inner = _shrunk(type(value), {}, own.pop(name, {}), within)
-            made[name] = inner
-    if tower:
-        made.pop("num_key_value_heads", None)
-        made |= {"num_key_value_heads": HEADS} if "num_key_value_heads" in known else {}
-        made |= {"head_dim": HIDDEN // HEADS} if "head_dim" in made else {}
-    if "qk_head_dim" in known:
-        made["qk_head_dim"] = RULES["qk_nope_head_dim"] + RULES["qk_rope_head_dim"]
+            made[name] = _shrunk(type(value), own.pop(name, {}), within)
+    made |= _heads(values, made, tower)
     made |= own
-    made |= _rope({**values, **made}, own)
+    if isinstance(values.get("rope_parameters"), dict) and "rope_parameters" not in own:
+        made["rope_parameters"] = tiny_rope(
+            values["rope_parameters"], made, getattr(kind, "ignore_keys_at_rope_validation", ())
+        )
     return kind(**made)
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int
+    return type(value) is int and value > 0
 
 
-def _layers(default: PreTrainedConfig, known: set[str], tower: bool) -> dict[str, Any]:
+def _layers(values: dict[str, Any], tower: bool) -> dict[str, Any]:
     """Return the number of layers, and what lists say of each."""
-    name = next((n for n in LAYERS if n in known), None)
-    count = getattr(default, name, None) if name else None
+    name = next((n for n in LAYERS if n in values), None)
+    count = values[name] if name else None
     if name is None or not isinstance(count, int):
         return {}
     lists = {
-        key: value
-        for key, value in vars(default).items()
-        if key in known and isinstance(value, (list, tuple)) and len(value) == count and count > 1
+        key: list(value)
+        for key, value in values.items()
+        if isinstance(value, (list, tuple)) and len(value) == count > 1
     }
-    least = TOWER_LAYERS if tower else TEXT_LAYERS
-    chosen = representatives(list(lists.values()), least)
+    indices = {key: value for key, value in lists.items() if value == list(range(count))}
+    others = {key: value for key, value in lists.items() if key not in indices}
+    chosen = representatives(list(others.values()), TOWER_LAYERS if tower else TEXT_LAYERS)
     made: dict[str, Any] = {name: len(chosen)}
-    return made | {key: [value[i] for i in chosen] for key, value in lists.items()}
+    made |= {key: [value[i] for i in chosen] for key, value in others.items()}
+    return made | {key: list(range(len(chosen))) for key in indices}
 
 
-def _rope(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    rope = values.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_parameters" in own:
-        return {}
-    head = values.get("head_dim") or values.get("hidden_size", HIDDEN) // HEADS
-    if "qk_rope_head_dim" in values:
-        head = values["qk_rope_head_dim"]
-    return {"rope_parameters": tiny_rope(rope, head)}
+def _heads(values: dict[str, Any], made: dict[str, Any], tower: bool) -> dict[str, Any]:
+    """Return what widths of heads must agree with others."""
+    heads: dict[str, Any] = {}
+    latent = "kv_lora_rank" in values
+    if "num_key_value_heads" in made and (tower or latent):
+        heads["num_key_value_heads"] = HEADS
+    if "head_dim" in made and tower:
+        heads["head_dim"] = HIDDEN // HEADS
+    if latent:
+        rope = made.get("qk_rope_head_dim", 0)
+        whole = made["qk_nope_head_dim"] + rope
+        if "qk_head_dim" in values:
+            heads["qk_head_dim"] = whole
+        if "head_dim" in made:
+            same = values["head_dim"] == values["qk_rope_head_dim"]
+            heads["head_dim"] = rope if same else whole
+    return heads
 
 
 def build(each: Architecture, seed: int = 0) -> PreTrainedModel:
@@ -127,16 +129,18 @@ def build(each: Architecture, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def randomize(model: nn.Module, seed: int = 0) -> None:
+def randomize(model: PreTrainedModel, seed: int = 0) -> None:
     """Draw the weights anew, so that states keep their size and routers spread their tokens."""
     generator = torch.Generator().manual_seed(seed)
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    scale = HIDDEN**-0.5 if tied else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.rpartition(".")[2].startswith(_KEPT):
                 continue
             if "embed" in name and parameter.ndim == 2:
-                parameter.copy_(noise)
+                parameter.copy_(noise * scale)
             elif parameter.ndim > 1:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             elif name.endswith("bias"):
