@@ -49,6 +49,12 @@ _GEMMA3N: Settings = {
     "intermediate_size": [112] * 5,
     "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
 }
+_DOTS3: Settings = {
+    "layer_types": ["indexed_attention", _SLIDING, "indexed_attention"],
+    "mlp_layer_types": _DENSE_FIRST,
+    "num_hidden_layers": 3,
+    "per_layer_config": {1: {"kv_lora_rank": 24, "qk_nope_head_dim": 16}},
+}
 _LLAMA4: Settings = {"moe_layers": [1]}
 _LOOP: Settings = {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2}
 OVERRIDES: dict[str, Settings] = {
@@ -59,7 +65,6 @@ OVERRIDES: dict[str, Settings] = {
         "audio_token_id": 2110,
     },
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 128},
     "chameleon": _IMAGE_TOKEN,
     "cohere_compass": {"text_config": {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}}},
     "cohere_compass_text": {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}},
@@ -82,6 +87,12 @@ OVERRIDES: dict[str, Settings] = {
         "num_experts_per_tok": 2,
         "first_k_dense_replace": 1,
     },
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "audio_config": {"adapter_input_size": 64},
+        "vision_config": {"mlp_layer_types": ["dense", "sparse"]},
+    },
+    "dots3_note_text": _DOTS3,
     "emu3": _IMAGE_TOKEN,
     "ernie4_5_vl_moe": {
         "text_config": {
@@ -142,4 +153,15 @@ OVERRIDES: dict[str, Settings] = {
     "zamba": {**_SHARED, "attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": _SHARED,
     "zaya": {"num_experts_per_tok": 1},
+}
+
+RUN: dict[str, str] = {"llama4": "language_model"}
+"""Type → part to run instead: ``Llama4ForConditionalGeneration.forward`` of transformers 5.24 reads
+an output that its language model does not return."""
+
+NOT_BUILT: dict[str, str] = {
+    "blt": "A model of bytes, whose own tokenizer is needed to make patches of them.",
+    "fast_vlm": "Its vision tower needs the library timm.",
+    "gemma3n": "Its vision tower needs the library timm.",
+    "perception_lm": "Its vision tower needs the library timm.",
 }

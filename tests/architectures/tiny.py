@@ -30,7 +30,7 @@ DEMO = Path(hisvd_cli.__file__).parent / "demo"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TEXT_LAYERS = 3
 TOWER_LAYERS = 2
-LARGEST = 4_000_000
+LARGEST = 9_000_000
 _KEPT = ("A_log", "a_log", "dt_bias", "time_decay", "time_first", "inv_freq", "lambda", "slopes")
 
 
