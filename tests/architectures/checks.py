@@ -2,123 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import hisvd_cli as hisvd
 from hisvd_cli.utils.errors import HisvdError, UnsupportedModelError
-from tests.architectures.factors import dense_parameter, multiply_out, read_tensors
-from tests.architectures.overrides import NOT_BUILT, RUN
+from tests.architectures.case import TOLERANCE, Case, compare, load_whole
+from tests.architectures.factors import (
+    dense_parameter,
+    dense_weights,
+    factors,
+    projection_error,
+    read_tensors,
+)
+from tests.architectures.overrides import NOT_BUILT
 from tests.architectures.registry import Architecture, out_of_scope
+from tests.architectures.results import Result
 from tests.architectures.tiny import save
 
-State = Literal["works", "refused", "fails", "not built", "out of scope"]
 RATIO = 0.6
-TOLERANCE = 1e-4
-AUTO = {"causal": "AutoModelForCausalLM", "image-text": "AutoModelForImageTextToText"}
+PROJECTION = 1e-3
 _TEXT: dict[str, Any] = {"dataset": "demo", "seqlen": 32, "progress": False, "device": "cpu"}
-_MASKED = 1e30
 _LONGEST = 240
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came out for one architecture.
-
-    Attributes:
-        state: the outcome.
-        step: the first failing step, empty if it works.
-        sentence: why, empty if it works.
-        best: why the preset ``best`` is refused, empty if it works too.
-        covered: share of the blocks' matrices that were open to compression, 0 to 1.
-    """
-
-    state: State
-    step: str = ""
-    sentence: str = ""
-    best: str = ""
-    covered: float = 0.0
-
-
-class Case:
-    """One saved model, and what is made of it in a folder."""
-
-    def __init__(self, each: Architecture, original: Path, work: Path) -> None:
-        self.each = each
-        self.original = original
-        self.work = work
-        self.perplexity = math.nan
-        self.tokens = torch.randint(1, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
-
-    @property
-    def checkpoint(self) -> Path:
-        """The folder that ``compress`` writes."""
-        return self.work / "checkpoint"
-
-    @cached_property
-    def loaded(self) -> PreTrainedModel:
-        """The checkpoint in plain transformers."""
-        return load_whole(self.each, self.checkpoint)
-
-    @cached_property
-    def dense(self) -> PreTrainedModel:
-        """The original with the factors multiplied out."""
-        model = load_whole(self.each, self.original)
-        multiply_out(model, self.checkpoint)
-        return model
-
-    @cached_property
-    def plan(self) -> dict[str, Any]:
-        """The plan of the checkpoint."""
-        found: dict[str, Any] = json.loads((self.checkpoint / "plan.json").read_text("utf-8"))
-        return found
-
-    def logits(self, model: PreTrainedModel) -> Tensor:
-        """Return the logits of a model ``[2, 24, vocabulary]``."""
-        with torch.no_grad():
-            found: Tensor = self.part(model)(input_ids=self.tokens).logits
-        return found
-
-    def part(self, model: PreTrainedModel) -> Any:
-        """Return what of a model is run."""
-        name = RUN.get(self.each.model_type)
-        return getattr(model, name) if name else model
-
-
-def load_whole(each: Architecture, folder: Path) -> PreTrainedModel:
-    """Load a model in float32 with plain transformers.
-
-    Raises:
-        AssertionError: a tensor is missing, unexpected or of another shape.
-    """
-    auto = getattr(transformers, AUTO[each.kind])
-    model, found = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(map(str, found[what]))
-        assert not names, f"{len(names)} {what.replace('_', ' ')}, such as {names[0]}."
-    assert not found.get("error_msgs"), found["error_msgs"]
-    result: PreTrainedModel = model.eval()
-    return result
-
-
-def compare(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Raise AssertionError if tensors differ by more than a part of the largest value."""
-    visible = wanted.abs() < _MASKED  # logits of image tokens may be masked
-    assert bool(found[visible].isfinite().all()), "Some logits are not finite."
-    assert torch.equal(visible, found.abs() < _MASKED), "Other logits are masked."
-    error = (found - wanted)[visible].abs().max() / wanted[visible].abs().max()
-    assert error <= tolerance, f"The logits differ by {error:.1e} of the largest."
 
 
 def check_compress(case: Case, preset: str = "hisvd") -> None:
@@ -133,7 +45,7 @@ def check_budget(case: Case) -> None:
     counts = [
         sum(t.numel() for t in read_tensors(f).values()) for f in (case.original, case.checkpoint)
     ]
-    dense = sum(dense_parameter(case.dense, s["name"])[0].numel() for s in case.plan["sublayers"])
+    dense = sum(dense_parameter(case.whole, s["name"])[0].numel() for s in case.plan["sublayers"])
     kept = dense - (counts[0] - counts[1])
     assert kept == case.plan["kept_parameters"], (
         f"The files keep {kept} parameters, the plan says {case.plan['kept_parameters']}."
@@ -145,6 +57,14 @@ def check_budget(case: Case) -> None:
 def check_load(case: Case) -> None:
     """Load the checkpoint with no missing, unexpected or mismatched key."""
     assert case.loaded is not None
+
+
+def check_factors(case: Case) -> None:
+    """Compare each product with the projection of the original's weight that it should be."""
+    weights = dense_weights(case.whole, case.checkpoint)
+    for name, (u, v) in factors(case.checkpoint).items():
+        error = projection_error(weights[name], u, v)
+        assert error <= PROJECTION, f"{name} is {error:.1e} away from a projection of the weight."
 
 
 def check_logits(case: Case) -> None:
@@ -236,6 +156,7 @@ STEPS: dict[str, Callable[[Case], None]] = {
     "compress": check_compress,
     "load": check_load,
     "budget": check_budget,
+    "factors": check_factors,
     "logits": check_logits,
     "generate": check_generate,
     "inspect": check_inspect,
@@ -252,7 +173,7 @@ def covered(case: Case) -> float:
     blocks = {re.match(r".*?\.\d+\.", name).group() for name in names}  # type: ignore[union-attr]
     matrices = [
         parameter.numel()
-        for name, parameter in case.dense.named_parameters()
+        for name, parameter in case.whole.named_parameters()
         if parameter.ndim > 1 and name.startswith(tuple(blocks))
     ]
     planned = sum(math.prod(s["shape"]) for s in case.plan["sublayers"])
@@ -268,7 +189,7 @@ def run(each: Architecture, folder: Path) -> Result:
     case = Case(each, folder / "original", folder)
     try:
         built = save(each, case.original)
-        compare(case.logits(load_whole(each, case.original)), case.logits(built))
+        compare(case.logits(case.whole), case.logits(built))
     except Exception as error:
         return Result("not built", sentence=sentence_of(error, folder))
     return checked(case, folder)
@@ -276,18 +197,23 @@ def run(each: Architecture, folder: Path) -> Result:
 
 def checked(case: Case, folder: Path) -> Result:
     """Run all steps on a saved model; the first that fails decides."""
-    best = ""
-    for name, step in STEPS.items():
-        try:
-            step(case)
-        except UnsupportedModelError as error:
-            if name == "best":
-                best = sentence_of(error, folder)
-                continue
-            return Result("refused", name, sentence_of(error, folder))
-        except Exception as error:
-            return Result("fails", name, sentence_of(error, folder))
-    return Result("works", best=best, covered=covered(case))
+    for name in STEPS:
+        found = _attempt(case, name, folder)
+        if found and (found.state, name) == ("refused", "best"):
+            return Result("works", best=found.sentence, covered=covered(case))
+        if found:
+            return found
+    return Result("works", covered=covered(case))
+
+
+def _attempt(case: Case, name: str, folder: Path) -> Result | None:
+    try:
+        STEPS[name](case)
+    except UnsupportedModelError as error:
+        return Result("refused", name, sentence_of(error, folder))
+    except Exception as error:
+        return Result("fails", name, sentence_of(error, folder))
+    return None
 
 
 def sentence_of(error: BaseException, folder: Path) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import transformers
 
-from tests.architectures.checks import Result
 from tests.architectures.registry import architectures
+from tests.architectures.results import Result
 
 FILE = Path(__file__).with_name("coverage.json")
 
@@ -39,3 +39,11 @@ def write(results: dict[str, Result], file: Path = FILE) -> None:
         f'{{\n  "transformers": {version},\n  "architectures": {{\n    {text}\n  }}\n}}\n',
         encoding="utf-8",
     )
+
+
+def version(file: Path = FILE) -> str | None:
+    """Return the version of transformers that the results are of, None if there are none."""
+    if not file.is_file():
+        return None
+    found: str = json.loads(file.read_text(encoding="utf-8"))["transformers"]
+    return found

@@ -30,10 +30,10 @@ def ranks(folder: Path) -> dict[str, int]:
     return found
 
 
-def products(folder: Path) -> dict[str, Tensor]:
-    """Return low-rank layer → its weight ``[m, n]``, or ``[E, m, n]`` of a stack."""
+def factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return low-rank layer → U ``[m, r]`` and V ``[r, n]``; a stack has one of each per expert."""
     tensors = read_tensors(folder)
-    return {name: _product(tensors, stem_of(name, tensors)) for name in ranks(folder)}
+    return {name: _pair(tensors, stem_of(name, tensors)) for name in ranks(folder)}
 
 
 def stem_of(name: str, tensors: Iterable[str]) -> str:
@@ -57,12 +57,12 @@ def stem_of(name: str, tensors: Iterable[str]) -> str:
     return (exact or fitting)[0]
 
 
-def _product(tensors: Mapping[str, Tensor], stem: str) -> Tensor:
+def _pair(tensors: Mapping[str, Tensor], stem: str) -> tuple[Tensor, Tensor]:
     v, u = tensors[f"{stem}.weight"].double(), tensors[f"{stem}{_U}"].double()
     order = tensors.get(f"{stem}.weight_order")
-    if order is None:
-        return u @ v
-    return torch.cat([v, u @ v])[order.long()]  # where each output stands among these rows
+    if order is not None:  # where each output stands among r independent rows and the others
+        u = torch.cat([torch.eye(len(v), dtype=v.dtype), u])[order.long()]
+    return u, v
 
 
 def dense_parameter(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
@@ -74,16 +74,38 @@ def dense_parameter(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
     return found.weight, type(found).__name__ == "Conv1D"
 
 
+def dense_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Return low-rank layer → its weight in a dense model ``[m, n]`` or ``[E, m, n]``, as a view.
+
+    Raises:
+        AssertionError: the shapes of a layer's factors do not fit the model.
+    """
+    found = {}
+    for name, (u, v) in factors(folder).items():
+        parameter, is_transposed = dense_parameter(model, name)
+        shape = (*parameter.shape[:-2], u.shape[-2], v.shape[-1])
+        # Some classes of experts do not say that they store the transpose.
+        weight = parameter.data.mT if is_transposed or parameter.shape != shape else parameter.data
+        assert weight.shape == shape, (
+            f"{name}: the factors make {list(shape)}, the model has {list(parameter.shape)}."
+        )
+        found[name] = weight
+    return found
+
+
 def multiply_out(model: nn.Module, folder: Path) -> None:
     """Replace the weights of a dense model by the products of a checkpoint's factors."""
-    with torch.no_grad():
-        for name, product in products(folder).items():
-            parameter, is_transposed = dense_parameter(model, name)
-            wanted = product.transpose(-2, -1) if is_transposed else product
-            if wanted.shape != parameter.shape:  # stacks whose class does not say
-                wanted = wanted.transpose(-2, -1)
-            assert wanted.shape == parameter.shape, (
-                f"{name}: the factors make {list(product.shape)}, the model has "
-                f"{list(parameter.shape)}."
-            )
-            parameter.copy_(wanted)
+    weights = dense_weights(model, folder)
+    for name, (u, v) in factors(folder).items():
+        weights[name].copy_(u @ v)
+
+
+def projection_error(weight: Tensor, u: Tensor, v: Tensor) -> float:
+    """Return how far U V is from a projection of the weight, relative to the weight.
+
+    A truncation that is optimal for any inputs keeps r directions of the outputs: U V = Q Qᵀ W,
+    with Q an orthonormal basis of U.
+    """
+    q = torch.linalg.qr(u).Q
+    weight = weight.double()
+    return float((q @ (q.mT @ weight) - u @ v).norm() / weight.norm())

@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.architectures.checks import Result, run
+from tests.architectures.checks import run
 from tests.architectures.registry import Architecture
+from tests.architectures.results import Result
 
 SECONDS = 180
 MEMORY = 8 << 30
