@@ -129,7 +129,7 @@ def _perplexity(case: Case, **settings: Any) -> float:
     assert not found.failures, found.failures[0].message
     perplexity = found.perplexity[str(case.checkpoint)]
     assert perplexity is not None, "The perplexity is not finite."
-    return perplexity
+    return float(perplexity)
 
 
 def check_dense(case: Case) -> None:

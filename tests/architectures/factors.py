@@ -16,7 +16,7 @@ _U = ".weight_u"
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Return name → tensor of all safetensors files of a folder."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

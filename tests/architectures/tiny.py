@@ -52,7 +52,7 @@ def _shrunk(kind: type[PreTrainedConfig], own: dict[str, Any], tower: bool) -> P
     known = {field.name for field in fields(kind)}
     renamed = kind.attribute_map
     values = {name: vars(default).get(renamed.get(name, name)) for name in sorted(known)}
-    made = {k: v for k, v in RULES.items() if _is_size(values.get(k))}
+    made: dict[str, Any] = {k: v for k, v in RULES.items() if _is_size(values.get(k))}
     made |= special_tokens(k for k in known if _is_size(values[k]))
     made |= dict.fromkeys(known & {"bos_token_id", "eos_token_id", "pad_token_id"}, 0)
     made |= _layers(values, tower)
@@ -62,9 +62,10 @@ def _shrunk(kind: type[PreTrainedConfig], own: dict[str, Any], tower: bool) -> P
             made[name] = _shrunk(type(value), own.pop(name, {}), within)
     made |= _heads(values, made, tower)
     made |= own
-    if isinstance(values.get("rope_parameters"), dict) and "rope_parameters" not in own:
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_parameters" not in own:
         made["rope_parameters"] = tiny_rope(
-            values["rope_parameters"], made, getattr(kind, "ignore_keys_at_rope_validation", ())
+            rope, made, getattr(kind, "ignore_keys_at_rope_validation", ())
         )
     return kind(**made)
 
