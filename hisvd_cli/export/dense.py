@@ -94,7 +94,10 @@ class _Dense:
     def _groups(self) -> dict[str, tuple[str, ...]]:
         """Name in a file of the original → names that it is made from, where rules change it."""
         found: dict[str, tuple[str, ...]] = {}
-        for names in original_groups(self.model, self._stored):
+        groups = original_groups(self.model, self._stored)
+        alone = set(self._stored.values()) & self._stored.keys() - {n for g in groups for n in g}
+        groups += [(name,) for name in alone if name in self._stems]  # stacks that are renamed
+        for names in groups:
             shapes = {name: self._shape(name) for name in names}
             given = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
             found |= dict.fromkeys(original_tensors(self.model, given), names)

@@ -24,6 +24,7 @@ from hisvd_cli.modeling.skeleton import (
     decoder_blocks,
     decoder_of,
     drop_weights,
+    language_model,
     read_tensor,
     tensor_names,
 )
@@ -83,6 +84,7 @@ class BlockWalk:
         self._shapes = {name: t.shape for name, t in self.model.state_dict().items()}
         self.hidden = torch.empty(0)
         decoder, name = decoder_of(self.model), type(self.model).__name__
+        self._language_model = language_model(self.model)
         self._recording = Recording(decoder, self.layers, name)
 
     @torch.no_grad()
@@ -230,7 +232,7 @@ class BlockWalk:
             return self._recording.returned(given)
 
         with stubbed(self.layers, stub):
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self._language_model(input_ids=ids, use_cache=False).logits
         return logits
 
     def _forward(self, index: int, part: Tensor, start: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.modeling.skeleton import decoder_of
+from hisvd_cli.modeling.skeleton import decoder_of, language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ def logits_from_states(model: PreTrainedModel, ids: Tensor, states: Tensor) -> T
     decoder = decoder_of(model)
     decoder.forward = stub
     try:
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
     finally:
         del decoder.forward
     return logits

@@ -101,6 +101,8 @@ def _naming(model: PreTrainedModel, source: Source) -> Naming:
             weights.derived[names[name]] = _derived(weights, origin, found, shapes[name])
         if origin.name in conversion.converted or origin.name not in literal:
             by_rules.add(name)
+    # Buffers may be infinite, such as bounds of values that are not clipped.
+    weights.unchecked.update(names[n] for n, _ in model.named_buffers() if n in names)
     return Naming(names, frozenset(by_rules))
 
 

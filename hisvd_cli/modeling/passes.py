@@ -26,6 +26,7 @@ from hisvd_cli.modeling.skeleton import (
     decoder_blocks,
     decoder_of,
     drop_weights,
+    language_model,
 )
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.whole_model import load_source
@@ -77,7 +78,7 @@ class Resident:
     """A model that is in memory as a whole."""
 
     def __init__(self, model: PreTrainedModel, batch: int) -> None:
-        self._model = model
+        self._model = language_model(model)
         self._batch = batch
         self._tap = _Tap(model)
 

@@ -242,6 +242,19 @@ def tensor_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
     return names
 
 
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the innermost part of a model that maps tokens to logits: the text model of some
+    multimodal models, otherwise the model itself."""
+    from transformers import PreTrainedModel
+
+    decoder, found = decoder_of(model), model
+    for part in model.modules():
+        inner = isinstance(part, PreTrainedModel) and any(m is decoder for m in part.modules())
+        if inner and part.get_output_embeddings() is not None:
+            found = part
+    return found
+
+
 def shared_tensors(model: PreTrainedModel) -> dict[str, str]:
     """Return tensor → tensor of an earlier block with the same values, which is stored once."""
     tied = getattr(model, "all_tied_weights_keys", None)

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import cast
 
+import torch
 from torch import nn
 
 from hisvd_cli.modeling.experts import ExpertLinears
@@ -88,11 +89,22 @@ def _stays_dense(parent: nn.Module, name: str, linear: nn.Linear) -> bool:
         return True
     if getattr(linear, "shared", False):  # stored once for several blocks
         return True
+    if type(linear).forward is not nn.Linear.forward and not _is_linear(linear):
+        return True
     experts = next((len(m) for m in parent.modules() if isinstance(m, ExpertLinears)), 0)
     if experts and linear.out_features == experts:
         return True
     kind: Hashable = type(parent)  # type: ignore[assignment]  # classes are hashable
     return name.rpartition(".")[2] in _read_weights(kind)
+
+
+def _is_linear(linear: nn.Linear) -> bool:
+    """Return whether a subclass of ``nn.Linear`` maps n inputs to m outputs, instead of groups."""
+    x = torch.empty(1, linear.in_features, device="meta", dtype=linear.weight.dtype)
+    try:
+        return bool(linear(x).shape == (1, linear.out_features))
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 @cache

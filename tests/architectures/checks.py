@@ -62,7 +62,7 @@ def check_load(case: Case) -> None:
 def check_factors(case: Case) -> None:
     """Compare each product with the projection of the original's weight that it should be."""
     weights = dense_weights(case.whole, case.checkpoint)
-    for name, (u, v) in factors(case.checkpoint).items():
+    for name, (u, v) in factors(case.whole, case.checkpoint).items():
         error = projection_error(weights[name], u, v)
         assert error <= PROJECTION, f"{name} is {error:.1e} away from a projection of the weight."
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 _U = ".weight_u"
 
@@ -30,9 +33,16 @@ def ranks(folder: Path) -> dict[str, int]:
     return found
 
 
-def factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return low-rank layer → U ``[m, r]`` and V ``[r, n]``; a stack has one of each per expert."""
-    tensors = read_tensors(folder)
+def factors(model: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return low-rank layer → U ``[m, r]`` and V ``[r, n]``; a stack has one of each per expert.
+
+    Names on disk become those of the model by the renamings of transformers.
+    """
+    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    tensors = {}
+    for name, tensor in read_tensors(folder).items():
+        tensors[name] = tensor
+        tensors.setdefault(apply_renamings(name, rules), tensor)
     return {name: _pair(tensors, stem_of(name, tensors)) for name in ranks(folder)}
 
 
@@ -74,14 +84,14 @@ def dense_parameter(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
     return found.weight, type(found).__name__ == "Conv1D"
 
 
-def dense_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+def dense_weights(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     """Return low-rank layer → its weight in a dense model ``[m, n]`` or ``[E, m, n]``, as a view.
 
     Raises:
         AssertionError: the shapes of a layer's factors do not fit the model.
     """
     found = {}
-    for name, (u, v) in factors(folder).items():
+    for name, (u, v) in factors(model, folder).items():
         parameter, is_transposed = dense_parameter(model, name)
         shape = (*parameter.shape[:-2], u.shape[-2], v.shape[-1])
         # Some classes of experts do not say that they store the transpose.
@@ -93,10 +103,10 @@ def dense_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def multiply_out(model: nn.Module, folder: Path) -> None:
+def multiply_out(model: PreTrainedModel, folder: Path) -> None:
     """Replace the weights of a dense model by the products of a checkpoint's factors."""
     weights = dense_weights(model, folder)
-    for name, (u, v) in factors(folder).items():
+    for name, (u, v) in factors(model, folder).items():
         weights[name].copy_(u @ v)
 
 

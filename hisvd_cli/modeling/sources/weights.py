@@ -50,6 +50,7 @@ class Weights:
             dequantized one.
         parts: additional files that recipes read.
         derived: name → tensor of a model that is not stored as such; added when the model is known.
+        unchecked: names of buffers, which may be infinite; likewise.
     """
 
     infos: dict[str, TensorInfo]
@@ -58,6 +59,7 @@ class Weights:
     recipes: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     parts: tuple[Path, ...] = ()
     derived: dict[str, Derived] = field(default_factory=dict, repr=False)
+    unchecked: set[str] = field(default_factory=set, repr=False)
     _last: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -137,7 +139,7 @@ class Weights:
         return self._checked(name, tensor)
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        if bad := _not_finite(tensor):
+        if name not in self.unchecked and (bad := _not_finite(tensor)):
             file = self.where[name].name
             raise NumericalError(
                 f"{name} in {file} contains {bad} values that are NaN or infinite.",
