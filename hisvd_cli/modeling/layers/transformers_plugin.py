@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import (
@@ -304,19 +303,23 @@ class HiSVDForCausalLM:
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """Load a low-rank checkpoint; arguments as for ``from_pretrained`` of the auto class."""
         kwargs["trust_remote_code"] = False  # this call is the remote code
-        auto = getattr(transformers, cls.auto_class)
-        model: PreTrainedModel = auto.from_pretrained(path, *args, **kwargs)
+        model: PreTrainedModel = cls._auto().from_pretrained(path, *args, **kwargs)
         return model
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
         """Build a model with random weights in the checkpoint's low-rank structure."""
         kwargs["trust_remote_code"] = False
-        auto = getattr(transformers, cls.auto_class)
-        model: PreTrainedModel = auto.from_config(config, **kwargs)
+        model: PreTrainedModel = cls._auto().from_config(config, **kwargs)
         replace_linears(model, HiSVDConfig(**dict(config.quantization_config)))
         _carry_code(model)
         return model
+
+    @classmethod
+    def _auto(cls) -> Any:
+        import transformers
+
+        return getattr(transformers, cls.auto_class)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = AUTO_CLASS) -> None:
@@ -404,11 +407,8 @@ def replace_linears(model: PreTrainedModel, config: HiSVDConfig) -> None:
         ValueError: a name is not a linear layer or a stack of experts of the model, its rank is too
             large, or the layout of the experts is missing, superfluous or not supported.
     """
-    if config.experts and int(transformers.__version__.split(".")[0]) < 5:
-        raise ValueError(
-            "This checkpoint has low-rank experts, which transformers "
-            f"{transformers.__version__} does not support. Install transformers 5."
-        )
+    if config.experts:
+        _require_stacks()
     prefix = f"{model.base_model_prefix}."
     headless = _is_headless(model)
     wrong = []
@@ -433,6 +433,17 @@ def replace_linears(model: PreTrainedModel, config: HiSVDConfig) -> None:
         raise ValueError(
             f"quantization_config.experts is {config.experts!r}, but no name in "
             "quantization_config.ranks is a stack of experts."
+        )
+
+
+def _require_stacks() -> None:
+    """Raise ``ValueError`` if the installed transformers is too old for stacks of experts."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            "This checkpoint has low-rank experts, which transformers "
+            f"{transformers.__version__} does not support. Install transformers 5."
         )
 
 
