@@ -28,7 +28,7 @@ from hisvd_cli.calibration.text.datasets import load_instructions, load_text
 from hisvd_cli.evaluation.perplexity import Sums
 from hisvd_cli.evaluation.store import Store
 from hisvd_cli.export.card_results import CardResult, update_card
-from hisvd_cli.export.convert import to_dense
+from hisvd_cli.export.dense import to_dense
 from hisvd_cli.inspection.pt_files import load_pt
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.skeleton import build_stored_model
@@ -103,7 +103,7 @@ def model_built(path: Path) -> None:
 def multiplied(path: Path) -> None:
     out = path.with_name("dense")
     shutil.rmtree(out, ignore_errors=True)
-    to_dense(open_checkpoint(path), out)
+    to_dense(open_checkpoint(path), out, "key")
 
 
 def card_updated(path: Path) -> None:

@@ -154,7 +154,9 @@ def _walk_blocks(
                     walk.advance(index)
                 else:
                     mine = [s for s in sublayers if s.layer == index]
-                    _measure_block(walk, index, mine, partial / block_file(index))
+                    _measure_block(
+                        walk, index, mine, sample.tokens.numel(), partial / block_file(index)
+                    )
                 walk.free(index)
                 due = time.monotonic() - saved >= state_seconds and index + 1 < count
                 if here.agreed(lambda due=due: due):  # type: ignore[misc]
@@ -194,8 +196,11 @@ def _resume_state(walk: BlockWalk, sample: Sample, state: Checkpoints, kept: Seq
     return kept[-1]
 
 
-def _measure_block(walk: BlockWalk, index: int, mine: Sequence[Sublayer], path: Path) -> None:
-    """Run one block over all sequences and write the moments of its sublayers."""
+def _measure_block(
+    walk: BlockWalk, index: int, mine: Sequence[Sublayer], tokens: int, path: Path
+) -> None:
+    """Run one block over all sequences, with ``tokens`` tokens in all processes, and write the
+    moments of its sublayers."""
     here = world()
     names = [name for sublayer in mine for name in sublayer.members]
     linears = linears_of(walk, names)
@@ -218,7 +223,7 @@ def _measure_block(walk: BlockWalk, index: int, mine: Sequence[Sublayer], path: 
     collector.pool(here.add_up)
     turn.pool(here.add_up)
     if here.first:
-        collector.count_experts(turn.tokens)
+        collector.count_experts(tokens)
         _write_block(collector, turn, walk.dtype, path)
 
 

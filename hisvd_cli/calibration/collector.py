@@ -170,11 +170,6 @@ class TurnSum:
         self._sum = float(total)
         self._tokens = add_up_count(self._tokens, add_up)
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return self._tokens
-
     def mean(self) -> float:
         """Return the mean over all tokens, from 0 to 1."""
         return self._sum / self._tokens

@@ -100,7 +100,10 @@ class GradientCollector(_ChunkCollector):
                     pair = (as_sequences(t, self._seqlen) for t in (x, gradient))
                     self._weights[name].add(*pair)
 
-            output.register_hook(add)
+            if output.requires_grad:
+                output.register_hook(add)
+            else:  # the loss does not depend on it
+                add(torch.zeros_like(output))
 
         return watch
 

@@ -94,7 +94,9 @@ class _Dense:
     def _groups(self) -> dict[str, tuple[str, ...]]:
         """Name in a file of the original → names that it is made from, where rules change it."""
         found: dict[str, tuple[str, ...]] = {}
-        groups = original_groups(self.model, self._stored)
+        own = self.model.state_dict()
+        named = [name for name, stored in self._stored.items() if name in own or stored in own]
+        groups = original_groups(self.model, named)
         alone = set(self._stored.values()) & self._stored.keys() - {n for g in groups for n in g}
         groups += [(name,) for name in alone if name in self._stems]  # stacks that are renamed
         for names in groups:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.inspection.stored_sublayers import Row
 from hisvd_cli.modeling.layers.lowrank import is_order
-from hisvd_cli.modeling.layers.quantized import SCALE
+from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE
 from hisvd_cli.modeling.layers.shapes import numel
 
 
@@ -113,7 +113,7 @@ def parameters_on_disk(
         found: name → shape on disk.
     """
     return sum(
-        prod(matrices.get(name, shape)) for name, shape in found.items() if not name.endswith(SCALE)
+        prod(matrices.get(name, shape)) for name, shape in found.items() if not _is_scale(name)
     )
 
 
@@ -136,12 +136,17 @@ def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Find NaN or infinite values, and row orders that are not permutations."""
     problems = []
     for name, tensor in tensors:
-        numbers = tensor.view(torch.float16) if name.endswith(SCALE) else tensor
+        numbers = tensor.view(torch.float16) if _is_scale(name) else tensor
         if not bool(numbers.isfinite().all()):
             problems.append(f"{name}: contains NaN or infinite values.")
         elif name.endswith(".weight_order") and not is_order(tensor):
             problems.append(f"{name}: not a permutation of rows.")
     return problems
+
+
+def _is_scale(name: str) -> bool:
+    """Return whether a tensor holds the scales of a quantized one, float16 stored as integers."""
+    return name.rpartition(".")[2] in {leaf + SCALE for leaf in MATRICES}
 
 
 def plan_problems(plan: Plan, rows: Iterable[Row]) -> list[str]:

@@ -248,8 +248,9 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     from transformers import PreTrainedModel
 
     decoder, found = decoder_of(model), model
-    for part in model.modules():
-        inner = isinstance(part, PreTrainedModel) and any(m is decoder for m in part.modules())
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in parts:
+        inner = any(module is decoder for module in part.modules())
         if inner and part.get_output_embeddings() is not None:
             found = part
     return found
