@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from hisvd_cli.allocation.budget import Budget, break_even, cost
+from hisvd_cli.allocation.budget import Budget, break_even, cost, full_rank
 from hisvd_cli.allocation.methods import ALLOCATORS, WEIGHT_SPECTRA, Allocation
 from hisvd_cli.allocation.methods.hisvd import MODULATIONS, cluster_tails
 from hisvd_cli.allocation.spectrum import Spectrum
@@ -88,7 +88,8 @@ def test_both_stages_follow_their_formulas(spectrum: str, modulation: str) -> No
 
     measured = [s.of_weight if spectrum == "weight" else s.energy for s in spectra]
     densities = [
-        float(e.sum() / e.max()) / min(s.shape) for e, s in zip(measured, spectra, strict=True)
+        float(e.sum() / e.max()) / full_rank(s.shape)
+        for e, s in zip(measured, spectra, strict=True)
     ]
     assert allocation.densities == pytest.approx(densities)
     first = np.array(densities) ** 0.7
@@ -96,7 +97,7 @@ def test_both_stages_follow_their_formulas(spectrum: str, modulation: str) -> No
 
     tails: dict[str, list[float]] = {s.cluster: [] for s in spectra}
     for rank, s in zip(allocation.baselines, spectra, strict=True):
-        if rank < min(s.shape):
+        if rank < full_rank(s.shape):
             tails[s.cluster].append(float(s.energy[rank:].sum() / s.energy.sum()))
     means = {cluster: float(np.mean(shares)) for cluster, shares in tails.items()}
     assert allocation.tail_shares == pytest.approx(means)
@@ -125,9 +126,9 @@ def _varied() -> list[Spectrum]:
 
 def _filled(wanted: NDArray[np.float64], budget: Budget, spectra: list[Spectrum]) -> list[int]:
     """Return the ranks of shares of mn in proportion to ``wanted``, with the remainder spent."""
-    sizes = np.array([m * n for m, n in budget.shapes])
+    sizes = np.array([cost(full_rank(s), s) for s in budget.shapes])
     shares = wanted * budget.parameters / (wanted * sizes).sum()
-    ranks = shares * [m * n / (m + n) for m, n in budget.shapes]
+    ranks = shares * [break_even(s) for s in budget.shapes]
     assert ranks.min() >= 1  # nothing is clipped
     assert shares.max() < 1
     return budget.filled([int(rank) for rank in ranks], [s.energy for s in spectra])
