@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from hisvd_cli.allocation.budget import Budget, break_even, cost
-from hisvd_cli.allocation.methods import ALLOCATORS, Allocation
+from hisvd_cli.allocation.budget import Budget, break_even, cost, full_rank
+from hisvd_cli.allocation.methods import ALLOCATORS, WEIGHT_SPECTRA, Allocation
 from hisvd_cli.allocation.methods.hisvd import MODULATIONS, cluster_tails
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.modeling.layers.shapes import numel
-from tests.allocation import allocate
+from tests.allocation import allocate, make_budget
 
 KNOBS: dict[str, Any] = {
     "rank_method": "effective",
@@ -53,6 +55,7 @@ def test_uniform_gives_every_sublayer_the_ratio() -> None:
     allocation = ALLOCATORS.get("uniform")(spectra, _budget(0.6, spectra))
     expected = 0.6 * break_even((64, 128))
     assert all(abs(rank - expected) <= 1 for rank in allocation.ranks)
+    assert allocation.baselines == allocation.ranks
 
 
 def test_stage_one_gives_rank_in_proportion_to_density() -> None:
@@ -74,6 +77,72 @@ def test_alpha_zero_is_uniform_up_to_the_remainder() -> None:
     assert sum(abs(a - b) for a, b in zip(plain.ranks, uniform.ranks, strict=True)) < len(spectra)
 
 
+@pytest.mark.parametrize("spectrum", ["whitened", "weight"])
+@pytest.mark.parametrize("modulation", sorted(MODULATIONS))
+def test_both_stages_follow_their_formulas(spectrum: str, modulation: str) -> None:
+    """In numpy, on layers of three shapes whose two spectra differ."""
+    spectra = _varied()
+    budget = make_budget(spectra, 0.45)
+    options = {"spectrum": spectrum, "modulation": modulation, "rank_method": "stable"}
+    knobs = {"alpha": 0.7, "lwe_strength": 0.8, "tail_redundancy_weight": 2.0}
+    allocation = allocate("hisvd", spectra, budget, **options, **knobs)
+
+    measured = [s.of_weight if spectrum == "weight" else s.energy for s in spectra]
+    densities = [
+        float(e.sum() / e.max()) / full_rank(s.shape)
+        for e, s in zip(measured, spectra, strict=True)
+    ]
+    assert allocation.densities == pytest.approx(densities)
+    first = np.array(densities) ** 0.7
+    assert allocation.baselines == _filled(first, budget, spectra)
+
+    tails: dict[str, list[float]] = {s.cluster: [] for s in spectra}
+    for rank, s in zip(allocation.baselines, spectra, strict=True):
+        if rank < full_rank(s.shape):
+            tails[s.cluster].append(float(s.energy[rank:].sum() / s.energy.sum()))
+    means = {cluster: float(np.mean(shares)) for cluster, shares in tails.items()}
+    assert allocation.tail_shares == pytest.approx(means)
+    factors = {cluster: _factor(modulation, 2.0 * mean, 0.8) for cluster, mean in means.items()}
+    assert allocation.factors == pytest.approx(factors)
+    second = first * [factors[s.cluster] for s in spectra]
+    assert allocation.ranks == _filled(second, budget, spectra)
+    assert allocation.ranks != allocation.baselines
+
+
+def _varied() -> list[Spectrum]:
+    """Nine layers of three types, each of a shape of its own; spectra of weights fall slower."""
+    found = []
+    for layer in range(3):
+        for cluster, shape, decay in (
+            ("q", (48, 48), 0.04),
+            ("k", (24, 48), 0.2),
+            ("up", (80, 48), 0.1),
+        ):
+            j = torch.arange(min(shape), dtype=torch.float64)
+            energy = (1 + layer) * torch.exp(-decay * (1 + layer / 5) * j)
+            of_weight = torch.exp(-decay * (0.7 - layer / 10) * j)
+            found.append(Spectrum(f"{layer}.{cluster}", cluster, shape, energy, of_weight, layer))
+    return found
+
+
+def _filled(wanted: NDArray[np.float64], budget: Budget, spectra: list[Spectrum]) -> list[int]:
+    """Return the ranks of shares of mn in proportion to ``wanted``, with the remainder spent."""
+    sizes = np.array([cost(full_rank(s), s) for s in budget.shapes])
+    shares = wanted * budget.parameters / (wanted * sizes).sum()
+    ranks = shares * [break_even(s) for s in budget.shapes]
+    assert ranks.min() >= 1  # nothing is clipped
+    assert shares.max() < 1
+    return budget.filled([int(rank) for rank in ranks], [s.energy for s in spectra])
+
+
+def _factor(modulation: str, z: float, beta: float) -> float:
+    if modulation == "logarithmic":
+        return float(1 + beta * np.log(1 + z))
+    if modulation == "linear":
+        return 1 + beta * z
+    return float((1 + z) ** beta if modulation == "power" else np.exp(beta * z))
+
+
 @pytest.mark.parametrize("modulation", sorted(MODULATIONS))
 def test_stage_two_moves_rank_to_the_cluster_whose_tail_holds_energy(modulation: str) -> None:
     before = _hisvd(alpha=0.0, lwe_strength=0.0)
@@ -93,9 +162,10 @@ def test_modulations_are_one_at_zero_and_rise(modulation: str) -> None:
 
 def test_cluster_tails_are_the_mean_over_truncated_sublayers() -> None:
     spectra = _spectra()
-    ranks = [10, 64] * 4  # ``steep`` stays dense everywhere
+    ranks = [10, 64, 20, 64, 64, 64, 64, 64]  # ``steep`` stays dense everywhere, ``flat`` in part
     tails = cluster_tails(spectra, ranks)
-    expected = float(spectra[0].energy[10:].sum() / spectra[0].energy.sum())
+    energy = spectra[0].energy.numpy()  # of all ``flat`` ones, up to a factor
+    expected = (energy[10:].sum() + energy[20:].sum()) / (2 * energy.sum())
     assert tails["flat"] == pytest.approx(expected)
     assert tails["steep"] == 0.0
 
@@ -123,6 +193,11 @@ def test_an_all_zero_sublayer_is_no_special_case() -> None:
 def test_unknown_values_of_options(knob: str, value: str, near: str) -> None:
     with pytest.raises(ValidationError, match=f"'{near}'"):
         _hisvd(0.6, **{knob: value})
+
+
+def test_spectra_of_weights_are_needed_if_stage_one_reads_them() -> None:
+    assert ALLOCATORS.needs("hisvd", {"spectrum": "weight"}) == {WEIGHT_SPECTRA}
+    assert ALLOCATORS.needs("hisvd", {"spectrum": "whitened"}) == set()
 
 
 def test_names_list_the_built_in_allocators() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hisvd_cli.allocation.budget import (
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
 from hisvd_cli.modeling.layers.shapes import Shape, matrix_of
 from hisvd_cli.utils.errors import BudgetError
+from tests.allocation import choices
 
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 6
 
@@ -58,6 +60,7 @@ def test_a_share_pays_for_its_rank(shape: Shape, storage: Storage) -> None:
     for share in (0.2, 0.5, 0.8, 0.97):
         rank = rank_of_share(share, shape, storage)
         assert cost(rank, shape, storage) == pytest.approx(share * m * n)
+        assert rank_of_share(share, shape) == pytest.approx(share * m * n / (m + n))
     assert rank_of_share(0.0, shape, storage) == 0
 
 
@@ -115,33 +118,27 @@ def test_ratio_one_keeps_everything_dense() -> None:
     assert ranks == [full_rank(s) for s in SHAPES]
 
 
-def test_the_remainder_goes_where_it_saves_most() -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_the_remainder_goes_where_it_saves_most(seed: int) -> None:
     """Filling from floors is the best of all plans that cost as much, by exhaustive search.
 
     The greedy choice is optimal here because energies fall and every step costs the same.
     """
-    shapes = [(6, 6), (6, 6), (6, 6)]
-    energies = _energies(shapes, 5)
-    budget = Budget(shapes, 6 * 12, [1, 1, 1])
-    ranks = budget.rounded([1.0, 1.0, 1.0], energies)
+    shapes = [(12, 12)] * 3
+    energies = [(1 + i) * e for i, e in enumerate(_energies(shapes, seed))]
+    budget = Budget(shapes, 7 * 24, [1, 1, 1])  # four steps, too few for a layer to become dense
 
-    def loss(choice: tuple[int, ...]) -> float:
-        return sum(
-            float(e[r:].sum()) if r < 3 else 0.0 for r, e in zip(choice, energies, strict=True)
-        )
+    def loss(choice: Sequence[int]) -> float:
+        return sum(float(e[r:].sum()) for r, e in zip(choice, energies, strict=True))
 
-    affordable = [
-        c
-        for c in itertools.product([1, 2], repeat=3)
-        if sum(cost(r, s) for r, s in zip(c, shapes, strict=True)) <= budget.parameters
-    ]
-    if all(r < 3 for r in ranks):
-        assert loss(tuple(ranks)) == pytest.approx(min(map(loss, affordable)))
-    assert loss(tuple(ranks)) <= min(map(loss, affordable)) + 1e-12
+    affordable = [c for c in itertools.product(range(1, 6), repeat=3) if sum(c) * 24 <= 7 * 24]
+    best = min(affordable, key=loss)
+    assert budget.filled([1, 1, 1], energies) == list(best)
+    assert budget.rounded([1.0, 1.0, 1.0], energies) == list(best)
 
 
 def test_floors_above_the_budget_say_by_how_much() -> None:
-    with pytest.raises(BudgetError, match="20 more than the budget of 100"):
+    with pytest.raises(BudgetError, match="take 120 parameters, 20 more than the budget of 100"):
         Budget([(10, 10)] * 3, 100, [2] * 3)
 
 
@@ -166,10 +163,39 @@ def test_scaled_ranks_spend_the_budget_in_proportion(ratio: float, storage: Stor
     assert scales == pytest.approx([scales[0]] * len(scales))
 
 
-@pytest.mark.parametrize(("nearest", "ranks"), [(False, [4, 2, 2, 2]), (True, [3, 3, 2, 2])])
-def test_nearest_ranks_move_by_one_step(nearest: bool, ranks: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [({}, [4, 2, 2, 2]), ({"nearest": False}, [4, 2, 2, 2]), ({"nearest": True}, [3, 3, 2, 2])],
+)
+def test_nearest_ranks_move_by_one_step(options: dict[str, bool], ranks: list[int]) -> None:
     shapes = [(10, 10)] * 4
     weights = [1000.0, 10.0, 1.0, 1.0]
     energies = [w * torch.ones(10, dtype=torch.float64) for w in weights]
     budget = Budget(shapes, 200, [1] * 4)
-    assert budget.rounded([2.5] * 4, energies, nearest) == ranks
+    assert budget.rounded([2.5] * 4, energies, **options) == ranks
+    assert budget.settled([2.5] * 4, energies, **options) == ranks
+
+
+def test_rounding_errors_cost_no_rank() -> None:
+    """The third layer has the most energy, so that it would get any rank that the others lose."""
+    shapes = [(7, 7)] * 3  # break-even at rank 3.5; a step costs 14 parameters
+    energies = [w * torch.ones(7, dtype=torch.float64) for w in (1.0, 1.0, 1000.0)]
+    budget = Budget(shapes, 49 + 28 + 14 + 7, [1] * 3)
+    for error in (-1e-12, 0.0, 1e-12):
+        ranks = [3.5 + error, 2 + error, 1 + error]
+        assert budget.rounded(ranks, energies) == [7, 2, 1]
+        assert budget.settled(ranks, energies) == [7, 2, 1]
+
+
+@pytest.mark.parametrize("storage", LAYERS)
+def test_nearest_ranks_cost_the_shares_of_the_real_ones(storage: Storage) -> None:
+    """Each is the largest rank that costs at most its share, or the next one."""
+    shapes = [(40, 30)] * 4
+    energies = [w * e for w, e in zip([1e3, 1.0, 1.0, 1.0], _energies(shapes, 6), strict=True)]
+    budget = Budget(shapes, 3000, [1] * 4, 1, storage)
+    real = budget.scaled([2.0, 3.0, 4.0, 6.0])
+    ranks = budget.rounded(real, energies, nearest=True)
+    for rank, wanted, shape in zip(ranks, real, shapes, strict=True):
+        prices = choices(shape, storage=storage)
+        below = max(r for r, price in prices.items() if price <= wanted * sum(shape) + 1e-6)
+        assert rank in (below, below + 1)

@@ -298,12 +298,13 @@ def test_learned_approaches_the_optimum_that_the_divergence_has(ratio: float) ->
     assert_next_to(budget, allocation.ranks)
 
 
-def test_learned_is_not_pulled_by_a_sublayer_at_its_floor() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_learned_is_not_pulled_by_a_sublayer_at_its_floor(scale: float) -> None:
     """One that hardly matters ends there; the others share as if it were not in the sum."""
     shapes: list[Shape] = [(192, 192), (64, 96), (192, 96), (96, 192), (96, 96)]
     spectra = [_falling(f"model.layers.{i}", shape, 0.06) for i, shape in enumerate(shapes)]
     budget = make_budget(spectra, 0.35)
-    weights = [1.0, *(numel(s) * (1.0 + i % 2) for i, s in enumerate(shapes[1:]))]
+    weights = [scale, *(scale * numel(s) * (1 + i % 2) for i, s in enumerate(shapes[1:]))]
     ranks = _learned(spectra, budget, weights, steps=300).ranks
     rest = Budget(shapes[1:], budget.parameters - (192 + 192), [1] * 4)
     optimum = [

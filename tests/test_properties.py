@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -22,6 +23,7 @@ from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import Settings, flag_of
 from hisvd_cli.utils.errors import SourceError
+from tests.allocation import choices
 
 some = settings(max_examples=100, derandomize=True, database=None, deadline=None)
 
@@ -88,14 +90,36 @@ def test_whole_ranks_keep_the_budget_and_their_floors(
             assert budget.spent(more) > budget.parameters
 
 
+def greedily(budget: Budget, energies: list[torch.Tensor]) -> list[int]:
+    """Return ranks from the floors up, by a search of all affordable steps at each step."""
+    options = [
+        choices(shape, floor, budget.multiple_of, budget.storage)
+        for shape, floor in zip(budget.shapes, budget.floors, strict=True)
+    ]
+    ranks = [min(prices) for prices in options]
+    left = budget.parameters - sum(prices[min(prices)] for prices in options)
+    saved = [energy.tolist() for energy in energies]
+    while True:
+        offers = []
+        for i, (prices, rank) in enumerate(zip(options, ranks, strict=True)):
+            above = [r for r in prices if r > rank]
+            if above and (price := prices[min(above)] - prices[rank]) <= left:
+                gain = sum(saved[i][rank : min(above)])
+                offers.append((gain / price, i, min(above), price))
+        if not offers:
+            return ranks
+        _, i, following, price = max(offers)
+        ranks[i], left = following, left - price
+
+
 @some
-@given(budgets())
-def test_filling_lowers_no_rank_and_buys_the_dearest_energy_first(
-    drawn: tuple[Budget, list[torch.Tensor]],
+@given(budgets(), st.integers(1, 9))
+def test_filling_takes_the_most_energy_per_parameter_first(
+    drawn: tuple[Budget, list[torch.Tensor]], multiple_of: int
 ) -> None:
-    budget, energies = drawn
+    budget, energies = replace(drawn[0], multiple_of=multiple_of), drawn[1]
     filled = budget.filled(budget.floors, energies)
-    assert all(now >= floor for now, floor in zip(filled, budget.floors, strict=True))
+    assert filled == greedily(budget, energies)
     assert budget.filled(filled, energies) == filled
 
 

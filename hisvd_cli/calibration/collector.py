@@ -171,5 +171,5 @@ class TurnSum:
         self._tokens = add_up_count(self._tokens, add_up)
 
     def mean(self) -> float:
-        """Return the mean over all tokens, from 0 to 1."""
-        return self._sum / self._tokens
+        """Return the mean over all tokens, from 0 to 1; 0 for a block that is not run on text."""
+        return self._sum / max(self._tokens, 1)

@@ -215,7 +215,7 @@ def check_config(config: PretrainedConfig, name: str) -> None:
     for key, largest in _LARGEST.items():
         try:
             size = getattr(text, key, None)
-        except ValueError:  # it differs between blocks
+        except RuntimeError:  # it differs between blocks
             continue
         if isinstance(size, int) and not 1 <= size <= largest:
             raise UnsupportedModelError(
