@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 
-from hisvd_cli.modeling.block_arguments import Arguments, run_stubs
+from hisvd_cli.modeling.block_arguments import Calls, run_stubs
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.modeling.sources.opening import open_source
@@ -191,21 +191,31 @@ def test_overflow_names_the_block(tiny_model: MakeModel, tmp_path: Path) -> None
         walk.advance(1)
 
 
-def test_blocks_that_are_given_more_than_the_hidden_state_are_refused(
+def test_arguments_that_depend_on_the_text_are_kept_for_each_batch(
     tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with embeddings per block: replaying one batch's arguments for another would be wrong."""
     walk = BlockWalk(open_source(str(tiny_model("llama"))), CPU, torch.float32, BATCH)
 
     def with_embeddings(
-        model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor, as_tuple: bool
-    ) -> tuple[Tensor, list[Arguments]]:
-        state, calls = run_stubs(model, layers, ids, as_tuple)
-        return state, [((), {**kwargs, "per_layer_input": ids}) for _, kwargs in calls]
+        decoder: nn.Module, layers: nn.ModuleList, ids: Tensor, form: int
+    ) -> tuple[Tensor, Calls]:
+        state, calls = run_stubs(decoder, layers, ids, form)
+        given = {i: ((), {**kwargs, "of_text": ids + i}) for i, (_, kwargs) in calls.items()}
+        return state, given
 
-    monkeypatch.setattr("hisvd_cli.modeling.block_walk.run_stubs", with_embeddings)
-    with pytest.raises(UnsupportedModelError, match="than the hidden states"):
-        walk.embed(TOKENS)
+    monkeypatch.setattr("hisvd_cli.modeling.block_arguments.run_stubs", with_embeddings)
+    walk.embed(TOKENS)
+    for start in range(0, len(TOKENS), BATCH):
+        part = TOKENS[start : start + BATCH]
+        for index in range(len(walk.layers)):
+            found = walk._recording.of(index, start, len(part), CPU)
+            assert found is not None
+            assert torch.equal(found[1]["of_text"], part + index)
+    masks = [
+        walk._recording.of(0, start, BATCH, CPU)[1]["position_embeddings"] for start in (0, BATCH)
+    ]  # type: ignore[index]
+    assert masks[0][0] is masks[1][0]  # what does not depend on the text is kept once
 
 
 def test_compressed_and_quantized_models_are_refused(tiny_model: MakeModel, tmp_path: Path) -> None:
