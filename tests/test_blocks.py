@@ -14,8 +14,10 @@ from transformers import AutoModel
 
 from hisvd_cli.modeling.block_arguments import Calls, run_stubs
 from hisvd_cli.modeling.block_walk import BlockWalk
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tensor_names
 from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.tensors import tensor_names
 from hisvd_cli.utils.errors import NumericalError, SourceError, UnsupportedModelError
 from tests.conftest import MakeModel
 from tests.models import CONFIGS, SLIDING_WINDOW, edit_json, load_dense, random_tokens
@@ -212,9 +214,8 @@ def test_arguments_that_depend_on_the_text_are_kept_for_each_batch(
             found = walk._recording.of(index, start, len(part), CPU)
             assert found is not None
             assert torch.equal(found[1]["of_text"], part + index)
-    masks = [
-        walk._recording.of(0, start, BATCH, CPU)[1]["position_embeddings"] for start in (0, BATCH)
-    ]  # type: ignore[index]
+    batches = [walk._recording.of(0, start, BATCH, CPU) or ((), {}) for start in (0, BATCH)]
+    masks = [kwargs["position_embeddings"] for _, kwargs in batches]
     assert masks[0][0] is masks[1][0]  # what does not depend on the text is kept once
 
 

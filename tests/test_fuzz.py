@@ -31,8 +31,8 @@ from hisvd_cli.export.card_results import CardResult, update_card
 from hisvd_cli.export.dense import to_dense
 from hisvd_cli.inspection.pt_files import load_pt
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
-from hisvd_cli.modeling.skeleton import build_stored_model
 from hisvd_cli.modeling.sources.opening import open_source
+from hisvd_cli.modeling.structure.skeleton import build_stored_model
 from hisvd_cli.modeling.whole_model import load_model
 from hisvd_cli.utils.errors import HisvdError
 from tests.cli_helpers import hisvd, succeed, text_file

@@ -21,7 +21,7 @@ from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.hidden_states import Place, StatesHome
 from hisvd_cli.modeling.rows import RowFiles
 from hisvd_cli.modeling.sources.opening import open_source
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 from hisvd_cli.pipelines.memory.placement import fit
 from hisvd_cli.utils.errors import MemoryLimitError, OutputError, SourceError
 from hisvd_cli.utils.files.artifact import partial_path
@@ -372,7 +372,7 @@ import resource, sys
 from hisvd_cli.cli import app
 from hisvd_cli.pipelines import calibration
 from hisvd_cli.pipelines.compressing.compression import compress_model
-from hisvd_cli.modeling.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
 from hisvd_cli.modeling.sources.opening import open_source
 from tests.test_memory import random_sample
 

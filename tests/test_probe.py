@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hisvd_cli.allocation.probe import ModelProbe
 from hisvd_cli.modeling.sources.opening import open_source
-from hisvd_cli.modeling.sublayers import find_sublayers
+from hisvd_cli.modeling.structure.sublayers import find_sublayers
 from hisvd_cli.utils.progress import Silent
 from tests.conftest import MakeModel
 from tests.models import load_dense, random_tokens

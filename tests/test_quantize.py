@@ -22,7 +22,7 @@ from hisvd_cli.modeling.layers.quantized import (
     QuantizedLowRankLinear,
     quantized_bytes,
 )
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 from hisvd_cli.pipelines.compressing.quantization import quantize_checkpoint
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.utils.errors import OutputError

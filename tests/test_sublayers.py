@@ -10,9 +10,10 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.opening import open_source
-from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers, select
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers, select
 from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
 from tests.conftest import MakeModel
 from tests.models import CONFIGS

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 
 from hisvd_cli.allocation.plan_assembly import ModelSize
 from hisvd_cli.modeling.layers.shapes import active_parameters, is_stack, numel
-from hisvd_cli.modeling.skeleton import (
-    build_meta_model,
-    check_shape,
-    decoder_blocks,
-    tensor_names,
-)
 from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers, select
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers, select
+from hisvd_cli.modeling.structure.tensors import check_shape, tensor_names
 
 _KEPT = "_anatomy"
 

@@ -20,7 +20,7 @@ from hisvd_cli.calibration.workload import (
     with_sides,
 )
 from hisvd_cli.modeling.layers.shapes import Shape, copies, copies_used, matrix_of, numel
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 
 _EIGH_FLOPS = 25  # eigendecomposition with vectors, in units of size³ at the rate of products
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from hisvd_cli.modeling.corrected import take_corrected
 from hisvd_cli.modeling.divergence import kl_divergence
-from hisvd_cli.modeling.skeleton import decoder_blocks
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.utils.errors import OutputError
 from hisvd_cli.utils.files.checksums import seal, sealed

@@ -24,7 +24,7 @@ from hisvd_cli.calibration.store import GRADIENTS, Calibration
 from hisvd_cli.linalg.statistics import Need, Statistics, missing, required
 from hisvd_cli.linalg.truncation import decomposing
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 from hisvd_cli.utils.distributed import share_by_cost, world
 from hisvd_cli.utils.errors import OutputError
 from hisvd_cli.utils.files.checksums import intact

@@ -28,7 +28,7 @@ from hisvd_cli.modeling.hidden_states import Place, StatesHome
 from hisvd_cli.modeling.overflow import overflow_hint
 from hisvd_cli.modeling.rows import Checkpoints
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
+from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers
 from hisvd_cli.utils.distributed import building_together, world
 from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.utils.files.checksums import intact

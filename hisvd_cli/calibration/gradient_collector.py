@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hisvd_cli.calibration.collector import Hook, hooked
 from hisvd_cli.calibration.routing import Hits, pool_stacks, routed, weighted
 from hisvd_cli.linalg.moments import AddUp, MomentSum, Side, add_up_count
-from hisvd_cli.modeling.experts import Routed
+from hisvd_cli.modeling.structure.expert_linears import Routed
 
 
 class _ChunkCollector(ABC):
@@ -75,8 +75,7 @@ class GradientCollector(_ChunkCollector):
         self._seqlen = seqlen
         self._halves: dict[str, MomentSum] = {}
         self._stacks = stacks or {}
-        members = [name for each in self._stacks.values() for name in each]
-        self._hits = {name: Hits() for name in members}
+        self._hits = {name: Hits() for each in self._stacks.values() for name in each}
         for name, linear in linears.items():
             tall = keys[name].endswith(".output")
             width = linear.out_features if tall else linear.in_features

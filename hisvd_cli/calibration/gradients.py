@@ -26,7 +26,7 @@ from hisvd_cli.calibration.store import (
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.hidden_states import Place, StatesHome
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import find_sublayers
+from hisvd_cli.modeling.structure.sublayers import find_sublayers
 from hisvd_cli.utils.distributed import building_together, world
 from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError
 from hisvd_cli.utils.files.checksums import intact

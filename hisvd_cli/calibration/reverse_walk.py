@@ -23,7 +23,7 @@ from hisvd_cli.calibration.calibrate import STATE_SECONDS, keep_state, linears_o
 from hisvd_cli.linalg.moments import AddUp
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.rows import Checkpoints
-from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
+from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.errors import UnsupportedModelError
 from hisvd_cli.utils.progress import Reporter

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.linalg.moments import AddUp
-from hisvd_cli.modeling.experts import Routed
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.expert_linears import Routed
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 
 _ENOUGH = 2
 """An expert with fewer tokens than this multiple of its width shares the moments of its stack."""

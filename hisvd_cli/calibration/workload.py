@@ -15,7 +15,7 @@ import torch
 
 from hisvd_cli.modeling.hidden_states import Place
 from hisvd_cli.modeling.layers.shapes import copies, copies_used, is_stack, matrix_of, numel
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 
 IMPORTS_BYTES = 420_000_000
 """Resident memory after importing torch and transformers and building a model without weights."""

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from hisvd_cli.allocation.estimate import decomposition_cost
 from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage, factor_shapes
-from hisvd_cli.modeling.naming import Naming, find_naming, settles
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, own_head, tensor_names
-from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.naming import Naming, find_naming, settles
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers
+from hisvd_cli.modeling.structure.tensors import own_head, tensor_names
 from hisvd_cli.utils.distributed import World, share_by_cost
 
 if TYPE_CHECKING:

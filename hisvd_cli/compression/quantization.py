@@ -19,10 +19,11 @@ from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, Checkpoint
 from hisvd_cli.modeling.checkpoints.checkpoint_config import compressed_config, write_loader
 from hisvd_cli.modeling.checkpoints.folder_record import Describe, write_record
 from hisvd_cli.modeling.checkpoints.shards import join_parts, parts_left, shard_file, shard_names
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.companions import copy_companions, is_own_file, warn_of_links
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers
 from hisvd_cli.utils.files.artifact import building
 from hisvd_cli.utils.files.fingerprints import digest
 from hisvd_cli.utils.files.json_files import write_json

@@ -23,13 +23,10 @@ from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
 from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage, factor_shapes
 from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, quantized_shapes, storage_with
-from hisvd_cli.modeling.skeleton import (
-    build_meta_model,
-    build_stored_model,
-    decoder_blocks,
-    tensor_names,
-)
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.skeleton import build_meta_model, build_stored_model
+from hisvd_cli.modeling.structure.tensors import tensor_names
 from hisvd_cli.utils.errors import NumericalError, SourceError, reason
 from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_tensors
 from hisvd_cli.utils.progress import Reporter

@@ -23,11 +23,11 @@ from hisvd_cli.modeling.layers.experts import ExpertStack
 from hisvd_cli.modeling.layers.lowrank import FACTORS, dense_product, is_order
 from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, dequantized, storage_with
 from hisvd_cli.modeling.layers.replacement import find_dense, sizes_of
-from hisvd_cli.modeling.naming import stems_on_disk
-from hisvd_cli.modeling.skeleton import build_meta_model
 from hisvd_cli.modeling.sources.companions import copy_companions
-from hisvd_cli.modeling.sources.conversion import original_groups, original_tensors
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.structure.conversion import original_groups, original_tensors
+from hisvd_cli.modeling.structure.naming import stems_on_disk
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.artifact import building
 from hisvd_cli.utils.files.json_files import write_json

@@ -35,20 +35,16 @@ from hisvd_cli.modeling.checkpoints.checkpoint import (
 )
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
 from hisvd_cli.modeling.layers.shapes import is_stack
-from hisvd_cli.modeling.naming import names_in_model
-from hisvd_cli.modeling.skeleton import (
-    build_meta_model,
-    decoder_blocks,
-    shared_tensors,
-    tell_notes,
-    tensor_names,
-    tied_names,
-)
 from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sources.weights import Weights
-from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.naming import names_in_model
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers
+from hisvd_cli.modeling.structure.tensors import tell_notes, tensor_names
+from hisvd_cli.modeling.structure.tied import shared_tensors, tied_names
 from hisvd_cli.utils.errors import HisvdError, NumericalError, SourceError
 from hisvd_cli.utils.files.fingerprints import expanded
 from hisvd_cli.utils.progress import Reporter

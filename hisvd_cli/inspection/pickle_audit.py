@@ -23,7 +23,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.modeling.checkpoints.checkpoint_config import quantization_of
 from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor, read_foreign
 from hisvd_cli.modeling.pickles.low_rank_pairs import find_pairs
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.json_files import parse_json
 from hisvd_cli.utils.files.safetensors_header import dtype_name

@@ -21,7 +21,7 @@ from hisvd_cli.modeling.layers.shapes import (
     numel,
     storage_of,
 )
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 
 
 @dataclass(frozen=True)

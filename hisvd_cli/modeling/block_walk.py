@@ -19,15 +19,9 @@ from torch import Tensor, nn
 from hisvd_cli.modeling.block_arguments import Recording, stubbed
 from hisvd_cli.modeling.hidden_states import StatesHome
 from hisvd_cli.modeling.overflow import all_finite, overflow_hint
-from hisvd_cli.modeling.skeleton import (
-    build_meta_model,
-    decoder_blocks,
-    decoder_of,
-    drop_weights,
-    language_model,
-    read_tensor,
-    tensor_names,
-)
+from hisvd_cli.modeling.structure.decoders import decoder_blocks, decoder_of, language_model
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.tensors import drop_weights, read_tensor, tensor_names
 from hisvd_cli.utils.errors import NumericalError, UnsupportedModelError, reason
 
 if TYPE_CHECKING:

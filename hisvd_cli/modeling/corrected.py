@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hisvd_cli.modeling.skeleton import tensor_names
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sources.weights import Weights
+from hisvd_cli.modeling.structure.tensors import tensor_names
 from hisvd_cli.utils.files.fingerprints import digest, file_digest
 from hisvd_cli.utils.files.tensorfile import read_header
 

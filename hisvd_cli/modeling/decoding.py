@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.modeling.skeleton import decoder_of, language_model
+from hisvd_cli.modeling.structure.decoders import decoder_of, language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,14 +21,10 @@ from torch import Tensor, nn
 
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.decoding import logits_from_states
-from hisvd_cli.modeling.skeleton import (
-    build_stored_model,
-    decoder_blocks,
-    decoder_of,
-    drop_weights,
-    language_model,
-)
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.structure.decoders import decoder_blocks, decoder_of, language_model
+from hisvd_cli.modeling.structure.skeleton import build_stored_model
+from hisvd_cli.modeling.structure.tensors import drop_weights
 from hisvd_cli.modeling.whole_model import load_source
 from hisvd_cli.utils.errors import UnsupportedModelError
 from hisvd_cli.utils.files.checksums import intact

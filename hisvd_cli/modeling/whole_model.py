@@ -11,16 +11,11 @@ import torch
 from torch import nn
 
 from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
-from hisvd_cli.modeling.naming import find_naming
-from hisvd_cli.modeling.skeleton import (
-    auto_class,
-    build_stored_model,
-    own_head,
-    read_tensor,
-    tensor_names,
-)
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sources.weights import open_weights
+from hisvd_cli.modeling.structure.naming import find_naming
+from hisvd_cli.modeling.structure.skeleton import auto_class, build_stored_model
+from hisvd_cli.modeling.structure.tensors import own_head, read_tensor, tensor_names
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.library_errors import library_errors
 

@@ -129,7 +129,7 @@ def _perplexity(case: Case, **settings: Any) -> float:
     assert not found.failures, found.failures[0].message
     perplexity = found.perplexity[str(case.checkpoint)]
     assert perplexity is not None, "The perplexity is not finite."
-    return float(perplexity)
+    return perplexity
 
 
 def check_dense(case: Case) -> None:
@@ -177,7 +177,7 @@ def covered(case: Case) -> float:
         if parameter.ndim > 1 and name.startswith(tuple(blocks))
     ]
     planned = sum(math.prod(s["shape"]) for s in case.plan["sublayers"])
-    return round(planned / sum(matrices), 2)
+    return float(round(planned / sum(matrices), 2))
 
 
 def run(each: Architecture, folder: Path) -> Result:

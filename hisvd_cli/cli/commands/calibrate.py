@@ -13,7 +13,7 @@ def calibrate(run: Run, dry_run: DryRun = False) -> None:
     Example: hisvd calibrate --model HuggingFaceTB/SmolLM2-135M --samples 64 --seqlen 1024
     """
     from hisvd_cli.cli.views.results import calibration_view, forecast_view
-    from hisvd_cli.modeling.skeleton import tell_notes
+    from hisvd_cli.modeling.structure.tensors import tell_notes
     from hisvd_cli.pipelines.calibration import ensure_calibration
     from hisvd_cli.pipelines.forecasts.calibration import forecast_calibration
     from hisvd_cli.pipelines.named_source import named_source

@@ -6,13 +6,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources import adapter_input
 from hisvd_cli.modeling.sources.adapter_input import Adapter, check_adapter, open_adapter
 from hisvd_cli.modeling.sources.quantized_input import files_say, refusal
 from hisvd_cli.modeling.sources.source import DEMO, DEMO_FOLDER, Source, read_config
 from hisvd_cli.modeling.sources.weights import LAYOUTS, has_weights, shard_files
-from hisvd_cli.modeling.sublayers import find_sublayers
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.sublayers import find_sublayers
 from hisvd_cli.utils.errors import SourceError, UnsupportedModelError, reason
 from hisvd_cli.utils.files.fingerprints import expanded
 

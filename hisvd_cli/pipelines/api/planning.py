@@ -6,7 +6,7 @@ import os
 
 from typing_extensions import Unpack
 
-from hisvd_cli.modeling.skeleton import tell_notes
+from hisvd_cli.modeling.structure.tensors import tell_notes
 from hisvd_cli.pipelines.api.arguments import Given, function, run_of
 from hisvd_cli.pipelines.api.keywords import CalibrateKeywords, PathText, PlanKeywords
 from hisvd_cli.pipelines.api.results import Calibration, Plan, given_with

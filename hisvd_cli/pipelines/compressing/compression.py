@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hisvd_cli.compression.stage_times import keep_times
-from hisvd_cli.modeling.skeleton import tell_notes
+from hisvd_cli.modeling.checkpoints.stage_times import keep_times
+from hisvd_cli.modeling.structure.tensors import tell_notes
 from hisvd_cli.pipelines.compressing.compression_checks import check_request
 from hisvd_cli.pipelines.compressing.first_stage import prepare
 from hisvd_cli.pipelines.compressing.outcome import Outcome

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from hisvd_cli.allocation.plan import load_plan
-from hisvd_cli.compression.stage_times import times_of
 from hisvd_cli.evaluation.report.content import ModelFacts, Spectra
 from hisvd_cli.inspection.audit import part
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
+from hisvd_cli.modeling.checkpoints.stage_times import times_of
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.evaluating.targets import open_target
 from hisvd_cli.utils.errors import SourceError

@@ -9,9 +9,9 @@ from typing import Any
 from hisvd_cli.export.convert import unpacked
 from hisvd_cli.inspection.audit import part
 from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint, open_checkpoint
-from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import DEMO, Source
+from hisvd_cli.modeling.structure.tensors import tell_notes
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.files.fingerprints import expanded
 from hisvd_cli.utils.files.scratch import scratch_folder

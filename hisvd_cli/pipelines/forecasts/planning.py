@@ -8,7 +8,7 @@ import torch
 
 from hisvd_cli.allocation.anatomy import dissect
 from hisvd_cli.allocation.estimate import estimate_measuring, product_rate
-from hisvd_cli.modeling.sublayers import select
+from hisvd_cli.modeling.structure.sublayers import select
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.named_source import named_source
 from hisvd_cli.pipelines.planning.methods import probe_passes

@@ -20,7 +20,7 @@ from hisvd_cli.calibration.workload import (
     parameters,
 )
 from hisvd_cli.modeling.layers.shapes import copies, copies_used, matrix_of, numel
-from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.modeling.structure.sublayers import Sublayer
 
 _SINGLE, _DOUBLE = 4, 8
 _LOADING_BYTES = 20_000_000  # libraries for loading, and memory the allocator keeps

@@ -11,10 +11,11 @@ from hisvd_cli.calibration.workload import Peak, parameters
 from hisvd_cli.linalg.moments import exact_device
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, is_checkpoint
 from hisvd_cli.modeling.layers.lowrank import FACTORS
-from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks
 from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Sublayer, find_sublayers
+from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.skeleton import build_meta_model
+from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.memory.bounds import memory_bounds
 from hisvd_cli.pipelines.memory.placement import excess

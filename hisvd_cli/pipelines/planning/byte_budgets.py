@@ -14,7 +14,7 @@ from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.modeling.layers.shapes import Shape, numel
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Sublayer, select
+from hisvd_cli.modeling.structure.sublayers import Sublayer, select
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import PlanSettings, QuantizeSettings, Settings
 from hisvd_cli.utils.errors import BudgetError, UsageError

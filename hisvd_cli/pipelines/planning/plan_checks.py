@@ -7,7 +7,7 @@ from hisvd_cli.allocation.methods import ALLOCATORS
 from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.linalg.statistics import Need, missing
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import select
+from hisvd_cli.modeling.structure.sublayers import select
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import Settings
 from hisvd_cli.pipelines.memory.bounds import check_factoring

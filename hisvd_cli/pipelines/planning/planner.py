@@ -15,7 +15,7 @@ from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import Sublayer, select
+from hisvd_cli.modeling.structure.sublayers import Sublayer, select
 from hisvd_cli.pipelines.config.settings import PlanSettings
 from hisvd_cli.pipelines.planning.byte_budgets import ALLOCATOR as BYTE_ALLOCATOR
 from hisvd_cli.pipelines.planning.byte_budgets import ByteScope, choose

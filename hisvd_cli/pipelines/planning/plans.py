@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hisvd_cli.allocation.anatomy import dissect
 from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.calibration.store import Calibration
-from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.structure.tensors import tell_notes
 from hisvd_cli.pipelines.calibration_search import find_calibration, require_calibration
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.named_source import named_source

@@ -9,7 +9,7 @@ from hisvd_cli.allocation.probe import ModelProbe
 from hisvd_cli.calibration.store import Calibration
 from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import select
+from hisvd_cli.modeling.structure.sublayers import select
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.planning.methods import decomposer_knobs, measures
 from hisvd_cli.pipelines.planning.probe_factors import ProbeFactors

@@ -18,7 +18,7 @@ from hisvd_cli.compression.rounding import round_nearest
 from hisvd_cli.linalg.moments import exact_device
 from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.sublayers import select
+from hisvd_cli.modeling.structure.sublayers import select
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.utils.device import pick_device
 from hisvd_cli.utils.progress import Reporter

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hisvd_cli.allocation.anatomy import Anatomy, dissect
 from hisvd_cli.allocation.spectrum import Spectrum
-from hisvd_cli.modeling.sublayers import select
+from hisvd_cli.modeling.structure.sublayers import select
 from hisvd_cli.pipelines.calibration_search import find_calibration
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.named_source import named_source

@@ -10,7 +10,7 @@ from typing import cast
 
 from torch import nn
 
-from hisvd_cli.modeling.experts import separate_experts
+from hisvd_cli.modeling.structure.expert_linears import separate_experts
 
 
 class TurnedLinear(nn.Linear):

@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from hisvd_cli.modeling.experts import ExpertLinears
 from hisvd_cli.modeling.layers.shapes import Shape, copies, is_stack
+from hisvd_cli.modeling.structure.expert_linears import ExpertLinears
 from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
 
 _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data_ptr))")

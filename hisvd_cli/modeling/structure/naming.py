@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.modeling.experts import ExpertLinears
 from hisvd_cli.modeling.layers.lowrank import FACTORS
-from hisvd_cli.modeling.linearize import TurnedLinear
-from hisvd_cli.modeling.sources.conversion import (
+from hisvd_cli.modeling.sources.stored_names import find_names, without_inner
+from hisvd_cli.modeling.sources.weights import Derived
+from hisvd_cli.modeling.structure.conversion import (
     Conversion,
     Converted,
     conversion_rules,
     convert_names,
 )
-from hisvd_cli.modeling.sources.stored_names import find_names, without_inner
-from hisvd_cli.modeling.sources.weights import Derived
+from hisvd_cli.modeling.structure.expert_linears import ExpertLinears
+from hisvd_cli.modeling.structure.linearize import TurnedLinear
 from hisvd_cli.utils.files.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
