@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from hisvd_cli.allocation.estimate import decomposition_cost
 from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage, factor_shapes
 from hisvd_cli.modeling.structure.decoders import decoder_blocks
-from hisvd_cli.modeling.structure.naming import Naming, find_naming, settles
+from hisvd_cli.modeling.structure.naming import Naming, find_naming
 from hisvd_cli.modeling.structure.skeleton import build_meta_model
 from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers
 from hisvd_cli.modeling.structure.tensors import own_head, tensor_names
 from hisvd_cli.utils.distributed import World, share_by_cost
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
     from hisvd_cli.modeling.sources.source import Source
     from hisvd_cli.modeling.sources.weights import Weights
@@ -32,22 +31,21 @@ class Factored:
     """A sublayer that is factored.
 
     Attributes:
-        name: the sublayer in the model.
-        stem: its name in the checkpoint, which ``.weight`` and other leaves follow.
+        name: the sublayer in the model. Its factors have that name in the checkpoint too, which
+            the loader excludes from the renamings of transformers.
         weights: linear module in the working model → name of its weight to read; one per expert of
             a stack.
         stacked: whether it is a stack of experts.
     """
 
     name: str
-    stem: str
     weights: Mapping[str, str]
     stacked: bool = False
 
     def tensors(self, storage: Storage) -> list[str]:
         """Return the names of its factors in the checkpoint."""
         leaves = FACTORS["pair" if self.stacked else storage]
-        return [f"{self.stem}.{leaf}" for leaf in leaves]
+        return [f"{self.name}.{leaf}" for leaf in leaves]
 
 
 @dataclass
@@ -146,7 +144,7 @@ def lay_out(source: Source, ranks: Mapping[str, int], storage: Storage) -> Layou
         if sublayer := owner.get(name):
             part = f"{block}.{sublayer.name[len(prefix) + 1 :].partition('.')[2]}"
             if part not in parts:
-                factored = _factored(sublayer, model, names, naming)
+                factored = _factored(sublayer, names)
                 parts[part] = _factors(factored, sublayer, ranks[sublayer.name], storage, source)
                 groups[block].append(part)
             continue
@@ -195,16 +193,10 @@ def _copied(
     return [(name, stored)]
 
 
-def _factored(
-    sublayer: Sublayer, model: PreTrainedModel, names: Mapping[str, str], naming: Naming
-) -> Factored:
-    """Return how a sublayer is read and named: as on disk, if rules rename it alone."""
+def _factored(sublayer: Sublayer, names: Mapping[str, str]) -> Factored:
+    """Return how the weights of a sublayer are read."""
     weights = {member: names[f"{member}.weight"] for member in sublayer.members}
-    stem = sublayer.name
-    if len(weights) == 1 and naming.by_rules:
-        stored = next(iter(weights.values())).removesuffix(".weight")
-        stem = stored if settles(model, stored, sublayer.name) else stem
-    return Factored(sublayer.name, stem, weights, stacked=len(sublayer.shape) > 2)
+    return Factored(sublayer.name, weights, stacked=len(sublayer.shape) > 2)
 
 
 def _factors(

@@ -118,6 +118,7 @@ class Updating:
             for index in range(last + 1):
                 streams.load(index)
                 mine = [n for n, part in self._parts.items() if block_number(part) == index]
+                self._replace_stacks(streams, index)
                 for group in streams.groups(index, mine) if mine else []:
                     missing = [name for name in group if self._parts[name] in wanted]
                     if missing:
@@ -128,6 +129,17 @@ class Updating:
                     streams.advance(index)
                 streams.free(index)
                 step()
+
+    def _replace_stacks(self, streams: PairedWalk, index: int) -> None:
+        """Replace the experts of a block, which are built before and without an update."""
+        for part, made in self._builder.parts.items():
+            factored = made.factored
+            if factored and factored.stacked and block_number(part) == index:
+                tensors, _ = read_tensors(self._home / f"{part}.part", AGAIN)
+                names = factored.tensors("pair")
+                for i, member in enumerate(factored.weights):
+                    v, u = (tensors[name][i].float() for name in names)
+                    streams.replace(member, u @ v)
 
     def _open(self) -> PairedWalk:
         update, rows = self._update, world().share(len(self._update.sample.tokens))

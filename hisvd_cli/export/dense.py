@@ -26,7 +26,6 @@ from hisvd_cli.modeling.layers.replacement import find_dense, sizes_of
 from hisvd_cli.modeling.sources.companions import copy_companions
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.structure.conversion import original_groups, original_tensors
-from hisvd_cli.modeling.structure.naming import stems_on_disk
 from hisvd_cli.modeling.structure.skeleton import build_meta_model
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.artifact import building
@@ -75,19 +74,18 @@ class _Dense:
     model: PreTrainedModel
 
     @cached_property
-    def _stems(self) -> dict[str, str]:
-        """Sublayer → its name in the files of the checkpoint."""
-        replaced = {**self.checkpoint.ranks, **self.checkpoint.bits}
-        return stems_on_disk(self.model, list(replaced), self.checkpoint.weights)
+    def _replaced(self) -> frozenset[str]:
+        """The low-rank and quantized sublayers."""
+        return frozenset({**self.checkpoint.ranks, **self.checkpoint.bits})
 
     @cached_property
     def _stored(self) -> dict[str, str]:
         """Name in the model → name on disk for unchanged tensors, and → sublayer for replaced."""
-        inner = {name for sublayer in self._stems for name in self._leaves(sublayer).values()}
+        inner = {name for s in self._replaced for name in self._leaves(s).values()}
         found = {name: name for name in self.checkpoint.weights if name not in inner}
-        for sublayer, stem in self._stems.items():
+        for sublayer in {**self.checkpoint.ranks, **self.checkpoint.bits}:
             linear = not isinstance(find_dense(self.model, sublayer), ExpertStack)
-            found[f"{stem}.weight" if linear else sublayer] = sublayer
+            found[f"{sublayer}.weight" if linear else sublayer] = sublayer
         return found
 
     @cached_property
@@ -98,7 +96,7 @@ class _Dense:
         named = [name for name, stored in self._stored.items() if name in own or stored in own]
         groups = original_groups(self.model, named)
         alone = set(self._stored.values()) & self._stored.keys() - {n for g in groups for n in g}
-        groups += [(name,) for name in alone if name in self._stems]  # stacks that are renamed
+        groups += [(name,) for name in alone if name in self._replaced]  # stacks that are renamed
         for names in groups:
             shapes = {name: self._shape(name) for name in names}
             given = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
@@ -141,7 +139,7 @@ class _Dense:
     def _shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor in the form of transformers."""
         stored = self._stored[name]
-        if stored not in self._stems:
+        if stored not in self._replaced:
             return self.checkpoint.weights.infos[stored].shape
         dense = find_dense(self.model, stored)
         if isinstance(dense, ExpertStack):
@@ -155,7 +153,7 @@ class _Dense:
 
     def _tensor(self, name: str) -> Tensor:
         stored = self._stored[name]
-        if stored not in self._stems:
+        if stored not in self._replaced:
             return self.checkpoint.weights.read(stored)
         dense = find_dense(self.model, stored)
         weight = self._multiplied(stored)
@@ -180,14 +178,14 @@ class _Dense:
 
     def _leaves(self, sublayer: str) -> dict[str, str]:
         """Return leaf → name on disk of the tensors of a replaced sublayer. Raises SourceError."""
-        checkpoint, stem = self.checkpoint, self._stems[sublayer]
+        checkpoint = self.checkpoint
         storage = storage_with(checkpoint.bits.get(sublayer), checkpoint.storage)
         if isinstance(find_dense(self.model, sublayer), ExpertStack):
             storage = "pair"
         leaves = FACTORS[storage] if sublayer in checkpoint.ranks else ("weight",)
         if sublayer in checkpoint.bits:
             leaves += tuple(leaf + SCALE for leaf in leaves if leaf in MATRICES)
-        names = {leaf: f"{stem}.{leaf}" for leaf in leaves}
+        names = {leaf: f"{sublayer}.{leaf}" for leaf in leaves}
         if missing := [name for name in names.values() if name not in checkpoint.weights]:
             raise SourceError(
                 f"{checkpoint.folder} lacks {missing[0]}.", "Compress the model again."

@@ -217,9 +217,10 @@ def check_config(config: PretrainedConfig, name: str) -> None:
             size = getattr(text, key, None)
         except RuntimeError:  # it differs between blocks
             continue
-        if isinstance(size, int) and not 1 <= size <= largest:
+        least = 0 if key == "head_dim" else 1  # 0 in models without rotary dimensions
+        if isinstance(size, int) and not least <= size <= largest:
             raise UnsupportedModelError(
-                f"The config of {name} has {key} {size}, which must be from 1 to {largest}.",
+                f"The config of {name} has {key} {size}, which must be from {least} to {largest}.",
                 "Download the model again.",
             )
     named = config.architectures or []

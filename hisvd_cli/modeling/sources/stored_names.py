@@ -90,6 +90,8 @@ def value_head(stored: Iterable[str]) -> str:
 
 
 def _part_of(name: str, starts: tuple[str, ...]) -> bool:
+    if re.search(r"\.\d+\.", name):  # inside a block, such as the classifier of a router
+        return False
     return any(name.startswith(start) or f".{start}" in name for start in starts)
 
 

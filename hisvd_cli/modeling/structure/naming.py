@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.modeling.layers.lowrank import FACTORS
 from hisvd_cli.modeling.sources.stored_names import find_names, without_inner
 from hisvd_cli.modeling.sources.weights import Derived
 from hisvd_cli.modeling.structure.conversion import (
     Conversion,
     Converted,
-    conversion_rules,
     convert_names,
 )
 from hisvd_cli.modeling.structure.expert_linears import ExpertLinears
@@ -104,36 +102,6 @@ def _naming(model: PreTrainedModel, source: Source) -> Naming:
     # Buffers may be infinite, such as bounds of values that are not clipped.
     weights.unchecked.update(names[n] for n, _ in model.named_buffers() if n in names)
     return Naming(names, frozenset(by_rules))
-
-
-def settles(model: PreTrainedModel, stem: str, name: str) -> bool:
-    """Return whether transformers loads the factors ``stem.weight…`` into the module ``name``."""
-    rules = conversion_rules(_Structure(model))
-    if rules is None:
-        return stem == name
-    renamings, converters, rename = rules
-    leaves = [leaf for leaves in FACTORS.values() for leaf in leaves]
-    known = {f"{name}.{leaf}": True for leaf in leaves}
-    return all(
-        rename(f"{stem}.{leaf}", renamings, converters, model.base_model_prefix, known)
-        == (f"{name}.{leaf}", None)
-        for leaf in leaves
-    )
-
-
-def stems_on_disk(
-    model: PreTrainedModel, sublayers: Sequence[str], stored: Iterable[str]
-) -> dict[str, str]:
-    """Return sublayer → the name that precedes ``.weight`` in the files of a checkpoint."""
-    names = without_inner(stored)
-    wanted = [f"{sublayer}.weight" for sublayer in sublayers]
-    renamed = {}
-    if any(name not in names for name in wanted):
-        renamed = convert_names(_Structure(model), wanted, names).renamed
-    return {
-        sublayer: (name if name in names else renamed.get(name, name)).removesuffix(".weight")
-        for sublayer, name in zip(sublayers, wanted, strict=True)
-    }
 
 
 def names_in_model(

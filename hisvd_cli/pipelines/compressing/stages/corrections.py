@@ -19,6 +19,7 @@ from hisvd_cli.compression.stages import (
 )
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
+from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.compressing.stages.stage import Stage
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -81,7 +82,7 @@ def correct(
     teacher = first.source
     layers: dict[int, list[str]] = {}
     for s in stage.plan.sublayers:
-        if not s.dense:
+        if not s.dense and not is_stack(s.shape):  # experts are truncated without correction
             layers.setdefault(s.layer, []).append(s.name)
     checkpoint = open_checkpoint(made)
     truncated = Truncated(teacher, checkpoint, dissect(teacher).names, layers)
