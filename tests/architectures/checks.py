@@ -188,10 +188,14 @@ def run(each: Architecture, folder: Path) -> Result:
         return Result("not built", sentence=why)
     case = Case(each, folder / "original", folder)
     try:
-        built = save(each, case.original)
-        compare(case.logits(case.whole), case.logits(built))
+        built = case.logits(save(each, case.original))
     except Exception as error:
         return Result("not built", sentence=sentence_of(error, folder))
+    try:
+        compare(case.logits(case.whole), built)
+    except Exception as error:
+        why = f"transformers does not load what it saved: {sentence_of(error, folder)}"
+        return Result("not built", sentence=why)
     return checked(case, folder)
 
 
