@@ -176,7 +176,7 @@ def covered(case: Case) -> float:
         for name, parameter in case.whole.named_parameters()
         if parameter.ndim > 1 and name.startswith(tuple(blocks))
     ]
-    planned = sum(math.prod(s["shape"]) for s in case.plan["sublayers"])
+    planned: int = sum(math.prod(s["shape"]) for s in case.plan["sublayers"])
     return round(planned / sum(matrices), 2)
 
 
