@@ -129,7 +129,7 @@ def _perplexity(case: Case, **settings: Any) -> float:
     assert not found.failures, found.failures[0].message
     perplexity = found.perplexity[str(case.checkpoint)]
     assert perplexity is not None, "The perplexity is not finite."
-    return perplexity
+    return float(perplexity)
 
 
 def check_dense(case: Case) -> None:
@@ -176,8 +176,8 @@ def covered(case: Case) -> float:
         for name, parameter in case.whole.named_parameters()
         if parameter.ndim > 1 and name.startswith(tuple(blocks))
     ]
-    planned = sum(math.prod(s["shape"]) for s in case.plan["sublayers"])
-    return float(round(planned / sum(matrices), 2))
+    planned: int = sum(math.prod(s["shape"]) for s in case.plan["sublayers"])
+    return round(planned / sum(matrices), 2)
 
 
 def run(each: Architecture, folder: Path) -> Result:
@@ -188,10 +188,14 @@ def run(each: Architecture, folder: Path) -> Result:
         return Result("not built", sentence=why)
     case = Case(each, folder / "original", folder)
     try:
-        built = save(each, case.original)
-        compare(case.logits(case.whole), case.logits(built))
+        built = case.logits(save(each, case.original))
     except Exception as error:
         return Result("not built", sentence=sentence_of(error, folder))
+    try:
+        compare(case.logits(case.whole), built)
+    except Exception as error:
+        why = f"transformers does not load what it saved: {sentence_of(error, folder)}"
+        return Result("not built", sentence=why)
     return checked(case, folder)
 
 

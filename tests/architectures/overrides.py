@@ -55,6 +55,7 @@ _DOTS3: Settings = {
     "num_hidden_layers": 3,
     "per_layer_config": {1: {"kv_lora_rank": 24, "qk_nope_head_dim": 16}},
 }
+_CONVOLUTION: Settings = {"layer_types": ["conv", _FULL, "conv"]}
 _LLAMA4: Settings = {"moe_layers": [1]}
 _LOOP: Settings = {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2}
 OVERRIDES: dict[str, Settings] = {
@@ -122,7 +123,9 @@ OVERRIDES: dict[str, Settings] = {
         "attn_layer_offset": 2,
         "use_mamba_kernels": False,
     },
-    "lfm2_moe": {"layer_types": ["conv", _FULL, "conv"]},
+    "lfm2": _CONVOLUTION,
+    "lfm2_moe": _CONVOLUTION,
+    "lfm2_vl": {"text_config": _CONVOLUTION},
     "llama4": {"text_config": _LLAMA4},
     "llama4_text": _LLAMA4,
     "mamba2": {"num_heads": 8, "head_dim": 16},

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hisvd_cli
@@ -148,6 +149,9 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
                 parameter.copy_(0.3 * noise)
             else:  # norms, which some classes centre at 0 and some at 1
                 parameter.add_(0.1 * noise)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # Youtu's class does so when it loads
 
 
 def save(each: Architecture, folder: Path, seed: int = 0) -> PreTrainedModel:
