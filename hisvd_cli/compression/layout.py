@@ -18,7 +18,6 @@ from hisvd_cli.modeling.structure.tensors import own_head, tensor_names
 from hisvd_cli.utils.distributed import World, share_by_cost
 
 if TYPE_CHECKING:
-
     from hisvd_cli.modeling.sources.source import Source
     from hisvd_cli.modeling.sources.weights import Weights
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -25,7 +25,7 @@ from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, dequantized, st
 from hisvd_cli.modeling.layers.replacement import find_dense, sizes_of
 from hisvd_cli.modeling.sources.companions import copy_companions
 from hisvd_cli.modeling.sources.source import Source
-from hisvd_cli.modeling.structure.conversion import original_groups, original_tensors
+from hisvd_cli.modeling.structure.conversion import note_rules, original_groups, original_tensors
 from hisvd_cli.modeling.structure.skeleton import build_meta_model
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.artifact import building
@@ -57,6 +57,7 @@ def to_dense(
     record = checkpoint.provenance  # first: rejects links to other folders
     source = Source(str(checkpoint.folder), checkpoint.folder)
     model = build_meta_model(source, compressed=True, working=False)
+    note_rules(model, checkpoint.weights)
     dense = _Dense(checkpoint, model)
     with building(folder, key) as partial_folder:
         write_shards(partial_folder, dense.sizes(), dense.make, shard_bytes)
@@ -95,13 +96,20 @@ class _Dense:
         own = self.model.state_dict()
         named = [name for name, stored in self._stored.items() if name in own or stored in own]
         groups = original_groups(self.model, named)
-        alone = set(self._stored.values()) & self._stored.keys() - {n for g in groups for n in g}
-        groups += [(name,) for name in alone if name in self._replaced]  # stacks that are renamed
+        grouped = {name for group in groups for name in group}
+        groups += [
+            (n,) for n, s in self._stored.items() if s in self._replaced and n not in grouped
+        ]
         for names in groups:
-            shapes = {name: self._shape(name) for name in names}
-            given = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
-            found |= dict.fromkeys(original_tensors(self.model, given), names)
+            made = list(self._originals(names))
+            if made != list(names):
+                found |= dict.fromkeys(made, names)
         return found
+
+    def _originals(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the tensors of the original's files that a group becomes, without data."""
+        given = {name: torch.empty(self._shape(name), device="meta") for name in names}
+        return original_tensors(self.model, given)
 
     def sizes(self) -> dict[str, int]:
         """Return name → bytes of all tensors, in the order of the checkpoint."""
@@ -114,8 +122,7 @@ class _Dense:
             info = self.checkpoint.weights.infos.get(stored)
             made[name] = info.nbytes if info else prod(self._shape(name)) * width
         for names in dict.fromkeys(self._groups.values()):
-            given = {n: torch.empty(self._shape(n), device="meta") for n in names}
-            changed = original_tensors(self.model, given)
+            changed = self._originals(names)
             made |= {name: tensor.numel() * width for name, tensor in changed.items()}
         return made
 

@@ -175,6 +175,24 @@ def _targets(first: str, rule: Any) -> list[str]:
     return [first.replace(head, target, 1) for target in rule.target_patterns]
 
 
+def note_rules(model: Any, stored: Iterable[str]) -> None:
+    """Have a model save in the layout of files that it would be loaded from.
+
+    Rules that drop a part of names cannot be reversed unless it is known that they applied.
+
+    Args:
+        model: the model in the form of transformers.
+        stored: names in the files.
+    """
+    rules = conversion_rules(model)
+    if rules is None:
+        return
+    renamings, converters, rename = rules
+    for name in stored:
+        rename(name, renamings, converters)
+    model._weight_conversions = [*(rule for rule in renamings if rule.was_used()), *converters]
+
+
 def original_groups(model: Any, names: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the groups of tensors that the rules make from others on disk.
 
