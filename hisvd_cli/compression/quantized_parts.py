@@ -23,9 +23,12 @@ from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
 from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage, factor_shapes
 from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, quantized_shapes, storage_with
+from hisvd_cli.modeling.layers.shapes import numel
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.sources.weights import Weights
 from hisvd_cli.modeling.structure.decoders import decoder_blocks
 from hisvd_cli.modeling.structure.skeleton import build_meta_model, build_stored_model
+from hisvd_cli.modeling.structure.sublayers import find_sublayers
 from hisvd_cli.modeling.structure.tensors import tensor_names
 from hisvd_cli.utils.errors import NumericalError, SourceError, reason
 from hisvd_cli.utils.files.tensorfile import AGAIN, read_tensors, write_tensors
@@ -65,6 +68,34 @@ class Text:
     batch: int
 
 
+def _dense_bytes(checkpoint: Checkpoint, dense: PreTrainedModel) -> int:
+    """Return the bytes of the model before compression, in the dtype of the checkpoint."""
+    prefix, layers = decoder_blocks(dense)
+    numbers = sum(
+        prod(info.shape)
+        for name, info in checkpoint.weights.infos.items()
+        if name.rpartition(".")[0] not in checkpoint.ranks or name.endswith(".bias")
+    )
+    replaced = [s for s in find_sublayers(prefix, list(layers)) if s.name in checkpoint.ranks]
+    width: int = getattr(torch, checkpoint.weights.dtype).itemsize
+    return width * (numbers + sum(numel(s.shape) for s in replaced))
+
+
+def _reads(weights: Weights, names: Mapping[str, str], quantized: Iterable[str]) -> dict[str, str]:
+    """Return name in the quantized checkpoint → name to read.
+
+    Names are those on disk, but quantized layers are named and oriented as in the model.
+    """
+    reads = {name: name for name in weights}
+    for full in [f"{sublayer}.{leaf}" for sublayer in quantized for leaf in ("weight", "bias")]:
+        read = names.get(full, full)
+        if read != full:
+            for stored in weights.derived[read].stored if read in weights.derived else (read,):
+                reads.pop(stored, None)
+            reads[full] = read
+    return reads
+
+
 class PartsWriter:
     """Builds and writes the parts of a quantized checkpoint.
 
@@ -76,7 +107,7 @@ class PartsWriter:
     def __init__(
         self, source: Source, checkpoint: Checkpoint, recipe: Recipe, text: Text | None
     ) -> None:
-        self._weights = checkpoint.weights
+        self._weights = source.weights
         self._recipe = recipe
         self._text = text
         self._source = source
@@ -86,12 +117,11 @@ class PartsWriter:
         self._model = build_stored_model(source, dtype)
         self._prefix, layers = decoder_blocks(self._model)
         becoming = build_meta_model(source, dtype, compressed=True)
-        whole = becoming.state_dict()
-        width: int = getattr(torch, self._weights.dtype).itemsize
-        self.dense_bytes = width * sum(whole[n].numel() for n in tensor_names(becoming, source))
+        self.dense_bytes = _dense_bytes(checkpoint, becoming)
         _replace(becoming, checkpoint, recipe)
         _, self._integers = decoder_blocks(becoming)
-        self._shapes = {name: info.shape for name, info in checkpoint.weights.infos.items()}
+        self._reads = _reads(self._weights, tensor_names(self._model, source), recipe.bits)
+        self._shapes = {n: self._weights.info(read).shape for n, read in self._reads.items()}
         if missing := [n for n in recipe.bits if f"{n}.weight" not in self._shapes]:
             raise SourceError(f"{checkpoint.folder} lacks {missing[0]}.", "Compress again.")
         self._names: dict[str, list[str]] = {_OUTSIDE: []}
@@ -132,7 +162,7 @@ class PartsWriter:
         sublayer, _, leaf = name.rpartition(".")
         if sublayer in self._recipe.bits and leaf in (*MATRICES, *(x + SCALE for x in MATRICES)):
             return 2 if leaf.endswith(SCALE) else 1
-        return int(self._weights.infos[name].width)
+        return int(self._weights.info(self._reads[name]).width)
 
     def write_parts(self, home: Path, left: Sequence[str], reporter: Reporter) -> None:
         """Write the parts ``left``; the others are in ``home`` already."""
@@ -153,7 +183,8 @@ class PartsWriter:
         made: dict[str, Tensor] = {}
         metric: Metric | None = None
         for sublayer, leaves in _by_sublayer(self._names[part]).items():
-            tensors = {leaf: self._weights.read(f"{sublayer}.{leaf}") for leaf in leaves}
+            reads = {leaf: self._reads[f"{sublayer}.{leaf}"] for leaf in leaves}
+            tensors = {leaf: self._weights.read(read) for leaf, read in reads.items()}
             if bits := recipe.bits.get(sublayer):
                 kept = {"bias": tensors.pop("bias")} if "bias" in tensors else {}
                 factors = {leaf: tensor.to(self._device) for leaf, tensor in tensors.items()}

@@ -96,13 +96,13 @@ def _part_of(name: str, starts: tuple[str, ...]) -> bool:
 
 
 def naming_notes(
-    names: Mapping[str, str], stored: Iterable[str], base: str, blocks: str, count: int
+    names: Mapping[str, str], unused: Iterable[str], base: str, blocks: str, count: int
 ) -> list[str]:
     """Return notes on names on disk: tensors that are renamed or ignored.
 
     Args:
-        names: name in the model → name on disk.
-        stored: all names on disk.
+        names: name in the model → name on disk, where no rule of transformers renames it.
+        unused: names on disk that the model does not use.
         base: prefix of the base model.
         blocks: name of the list of decoder blocks in the model.
         count: number of blocks of the model.
@@ -116,8 +116,7 @@ def naming_notes(
     if renamed:
         name, on_disk = next(iter(renamed.items()))
         notes.append(f"Renamed: {_counted(renamed)}, such as {on_disk} to {name}.")
-    used = set(names.values())
-    left = [name for name in stored if name not in used and not name.endswith(_BUFFERS)]
+    left = [name for name in unused if not name.endswith(_BUFFERS)]
     left = [name for name in left if not name.endswith(("lm_head.weight", "embed_out.weight"))]
     kinds: dict[str, list[str]] = {}
     for name in left:

@@ -79,8 +79,14 @@ def tell_notes(source: Source, reporter: Reporter) -> None:
     with suppress(SourceError, UnsupportedModelError):  # reported later by the command itself
         model = build_meta_model(source)
         prefix, layers = decoder_blocks(model)
-        names, base = tensor_names(model, source), model.base_model_prefix
-        for note in naming_notes(names, source.weights, base, prefix, len(layers)):
+        names, weights = tensor_names(model, source), source.weights
+        by_rules = find_naming(model, source).by_rules
+        made = (weights.derived[name].stored for name in names.values() if name in weights.derived)
+        used = {*names.values(), *(stored for each in made for stored in each)}
+        plain = {n: s for n, s in names.items() if n not in by_rules and s not in weights.derived}
+        left = [name for name in weights if name not in used]
+        base = model.base_model_prefix
+        for note in naming_notes(plain, left, base, prefix, len(layers)):
             reporter.warn(note)
 
 
