@@ -1,17 +1,20 @@
-"""Which linears are found, what they are called, and what is refused."""
+"""Which linear layers and stacks of experts are found, their names, and what is refused."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from torch import nn
 
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.structure.decoders import decoder_blocks
+from hisvd_cli.modeling.structure.expert_linears import separate_experts
 from hisvd_cli.modeling.structure.skeleton import build_meta_model
 from hisvd_cli.modeling.structure.sublayers import Sublayer, find_sublayers, select
 from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
@@ -81,7 +84,7 @@ def test_clusters_are_told_apart_over_all_blocks() -> None:
 
 MIXTURE: dict[str, Any] = {
     "hidden_size": 32,
-    "intermediate_size": 32,
+    "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -95,67 +98,124 @@ def meta_model(config: Any, kind: Any = transformers.AutoModelForCausalLM) -> An
         return kind.from_config(config)
 
 
-def test_the_mixture_of_experts_of_this_transformers() -> None:
-    """Stacked tensors in transformers 5, a list of modules before."""
-    model = meta_model(transformers.MixtralConfig(**MIXTURE))
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\..*experts") as caught:
-        sublayers_of(model)
-    assert "Supported" in caught.value.hint
+def working_model(folder: Path, config: Any) -> Any:
+    """Return the model on which hisvd works, without weights."""
+    config.save_pretrained(folder)
+    save_file({"none": torch.zeros(1)}, folder / "model.safetensors")
+    return build_meta_model(open_source(str(folder)))
 
 
-def test_a_list_of_experts() -> None:
+def test_stacks_of_experts_have_the_shape_of_their_parameter(tmp_path: Path) -> None:
+    """[E, m, n], with one linear layer per expert in the working model; routers stay dense."""
+    model = working_model(tmp_path, transformers.MixtralConfig(**MIXTURE))
+    whole = meta_model(transformers.MixtralConfig(**MIXTURE))
+    found = {s.name: s for s in sublayers_of(model) if s.layer == 1}
+    stacks = {name: s.shape for name, s in found.items() if len(s.shape) == 3}
+    assert stacks == {
+        name: tuple(parameter.shape)
+        for name, parameter in whole.named_parameters()
+        if parameter.ndim == 3 and ".1." in name
+    }
+    assert set(stacks.values()) == {(2, 96, 32), (2, 32, 48)}
+    assert not any("gate" in s.cluster.split(".") for s in found.values())
+    for name in stacks:
+        assert found[name].members == [f"{name}.0", f"{name}.1"]
+        assert found[name].cluster == name.rpartition(".")[2]
+        shapes = {model.get_submodule(each).weight.shape for each in found[name].members}
+        assert shapes == {stacks[name][1:]}
+
+
+def test_transposed_stacks_have_the_shape_of_the_map(tmp_path: Path) -> None:
+    """gpt-oss stores [E, n, m]."""
+    config = transformers.GptOssConfig(**MIXTURE, head_dim=8, num_experts_per_tok=1)
+    found = {s.cluster: s.shape for s in sublayers_of(working_model(tmp_path, config))}
+    whole = dict(meta_model(config).model.layers[0].mlp.experts.named_parameters())
+    assert tuple(whole["gate_up_proj"].shape) == (2, 32, 96)
+    assert (found["gate_up_proj"], found["down_proj"]) == ((2, 96, 32), (2, 32, 48))
+
+
+def test_a_list_of_experts_is_a_linear_layer_each() -> None:
     block = blocks_of(("attn.dense",))[0]
     block.add_module("experts", nn.ModuleList(blocks_of(("w1", "w2"), ("w1", "w2"))))
-    with pytest.raises(UnsupportedModelError, match=r"h\.0\.experts is a list of 2 modules"):
-        find_sublayers("h", [block])
+    found = find_sublayers("h", [block])
+    inner = [f"experts.{i}.{name}" for i in range(2) for name in ("w1", "w2")]
+    assert [s.name for s in found] == [f"h.0.{name}" for name in ("attn.dense", *inner)]
+    assert {s.shape for s in found} == {(3, 2)}
 
 
-def test_stacked_experts() -> None:
-    block = blocks_of(("attn.dense", "mlp.gate"))[0]
-    experts = nn.Module()
-    experts.w1 = nn.Parameter(torch.zeros(4, 2, 3))
-    block.add_module("experts", experts)
-    with pytest.raises(UnsupportedModelError, match=r"h\.0\.experts\.w1 .* has 3 dimensions"):
-        find_sublayers("h", [block])
+@pytest.mark.parametrize(
+    "shape",
+    [(4,), (2, 2), (4, 2, 3), (2, 2, 3, 3)],
+    ids=["vector", "matrix", "unknown stack", "kernel"],
+)
+def test_other_parameters_stay_dense(shape: tuple[int, ...]) -> None:
+    block = blocks_of(("attn.dense", "mlp.up"))[0]
+    block.register_parameter("state", nn.Parameter(torch.zeros(shape)))
+    separate_experts(block)
+    assert [s.name for s in find_sublayers("h", [block])] == ["h.0.attn.dense", "h.0.mlp.up"]
 
 
-def test_a_list_without_weights_is_no_mixture() -> None:
+def test_other_modules_stay_dense() -> None:
     block = blocks_of(("attn.dense",))[0]
     block.add_module("norms", nn.ModuleList([nn.LayerNorm(2), nn.LayerNorm(2)]))
-    assert len(find_sublayers("h", [block])) == 1
+    block.add_module("conv", nn.Conv1d(3, 3, 2))
+    block.add_module("embedding", nn.Embedding(3, 2))
+    block.add_module("gate", nn.Linear(2, 1))  # one output: it has no lower rank
+    assert [s.name for s in find_sublayers("h", [block])] == ["h.0.attn.dense"]
 
 
-def test_matrices_that_are_no_linear() -> None:
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=30)
-    layers = list(meta_model(config).transformer.h)
-    expected = r"transformer\.h\.0\.attn\.c_attn\.weight is a matrix of a Conv1D"
-    with pytest.raises(UnsupportedModelError, match=expected):
-        find_sublayers("transformer.h", layers)
+def test_layers_of_gpt2_are_turned(tmp_path: Path) -> None:
+    """transformers stores [n, m] in a Conv1D."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=30, n_inner=40)
+    found = [s for s in sublayers_of(working_model(tmp_path, config)) if s.layer == 0]
+    assert {s.name.removeprefix("transformer.h.0."): s.shape for s in found} == {
+        "attn.c_attn": (96, 32),
+        "attn.c_proj": (32, 32),
+        "mlp.c_fc": (40, 32),
+        "mlp.c_proj": (32, 40),
+    }
+    weight = meta_model(config).transformer.h[0].mlp.c_fc.weight
+    assert tuple(weight.shape) == (32, 40)
+
+
+def test_a_model_without_linear_layers() -> None:
+    with pytest.raises(UnsupportedModelError, match="The blocks in h have no linear layers") as e:
+        find_sublayers("h", [nn.LayerNorm(2), nn.Conv1d(3, 3, 2)])
+    assert "Supported" in e.value.hint
     block = blocks_of(("attn.dense",))[0]
-    block.register_parameter("bias", nn.Parameter(torch.zeros(2, 2)))
-    with pytest.raises(UnsupportedModelError, match=r"h\.0\.bias is a matrix of a Module"):
-        find_sublayers("h", [block])
+    assert len(find_sublayers("h", [nn.LayerNorm(2), block])) == 1
 
 
-def test_a_block_without_linears() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"h\.0 has no torch\.nn\.Linear"):
-        find_sublayers("h", [nn.LayerNorm(2)])
-
-
-@pytest.mark.parametrize("kind", ["BertConfig", "GPT2Config"])
-def test_models_without_a_list_of_decoder_blocks(kind: str) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = meta_model(getattr(transformers, kind)(**sizes))
-    with pytest.raises(UnsupportedModelError, match=r"no list of decoder blocks") as caught:
-        sublayers_of(model)
+def test_models_without_a_list_of_decoder_blocks() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.config = transformers.LlamaConfig()  # type: ignore[assignment]  # for decoder_blocks
+    with pytest.raises(UnsupportedModelError, match="no list of decoder blocks") as caught:
+        decoder_blocks(cast(Any, model))
     assert "Supported" in caught.value.hint
 
 
-@pytest.mark.parametrize("kind", ["T5Config", "BartConfig"])
-def test_models_with_an_encoder(kind: str, tmp_path: Any) -> None:
-    getattr(transformers, kind)(vocab_size=30, d_model=32).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="is an encoder-decoder model"):
-        build_meta_model(open_source(str(tmp_path)))
+ENCODERS = {
+    "T5Config": "encoder-decoder",
+    "BartConfig": "encoder-decoder",
+    "BertConfig": "encoder",
+    "XLMRobertaConfig": "encoder",
+}
+SMALL = {"vocab_size": 30, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoders_are_out_of_scope(kind: str, tmp_path: Path) -> None:
+    told = rf"is an {ENCODERS[kind]} model, which is out of scope: hisvd compresses decoders\.$"
+    with pytest.raises(UnsupportedModelError, match=told) as caught:
+        working_model(tmp_path, getattr(transformers, kind)(**SMALL))
+    assert "Supported" in caught.value.hint
+
+
+def test_an_encoder_class_that_is_set_up_as_a_decoder(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**SMALL, intermediate_size=48, is_decoder=True)
+    clusters = [s.cluster for s in sublayers_of(working_model(tmp_path, config)) if s.layer == 0]
+    assert len(clusters) == 6
+    assert {"query", "key", "value"} < {*clusters}
 
 
 def test_models_that_are_no_language_model(tmp_path: Any) -> None:

@@ -134,7 +134,7 @@ def _walk_blocks(
     state_seconds: float,
     reporter: Reporter,
 ) -> None:
-    count, here = len(walk.layers), world()
+    count, tokens, here = len(walk.layers), sample.tokens.numel(), world()
     state = Checkpoints(partial, _STATE, len(sample.tokens))
     start = here.share(len(sample.tokens)).start
     done, kept = here.agreed(
@@ -153,10 +153,7 @@ def _walk_blocks(
                 if index in done:
                     walk.advance(index)
                 else:
-                    mine = [s for s in sublayers if s.layer == index]
-                    _measure_block(
-                        walk, index, mine, sample.tokens.numel(), partial / block_file(index)
-                    )
+                    _measure_block(walk, index, sublayers, tokens, partial / block_file(index))
                 walk.free(index)
                 due = time.monotonic() - saved >= state_seconds and index + 1 < count
                 if here.agreed(lambda due=due: due):  # type: ignore[misc]
@@ -197,11 +194,12 @@ def _resume_state(walk: BlockWalk, sample: Sample, state: Checkpoints, kept: Seq
 
 
 def _measure_block(
-    walk: BlockWalk, index: int, mine: Sequence[Sublayer], tokens: int, path: Path
+    walk: BlockWalk, index: int, sublayers: Sequence[Sublayer], tokens: int, path: Path
 ) -> None:
     """Run one block over all sequences, with ``tokens`` tokens in all processes, and write the
-    moments of its sublayers."""
+    moments of those of the sublayers that are in it."""
     here = world()
+    mine = [s for s in sublayers if s.layer == index]
     names = [name for sublayer in mine for name in sublayer.members]
     linears = linears_of(walk, names)
     collector = Collector(linears, walk.device, stacks=stacks_among(mine))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.calibration.block_inputs import INPUTS, BlockInputs
 from hisvd_cli.calibration.calibrate import STATE_SECONDS
 from hisvd_cli.calibration.gradient_collector import BatchGradients
@@ -20,6 +21,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
 from hisvd_cli.modeling.corrected import corrected
 from hisvd_cli.modeling.hidden_states import Place, StatesHome
 from hisvd_cli.modeling.layers.lowrank import FACTORS, dense_product
+from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.distributed import building_together, world
 from hisvd_cli.utils.errors import NumericalError
@@ -40,7 +42,7 @@ class Truncated:
         teacher: the original model.
         checkpoint: the truncated model.
         names: name of a tensor in the model → name on disk.
-        layers: block → its low-rank sublayers, for blocks that have any.
+        layers: block → its sublayers to correct, see :func:`corrected_layers`.
     """
 
     teacher: Source
@@ -49,7 +51,7 @@ class Truncated:
     layers: Mapping[int, Sequence[str]]
 
     def block(self, layer: int, step: Step | None, gradients: Gradients) -> dict[str, Tensor]:
-        """Return the corrected weights of a block's low-rank sublayers by name on disk.
+        """Return the corrected weights of a block's sublayers by name on disk.
 
         Factors are multiplied and corrected in float32, and converted once to the original dtype.
 
@@ -80,6 +82,16 @@ Gradients = Callable[[str], Sequence[Tensor]]
 
 def _none(_sublayer: str) -> Sequence[Tensor]:
     return ()
+
+
+def corrected_layers(plan: Plan) -> dict[int, list[str]]:
+    """Return block → its low-rank sublayers but stacks, for blocks that have any. Stacks of experts
+    are truncated without correction."""
+    layers: dict[int, list[str]] = {}
+    for s in plan.sublayers:
+        if not s.dense and not is_stack(s.shape):
+            layers.setdefault(s.layer, []).append(s.name)
+    return layers
 
 
 def write_weights(

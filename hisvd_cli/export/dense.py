@@ -57,8 +57,8 @@ def to_dense(
     record = checkpoint.provenance  # first: rejects links to other folders
     source = Source(str(checkpoint.folder), checkpoint.folder)
     model = build_meta_model(source, compressed=True, working=False)
-    note_rules(model, checkpoint.weights)
     dense = _Dense(checkpoint, model)
+    note_rules(model, *dense.names())
     with building(folder, key) as partial_folder:
         write_shards(partial_folder, dense.sizes(), dense.make, shard_bytes)
         write_json(partial_folder / "config.json", dense_config(checkpoint.config))
@@ -73,6 +73,11 @@ class _Dense:
 
     checkpoint: Checkpoint
     model: PreTrainedModel
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Return the names on disk of unchanged tensors, and names in the model of replaced ones."""
+        made = [name for name, stored in self._stored.items() if stored in self._replaced]
+        return [name for name in self._stored if name not in set(made)], made
 
     @cached_property
     def _replaced(self) -> frozenset[str]:

@@ -181,13 +181,8 @@ def _audit_checkpoint(
     problems += tensor_problems(expected, found)
     dtypes = {names[name]: info.dtype for name, info in weights.infos.items()}
     rows = rows_of(sublayers, dtypes, layout)
-    if (checkpoint.folder / PLAN_FILE).is_file():
-        problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
-    else:
-        problems.append(f"{PLAN_FILE} is missing: ranks cannot be checked against the plan.")
+    problems += _record_problems(checkpoint, rows)
     made = checkpoint.provenance
-    if not part(made, "model"):
-        problems.append(f"{PROVENANCE} is missing or empty: the provenance is unknown.")
     if check_values:
         problems += _value_problems(weights, reporter)
     held, total = parameters_on_disk(matrices, found), sum(map(prod, dense.values()))
@@ -233,6 +228,18 @@ def _name_problems(
         if name not in known
     ]
     return problems + [f"{name}: not part of the model." for name in found if name not in expected]
+
+
+def _record_problems(checkpoint: Checkpoint, rows: Iterable[Row]) -> list[str]:
+    """Compare ranks on disk with the plan, and find records that are missing."""
+    problems = []
+    if (checkpoint.folder / PLAN_FILE).is_file():
+        problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
+    else:
+        problems.append(f"{PLAN_FILE} is missing: ranks cannot be checked against the plan.")
+    if not part(checkpoint.provenance, "model"):
+        problems.append(f"{PROVENANCE} is missing or empty: the provenance is unknown.")
+    return problems
 
 
 def _value_problems(weights: Weights, reporter: Reporter) -> list[str]:

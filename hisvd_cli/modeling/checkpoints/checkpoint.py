@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint_config import (
     quantization_of,
 )
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
-from hisvd_cli.modeling.layers.lowrank import Storage
+from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage
 from hisvd_cli.modeling.sources import adapter_input
 from hisvd_cli.modeling.sources.companions import is_own_file
 from hisvd_cli.modeling.sources.source import code_modules, names_own_loader, read_config
@@ -84,6 +85,14 @@ class Checkpoint:
     def experts(self) -> str | None:
         """Layout of the stacks of experts; None if there are none. Raises SourceError."""
         return self._loader.experts
+
+    @property
+    def factor_parameters(self) -> int:
+        """Number of parameters in the low-rank factors. Raises SourceError."""
+        infos = self.weights.infos
+        names = (f"{name}.{leaf}" for name in self.ranks for leaf in FACTORS[self.storage])
+        # Stacks have no order of outputs, whatever the storage.
+        return sum(prod(infos[name].shape) for name in names if name in infos)
 
     @property
     def architecture(self) -> str:

@@ -9,6 +9,7 @@ applied to one tensor at a time.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +35,9 @@ class Structure(Protocol):
     def get_parameter(self, name: str) -> Tensor:
         """Return a tensor in the shape that transformers gives it."""
         ...
+
+
+_NUMBER = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,20 @@ class Converted:
             if len(found) == 1:
                 return found[0]
         return self.read(weights)[index]
+
+    def missing_expert(self, count: int) -> str | None:
+        """Return the name on disk of an expert that is missing in a stack of ``count`` experts that are
+        stored separately; None if it is complete."""
+        for names in self.parts.values():
+            if 1 < len(names) < count:
+                numbered = [_NUMBER.split(name) for name in names]
+                for place in range(1, len(numbered[0]), 2):
+                    found = {parts[place] for parts in numbered}
+                    left = [str(i) for i in range(count) if str(i) not in found]
+                    if len(found) == len(names) and left:
+                        first = numbered[0]
+                        return "".join([*first[:place], left[0], *first[place + 1 :]])
+        return None
 
     def _apply(self, weights: Weights, parts: Mapping[str, tuple[str, ...]]) -> Tensor:
         rule = copy.deepcopy(self.rule)
@@ -175,7 +193,7 @@ def _targets(first: str, rule: Any) -> list[str]:
     return [first.replace(head, target, 1) for target in rule.target_patterns]
 
 
-def note_rules(model: Any, stored: Iterable[str]) -> None:
+def note_rules(model: Any, stored: Iterable[str], made: Collection[str]) -> None:
     """Have a model save in the layout of files that it would be loaded from.
 
     Rules that drop a part of names cannot be reversed unless it is known that they applied.
@@ -183,14 +201,26 @@ def note_rules(model: Any, stored: Iterable[str]) -> None:
     Args:
         model: the model in the form of transformers.
         stored: names in the files.
+        made: names in the model of tensors that these files lack, and that are saved too.
     """
     rules = conversion_rules(model)
     if rules is None:
         return
     renamings, converters, rename = rules
-    for name in stored:
-        rename(name, renamings, converters)
-    model._weight_conversions = [*(rule for rule in renamings if rule.was_used()), *converters]
+    known = [rename(name, renamings, converters)[0] for name in stored]
+    used = [rule for rule in renamings if rule.was_used() or _applies_to(rule, made, known)]
+    model._weight_conversions = [*used, *converters]
+
+
+def _applies_to(rule: Any, made: Collection[str], known: Collection[str]) -> bool:
+    """Return whether a renaming that did not apply to the tensors ``known`` makes some of ``made``
+    alone."""
+    back = rule.reverse_transform()
+    return _matches(back, made) and not _matches(back, known)
+
+
+def _matches(rule: Any, names: Iterable[str]) -> bool:
+    return any(rule.rename_source_key(name)[1] is not None for name in names)
 
 
 def original_groups(model: Any, names: Iterable[str]) -> list[tuple[str, ...]]:

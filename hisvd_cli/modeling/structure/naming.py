@@ -20,6 +20,7 @@ from hisvd_cli.modeling.structure.conversion import (
 )
 from hisvd_cli.modeling.structure.expert_linears import ExpertLinears
 from hisvd_cli.modeling.structure.linearize import TurnedLinear
+from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ def find_naming(model: PreTrainedModel, source: Source) -> Naming:
 
     Tensors that have to be computed are added to ``source.weights.derived``. The result is cached
     with the source, because the rules take seconds for thousands of experts.
+
+    Raises:
+        SourceError: an expert of a stack is missing on disk.
     """
     kept = vars(source).setdefault(_KEPT, {})
     forms = (ExpertLinears, TurnedLinear)
@@ -91,6 +95,11 @@ def _naming(model: PreTrainedModel, source: Source) -> Naming:
         found = _found(origin, literal, conversion)
         if found is None:
             continue
+        if isinstance(found, Converted) and (lost := found.missing_expert(origin.count)):
+            raise SourceError(
+                f"{source.name} lacks the tensor {lost}, which its config requires.",
+                "The files are incomplete or of another architecture: download the model again.",
+            )
         plain = origin.expert is None and not origin.turned
         if isinstance(found, str) and plain:
             names[name] = found

@@ -36,7 +36,7 @@ def build_meta_model(
         dtype: dtype of the parameters.
         compressed: accept a compressed checkpoint, and build the equivalent dense model.
         working: replace other forms of linear layers by ``nn.Linear``, see
-            :func:`hisvd_cli.modeling.linearize.linearize`.
+            :func:`hisvd_cli.modeling.structure.linearize.linearize`.
 
     Raises:
         UnsupportedModelError: not a decoder-only language model, or already compressed.
@@ -44,11 +44,7 @@ def build_meta_model(
     from accelerate import init_empty_weights
 
     _check_precision(source, compressed)
-    if getattr(source.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{source.name} ('{source.config.model_type}') is an encoder-decoder model.",
-            SUPPORTED,
-        )
+    _refuse_encoders(source)
     with library_errors(partial(_not_built, source)), init_empty_weights():
         model: PreTrainedModel = auto_class(source.config).from_config(
             copy.deepcopy(source.config),  # from_config writes the dtype into the config
@@ -59,6 +55,27 @@ def build_meta_model(
     if working:
         prepare(model)
     return model
+
+
+def _refuse_encoders(source: Source) -> None:
+    """Raise UnsupportedModelError for models that do not predict the next token from earlier ones.
+
+    A model type that transformers also lists for masked language modelling is a decoder only with
+    ``is_decoder`` in its config: without it, each token attends to later ones.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    config, kind = source.config, ""
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "encoder-decoder"
+    elif config.model_type in MASKED and not getattr(config, "is_decoder", False):
+        kind = "encoder"
+    if kind:
+        raise UnsupportedModelError(
+            f"{source.name} ('{config.model_type}') is an {kind} model, which is out of scope: "
+            "hisvd compresses decoders.",
+            SUPPORTED,
+        )
 
 
 def prepare(model: PreTrainedModel) -> None:

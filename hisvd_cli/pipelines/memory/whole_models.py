@@ -9,8 +9,7 @@ import torch
 
 from hisvd_cli.calibration.workload import Peak, parameters
 from hisvd_cli.linalg.moments import exact_device
-from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint, is_checkpoint
-from hisvd_cli.modeling.layers.lowrank import FACTORS
+from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
 from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.structure.decoders import decoder_blocks
@@ -142,14 +141,6 @@ def check_training(
     work = Training(factors, adapters, shape[0] * shape[1], shape[1], knobs.checkpointing)
     teacher = whole_model(resolved, models[1], dtype) if models[1] else None
     check_fits(resolved, training_peak(student, teacher, work), f"`recover.method` {knobs.method}")
-
-
-def factor_parameters(checkpoint: Checkpoint) -> int:
-    """Return the number of parameters in the low-rank factors of a checkpoint."""
-    infos = checkpoint.weights.infos
-    names = (f"{n}.{leaf}" for n in checkpoint.ranks for leaf in FACTORS[checkpoint.storage])
-    # Stacks have no order of outputs, whatever the storage.
-    return sum(torch.Size(infos[name].shape).numel() for name in names if name in infos)
 
 
 def streamed_states(

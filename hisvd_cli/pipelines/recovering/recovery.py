@@ -13,7 +13,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import RecoverSettings
-from hisvd_cli.pipelines.memory.whole_models import check_training, factor_parameters
+from hisvd_cli.pipelines.memory.whole_models import check_training
 from hisvd_cli.pipelines.recovering.recovery_checks import (
     check_runs,
     check_trains,
@@ -89,7 +89,7 @@ def prepare_recovery(
         (student, teacher),
         dtype,
         tokens_together(resolved),
-        factor_parameters(checkpoint),
+        checkpoint.factor_parameters,
     )
     run = RunOptions(pick_device(resolved.settings.model.device), dtype, knobs.checkpointing)
     data = training_windows(resolved, checkpoint, student, teacher, run, reporter)

@@ -13,13 +13,13 @@ from hisvd_cli.compression.corrections import BY_GRADIENT, correction
 from hisvd_cli.compression.stages import (
     Running,
     Truncated,
+    corrected_layers,
     truncated_folder,
     write_by_gradients,
     write_weights,
 )
 from hisvd_cli.linalg.statistics import Need
 from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
-from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.compressing.stages.stage import Stage
 from hisvd_cli.pipelines.config.resolved import Resolved
@@ -80,10 +80,7 @@ def correct(
         correction, knobs.correction, alpha=knobs.correction_alpha, step=knobs.correction_step
     )
     teacher = first.source
-    layers: dict[int, list[str]] = {}
-    for s in stage.plan.sublayers:
-        if not s.dense and not is_stack(s.shape):  # experts are truncated without correction
-            layers.setdefault(s.layer, []).append(s.name)
+    layers = corrected_layers(stage.plan)
     checkpoint = open_checkpoint(made)
     truncated = Truncated(teacher, checkpoint, dissect(teacher).names, layers)
     if knobs.correction not in BY_GRADIENT:
