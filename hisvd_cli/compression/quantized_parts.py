@@ -16,18 +16,22 @@ from hisvd_cli.calibration.calibrate import linears_of
 from hisvd_cli.calibration.collector import Collector
 from hisvd_cli.calibration.store import Sample
 from hisvd_cli.compression.layout import block_number
-from hisvd_cli.compression.rounded_sublayers import quantize_compensated, quantize_nearest
+from hisvd_cli.compression.rounded_sublayers import (
+    quantize_compensated,
+    quantize_nearest,
+    shapes_as_rounded,
+)
 from hisvd_cli.compression.rounding import Metric, metric_of
 from hisvd_cli.linalg.moments import exact_device
 from hisvd_cli.modeling.block_walk import BlockWalk
 from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
-from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage, factor_shapes
-from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, quantized_shapes, storage_with
+from hisvd_cli.modeling.layers.lowrank import Storage
+from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE, quantized_shapes
 from hisvd_cli.modeling.layers.shapes import numel
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.sources.weights import Weights
 from hisvd_cli.modeling.structure.decoders import decoder_blocks
-from hisvd_cli.modeling.structure.skeleton import build_meta_model, build_stored_model
+from hisvd_cli.modeling.structure.skeleton import build_meta_model, build_stored_model, prepare
 from hisvd_cli.modeling.structure.sublayers import find_sublayers
 from hisvd_cli.modeling.structure.tensors import tensor_names
 from hisvd_cli.utils.errors import NumericalError, SourceError, reason
@@ -116,9 +120,10 @@ class PartsWriter:
         dtype = text.dtype if text else torch.float32
         self._model = build_stored_model(source, dtype)
         self._prefix, layers = decoder_blocks(self._model)
-        becoming = build_meta_model(source, dtype, compressed=True)
-        self.dense_bytes = _dense_bytes(checkpoint, becoming)
+        self.dense_bytes = _dense_bytes(checkpoint, build_meta_model(source, compressed=True))
+        becoming = build_meta_model(source, dtype, compressed=True, working=False)
         _replace(becoming, checkpoint, recipe)
+        prepare(becoming)
         _, self._integers = decoder_blocks(becoming)
         self._reads = _reads(self._weights, tensor_names(self._model, source), recipe.bits)
         self._shapes = {n: self._weights.info(read).shape for n, read in self._reads.items()}
@@ -145,7 +150,7 @@ class PartsWriter:
         for sublayer, leaves in _by_sublayer(names).items():
             shapes = {leaf: self._shapes[f"{sublayer}.{leaf}"] for leaf in leaves}
             if bits := recipe.bits.get(sublayer):
-                shapes = _as_rounded(shapes, bits, self._storage)
+                shapes = shapes_as_rounded(shapes, bits, self._storage)
                 shapes = quantized_shapes(shapes, bits, recipe.group_size)
             stored |= {f"{sublayer}.{leaf}": shape for leaf, shape in shapes.items()}
         return stored
@@ -285,9 +290,9 @@ def _replace(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> 
     )
 
     storage = pair_storage(checkpoint, recipe)
-    version = format_version_of(storage, recipe.bits)
-    config = HiSVDConfig(checkpoint.ranks, version, storage, recipe.bits, recipe.group_size)
-    replace_linears(model, config)
+    version = format_version_of(storage, recipe.bits, checkpoint.experts)
+    layout = (recipe.bits, recipe.group_size, checkpoint.experts)
+    replace_linears(model, HiSVDConfig(checkpoint.ranks, version, storage, *layout))
 
 
 def _by_sublayer(names: Iterable[str]) -> dict[str, list[str]]:
@@ -297,14 +302,3 @@ def _by_sublayer(names: Iterable[str]) -> dict[str, list[str]]:
         module, _, leaf = name.rpartition(".")
         found.setdefault(module, []).append(leaf)
     return found
-
-
-def _as_rounded(
-    shapes: Mapping[str, tuple[int, ...]], bits: int, storage: Storage
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a sublayer's tensors in its storage at ``bits``."""
-    if "weight_u" not in shapes or storage_with(bits, storage) == storage:
-        return dict(shapes)
-    rank, inputs = shapes["weight"]
-    pair = factor_shapes("pair", shapes["weight_order"][0], inputs, rank)
-    return {leaf: shape for leaf, shape in shapes.items() if leaf not in FACTORS[storage]} | pair

@@ -24,7 +24,8 @@ from hisvd_cli.compression.rounding import (
     round_compensated,
     round_nearest,
 )
-from hisvd_cli.modeling.layers.lowrank import dense_product
+from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage, dense_product, factor_shapes
+from hisvd_cli.modeling.layers.quantized import storage_with
 
 _ROUNDS = 3
 """How often both factors are rounded. Share of lost output energy after 1, 2, 3 and 5 rounds at 4
@@ -125,3 +126,14 @@ def _rotation(size: int) -> Tensor:
     """Return a random rotation ``[size, size]`` with a fixed seed."""
     drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return torch.as_tensor(torch.linalg.qr(drawn)[0])
+
+
+def shapes_as_rounded(
+    shapes: Mapping[str, tuple[int, ...]], bits: int, storage: Storage
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a sublayer's tensors in its storage at ``bits``."""
+    if "weight_u" not in shapes or storage_with(bits, storage) == storage:
+        return dict(shapes)
+    rank, inputs = shapes["weight"]
+    pair = factor_shapes("pair", shapes["weight_order"][0], inputs, rank)
+    return {leaf: shape for leaf, shape in shapes.items() if leaf not in FACTORS[storage]} | pair
