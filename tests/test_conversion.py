@@ -71,7 +71,7 @@ def expected_tensors(model: PreTrainedModel, stacks: set[str]) -> dict[str, Tens
     turned = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
     }
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name in stacks:
             matrices = tensor.mT if model.config.model_type in STACKED else tensor

@@ -17,6 +17,7 @@ from hisvd_cli.calibration.collector import Collector
 from hisvd_cli.calibration.store import Sample
 from hisvd_cli.compression.layout import block_number
 from hisvd_cli.compression.rounded_sublayers import (
+    by_sublayer,
     quantize_compensated,
     quantize_nearest,
     shapes_as_rounded,
@@ -147,7 +148,7 @@ class PartsWriter:
         """Return the names and shapes of the quantized tensors of a part."""
         recipe = self._recipe
         stored: dict[str, tuple[int, ...]] = {}
-        for sublayer, leaves in _by_sublayer(names).items():
+        for sublayer, leaves in by_sublayer(names).items():
             shapes = {leaf: self._shapes[f"{sublayer}.{leaf}"] for leaf in leaves}
             if bits := recipe.bits.get(sublayer):
                 shapes = shapes_as_rounded(shapes, bits, self._storage)
@@ -187,7 +188,7 @@ class PartsWriter:
         recipe = self._recipe
         made: dict[str, Tensor] = {}
         metric: Metric | None = None
-        for sublayer, leaves in _by_sublayer(self._names[part]).items():
+        for sublayer, leaves in by_sublayer(self._names[part]).items():
             reads = {leaf: self._reads[f"{sublayer}.{leaf}"] for leaf in leaves}
             tensors = {leaf: self._weights.read(read) for leaf, read in reads.items()}
             if bits := recipe.bits.get(sublayer):
@@ -293,12 +294,3 @@ def _replace(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> 
     version = format_version_of(storage, recipe.bits, checkpoint.experts)
     layout = (recipe.bits, recipe.group_size, checkpoint.experts)
     replace_linears(model, HiSVDConfig(checkpoint.ranks, version, storage, *layout))
-
-
-def _by_sublayer(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return module → names of its tensors within it."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        module, _, leaf = name.rpartition(".")
-        found.setdefault(module, []).append(leaf)
-    return found

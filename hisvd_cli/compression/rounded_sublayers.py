@@ -12,7 +12,7 @@ rotated 0.0023. Legend: as in :mod:`hisvd_cli.compression.rounding`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -137,3 +137,12 @@ def shapes_as_rounded(
     rank, inputs = shapes["weight"]
     pair = factor_shapes("pair", shapes["weight_order"][0], inputs, rank)
     return {leaf: shape for leaf, shape in shapes.items() if leaf not in FACTORS[storage]} | pair
+
+
+def by_sublayer(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return module → names of its tensors within it."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        found.setdefault(module, []).append(leaf)
+    return found
