@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
 from hisvd_cli.pipelines.api.arguments import Run, function, path_of, run_of
+from hisvd_cli.pipelines.api.artifacts import Calibration, Checkpoint, Plan, given_with
 from hisvd_cli.pipelines.api.keywords import CompressKeywords, PathText
-from hisvd_cli.pipelines.api.results import Calibration, Checkpoint, Plan, given_with
 from hisvd_cli.pipelines.compressing.compression import compress_model
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.recovering.from_checkpoint import recover_checkpoint

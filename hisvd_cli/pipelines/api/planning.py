@@ -8,8 +8,8 @@ from typing_extensions import Unpack
 
 from hisvd_cli.modeling.skeleton import tell_notes
 from hisvd_cli.pipelines.api.arguments import Given, function, run_of
+from hisvd_cli.pipelines.api.artifacts import Calibration, Plan, given_with
 from hisvd_cli.pipelines.api.keywords import CalibrateKeywords, PathText, PlanKeywords
-from hisvd_cli.pipelines.api.results import Calibration, Plan, given_with
 from hisvd_cli.pipelines.calibration import ensure_calibration
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.named_source import named_source

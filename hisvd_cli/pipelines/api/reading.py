@@ -9,6 +9,8 @@ from typing_extensions import Unpack
 
 from hisvd_cli.inspection.inspection import audit
 from hisvd_cli.pipelines.api.arguments import function, path_of, run_of
+from hisvd_cli.pipelines.api.artifacts import Checkpoint
+from hisvd_cli.pipelines.api.findings import Audit, Evaluation
 from hisvd_cli.pipelines.api.keywords import (
     ConvertKeywords,
     EvaluateKeywords,
@@ -16,8 +18,6 @@ from hisvd_cli.pipelines.api.keywords import (
     PathText,
 )
 from hisvd_cli.pipelines.api.names import in_python
-from hisvd_cli.pipelines.api.reports import Audit, Evaluation
-from hisvd_cli.pipelines.api.results import Checkpoint
 from hisvd_cli.pipelines.conversion import Target, write_form
 from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 from hisvd_cli.pipelines.output_names import output_name

@@ -10,14 +10,13 @@ from hisvd_cli.evaluation.grid import Evaluation as Evaluated
 from hisvd_cli.evaluation.grid import Failure, Grid
 from hisvd_cli.evaluation.report_tables import FIGURES, figure_text
 from hisvd_cli.inspection.audit import Audit as AuditData
-from hisvd_cli.pipelines.api import html
-from hisvd_cli.pipelines.api.result import Result
+from hisvd_cli.pipelines.api import display
 
 _MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation(Result):
+class Evaluation(display.Result):
     """Results of evaluated models.
 
     Attributes:
@@ -65,12 +64,12 @@ class Evaluation(Result):
             for model in self.grid.rows()
             for each in model.scores or ()
         ]
-        tasks = [html.table(("model", "task", "metric", "value"), scores)] if scores else []
-        return [html.table(columns, self._rows()), *tasks]
+        tasks = [display.table(("model", "task", "metric", "value"), scores)] if scores else []
+        return [display.table(columns, self._rows()), *tasks]
 
 
 @dataclass(frozen=True, repr=False)
-class Audit(Result):
+class Audit(display.Result):
     """The findings of ``inspect``.
 
     Attributes:
@@ -98,4 +97,4 @@ class Audit(Result):
     def _tables(self) -> Sequence[str]:
         if not self.problems:
             return ()
-        return [html.table(["problem"], ([line] for line in self.problems[:_MAX_PROBLEMS]))]
+        return [display.table(["problem"], ([line] for line in self.problems[:_MAX_PROBLEMS]))]

@@ -16,12 +16,11 @@ from hisvd_cli.calibration.store import Calibration as CalibrationData
 from hisvd_cli.evaluation.perplexity import PerplexityResult
 from hisvd_cli.evaluation.report_tables import figure_text
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
-from hisvd_cli.pipelines.api import html
+from hisvd_cli.pipelines.api import display
 from hisvd_cli.pipelines.api.arguments import Given, path_of
 from hisvd_cli.pipelines.api.keywords import LoadKeywords, PathText
 from hisvd_cli.pipelines.api.loading import load
 from hisvd_cli.pipelines.api.names import errors_in_python
-from hisvd_cli.pipelines.api.result import Result
 from hisvd_cli.pipelines.compressing.outcome import Outcome
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.planning.plan_files import check_plan_file
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Calibration(Result):
+class Calibration(display.Result):
     """Activation statistics of a model, on disk.
 
     Attributes:
@@ -68,7 +67,7 @@ class Calibration(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class Plan(Result):
+class Plan(display.Result):
     """The rank of every layer.
 
     Attributes:
@@ -118,11 +117,11 @@ class Plan(Result):
         }
 
     def _tables(self) -> Sequence[str]:
-        return [html.table(CLUSTER_COLUMNS, cluster_rows(self.data))]
+        return [display.table(CLUSTER_COLUMNS, cluster_rows(self.data))]
 
 
 @dataclass(frozen=True, repr=False)
-class Checkpoint(Result):
+class Checkpoint(display.Result):
     """A compressed model on disk: a folder, or a single ``.pt`` file.
 
     Attributes:
