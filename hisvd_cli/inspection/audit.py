@@ -17,6 +17,7 @@ from hisvd_cli.allocation.plan import Plan
 from hisvd_cli.modeling.layers.lowrank import Storage, factor_shapes, is_order
 from hisvd_cli.modeling.layers.quantized import SCALE, quantized_shapes, storage_with
 from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.utils.quantities import counted
 
 
 def part(document: object, name: str) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class Layout:
     def line(self) -> str:
         """Return a summary of the quantization in one line."""
         counts = sorted(Counter(self.bits.values()).items())
-        kinds = ", ".join(f"int{bits} in {count} layers" for bits, count in counts)
+        kinds = ", ".join(f"int{bits} in {counted(count, 'layer')}" for bits, count in counts)
         return kinds + (f", groups of {self.group_size}" if 4 in self.bits.values() else "")
 
 

@@ -12,6 +12,7 @@ from hisvd_cli.cli.options import Run, option, with_settings
 from hisvd_cli.pipelines.config.commands import SETTINGS
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.cache import expanded
+from hisvd_cli.utils.quantities import size_text
 
 
 @with_settings(SETTINGS["convert"])
@@ -57,7 +58,6 @@ def convert(
 
     hisvd convert demo-0.6 --push-to-hub me/demo-0.6
     """
-    from hisvd_cli.cli.views.layout import size_text
     from hisvd_cli.pipelines.conversion import write_form
     from hisvd_cli.pipelines.output_names import output_name
     from hisvd_cli.pipelines.publishing import Hub, check_request, publish

@@ -25,8 +25,16 @@ def open_plan(path: Path, source: Source) -> Plan:
     return plan
 
 
-def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[str]) -> None:
+def check_plan_file(
+    path: Path, ratios: Sequence[float], allocators: Sequence[str], argument: str = "output"
+) -> None:
     """Check before any work that a plan can be written to a file.
+
+    Args:
+        path: the file.
+        ratios: the ratios of the plans.
+        allocators: the allocators of the plans.
+        argument: the argument that names the file.
 
     Raises:
         UsageError: several plans for one file, or the name does not end in ``.json``.
@@ -35,14 +43,14 @@ def check_plan_file(path: Path, ratios: Sequence[float], allocators: Sequence[st
     for given, key in ((ratios, "ratio"), (allocators, "allocator")):
         if len(given) > 1:
             raise UsageError(
-                f"`output` takes one plan, but {len(given)} {key}s were given.",
-                f"Give one `plan.{key}`, or leave out `output`.",
+                f"`{argument}` takes one plan, but {len(given)} {key}s were given.",
+                f"Give one `plan.{key}`, or leave out `{argument}`.",
             )
-    check_text_place(path, "`output`")
+    check_text_place(path, argument)
     if takes_text(path):
         return
     if path.suffix != ".json":
         raise UsageError(
-            f"`output` {path} does not end in .json.", "Name it plan.json, for example."
+            f"`{argument}={path}` does not end in .json.", "Name it plan.json, for example."
         )
-    check_plan_output(path, overwrite=True)
+    check_plan_output(path, overwrite=True, argument=argument)

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from hisvd_cli.allocation.methods import ALLOCATORS
 from hisvd_cli.compression.methods import DECOMPOSERS
-from hisvd_cli.utils.memory_bounds import checked
+from hisvd_cli.utils.quantities import checked
 from hisvd_cli.utils.registry import MANY, Options, as_list
 
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")

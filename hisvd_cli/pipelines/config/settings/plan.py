@@ -39,12 +39,12 @@ class PlanSettings(Section):
     preset: Presets = setting(
         [],
         f"Combination of methods: {any_of(get_args(PresetName))}. Explicit options take "
-        "precedence; compress accepts several.",
+        "precedence.",
         basic=True,
     )
     allocator: Methods = setting(
         ["hisvd"],
-        f"Rank allocation method: {any_of(ALLOCATOR_NAMES)}; plan compares several.",
+        f"Rank allocation method: {any_of(ALLOCATOR_NAMES)}.",
         choices=ALLOCATOR_NAMES,
         basic=True,
     )
