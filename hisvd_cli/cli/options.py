@@ -26,6 +26,7 @@ from hisvd_cli.pipelines.config.settings import (
     flag_of,
     item_of,
     kind_of,
+    metavar_of,
     panel_of,
 )
 from hisvd_cli.utils.distributed import joining, launched, launched_rank, leave
@@ -235,7 +236,7 @@ def _parameter(command: str, name: str, section: str, key: str) -> inspect.Param
     annotation = typer.Option(
         flag,
         help=text + _default_text(field.default),
-        metavar=_metavar(kind),
+        metavar=metavar_of(section, key) or _metavar(kind),
         show_default=False,
         rich_help_panel=panel_of(section, key) or _section_panel(section),
         autocompletion=_completer(section, key),

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from typing_extensions import ParamSpec
 
+from hisvd_cli.allocation.plan import Plan as PlanData
 from hisvd_cli.pipelines.api.keywords import PathText
 from hisvd_cli.pipelines.api.libraries import quiet_libraries
 from hisvd_cli.pipelines.api.names import (
@@ -26,6 +27,7 @@ from hisvd_cli.pipelines.config.commands import SETTINGS, SEVERAL, Key
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import SECTIONS, item_of, kind_of, methods_of
+from hisvd_cli.pipelines.unused_options import check_options
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.cache import expanded
 from hisvd_cli.utils.files.scratch import sweep
@@ -43,10 +45,21 @@ Given = dict[Key, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """Settings and reporter of a call."""
+    """Settings and reporter of a call.
+
+    Attributes:
+        resolved: the settings.
+        reporter: receives progress.
+        own: the settings given in this call.
+    """
 
     resolved: Resolved
     reporter: Reporter
+    own: Collection[Key]
+
+    def check_options(self, command: str, plan: PlanData | None = None) -> None:
+        """Raise UsageError if a keyword of this call has no effect."""
+        check_options(self.resolved, command, plan, self.own)
 
     def one_plan(self) -> None:
         """Raise UsageError if the settings request several plans."""
@@ -152,7 +165,8 @@ def run_of(
             error.hint = f"help(hisvd.{name}) lists the settings, their values and defaults."
         raise
     sweep(resolved.settings.model.scratch)
-    return Run(resolved, PythonReporter() if progress else Silent())
+    set_here = [key for key, value in own.items() if value is not None]
+    return Run(resolved, PythonReporter() if progress else Silent(), set_here)
 
 
 def path_of(path: PathText, argument: str = "output") -> Path:

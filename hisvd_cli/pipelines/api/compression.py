@@ -49,8 +49,10 @@ def compress(
     run = run_of("compress", settings, profile, progress, given_with(source))
     path = None if output is None else output_name(path_of(output))
     if isinstance(source, Checkpoint):
+        run.check_options("recover")
         made = recover_checkpoint(run.resolved, source.path, path, overwrite, run.reporter)
         return Checkpoint(Path(made["output"]))
+    run.check_options("compress", source.data if isinstance(source, Plan) else None)
     with _plan_file(source, run) as file:
         outcome = compress_model(run.resolved, path, file, overwrite, run.reporter)
     return Checkpoint(outcome.output, outcome)

@@ -79,6 +79,7 @@ def plan(
         source = text_of(source, "source", "a calibration or the name of a model")
     run = run_of("plan", settings, profile, progress, given_with(source))
     run.one_plan()
+    run.check_options("plan")
     needs = plan_needs(run.resolved.settings)
     if isinstance(source, Calibration) or needs - {"moments"}:
         model = named_source(run.resolved)

@@ -163,6 +163,7 @@ def convert(
         raise UsageError("'private' and 'revision' apply to uploads only.", "Add 'push_to_hub'.")
     if to is None and run.resolved.is_flag("quantize", "bits"):
         to = "hf"
+    run.check_options("convert")
     check_request(source, to, path, hub)
     if to is not None and path is not None:
         write_form(run.resolved, source, to, path, overwrite, run.reporter)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hisvd_cli.allocation.plan import Plan, load_plan
 from hisvd_cli.compression.factorize import check_plan
 from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.outputs import check_plan_output
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.text_output import check_text_place, takes_text
@@ -23,6 +25,15 @@ def open_plan(path: Path, source: Source) -> Plan:
     plan = load_plan(path)
     check_plan(plan, source)
     return plan
+
+
+def with_model_of(resolved: Resolved, plan: Plan) -> Resolved:
+    """Return the settings, with the model of a plan if they name none."""
+    if resolved.settings.model.name:
+        return resolved
+    named = {"name": str(plan.provenance["model"]["name"])}
+    model = resolved.settings.model.model_copy(update=named)
+    return replace(resolved, settings=resolved.settings.model_copy(update={"model": model}))
 
 
 def check_plan_file(
