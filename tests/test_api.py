@@ -18,9 +18,9 @@ from transformers.utils import logging
 import hisvd_cli as hisvd
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.pipelines.api import keywords
-from hisvd_cli.pipelines.api.keywords import PathText
+from hisvd_cli.pipelines.api.keywords import DeviceName, DtypeName, PathText
 from hisvd_cli.pipelines.api.names import in_python, keyword_of
-from hisvd_cli.pipelines.config.commands import SETTINGS, Key
+from hisvd_cli.pipelines.config.commands import SETTINGS, SEVERAL, Key
 from hisvd_cli.pipelines.config.settings import SECTIONS, item_of, kind_of
 from hisvd_cli.utils.errors import HisvdError, OutputError, SourceError, UsageError
 from tests.cli_helpers import QUICK, as_json, digests, succeed
@@ -159,7 +159,7 @@ def test_progress_goes_to_stderr_or_nowhere(here: Path, capfd: Captured) -> None
     out, err = capfd.readouterr()
     assert out == ""
     assert "Calibrating blocks: 6/6" in err
-    assert "Raise samples or seqlen." in err
+    assert "Raise 'samples' or 'seqlen'." in err
     hisvd.calibrate("demo", samples=8, seqlen=32, progress=False)
     hisvd.evaluate("demo", seqlen=32, windows=2, progress=False)
     assert capfd.readouterr() == ("", "")
@@ -193,19 +193,19 @@ WRONG: dict[str, tuple[type[HisvdError], Callable[[], object], str]] = {
     "choice": (
         UsageError,
         lambda: hisvd.plan("demo", preset="bset"),  # type: ignore[arg-type]
-        r"(?s)^preset=bset must be .* 'best'\?\nhelp\(hisvd.plan\) lists",
+        r"(?s)^preset='bset' must be .* 'best'\?\nhelp\(hisvd.plan\) lists",
     ),
     "several": (
         UsageError,
         lambda: hisvd.plan("demo", ratio=[0.5, 0.6]),  # type: ignore[arg-type]
-        "^ratio has 2 values: 0.5, 0.6",
+        "^'ratio' has 2 values: 0.5, 0.6",
     ),
     "flag": (
         UsageError,
         lambda: hisvd.convert("there", to="pt"),
-        "(?s)^to without output.\nAdd output, or leave out to",
+        "(?s)^'to' without 'output'.\nAdd 'output', or leave out 'to'",
     ),
-    "model": (UsageError, lambda: hisvd.calibrate(""), "(?s)No model is named.\nGive model with"),
+    "model": (UsageError, lambda: hisvd.calibrate(""), "(?s)No model is named.\nGive 'model' with"),
     "absent": (SourceError, lambda: hisvd.convert("x", to="pt", output="o.pt"), "no checkpoint"),
 }
 
@@ -221,9 +221,9 @@ def test_errors_name_keywords(case: str, here: Path) -> None:
 
 def test_nothing_is_overwritten(made: hisvd.Checkpoint) -> None:
     plan = hisvd.Plan(load_plan(made.path / "plan.json"), {("model", "name"): "demo"})
-    with pytest.raises(OutputError, match="Pass overwrite, or name another output"):
+    with pytest.raises(OutputError, match="Pass overwrite=True, or name another 'output'"):
         hisvd.compress(plan, output=made.path, samples=8, seqlen=64)
-    with pytest.raises(UsageError, match=r"^storage cannot change the given plan\."):
+    with pytest.raises(UsageError, match=r"^'storage' cannot change the given plan\."):
         hisvd.compress(plan, output="o", storage="pair")
 
 
@@ -237,18 +237,16 @@ def test_one_of_several_models_may_fail(here: Path, capfd: Captured) -> None:
 
 def test_messages_about_commands_stay() -> None:
     told = "Give --model and --no-evaluate. Run: hisvd calibrate --model x"
-    assert in_python(told) == "Give model and evaluate=False. Run: hisvd calibrate --model x"
+    assert in_python(told) == "Give 'model' and evaluate=False. Run: hisvd calibrate --model x"
     assert in_python("a--model --unknown") == "a--model --unknown"
-
-
-ONE = {("plan", "ratio"), ("plan", "preset"), ("plan", "allocator")}
 
 
 def accepted(key: Key, is_path: bool) -> object:
     """Return the type of a keyword, from its setting."""
     kind, default = kind_of(*key), SECTIONS[key[0]].model_fields[key[1]].default
     item: Any = PathText if is_path else item_of(kind)
-    if get_origin(kind) is list and key not in ONE:
+    item = {("model", "device"): DeviceName, ("model", "dtype"): DtypeName}.get(key, item)
+    if get_origin(kind) is list and key not in SEVERAL:
         item = item | Sequence[item]
     return item | None if default is None or key == ("plan", "preset") else item
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import re
 import shlex
@@ -16,9 +18,11 @@ import pytest
 import tomli
 import typer
 
+import hisvd_cli as hisvd
 from hisvd_cli.allocation.methods import ALLOCATORS
 from hisvd_cli.cli.app import app
 from hisvd_cli.compression.methods import DECOMPOSERS
+from hisvd_cli.pipelines.config.commands import SETTINGS
 from hisvd_cli.pipelines.config.presets import PRESETS
 from hisvd_cli.pipelines.config.resolution import resolve
 from hisvd_cli.pipelines.config.settings import SECTIONS
@@ -168,6 +172,44 @@ def test_the_readme_is_short_and_has_the_commands_of_ci() -> None:
     assert not README.is_relative_to(MANUAL)
     for command in CI:
         assert text.count(command) == 1
+
+
+def test_the_python_examples_name_keywords() -> None:
+    """The test below runs them; this one is fast."""
+    calls = [
+        node
+        for code in blocks(page("python.md"), "python")
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("hisvd.")
+    ]
+    named = [ast.unparse(call.func).removeprefix("hisvd.") for call in calls]
+    assert {*named} == {*SETTINGS}
+    for name, call in zip(named, calls, strict=True):
+        known = inspect.signature(getattr(hisvd, name)).parameters
+        assert {keyword.arg for keyword in call.keywords} <= {*known}
+
+
+@pytest.mark.slow
+def test_the_python_examples_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "hisvd.toml").write_text('[plan]\nallocator = "uniform"\nratio = 0.5\n')
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks(page("python.md"), "python")), names)
+    assert "ratio=1.5 must be above 0 and at most 1.\n" in capsys.readouterr().out
+    assert (names["quiet"].ratio, names["quiet"].data.allocator) == (0.7, "uniform")
+    assert {path.name for path in here.iterdir()} == {
+        *("hisvd.toml", "plan.json", "demo-0.6", "demo-tuned", "demo-int8"),
+    }
+
+
+def test_the_results_in_the_python_page_exist() -> None:
+    table = page("python.md").partition("## Results")[2].partition("## ")[0]
+    rows = [re.findall(r"`(\w+)[^`]*`", line) for line in table.splitlines() if "| `" in line]
+    assert len(rows) == 5
+    for row in rows:
+        (kind,) = [word for word in row if word in hisvd.__all__ and word[0].isupper()]
+        result = getattr(hisvd, kind)
+        for name in row[row.index(kind) + 1 :]:
+            assert name in result.__dataclass_fields__ or hasattr(result, name), (kind, name)
 
 
 def test_every_method_is_described() -> None:

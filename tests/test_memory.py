@@ -26,8 +26,8 @@ from hisvd_cli.pipelines.memory.placement import fit
 from hisvd_cli.utils.errors import MemoryLimitError, OutputError, SourceError
 from hisvd_cli.utils.files.artifact import partial_path
 from hisvd_cli.utils.files.tensorfile import AGAIN, write_tensors
-from hisvd_cli.utils.memory_bounds import MemoryBounds, parse_bounds
 from hisvd_cli.utils.progress import Silent
+from hisvd_cli.utils.quantities import MemoryBounds, parse_bounds
 from tests.cli_helpers import (
     QUICK,
     as_json,

@@ -16,11 +16,17 @@ from hisvd_cli.pipelines.config.settings import SECTIONS
 from hisvd_cli.utils.errors import HisvdError
 
 CASES = [
-    ("Lower `eval.windows`.", "Lower --windows.", "Lower windows."),
-    ("Set `plan.allocator` uniform.", "Set --allocator uniform.", "Set allocator uniform."),
+    ("Lower `eval.windows`.", "Lower --windows.", "Lower 'windows'."),
+    ("Set `plan.allocator` uniform.", "Set --allocator uniform.", "Set allocator='uniform'."),
+    ("Use `to` hf or `to` dense.", "Use --to hf or --to dense.", "Use to='hf' or to='dense'."),
+    ("`to` without `output`.", "--to without --output.", "'to' without 'output'."),
+    ("`plan.ratio` 0.5 limits", "--ratio 0.5 limits", "ratio=0.5 limits"),
+    ("Set `plan.allocator` to uniform", "Set --allocator to uniform", None),
+    ("`output=a b.txt` is wrong.", "--output a b.txt is wrong.", "output='a b.txt' is wrong."),
+    ("`model.device=cuda:1`.", "--device cuda:1.", "device='cuda:1'."),
     ("Add `no model.trust_remote_code`.", "Add --no-trust-remote-code.", None),
-    ("Or `overwrite`.", "Or --overwrite.", "Or overwrite."),
-    ("Name a `from` file.", "Name a --from file.", "Name a source file."),
+    ("Or `overwrite`.", "Or --overwrite.", "Or overwrite=True."),
+    ("Name a `from` file.", "Name a --from file.", "Name a 'source' file."),
     ("`model.safetensors` and `x.y` stay.", None, None),
     ("Plain `words` stay.", None, None),
 ]
@@ -88,7 +94,7 @@ def test_every_setting_that_a_message_names_exists() -> None:
         (name, section, key)
         for name, path in FILES.items()
         for text in texts(path)
-        for section, key in re.findall(r"`(?:no )?([a-z]+)\.([a-z_]+)`", text)
+        for section, key in re.findall(r"`(?:no )?([a-z]+)\.([a-z_]+)[`=]", text)
         if section in SECTIONS and (section, key) != ("plan", "json")  # a file
     }
     assert len(mentions) > 50

@@ -104,7 +104,7 @@ def variables(site: Path, **more: str) -> dict[str, str]:
 
 CHOSEN = ("--allocator", "taper", "--taper", 0.6)
 POWER = ("--decomposer", "channels", "--no-evaluate", "--channel-power")
-UNUSED = ("--taper", 0.9, "--softness", 0.5)
+UNUSED = "[plan]\ntaper = 0.9\nsoftness = 0.5\n"
 DRIVER = """
 import json, sys
 from tests.cli_helpers import hisvd
@@ -155,6 +155,7 @@ def test_help_shows_methods_and_their_options(site: Path, here: Path) -> None:
     power = "--channel-power X channels: exponent of the mean square. (default 1.0)"
     assert power in found["Decomposer options"]
     assert "taper" in found["Plan"].partition("--allocator")[2].partition("--metric")[0]
+    assert "broken" not in found["Plan"] + found["Compress"]
     assert "a flag that calibration.seed has" not in " ".join(found.values())
 
 
@@ -217,7 +218,8 @@ RUNS: dict[str, tuple[object, ...]] = {
     "twice": ("compress", "--plan", "plan.json", *POWER, 0.5, "--output", "twice"),
     "other": ("compress", "--plan", "plan.json", *POWER, 0, "--output", "other"),
     "plain": ("plan", "--allocator", "uniform", "--output", "plain.json"),
-    "unused": ("plan", "--allocator", "uniform", *UNUSED, "--output", "unused.json"),
+    "unused": ("plan", "--allocator", "uniform", "--profile", "unused.toml", "-o", "unused.json"),
+    "unchosen": ("plan", "--allocator", "uniform", "--taper", 0.9),
     "seeded": ("plan", "--allocator", "seeded"),
     "broken": ("plan", "--allocator", "broken"),
     "unknown": ("plan", "--allocator", "tapr"),
@@ -242,6 +244,7 @@ class Done:
 def done(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All of :data:`RUNS`, in one process."""
     folder = tmp_path_factory.mktemp("runs")
+    (folder / "unused.toml").write_text(UNUSED)
     words = [[str(word) for word in (*run, *QUICK, "--quiet")] for run in RUNS.values()]
     answers = json.loads(python(site, folder, DRIVER, json.dumps(words)))
     return Done(folder, dict(zip(RUNS, answers, strict=True)))
@@ -267,10 +270,14 @@ def test_real_runs(done: Done) -> None:
 
 
 def test_an_option_of_a_method_that_is_not_chosen(done: Done) -> None:
-    """It is recorded and has no effect, as that of a built-in method."""
+    """Of a profile it is recorded and has no effect, as that of a built-in method; as a flag it is
+    an error."""
     plain, unused = done.document("plain.json"), done.document("unused.json")
     assert (unused["settings"]["taper"], unused["settings"]["softness"]) == (0.9, 0.5)
     assert plain["sublayers"] == unused["sublayers"]
+    code, _, stderr = done.results["unchosen"]
+    assert code == 2
+    assert two_lines(stderr)[0] == "--taper has no effect without --allocator taper."
 
 
 def test_a_method_that_cannot_be_used_is_an_error_only_when_it_is(done: Done) -> None:

@@ -200,7 +200,12 @@ ENCODERS = {
     "BertConfig": "encoder",
     "XLMRobertaConfig": "encoder",
 }
-SMALL: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+SMALL: dict[str, Any] = {
+    "vocab_size": 30,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+}
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

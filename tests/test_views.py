@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hisvd_cli.allocation.plan import ClusterPlan, Plan, SublayerPlan
 from hisvd_cli.cli.views.charts import HeatMap, sparkline
-from hisvd_cli.cli.views.layout import duration_text, perplexity_text, size_text
+from hisvd_cli.cli.views.layout import duration_text, perplexity_text
 from hisvd_cli.cli.views.plans import comparison_view, plan_view
 from hisvd_cli.cli.views.results import audit_view, compressed_view, rank_table
 from hisvd_cli.evaluation.perplexity import PerplexityResult
@@ -19,6 +19,7 @@ from hisvd_cli.inspection.audit import Audit
 from hisvd_cli.inspection.stored_sublayers import Row
 from hisvd_cli.pipelines.compressing.outcome import Outcome
 from hisvd_cli.pipelines.config.settings import ALLOCATOR_NAMES
+from hisvd_cli.utils.quantities import size_text
 
 
 def shown(renderable: object, width: int = 80) -> list[str]:

@@ -188,12 +188,14 @@ class Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan. Raises SourceError if the file is not a plan."""
+    """Read a plan. Raises SourceError if there is no such file or it is not a plan."""
     try:
         document = read_json(path)
         if document["kind"] != "plan" or document["format_version"] != FORMAT_VERSION:
             raise ValueError(document["kind"])
         return plan_from(document)
+    except FileNotFoundError as error:
+        raise SourceError(f"There is no file '{path}'.", "Check the path.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             f"{path} is not a plan that this version of hisvd can read.",

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from hisvd_cli import __version__
-from hisvd_cli.cli.brief_help import BriefHelp
+from hisvd_cli.cli.brief_help import BriefHelp, without_metavars
 from hisvd_cli.cli.commands.calibrate import calibrate
 from hisvd_cli.cli.commands.compress import compress
 from hisvd_cli.cli.commands.convert import convert
@@ -48,6 +48,9 @@ class _ErrorHandlingGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_metavars(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         with _watched_interrupts() as interrupted:

@@ -14,7 +14,7 @@ import typer
 
 from hisvd_cli.cli.brief_help import show_all
 from hisvd_cli.cli.console import Console
-from hisvd_cli.pipelines.config.commands import Key
+from hisvd_cli.pipelines.config.commands import SEVERAL, Key
 from hisvd_cli.pipelines.config.mentions import in_flags
 from hisvd_cli.pipelines.config.presets import PRESETS
 from hisvd_cli.pipelines.config.resolution import resolve
@@ -26,6 +26,7 @@ from hisvd_cli.pipelines.config.settings import (
     flag_of,
     item_of,
     kind_of,
+    metavar_of,
     panel_of,
 )
 from hisvd_cli.utils.distributed import joining, launched, launched_rank, leave
@@ -175,7 +176,7 @@ def with_settings(keys: Iterable[Key], together: bool = False) -> Callable[[Comm
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         # Panels are in the order of their first option: those of single methods come last.
         ordered = sorted(settings.items(), key=lambda item: bool(panel_of(*item[1])))
-        shown = [*own, *(_parameter(name, *key) for name, key in ordered)]
+        shown = [*own, *(_parameter(command.__name__, name, *key) for name, key in ordered)]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in [*shown, *common.values()]]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -213,7 +214,7 @@ def _prepare_libraries(console: Console) -> None:
     calm_libraries(console.quiet or console.muted, console.verbose and not console.muted)
 
 
-def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
+def _parameter(command: str, name: str, section: str, key: str) -> inspect.Parameter:
     """Return the parameter that defines the option of one setting.
 
     Values are strings (or switches), which are parsed and validated together with all other sources
@@ -230,11 +231,12 @@ def _parameter(name: str, section: str, key: str) -> inspect.Parameter:
             flag += f"/--no-{flag[2:]}"
     elif get_origin(kind) is list:
         taken = list[str]
-        text = text.removesuffix(".") + " (repeatable)."
+        if command in SEVERAL.get((section, key), (command,)):
+            text = text.removesuffix(".") + " (repeatable)."
     annotation = typer.Option(
         flag,
         help=text + _default_text(field.default),
-        metavar=_metavar(kind),
+        metavar=metavar_of(section, key) or _metavar(kind),
         show_default=False,
         rich_help_panel=panel_of(section, key) or _section_panel(section),
         autocompletion=_completer(section, key),

@@ -14,6 +14,7 @@ from hisvd_cli.evaluation.zero_shot import Score
 from hisvd_cli.utils.errors import OutputError
 from hisvd_cli.utils.escaping import markdown_code, markdown_text, spreadsheet_cell
 from hisvd_cli.utils.files.text_output import check_text_place, takes_text, write_through
+from hisvd_cli.utils.quantities import counted
 
 FIGURES = {
     "perplexity": ("perplexity", "{:.2f}"),
@@ -43,13 +44,13 @@ def check_report_path(path: Path, kind: str) -> None:
     Raises:
         OutputError: see :func:`check_text_place`; or the file is not a report of this kind.
     """
-    check_text_place(path, f"`{kind}`")
+    check_text_place(path, kind)
     if path.is_file() and not takes_text(path):
         with path.open("rb") as file:
             beginning = file.read(_BEGINNING)
         if beginning and not re.match(_REPORTS[kind], beginning):
             raise OutputError(
-                f"`{kind}` {path} exists and is not a report of this kind.",
+                f"`{kind}={path}` exists and is not a report of this kind.",
                 "Choose another file, or remove this one.",
             )
 
@@ -96,8 +97,9 @@ def markdown_table(grid: Grid) -> str:
     rows = _rows(grid)
     for _, result in rows:
         made = result.bootstrap or {}
-        lines += ["", f"{result.windows} windows of {result.seqlen} tokens; in parentheses "]
-        lines[-1] += f"{made['level']:.0%} bootstrap intervals ({made['units']} {made['unit']})."
+        lines += ["", f"{counted(result.windows, 'window')} of {result.seqlen} tokens; "]
+        lines[-1] += f"in parentheses {made['level']:.0%} bootstrap intervals "
+        lines[-1] += f"({made['units']} {made['unit']})."
         break
     return "\n".join(lines + _task_lines(grid)) + "\n"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hisvd_cli.evaluation.efficiency import PHASES, TimedWork, Timing, Versus, versus
+from hisvd_cli.utils.quantities import counted
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Speed:
     @property
     def conditions(self) -> str:
         """The conditions of the measurement, in words."""
-        work = f"{self.work.prompt} prompt tokens, {self.work.new} new tokens"
-        work += f", {self.work.turns} repetitions"
+        work = f"{counted(self.work.prompt, 'prompt token')}, {counted(self.work.new, 'new token')}"
+        work += f", {counted(self.work.turns, 'repetition')}"
         how = f"{self.dtype} on {self.device}"
-        how += f", {self.threads} threads" if self.device == "cpu" else ""
+        how += f", {counted(self.threads, 'thread')}" if self.device == "cpu" else ""
         return f"{work}; {how}{', compiled' if self.compiled else ''}"
 
     def document(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def open_tasks(
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(
-            f"`eval.task_path` {folder} is not a folder.", "Give a folder with YAML files."
+            f"`eval.task_path={folder}` is not a folder.", "Give a folder with YAML files."
         )
     manager = _manager(folder, names)
     for name in names:

@@ -15,6 +15,7 @@ from hisvd_cli.modeling.sources.companions import CARD, card_metadata, licences
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.utils.escaping import markdown_code, markdown_text
 from hisvd_cli.utils.files.atomic import write_text
+from hisvd_cli.utils.quantities import counted
 
 _PLAN = "plan.json"
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -211,7 +212,9 @@ def _integers(made: Mapping[str, Any], plan: Plan) -> str:
     if not made:
         return ""
     counts = Counter(made["bits"].values())
-    kinds = ", ".join(f"int{bits} in {count} layers" for bits, count in sorted(counts.items()))
+    kinds = ", ".join(
+        f"int{bits} in {counted(count, 'layer')}" for bits, count in sorted(counts.items())
+    )
     groups = f", groups of {made['group_size']}" if 4 in counts else ""
     size, before = made["bytes"], made["dense_bytes"]
     share = f"{size / 1e6:,.1f} MB, {size / before:.2%} of {before / 1e6:,.1f} MB"

@@ -130,7 +130,7 @@ def _audit_calibration(target: str, calibration: Calibration, check_values: bool
         table={
             "model": str(part(manifest, "model").get("name")),
             "text": f"{data.get('dataset')} ({data.get('split')})",
-            "tokens": f"{data.get('samples')} × {data.get('seqlen')} = {data.get('tokens')}",
+            "tokens": f"{data.get('samples')} × {data.get('seqlen')} = {data.get('tokens'):,}",
             "seed": str(data.get("seed")),
             "dtype": str(manifest.get("dtype")),
         },

@@ -115,7 +115,7 @@ def _prepare(
     if present is None and named:  # errors about the cache have hints of their own
         check_place(folder, "calibration.path")
     if request.dataset == SELF:
-        check_writing(resolved, source, request.seqlen, f"`calibration.dataset` {SELF}")
+        check_writing(resolved, source, request.seqlen, f"`calibration.dataset={SELF}`")
     work = place_states(resolved, source, wanted, reporter)
     sample = draw_sample(request, source, reporter)
     _warn_if_few_tokens(source, sample, reporter)

@@ -75,7 +75,7 @@ def convert_checkpoint(
     else:
         with _opened(checkpoint, scratch) as opened:
             _convert(opened, to, output, shard_bytes)
-    return _bytes_of(output)
+    return bytes_of(output)
 
 
 def _quantizes(resolved: Resolved) -> bool:
@@ -107,7 +107,7 @@ def _quantize_to(
                 made = folder / "quantized"
                 quantize_checkpoint(resolved, opened, made, None, reporter)
                 to_pt(open_checkpoint(made), output)
-    return _bytes_of(output)
+    return bytes_of(output)
 
 
 def _check_paths(
@@ -117,13 +117,14 @@ def _check_paths(
         raise SourceError(f"There is no checkpoint '{checkpoint}'.", "Check the path.")
     if (output.suffix == ".pt") != (to == "pt"):
         raise UsageError(
-            f"`to` {to} cannot write '{output}'.",
+            f"`to={to}` cannot write `output={output}`.",
             "A single file ends in .pt; every other format is a folder.",
         )
     check_output(output, overwrite, [checkpoint, *inputs])
 
 
-def _bytes_of(output: Path) -> int:
+def bytes_of(output: Path) -> int:
+    """Return the size of the weights in a folder, or of a single file."""
     if output.is_file():
         return output.stat().st_size
     return sum(path.stat().st_size for path in output.glob("*.safetensors"))

@@ -41,18 +41,18 @@ def output_name(path: Path, setting: str = "output") -> Path:
         named = path.expanduser()
         resolved = named.resolve()
         if resolved.is_symlink():  # from Python 3.13, a loop raises no error
-            raise OutputError(f"`{setting}` {path} is a loop of symbolic links.", name_another)
+            raise OutputError(f"`{setting}={path}` is a loop of symbolic links.", name_another)
         resolved.exists()
     except OSError as error:
         raise OutputError(
-            f"`{setting}` {path} cannot be used: {reason(error)}", name_another
+            f"`{setting}={path}` cannot be used: {reason(error)}", name_another
         ) from error
     except (RuntimeError, ValueError) as error:  # unknown user, loop of links, or NUL
         raise OutputError(
-            f"`{setting}` {path} cannot be used: {reason(error)}", name_another
+            f"`{setting}={path}` cannot be used: {reason(error)}", name_another
         ) from error
     if not resolved.name:
-        raise OutputError(f"`{setting}` {path} is the root of the file system.", name_another)
+        raise OutputError(f"`{setting}={path}` is the root of the file system.", name_another)
     size, most = len(os.fsencode(resolved.name)), _NAME_BYTES - _SIBLING_BYTES
     if size > most:
         raise OutputError(
@@ -78,10 +78,10 @@ def check_place(path: Path, setting: str = "output") -> None:
     here = Path.cwd()
     if target in (here, *here.parents):
         what = "is the current folder" if target == here else "contains the current folder"
-        raise OutputError(f"`{setting}` {path} {what}, which cannot be replaced.", another)
+        raise OutputError(f"`{setting}={path}` {what}, which cannot be replaced.", another)
     if os.path.ismount(target):
         raise OutputError(
-            f"`{setting}` {path} is a mount point, which cannot be replaced.",
+            f"`{setting}={path}` is a mount point, which cannot be replaced.",
             f"Name a folder in it with `{setting}`.",
         )
     home = next(folder for folder in target.parents if folder.exists())
@@ -99,7 +99,7 @@ def check_form(path: Path, setting: str = "output") -> None:
     if not single and path.suffix.lower() in _FILES and not path.is_dir():
         form = ", or one file that ends in .pt" if setting == "output" else ""
         raise UsageError(
-            f"`{setting}` {path} ends in {path.suffix}, but must be a folder.",
+            f"`{setting}={path}` ends in {path.suffix}, but must be a folder.",
             f"Give a folder{form}.",
         )
 
@@ -151,7 +151,7 @@ def refuse_inputs(output: Path, inputs: Iterable[Path], setting: str = "output")
             where = "has temporary files that would replace"
         if where:
             raise OutputError(
-                f"`{setting}` {output} {where} the input {path}.", "Give a path outside the input."
+                f"`{setting}={output}` {where} the input {path}.", "Give a path outside the input."
             )
 
 

@@ -105,9 +105,14 @@ def _check_folder(path: Path, overwrite: bool) -> None:
         )
 
 
-def check_plan_output(path: Path, overwrite: bool) -> None:
+def check_plan_output(path: Path, overwrite: bool, argument: str = "output") -> None:
     """Check that a plan can be written to a path. Only plans that are not part of a checkpoint
     are overwritten.
+
+    Args:
+        path: the file.
+        overwrite: whether an existing plan may be replaced.
+        argument: the argument that names the file.
 
     Raises:
         OutputError: the path exists and may not be replaced.
@@ -115,17 +120,18 @@ def check_plan_output(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise OutputError(f"{path} exists.", "Pass `overwrite`, or name another `output`.")
+        raise OutputError(f"{path} exists.", f"Pass `overwrite`, or name another `{argument}`.")
     try:
         load_plan(path)
     except SourceError as error:
         raise OutputError(
-            f"{path} exists and is not a plan.", "Name another `output`, or remove it yourself."
+            f"{path} exists and is not a plan.",
+            f"Name another `{argument}`, or remove it yourself.",
         ) from error
     file = path.resolve()
     if file.name == PLAN_FILE and is_own_folder(file.parent):
         raise OutputError(
-            f"{path} is the plan of the checkpoint {file.parent}.", "Name another `output`."
+            f"{path} is the plan of the checkpoint {file.parent}.", f"Name another `{argument}`."
         )
 
 

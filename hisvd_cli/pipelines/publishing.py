@@ -100,7 +100,7 @@ def _check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(
-            f"`push-to-hub` {repo} is not a valid repository name.", "Write OWNER/NAME or NAME."
+            f"`push-to-hub={repo}` is not a valid repository name.", "Write OWNER/NAME or NAME."
         ) from error
     if not get_token():
         raise OutputError("There is no token for the Hub.", _LOGIN)

@@ -27,6 +27,7 @@ from hisvd_cli.utils.files.atomic import write_text
 from hisvd_cli.utils.files.fingerprints import cache_root, digest, expanded, file_digest
 from hisvd_cli.utils.files.safetensors_header import dtype_name
 from hisvd_cli.utils.progress import Reporter
+from hisvd_cli.utils.quantities import counted
 
 DEFAULT_SEQLEN = 2048
 DEFAULT_SAMPLES = 256
@@ -100,7 +101,7 @@ def request_calibration(resolved: Resolved, source: Source) -> CalibrationReques
     if wanted.drop and dataset == SELF:
         raise UsageError(
             f"`calibration.drop` {wanted.drop!r} removes a string from a text that is read, but "
-            f"with `calibration.dataset` {SELF} the model generates the text.",
+            f"with `calibration.dataset={SELF}` the model generates the text.",
             "Leave out one of them.",
         )
     samples = wanted.samples or default_samples(dataset)
@@ -164,8 +165,8 @@ def draw_sample(request: CalibrationRequest, source: Source, reporter: Reporter)
     )
     if len(windows) < request.samples:
         reporter.warn(
-            f"'{text.name}' holds {len(windows)} windows of {request.seqlen} tokens; using all of "
-            f"them instead of {request.samples}."
+            f"'{text.name}' holds {counted(len(windows), 'window')} of {request.seqlen} tokens; "
+            f"using all of them instead of {request.samples}."
         )
     return Sample(windows, text.name, text.split, text.digest, request.seed, request.drop)
 

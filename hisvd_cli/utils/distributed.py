@@ -137,7 +137,7 @@ def own_gpu(device: str) -> str:
 
     if device.startswith("cuda:"):
         raise UsageError(
-            f"`model.device` {device} names one GPU for several processes.",
+            f"`model.device={device}` names one GPU for several processes.",
             "Omit `model.device`: each process uses its own GPU.",
         )
     if not torch.cuda.is_available() or device not in ("auto", "cuda"):

@@ -134,6 +134,13 @@ class Registry(Generic[F]):
             if p.kind is p.KEYWORD_ONLY and p.name in given
         }
 
+    def takes(self, name: str, key: str) -> bool:
+        """Return whether a method has an option, or its function a parameter of this name. Raises
+        as :meth:`get`."""
+        parameters = inspect.signature(self.get(name)).parameters
+        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return free or key in parameters or key in self._method(name).options.model_fields
+
     def declared(self) -> dict[str, type[BaseModel]]:
         """Return the option models of all methods by name. A method that cannot be loaded is left
         out; the error is raised when it is used."""

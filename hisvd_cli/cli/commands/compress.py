@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,11 @@ def compress(
     ] = None,
     plan: Annotated[
         Path | None,
-        option("--plan", text="Use this plan.json instead of planning.", metavar="FILE"),
+        option(
+            "--plan",
+            text="Use this plan.json instead of planning; it names the model.",
+            metavar="FILE",
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None,
@@ -68,11 +73,17 @@ def compress(
             )
         _recover(run, checkpoint, output, overwrite, dry_run)
         return
+    from hisvd_cli.allocation.plan import load_plan
     from hisvd_cli.cli.views.results import compressed_view, forecast_view
     from hisvd_cli.pipelines.compressing.compression import compress_model
     from hisvd_cli.pipelines.compressing.grid.cells import is_grid
     from hisvd_cli.pipelines.forecasts.compression import forecast_compression
+    from hisvd_cli.pipelines.planning.plan_files import with_model_of
+    from hisvd_cli.pipelines.unused_options import check_options
 
+    given = load_plan(plan) if plan else None
+    run = run if given is None else replace(run, resolved=with_model_of(run.resolved, given))
+    check_options(run.resolved, "compress", given)
     if plan is None and is_grid(run.resolved):
         _compress_grid(run, output, overwrite, dry_run)
         return
@@ -94,7 +105,9 @@ def _recover(
 ) -> None:
     from hisvd_cli.cli.views.results import recovered_view, recovery_forecast_view
     from hisvd_cli.pipelines.recovering.from_checkpoint import forecast_recovery, recover_checkpoint
+    from hisvd_cli.pipelines.unused_options import check_options
 
+    check_options(run.resolved, "recover")
     if dry_run:
         forecast = forecast_recovery(run.resolved, checkpoint, output, overwrite, run.console)
         run.show_forecast(forecast, recovery_forecast_view(forecast), forecast["output"])

@@ -12,6 +12,7 @@ from hisvd_cli.cli.options import Run, option, with_settings
 from hisvd_cli.pipelines.config.commands import SETTINGS
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.cache import expanded
+from hisvd_cli.utils.quantities import size_text
 
 
 @with_settings(SETTINGS["convert"])
@@ -57,10 +58,10 @@ def convert(
 
     hisvd convert demo-0.6 --push-to-hub me/demo-0.6
     """
-    from hisvd_cli.cli.views.layout import size_text
     from hisvd_cli.pipelines.conversion import write_form
     from hisvd_cli.pipelines.output_names import output_name
     from hisvd_cli.pipelines.publishing import Hub, check_request, publish
+    from hisvd_cli.pipelines.unused_options import check_options
 
     output = output and output_name(output)
     checkpoint = expanded(str(checkpoint))
@@ -69,6 +70,7 @@ def convert(
         raise UsageError("--private and --revision need --push-to-hub.", "Add --push-to-hub REPO.")
     if to is None and run.resolved.is_flag("quantize", "bits"):
         to = "hf"
+    check_options(run.resolved, "convert")
     check_request(checkpoint, to, output, hub)
     document: dict[str, Any] = {"output": str(output or checkpoint)}
     line = str(output)

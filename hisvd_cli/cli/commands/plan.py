@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hisvd_cli.cli.options import DryRun, Run, option, with_settings
-from hisvd_cli.pipelines.config.commands import SETTINGS
+from hisvd_cli.pipelines.config.commands import SETTINGS, Key
+from hisvd_cli.pipelines.config.settings import methods_of
 
 if TYPE_CHECKING:
     from hisvd_cli.allocation.plan import Plan
@@ -29,7 +30,7 @@ def plan(
         option(
             "--spectrum-of",
             text="Draw the spectra of layers that match this glob of a name or type (repeatable).",
-            metavar="NAME",
+            metavar="GLOB",
         ),
     ] = None,
     list_profiles: Annotated[
@@ -59,7 +60,9 @@ def plan(
     from hisvd_cli.pipelines.planning.plan_files import check_plan_file
     from hisvd_cli.pipelines.planning.plans import plan_model
     from hisvd_cli.pipelines.planning.sublayer_spectra import check_sublayers
+    from hisvd_cli.pipelines.unused_options import check_options
 
+    check_options(run.resolved, "plan")
     if dry_run:
         forecast = forecast_plan(run.resolved)
         run.show_forecast(forecast, plan_forecast_view(forecast))
@@ -120,9 +123,15 @@ def _next_command(run: Run, plan: Plan, output: Path | None) -> str:
         return f"hisvd compress {flags} --plan {shlex.quote(str(output))} {factoring}"
     one_each = [("plan", "ratio"), ("plan", "allocator")]
     several = run.settings.plan.allocator[1:]
-    dropped = one_each if several else one_each[:1]
+    dropped = [*(one_each if several else one_each[:1]), *_of_others(plan.allocator)]
     options = run.resolved.flags("plan", "compress", "quantize", without=dropped)
     if plan.bytes is not None:
         return f"hisvd compress {flags} {options}"
     allocator = f"--allocator {shlex.quote(plan.allocator)} " if several else ""
     return f"hisvd compress {flags} --ratio {ratio_name(plan.ratio)} {allocator}{options}"
+
+
+def _of_others(allocator: str) -> list[Key]:
+    """Return the options of other allocators, which compress does not accept with this one."""
+    keys = ((key, methods_of(*key)) for key in SETTINGS["plan"] if key[0] == "plan")
+    return [key for key, methods in keys if methods and allocator not in methods]

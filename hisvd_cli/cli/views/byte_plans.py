@@ -10,12 +10,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS
+from hisvd_cli.allocation.byte_budget import FULL_BITS
 from hisvd_cli.cli.views.charts import HeatMap
-from hisvd_cli.cli.views.layout import make_table, size_text
+from hisvd_cli.cli.views.layout import make_table
 from hisvd_cli.cli.views.results import rank_table
-from hisvd_cli.modeling.layers.shapes import Shape, numel
-from hisvd_cli.pipelines.planning.tables import rank_span
+from hisvd_cli.modeling.layers.shapes import Shape
+from hisvd_cli.pipelines.planning.tables import BYTE_COLUMNS, byte_rows
 
 if TYPE_CHECKING:
     from hisvd_cli.allocation.byte_frontier import Point
@@ -45,7 +45,7 @@ def byte_choices(plan: Plan, counted: BytePlan, width: int, ranks: bool) -> list
         Text(title, style="bold"),
         HeatMap([_byte_share(row, number) for row in plan.sublayers]),
         Text(),
-        _types(plan, number),
+        _types(plan, counted),
     ]
     if ranks:
         table = rank_table(plan.sublayers, width, _cell, len("dense/16"))
@@ -62,21 +62,10 @@ def _cell(row: SublayerPlan) -> Text:
     return Text(f"{'dense' if row.dense else row.rank}/{row.bits}")
 
 
-def _types(plan: Plan, number: float) -> Table:
-    bits = [f"{each} bit" for each in BITS]
-    table = make_table("layer type", "count", *bits, "dense", "ranks", "full", "kept")
-    for cluster in plan.clusters:
-        rows = [s for s in plan.sublayers if s.cluster == cluster.cluster]
-        whole = number * sum(numel(s.shape) for s in rows)
-        table.add_row(
-            cluster.cluster,
-            str(cluster.sublayers),
-            *(str(sum(s.bits == each for s in rows) or "-") for each in BITS),
-            str(sum(s.dense for s in rows) or "-"),
-            rank_span(sorted({s.rank for s in rows if not s.dense})),
-            str(max(s.full_rank for s in rows)),
-            f"{sum(s.bytes or 0 for s in rows) / whole:.1%}",
-        )
+def _types(plan: Plan, counted: BytePlan) -> Table:
+    table = make_table(*BYTE_COLUMNS)
+    for cells in byte_rows(plan, counted):
+        table.add_row(*cells)
     return table
 
 
@@ -97,17 +86,3 @@ def _frontier(points: Sequence[Point]) -> list[RenderableType]:
         if p.budget is None
     ]
     return [table, *fixed]
-
-
-def byte_facts(plan: Plan, counted: BytePlan) -> dict[str, str]:
-    """Return the totals of a plan with a budget in bytes."""
-    unspent = counted.budget - counted.kept
-    return {
-        "kept": f"{size_text(counted.kept)} of {size_text(counted.full)} "
-        f"({counted.kept_ratio:.3%}); {unspent:,} bytes of the budget unused",
-        "parameters": f"{plan.kept_parameters:,} of {plan.full_parameters:,} "
-        f"({plan.kept_ratio:.3%})",
-        "whole model": f"{counted.model_ratio:.2%} of the bytes kept",
-        "rounding": f"{counted.method}; 4 bits in groups of {counted.group_size}; sizes include "
-        "scales",
-    }

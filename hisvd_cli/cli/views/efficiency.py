@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hisvd_cli.cli.views.layout import make_table, size_text
+from hisvd_cli.cli.views.layout import make_table
+from hisvd_cli.utils.quantities import size_text
 
 if TYPE_CHECKING:
     from hisvd_cli.evaluation.efficiency import Phase, Timing

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hisvd_cli.cli.views.efficiency import speed_view, tasks_view
 from hisvd_cli.cli.views.layout import make_table, perplexity_text, times_text
+from hisvd_cli.utils.quantities import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,7 +31,7 @@ def grid_view(grid: Grid) -> RenderableType:
     rows = grid.rows()
     for i, first in enumerate(rows[0].results if rows else ()):
         title = f"{first.dataset.rpartition('/')[2]} ({first.split})"
-        size = f"{first.windows} windows of {first.seqlen} tokens, BOS: {first.bos}"
+        size = f"{counted(first.windows, 'window')} of {first.seqlen} tokens, BOS: {first.bos}"
         size += f", {first.dtype}" if first.dtype else ""
         parts += [Text(title, style="bold"), Text(f"{size}.", style="dim")]
         parts += [_table(grid, [row.results[i] for row in rows]), Text()]

@@ -11,17 +11,6 @@ if TYPE_CHECKING:
     from hisvd_cli.evaluation.perplexity import PerplexityResult
 
 
-def size_text(count: float) -> str:
-    """Return bytes with a decimal unit: 538.1 MB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.95:  # larger values would be rounded to 1000.0
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} TB"
-
-
 def duration_text(seconds: float) -> str:
     """Return seconds as 12.3 s, 4 min 05 s or 2 h 10 min."""
     if seconds < 59.95:

@@ -9,13 +9,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hisvd_cli.cli.views.byte_plans import byte_choices, byte_facts
+from hisvd_cli.cli.views.byte_plans import byte_choices
 from hisvd_cli.cli.views.charts import HeatMap, sparkline
 from hisvd_cli.cli.views.layout import duration_text, facts_table, make_table
 from hisvd_cli.cli.views.results import rank_table
 from hisvd_cli.pipelines.planning.tables import (
     CLUSTER_COLUMNS,
     active_text,
+    byte_facts,
     cluster_rows,
     experts_text,
 )

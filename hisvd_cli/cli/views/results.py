@@ -16,10 +16,10 @@ from hisvd_cli.cli.views.layout import (
     facts_table,
     make_table,
     perplexity_text,
-    size_text,
     times_text,
 )
 from hisvd_cli.modeling.layers.shapes import numel, shape_text
+from hisvd_cli.utils.quantities import counted, size_text
 
 if TYPE_CHECKING:
     from hisvd_cli.calibration.store import Calibration
@@ -62,8 +62,8 @@ def forecast_view(forecast: dict[str, Any]) -> RenderableType:
     if forecast["hidden_states"]:
         place = {"file": "in a file", "host": "in host memory"}
         facts["hidden states"] = (
-            f"{place.get(forecast['hidden_states'], 'on the device')}, {forecast['batch']} windows "
-            "per forward pass"
+            f"{place.get(forecast['hidden_states'], 'on the device')}, "
+            f"{counted(forecast['batch'], 'window')} per forward pass"
         )
     if "dense_bytes" in forecast:
         dense, size = forecast["dense_bytes"], forecast["bytes"]
@@ -115,8 +115,8 @@ def recovered_view(made: dict[str, Any]) -> RenderableType:
     facts = {
         "checkpoint": f"{made['output']} ({size_text(made['bytes'])})",
         "from": made["from"],
-        "trained": f"{recovery['method']}, {recovery['steps']:,} steps, "
-        f"{recovery['tokens']:,} tokens",
+        "trained": f"{recovery['method']}, {counted(recovery['steps'], 'step')}, "
+        f"{counted(recovery['tokens'], 'token')}",
         "held out": ", ".join(
             f"{name} {value:.4f} → {recovery['best'][name]:.4f}"
             for name, value in recovery["before"].items()
@@ -133,10 +133,10 @@ def recovery_forecast_view(forecast: dict[str, Any]) -> RenderableType:
     """Return the output, the data and the time of a recovery."""
     facts = {
         "checkpoint": f"{forecast['output']} ({size_text(forecast['bytes'])})",
-        "text": f"{forecast['text_tokens']:,} tokens",
+        "text": f"{counted(forecast['text_tokens'], 'token')}",
     }
     if forecast["tokens"]:
-        facts["training"] = f"{forecast['tokens']:,} tokens"
+        facts["training"] = f"{counted(forecast['tokens'], 'token')}"
     if forecast["seconds"]:
         facts["time"] = f"at most {duration_text(forecast['seconds'])} of training"
     return Group(Text("Dry run: nothing was done.", style="bold"), facts_table(facts))
@@ -157,7 +157,9 @@ def compressed_view(outcome: Outcome) -> RenderableType:
     parts: list[RenderableType] = [facts_table(facts), Text(), _before_and_after(outcome)]
     if outcome.perplexity:
         before, _ = outcome.perplexity
-        measured = f"{before.windows} windows of {before.seqlen} tokens, {before.dataset}"
+        measured = (
+            f"{counted(before.windows, 'window')} of {before.seqlen} tokens, {before.dataset}"
+        )
         parts.append(Text(f" Perplexity: {measured}.", style="dim"))
     return Group(*parts)
 

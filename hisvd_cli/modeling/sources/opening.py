@@ -153,7 +153,12 @@ def _weight_files(folder: Path) -> list[list[str]]:
 
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -164,11 +169,13 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise SourceError(
-            f"'{name}' is neither a local folder nor a model on the Hub.",
+            f"'{name}' is neither a local path nor a model on the Hub.",
             "Check the spelling; for a private model, set HF_TOKEN.",
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
+        offline = isinstance(error, LocalEntryNotFoundError | ConnectionError)
+        why = " (offline?)." if offline else f": {reason(error)}"
         raise SourceError(
-            f"'{name}' is neither a local folder nor reachable on the Hub: {reason(error)}",
+            f"'{name}' is neither a local path nor reachable on the Hub{why}",
             "Check the name and the network, or give the path of a downloaded model.",
         ) from error

@@ -1,12 +1,13 @@
 """The Python API: the pipelines of the command line, with keywords for flags and objects for
 files."""
 
+from hisvd_cli.pipelines.api.artifacts import Calibration, Checkpoint
 from hisvd_cli.pipelines.api.compression import compress
+from hisvd_cli.pipelines.api.findings import Audit, Evaluation
 from hisvd_cli.pipelines.api.loading import load
+from hisvd_cli.pipelines.api.plan_result import Plan
 from hisvd_cli.pipelines.api.planning import calibrate, plan
 from hisvd_cli.pipelines.api.reading import convert, evaluate, inspect
-from hisvd_cli.pipelines.api.reports import Audit, Evaluation
-from hisvd_cli.pipelines.api.results import Calibration, Checkpoint, Plan
 
 __all__ = [
     "Audit",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing_extensions import Unpack
 
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
-from hisvd_cli.pipelines.api.arguments import Run, function, path_of, run_of
+from hisvd_cli.pipelines.api.arguments import Run, function, path_of, run_of, text_of
+from hisvd_cli.pipelines.api.artifacts import Calibration, Checkpoint, given_with
 from hisvd_cli.pipelines.api.keywords import CompressKeywords, PathText
-from hisvd_cli.pipelines.api.results import Calibration, Checkpoint, Plan, given_with
+from hisvd_cli.pipelines.api.plan_result import Plan, plan_file
 from hisvd_cli.pipelines.compressing.compression import compress_model
 from hisvd_cli.pipelines.output_names import output_name
 from hisvd_cli.pipelines.recovering.from_checkpoint import recover_checkpoint
-from hisvd_cli.utils.files.scratch import scratch_folder
 
 
 @function(CompressKeywords)
@@ -50,8 +49,10 @@ def compress(
     run = run_of("compress", settings, profile, progress, given_with(source))
     path = None if output is None else output_name(path_of(output))
     if isinstance(source, Checkpoint):
+        run.check_options("recover")
         made = recover_checkpoint(run.resolved, source.path, path, overwrite, run.reporter)
         return Checkpoint(Path(made["output"]))
+    run.check_options("compress", source.data if isinstance(source, Plan) else None)
     with _plan_file(source, run) as file:
         outcome = compress_model(run.resolved, path, file, overwrite, run.reporter)
     return Checkpoint(outcome.output, outcome)
@@ -63,11 +64,12 @@ def _opened(
     """Return what a path names: a plan, a checkpoint, or a model."""
     if isinstance(source, Plan | Calibration | Checkpoint):
         return source
-    path = path_of(source)
+    text = text_of(source, "source", "a plan, a calibration, a checkpoint or the name of a model")
+    path = path_of(text)
     if path.suffix == ".json":
         found = Plan(load_plan(path))
         return Plan(found.data, {("model", "name"): found.model})
-    return Checkpoint(path) if is_checkpoint(path) else os.fspath(source)
+    return Checkpoint(path) if is_checkpoint(path) else text
 
 
 @contextmanager
@@ -77,7 +79,5 @@ def _plan_file(source: Plan | Calibration | str, run: Run) -> Iterator[Path | No
         run.one_plan()
         yield None
         return
-    with scratch_folder(run.resolved.settings.model.scratch) as folder:
-        file = folder / "plan.json"
-        source.data.save(file)
+    with plan_file(source.data, run.resolved.settings.model.scratch) as file:
         yield file

@@ -9,11 +9,14 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from typing_extensions import TypedDict
 
 from hisvd_cli.pipelines.config.settings import PresetName
 
 PathText = str | os.PathLike[str]
+DeviceName = str | torch.device
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype
 
 
 class LoadKeywords(TypedDict, total=False):
@@ -21,8 +24,8 @@ class LoadKeywords(TypedDict, total=False):
 
     revision: str | None
     trust_remote_code: bool
-    device: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    device: DeviceName
+    dtype: DtypeName
     scratch: PathText | None
 
 
@@ -180,6 +183,6 @@ class ConvertKeywords(_QuantizeKeywords, total=False):
     seqlen: int | None
     seed: int
     batch: int
-    device: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    device: DeviceName
+    dtype: DtypeName
     scratch: PathText | None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
 from hisvd_cli.modeling.whole_model import load_source
-from hisvd_cli.pipelines.api.arguments import function, run_of
+from hisvd_cli.pipelines.api.arguments import function, run_of, text_of
 from hisvd_cli.pipelines.api.keywords import LoadKeywords, PathText
 from hisvd_cli.pipelines.evaluating.targets import open_target
 from hisvd_cli.utils.device import pick_device, pick_dtype
@@ -35,10 +34,11 @@ def load(
 
     Raises:
         SourceError: the checkpoint is missing or damaged.
-        UsageError: there is no such device.
+        UsageError: a value is invalid, or there is no such device.
     """
+    name = text_of(checkpoint, "checkpoint", "a checkpoint or the name of a model")
     run = run_of("load", settings, profile, progress)
     model = run.resolved.settings.model
     device = pick_device(model.device)
-    with open_target(run.resolved, os.fspath(checkpoint)) as source:
+    with open_target(run.resolved, name) as source:
         return load_source(source, device, pick_dtype(model.dtype, source.weights.dtype, device))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hisvd_cli.pipelines.config.commands import Key
-from hisvd_cli.pipelines.config.mentions import replace
+from hisvd_cli.pipelines.config.mentions import Mention, mention_of, replace
 from hisvd_cli.pipelines.config.settings import ARGUMENTS, SECTIONS, flag_of
 from hisvd_cli.utils.errors import HisvdError
 from hisvd_cli.utils.progress import StderrReporter
@@ -19,36 +19,53 @@ def keyword_of(key: Key) -> str:
 
 
 def _python_name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
+    return "source" if flag == "--from" else flag.removeprefix("--").replace("-", "_")
 
 
-_OWN_FLAGS = tuple(f"--{name}" for name in ARGUMENTS)
-_PYTHON = {
-    flag: _python_name(flag)
-    for flag in (*_OWN_FLAGS, *(flag_of(s, k) for s, m in SECTIONS.items() for k in m.model_fields))
-} | {"--from": "source"}
+_FLAGS = {
+    mention.flag: mention
+    for mention in (
+        *map(mention_of, ARGUMENTS),
+        *(mention_of(s, k) for s, model in SECTIONS.items() for k in model.model_fields),
+    )
+    if mention is not None
+}
 # A recommended command is not changed, up to the end of its line.
 _FLAG = re.compile(
     r"\bhisvd (?:calibrate|plan|compress|eval|inspect|convert)\b.*|(?<![\w-])--[\w-]+"
 )
-_GIVEN = re.compile(r"(?m)^(--[\w-]+) (?=.* must )")
+_GIVEN = re.compile(r"(?m)^(--[\w-]+) (.*?) (?=must |is invalid|has too many)")
+_PLAIN = re.compile(r"-?[\d.]+(e-?\d+)?|True|False|None|\[.*\]")
+"""A value that stands in Python code without quotes."""
 
 
 def in_python(text: str) -> str:
-    """Return a message with keywords in place of settings and flags."""
-    return _FLAG.sub(_named, _GIVEN.sub(r"\1=", replace(text, _keyword)))
+    """Return a message with keywords in place of settings and flags: in quotes, or with a value."""
+    return _FLAG.sub(_named, _GIVEN.sub(_given, replace(text, _keyword)))
 
 
-def _keyword(flag: str, off: bool) -> str:
-    keyword = _PYTHON.get(flag, _python_name(flag))
-    return f"{keyword}=False" if off else keyword
+def _keyword(mention: Mention) -> str:
+    name = _python_name(mention.flag)
+    if mention.value is not None:
+        return f"{name}={_code(mention.value)}"
+    if mention.off or mention.kind is bool:
+        return f"{name}={not mention.off}"
+    return f"'{name}'"
+
+
+def _code(value: str) -> str:
+    return value if _PLAIN.fullmatch(value) else repr(value)
+
+
+def _given(found: re.Match[str]) -> str:
+    return f"{_python_name(found[1])}={_code(found[2])} "
 
 
 def _named(found: re.Match[str]) -> str:
     flag = found[0]
-    if off := _PYTHON.get(flag.replace("--no-", "--", 1)) if flag.startswith("--no-") else None:
-        return f"{off}=False"
-    return _PYTHON.get(flag, flag)
+    if off := _FLAGS.get(flag.replace("--no-", "--", 1)) if flag.startswith("--no-") else None:
+        return f"{_python_name(off.flag)}=False"
+    return _keyword(_FLAGS[flag]) if flag in _FLAGS else flag
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
+from typing import get_args
 
 from typing_extensions import Unpack
 
 from hisvd_cli.inspection.inspection import audit
-from hisvd_cli.pipelines.api.arguments import function, path_of, run_of
+from hisvd_cli.pipelines.api.arguments import function, path_of, run_of, text_of
+from hisvd_cli.pipelines.api.artifacts import Checkpoint
+from hisvd_cli.pipelines.api.findings import Audit, Evaluation
 from hisvd_cli.pipelines.api.keywords import (
     ConvertKeywords,
     EvaluateKeywords,
@@ -16,8 +18,8 @@ from hisvd_cli.pipelines.api.keywords import (
     PathText,
 )
 from hisvd_cli.pipelines.api.names import in_python
-from hisvd_cli.pipelines.api.reports import Audit, Evaluation
-from hisvd_cli.pipelines.api.results import Checkpoint
+from hisvd_cli.pipelines.api.plan_result import Plan, plan_file
+from hisvd_cli.pipelines.config.settings.fields import any_of
 from hisvd_cli.pipelines.conversion import Target, write_form
 from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 from hisvd_cli.pipelines.output_names import output_name
@@ -56,10 +58,10 @@ def evaluate(
         UsageError: a value is invalid, or no model is given.
         HisvdError: the text, the baseline or the only model cannot be used.
     """
+    targets = [_target(model) for model in models]
     run = run_of("evaluate", settings, profile, progress)
     named = {"markdown": markdown, "csv": csv, "report": report}
-    files = {name: None if path is None else path_of(path) for name, path in named.items()}
-    targets = [os.fspath(model) for model in models]
+    files = {name: None if path is None else path_of(path, name) for name, path in named.items()}
     grid = evaluate_into(
         run.resolved, targets, files, run.reporter, fresh=fresh, update_card=update_card
     )
@@ -72,9 +74,18 @@ def evaluate(
     return Evaluation(replace(grid, failures=failures))
 
 
+def _target(model: object) -> str:
+    """Return the name of a model to evaluate. Raises UsageError for a list of models."""
+    if isinstance(model, list | tuple):
+        raise UsageError(
+            "'models' are separate arguments, not a list.", "Write hisvd.evaluate(*models)."
+        )
+    return text_of(model, "models", "checkpoints or names of models")
+
+
 @function(InspectKeywords)
 def inspect(
-    target: PathText,
+    target: Plan | PathText,
     *,
     check_values: bool = True,
     profile: PathText | None = None,
@@ -84,7 +95,8 @@ def inspect(
     """Audit a checkpoint: ranks, sizes on disk, provenance, problems. Runs no code from files.
 
     Args:
-        target: checkpoint, ``.pt`` file (of hisvd or not), ``plan.json``, calibration, or model.
+        target: checkpoint, ``.pt`` file (of hisvd or not), plan or ``plan.json``, calibration, or
+            model.
         check_values: read every tensor and check for NaN.
         profile: profile to read, a file or the name of a built-in profile.
         progress: report progress and warnings on stderr.
@@ -92,11 +104,17 @@ def inspect(
 
     Raises:
         SourceError: the target is missing or cannot be read.
+        UsageError: the target is not a path.
     """
+    takes = "a checkpoint, a plan, a calibration or the name of a model"
+    name = "" if isinstance(target, Plan) else text_of(target, "target", takes)
     run = run_of("inspect", settings, profile, progress)
     model = run.resolved.settings.model
-    name = os.fspath(target)
-    return Audit(audit(name, model.revision, model.trust_remote_code, check_values, run.reporter))
+    given = (model.revision, model.trust_remote_code, check_values, run.reporter)
+    if not isinstance(target, Plan):
+        return Audit(audit(name, *given))
+    with plan_file(target.data, model.scratch) as file:
+        return Audit(replace(audit(str(file), *given), target=f"plan of {target.model}"))
 
 
 @function(ConvertKeywords)
@@ -129,17 +147,23 @@ def convert(
         settings: see below.
 
     Raises:
-        UsageError: arguments contradict each other.
+        UsageError: a value is invalid, or arguments contradict each other.
         OutputError: ``output`` exists or cannot be written, or the Hub rejects the upload.
     """
+    if to is not None and to not in (forms := get_args(Target)):
+        raise UsageError(
+            f"to={to!r} must be {any_of([*map(repr, forms)])}.",
+            "help(hisvd.convert) says what each form is.",
+        )
     run = run_of("convert", settings, profile, progress)
-    source = path_of(checkpoint)
+    source = path_of(checkpoint, "checkpoint")
     path = None if output is None else output_name(path_of(output))
     hub = Hub(push_to_hub, private, revision) if push_to_hub else None
     if hub is None and (private or revision):
-        raise UsageError("private and revision apply to uploads only.", "Add push_to_hub.")
+        raise UsageError("'private' and 'revision' apply to uploads only.", "Add 'push_to_hub'.")
     if to is None and run.resolved.is_flag("quantize", "bits"):
         to = "hf"
+    run.check_options("convert")
     check_request(source, to, path, hub)
     if to is not None and path is not None:
         write_form(run.resolved, source, to, path, overwrite, run.reporter)

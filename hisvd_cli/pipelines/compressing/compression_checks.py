@@ -34,8 +34,7 @@ def check_request(
     """Check before any work that a compression can succeed.
 
     Raises:
-        UsageError: several allocators, an unknown method, settings that the given plan decides, or
-            options of a correction with a single stage.
+        UsageError: several allocators, an unknown method, or settings that the given plan decides.
         BudgetError: the ratio cannot be met.
         MemoryLimitError: the work does not fit into the memory limit.
         OutputError: the output exists or cannot be written.

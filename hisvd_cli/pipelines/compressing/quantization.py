@@ -59,8 +59,7 @@ def check_quantization(resolved: Resolved, planned: bool = False) -> None:
         planned: whether a plan chooses the bits of every sublayer.
 
     Raises:
-        UsageError: options of quantization without bits, bits although a plan chooses them, or a
-            device that cannot run the result.
+        UsageError: bits although a plan chooses them, or a device that cannot run the result.
     """
     knobs = resolved.settings.quantize
     if planned:
@@ -72,15 +71,8 @@ def check_quantization(resolved: Resolved, planned: bool = False) -> None:
             )
         _check_device(resolved, "int4")
         return
-    if not quantizes(resolved):
-        for key in ("method", "dense", "group_size", "damping"):
-            if resolved.is_flag("quantize", key):
-                raise UsageError(
-                    f"`quantize.{key}` sets how to quantize, but nothing is quantized.",
-                    "Add `quantize.bits` int8 or int4.",
-                )
-        return
-    _check_device(resolved, knobs.bits)
+    if quantizes(resolved):
+        _check_device(resolved, knobs.bits)
 
 
 def _check_device(resolved: Resolved, bits: str) -> None:

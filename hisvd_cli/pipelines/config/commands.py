@@ -44,3 +44,10 @@ SETTINGS: dict[str, tuple[Key, ...]] = {
     ),
 }
 """Command → (section, key) of its settings, in the order of ``--help``."""
+SEVERAL: dict[Key, tuple[str, ...]] = {
+    ("plan", "ratio"): ("plan", "compress"),
+    ("plan", "preset"): ("compress",),
+    ("plan", "allocator"): ("plan",),
+}
+"""Settings with several values of which some commands, and all functions in Python, accept one →
+the commands that accept several."""

@@ -125,7 +125,7 @@ def _merged(
 def _hint(problems: Problems, profile: str) -> str:
     """Return the hint for all problems."""
     if all(line.endswith(NO_CONSENT) for _, line in problems):
-        return f"Use a flag, or `profile` {shlex.quote(profile)} if you trust all its settings."
+        return f"Use a flag, or `profile={shlex.quote(profile)}` if you trust all its settings."
     ratio_only = all(key[1] in ("ratio", "bytes_ratio") for key, _ in problems)
     return _RATIO_HINT if ratio_only else _SETTINGS_HINT
 

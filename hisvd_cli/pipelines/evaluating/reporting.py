@@ -14,6 +14,7 @@ from hisvd_cli.pipelines.evaluating.cards import update_cards
 from hisvd_cli.pipelines.evaluating.evaluation import evaluate_models
 from hisvd_cli.pipelines.evaluating.model_facts import cached_spectra, model_facts
 from hisvd_cli.pipelines.output_names import output_name
+from hisvd_cli.pipelines.unused_options import check_options
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.text_output import takes_text, write_through
 from hisvd_cli.utils.progress import Reporter
@@ -62,8 +63,9 @@ def evaluate_into(
         update_card: whether to write the results to the cards of checkpoints.
 
     Raises:
-        HisvdError: see :func:`report_files` and :func:`evaluate_models`.
+        HisvdError: see :func:`check_options`, :func:`report_files` and :func:`evaluate_models`.
     """
+    check_options(resolved, "evaluate")
     markdown, table, page = report_files(files)
     grid = evaluate_models(resolved, targets, reporter, fresh)
     write_reports(grid, markdown, table)

@@ -27,8 +27,8 @@ from hisvd_cli.pipelines.samples import request_calibration, stored_dtype
 from hisvd_cli.utils.device import pick_device
 from hisvd_cli.utils.distributed import world
 from hisvd_cli.utils.errors import MemoryLimitError, UsageError
-from hisvd_cli.utils.memory_bounds import HOST, MemoryBounds, parse_bounds
 from hisvd_cli.utils.progress import Reporter
+from hisvd_cli.utils.quantities import HOST, MemoryBounds, counted, parse_bounds
 
 
 def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
@@ -45,8 +45,8 @@ def memory_bounds(resolved: Resolved) -> MemoryBounds | None:
     for name in bounds.devices:
         if name != device:
             raise UsageError(
-                f"`model.max_memory` {model.max_memory} limits {name}, but blocks run on {device}.",
-                f"Leave out {name}=, or use `model.device` {name}.",
+                f"`model.max_memory={model.max_memory}` limits {name}, but blocks run on {device}.",
+                f"Leave out {name}=, or use `model.device={name}`.",
             )
     return bounds
 
@@ -169,7 +169,7 @@ def _report(work: Workload, found: Workload, states: int, reporter: Reporter) ->
         reporter.note(f"`model.max_memory`: hidden states ({size}) are kept {where}.")
     if found.batch < min(work.batch, work.samples):
         reporter.warn(
-            f"`model.max_memory`: {found.batch} windows pass through a block at a time instead of "
+            f"`model.max_memory`: {counted(found.batch, 'window')} per forward pass instead of "
             f"{work.batch}; results may differ in their last digits."
         )
 

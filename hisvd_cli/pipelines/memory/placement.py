@@ -8,7 +8,7 @@ from dataclasses import replace
 from hisvd_cli.calibration.workload import Peak, Workload
 from hisvd_cli.modeling.hidden_states import Place
 from hisvd_cli.utils.errors import MemoryLimitError
-from hisvd_cli.utils.memory_bounds import HOST, MemoryBounds
+from hisvd_cli.utils.quantities import HOST, MemoryBounds
 
 
 def fit(
@@ -69,7 +69,7 @@ def excess(peak: Peak, bounds: MemoryBounds, device: str) -> str:
     ):
         if bound is not None and taken > bound:
             return (
-                f"{_size(taken)} of {name} memory, above `model.max_memory` {name}={_size(bound)}"
+                f"{_size(taken)} of {name} memory, above `model.max_memory={name}={_size(bound)}`"
             )
     return ""
 

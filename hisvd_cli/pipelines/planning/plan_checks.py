@@ -9,7 +9,6 @@ from hisvd_cli.linalg.statistics import Need, missing
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.modeling.structure.sublayers import select
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import Settings
 from hisvd_cli.pipelines.memory.bounds import check_factoring
 from hisvd_cli.pipelines.memory.whole_models import check_measuring
 from hisvd_cli.pipelines.planning.byte_budgets import bytes_ratio
@@ -17,6 +16,8 @@ from hisvd_cli.pipelines.planning.byte_budgets import scope as byte_scope
 from hisvd_cli.pipelines.planning.methods import measures, method_that_needs, plan_needs
 from hisvd_cli.pipelines.planning.planner import budget_of
 from hisvd_cli.utils.errors import UsageError
+
+_STATISTICS = [("calibration", "gradients"), ("calibration", "weight_gradients")]
 
 
 def check_plan_settings(resolved: Resolved, source: Source) -> None:
@@ -55,14 +56,18 @@ def check_planning_memory(resolved: Resolved, source: Source) -> None:
         check_measuring(resolved, source, name)
 
 
-def check_statistics(settings: Settings, calibration: Calibration | None) -> None:
+def check_statistics(resolved: Resolved, calibration: Calibration | None) -> None:
     """Check that the statistics of all chosen methods were collected. Without a calibration, the
     metric whitened uses the weights alone.
 
     Raises:
-        SourceError: statistics are missing; names the method and the command.
+        SourceError: statistics are missing; names the method and the command, with the
+            model and the text.
         UsageError: an unknown allocator.
     """
     holds = calibration.holds if calibration else frozenset[Need]({"moments"})
-    for need in plan_needs(settings) - holds:
-        raise missing(method_that_needs(settings, need), need)
+    for need in plan_needs(resolved.settings) - holds:
+        error = missing(method_that_needs(resolved.settings, need), need)
+        given = resolved.flags("model", "calibration", without=_STATISTICS)
+        error.hint = error.hint.replace("hisvd calibrate", f"hisvd calibrate {given}".rstrip(), 1)
+        raise error

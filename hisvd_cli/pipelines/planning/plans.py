@@ -64,7 +64,7 @@ def make_plans(
         SourceError: a method needs statistics that were not collected; names the command.
         BudgetError: the ratio cannot be met.
     """
-    check_statistics(resolved.settings, calibration)
+    check_statistics(resolved, calibration)
     if calibration and "gradients" in calibration.holds and resolved.uses_defaults("plan"):
         reporter.suggest("This calibration contains gradients; `plan.preset` best uses them.")
     anatomy = dissect(source)

@@ -44,7 +44,7 @@ def check_recovery(resolved: Resolved, dense: Source) -> None:
     check_training(resolved, (dense, teacher), dtype, tokens_together(resolved))
     if dataset == SELF:
         section = "calibration" if resolved.settings.recover.dataset == "auto" else "recover"
-        reason = f"`{section}.dataset` {SELF}"
+        reason = f"`{section}.dataset={SELF}`"
         check_writing(resolved, dense, resolved.settings.recover.seqlen, reason)
 
 

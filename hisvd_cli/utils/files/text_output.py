@@ -22,23 +22,23 @@ def check_text_place(path: Path, argument: str) -> None:
 
     Args:
         path: a file, or a path that :func:`takes_text`.
-        argument: the argument that set it, as messages name it, such as `` `output` ``.
+        argument: the name of the argument that set it, such as ``output``.
 
     Raises:
         OutputError: the path is a folder, a socket or a block device, or is not writable.
     """
-    another = f"Choose another file with {argument}."
+    another = f"Choose another file with `{argument}`."
     if path.is_dir():
-        raise OutputError(f"{argument} {path} is a folder.", "Give the path of a file.")
+        raise OutputError(f"`{argument}={path}` is a folder.", "Give the path of a file.")
     if takes_text(path):
         if not os.access(path, os.W_OK):
-            raise OutputError(f"{argument} {path} is not writable.", another)
+            raise OutputError(f"`{argument}={path}` is not writable.", another)
         return
     if path.exists() and not path.is_file():
-        raise OutputError(f"{argument} {path} is neither a file nor a pipe.", another)
+        raise OutputError(f"`{argument}={path}` is neither a file nor a pipe.", another)
     home = next(folder for folder in path.resolve().parents if folder.exists())
     if not (home.is_dir() and os.access(home, os.W_OK)):
-        raise OutputError(f"Cannot write {argument} {path}: {home} is not writable.", another)
+        raise OutputError(f"Cannot write `{argument}={path}`: {home} is not writable.", another)
 
 
 def write_through(path: Path, text: str) -> None:

@@ -94,7 +94,7 @@ def grid_cells(resolved: Resolved, output: Path | None) -> list[Cell]:
     """
     if output is not None and output.suffix == ".pt":
         raise UsageError(
-            f"`output` {output} is a single file, but several checkpoints were requested.",
+            f"`output={output}` is a single file, but several checkpoints were requested.",
             "Name a folder for all of them.",
         )
     if output is not None:

@@ -23,11 +23,9 @@ from hisvd_cli.modeling.checkpoints.checkpoint import open_checkpoint
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.compressing.stages.stage import Stage
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.config.settings import CompressSettings
 from hisvd_cli.pipelines.memory.bounds import fitted, place_states, workload
 from hisvd_cli.pipelines.samples import calibrated_dtype
 from hisvd_cli.pipelines.sealing import seal_together, sealed_together
-from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.progress import Reporter
 
 _GRADIENTS: frozenset[Need] = frozenset({"moments", "gradients", "weight-gradients"})
@@ -37,20 +35,11 @@ def check_stages(resolved: Resolved, source: Source) -> None:
     """Check before any work that the requested stages can be run.
 
     Raises:
-        UsageError: options of corrections with a single stage.
         MemoryLimitError: the gradients of corrections do not fit into the memory limit.
     """
     knobs = resolved.settings.compress
-    if knobs.stages > 1:
-        if knobs.correction in BY_GRADIENT:
-            fitted(resolved, workload(resolved, source, dissect(source)), _GRADIENTS)
-        return
-    for key in CompressSettings.model_fields:
-        if key.startswith("correction") and resolved.is_flag("compress", key):
-            raise UsageError(
-                f"`compress.{key}` applies between stages, but there is only one stage.",
-                f"Give `compress.stages` 2, or leave out `compress.{key}`.",
-            )
+    if knobs.stages > 1 and knobs.correction in BY_GRADIENT:
+        fitted(resolved, workload(resolved, source, dissect(source)), _GRADIENTS)
 
 
 def correct(

@@ -58,6 +58,7 @@ __all__ = [
     "is_basic",
     "item_of",
     "kind_of",
+    "metavar_of",
     "methods_of",
     "panel_of",
 ]
@@ -154,6 +155,11 @@ def consent_of(section: str, key: str) -> str:
 def decides(section: str, key: str) -> bool:
     """Return whether a setting affects the result, and not only how it is computed."""
     return bool(_extra(section, key)["decides"])
+
+
+def metavar_of(section: str, key: str) -> str:
+    """Return the placeholder of a value in ``--help``, empty if it is that of the type."""
+    return str(_extra(section, key)["metavar"])
 
 
 def is_basic(section: str, key: str) -> bool:

@@ -34,6 +34,7 @@ class EvalSettings(Section):
     baseline: str | None = setting(
         None,
         "Model to compare with, named as for `model.name`: adds KL divergence and agreement.",
+        metavar="MODEL",
         basic=True,
     )
     stream: Literal["auto", "on", "off"] = setting(
@@ -62,6 +63,7 @@ class EvalSettings(Section):
         "Folder with your own lm-eval task files (YAML); runs the Python code that they name.",
         panel=_TASKS,
         consent="runs the Python code that task files name",
+        metavar="PATH",
     )
     efficiency: bool = setting(
         False,

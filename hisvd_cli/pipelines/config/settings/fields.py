@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from hisvd_cli.allocation.methods import ALLOCATORS
 from hisvd_cli.compression.methods import DECOMPOSERS
-from hisvd_cli.utils.memory_bounds import checked
+from hisvd_cli.utils.quantities import checked
 from hisvd_cli.utils.registry import MANY, Options, as_list
 
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
@@ -41,6 +41,7 @@ def setting(
     consent: str = "",
     decides: bool = True,
     basic: bool = False,
+    metavar: str = "",
     **bounds: Any,
 ) -> Any:
     """Return the field of a setting.
@@ -56,10 +57,17 @@ def setting(
         decides: whether it affects the result: artifacts record such settings, and those of
             ``[calibration]`` identify the calibration.
         basic: whether ``--help`` shows it, and not only ``--help-all``.
+        metavar: the placeholder of its value in ``--help``, if it is not that of its type.
         bounds: bounds that pydantic checks.
     """
     extra = attributes(
-        flag=flag, panel=panel, choices=choices, consent=consent, decides=decides, basic=basic
+        flag=flag,
+        panel=panel,
+        choices=choices,
+        consent=consent,
+        decides=decides,
+        basic=basic,
+        metavar=metavar,
     )
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
@@ -72,6 +80,7 @@ def attributes(
     consent: str = "",
     decides: bool = True,
     basic: bool = False,
+    metavar: str = "",
     methods: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the attributes of a setting besides its pydantic field, see :func:`setting`.
@@ -85,6 +94,7 @@ def attributes(
         "consent": consent,
         "decides": decides,
         "basic": basic,
+        "metavar": metavar,
         "methods": list(methods),
     }
 
@@ -108,8 +118,8 @@ PresetName = Literal[
     "dobi-svd",
     "best",
 ]
-ALLOCATOR_NAMES = tuple(ALLOCATORS.names())
-DECOMPOSER_NAMES = tuple(DECOMPOSERS.names())
+ALLOCATOR_NAMES = tuple(ALLOCATORS.declared())
+DECOMPOSER_NAMES = tuple(DECOMPOSERS.declared())
 
 
 def any_of(names: Sequence[str]) -> str:

@@ -35,12 +35,14 @@ class ModelSettings(Section):
         None,
         "Memory limit: 3GB (host), or cpu=8GB,cuda=20GB. If needed, hidden states move to host "
         "memory or disk, and fewer windows are processed at a time.",
+        metavar="SIZE",
         decides=False,
         basic=True,
     )
     scratch: str | None = setting(
         None,
         "Folder for temporary files, large enough for a model; default: in the cache.",
+        metavar="PATH",
         decides=False,
     )
 
@@ -58,6 +60,7 @@ class CalibrationSettings(Section):
     drop: str = setting(
         "",
         "String to remove from the text, with the space before it, such as '<unk>'.",
+        metavar="TEXT",
     )
     samples: int | None = setting(
         None,
@@ -87,6 +90,7 @@ class CalibrationSettings(Section):
         None,
         "Folder of the calibration; default: in the cache.",
         "--calibration",
+        metavar="PATH",
         decides=False,
         basic=True,
     )

@@ -39,12 +39,12 @@ class PlanSettings(Section):
     preset: Presets = setting(
         [],
         f"Combination of methods: {any_of(get_args(PresetName))}. Explicit options take "
-        "precedence; compress accepts several.",
+        "precedence.",
         basic=True,
     )
     allocator: Methods = setting(
         ["hisvd"],
-        f"Rank allocation method: {any_of(ALLOCATOR_NAMES)}; plan compares several.",
+        f"Rank allocation method: {any_of(ALLOCATOR_NAMES)}.",
         choices=ALLOCATOR_NAMES,
         basic=True,
     )
@@ -70,10 +70,15 @@ class PlanSettings(Section):
         "coefficients of the others; same product, fewer parameters, so higher rank).",
     )
     include: Names = setting(
-        [], "Compress only layers that match this glob of a name or type.", basic=True
+        [],
+        "Compress only layers that match this glob of a name or type.",
+        basic=True,
+        metavar="GLOB",
     )
     exclude: Names = setting(
-        [], "Do not compress layers that match; they stay dense and are not counted."
+        [],
+        "Do not compress layers that match; they stay dense and are not counted.",
+        metavar="GLOB",
     )
     probe_samples: int = setting(
         8,

@@ -30,6 +30,7 @@ class RecoverSettings(Section):
         None,
         "String to remove from the text; default: the same as for calibration.",
         "--recover-drop",
+        metavar="TEXT",
     )
     samples: int | None = setting(
         None, "Training windows; default: all, or 256 for self.", "--recover-samples", ge=2, le=MANY

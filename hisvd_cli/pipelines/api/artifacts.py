@@ -1,9 +1,8 @@
-"""Results of ``calibrate``, ``plan``, ``compress`` and ``convert``."""
+"""Results of ``calibrate``, ``compress`` and ``convert``."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,29 +14,22 @@ from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.calibration.store import Calibration as CalibrationData
 from hisvd_cli.evaluation.perplexity import PerplexityResult
 from hisvd_cli.evaluation.report_tables import figure_text
-from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
-from hisvd_cli.pipelines.api import html
-from hisvd_cli.pipelines.api.arguments import Given, path_of
+from hisvd_cli.inspection.stored_sublayers import Layout
+from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE, is_checkpoint, open_checkpoint
+from hisvd_cli.pipelines.api import display
+from hisvd_cli.pipelines.api.arguments import Given
 from hisvd_cli.pipelines.api.keywords import LoadKeywords, PathText
 from hisvd_cli.pipelines.api.loading import load
-from hisvd_cli.pipelines.api.names import errors_in_python
-from hisvd_cli.pipelines.api.result import Result
+from hisvd_cli.pipelines.api.plan_result import Plan, quantized
 from hisvd_cli.pipelines.compressing.outcome import Outcome
-from hisvd_cli.pipelines.output_names import output_name
-from hisvd_cli.pipelines.planning.plan_files import check_plan_file
-from hisvd_cli.pipelines.planning.tables import (
-    CLUSTER_COLUMNS,
-    active_text,
-    cluster_rows,
-    experts_text,
-)
+from hisvd_cli.pipelines.conversion import bytes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, repr=False)
-class Calibration(Result):
+class Calibration(display.Result):
     """Activation statistics of a model, on disk.
 
     Attributes:
@@ -73,64 +65,7 @@ class Calibration(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class Plan(Result):
-    """The rank of every layer.
-
-    Attributes:
-        data: the whole plan, as in ``plan.json``.
-        given: settings of model, calibration and factorization.
-    """
-
-    data: PlanData
-    given: Given = field(default_factory=dict)
-
-    @property
-    def model(self) -> str:
-        """The model that it was made for, as given."""
-        return str(self.data.provenance["model"]["name"])
-
-    @property
-    def ratio(self) -> float:
-        """The requested keep ratio."""
-        return self.data.ratio
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Name → rank of the low-rank layers."""
-        return self.data.ranks
-
-    def save(self, path: PathText) -> Path:
-        """Write ``plan.json``; return its path.
-
-        Raises:
-            UsageError: the name does not end in ``.json``.
-            OutputError: the path exists and is not a plan.
-        """
-        with errors_in_python():
-            named = output_name(path_of(path))
-            check_plan_file(named, [self.ratio], [self.data.allocator])
-            self.data.save(named)
-        return named
-
-    def _facts(self) -> dict[str, object]:
-        data = self.data
-        used = data.active_parameters
-        return {
-            "model": self.model,
-            "keep ratio": f"{data.ratio:g} ({data.allocator})",
-            "kept": f"{data.kept_ratio:.2%} of the layers, {data.model_ratio:.2%} of the model",
-            "low-rank layers": f"{len(data.ranks)} of {len(data.sublayers)}",
-            **({"experts": text} if (text := experts_text(data)) else {}),
-            **({"active per token": active_text(*used[::-1])} if used is not None else {}),
-            "predicted loss": f"{data.predicted_loss:.6g}",
-        }
-
-    def _tables(self) -> Sequence[str]:
-        return [html.table(CLUSTER_COLUMNS, cluster_rows(self.data))]
-
-
-@dataclass(frozen=True, repr=False)
-class Checkpoint(Result):
+class Checkpoint(display.Result):
     """A compressed model on disk: a folder, or a single ``.pt`` file.
 
     Attributes:
@@ -170,6 +105,11 @@ class Checkpoint(Result):
             found["kept"] = f"{plan.kept_ratio:.2%} of the layers, {plan.model_ratio:.2%} of all"
         if self.outcome is not None:
             found["size"] = f"{self.outcome.bytes:,} bytes, before {self.outcome.dense_bytes:,}"
+        elif self.path.exists():
+            found["size"] = f"{bytes_of(self.path):,} bytes"
+        if is_checkpoint(self.path):
+            made = open_checkpoint(self.path)
+            found |= quantized(Layout(bits=made.bits, group_size=made.group_size))
         if self.perplexity is not None:
             before, after = (figure_text(each, "perplexity", "{:.2f}") for each in self.perplexity)
             found["perplexity"] = f"{after}, before {before}"

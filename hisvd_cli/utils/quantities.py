@@ -1,4 +1,4 @@
-"""Parses memory limits, such as ``3GB`` or ``cpu=8GB,cuda=20GB``."""
+"""Quantities as text: memory limits (``3GB``, or ``cpu=8GB,cuda=20GB``), sizes and counts."""
 
 from __future__ import annotations
 
@@ -62,3 +62,19 @@ def _bytes(text: str) -> int:
     if not 1 <= size <= _LARGEST:
         raise ValueError(text)
     return int(size)
+
+
+def size_text(count: float) -> str:
+    """Return bytes with a decimal unit: 538.1 MB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:  # larger values would be rounded to 1000.0
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural if it is not 1: 1 window, 2,048 windows."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -6,18 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hisvd_cli.evaluation.efficiency import PHASES
 from hisvd_cli.evaluation.grid import Evaluation as Evaluated
 from hisvd_cli.evaluation.grid import Failure, Grid
+from hisvd_cli.evaluation.report.tables import speed_table
 from hisvd_cli.evaluation.report_tables import FIGURES, figure_text
+from hisvd_cli.evaluation.speed import BatchSpeed
 from hisvd_cli.inspection.audit import Audit as AuditData
-from hisvd_cli.pipelines.api import html
-from hisvd_cli.pipelines.api.result import Result
+from hisvd_cli.pipelines.api import display
 
 _MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation(Result):
+class Evaluation(display.Result):
     """Results of evaluated models.
 
     Attributes:
@@ -56,6 +58,11 @@ class Evaluation(Result):
             f"{model}, {text}": f"perplexity {perplexity}"
             for model, text, perplexity, *_ in self._rows()
         }
+        found |= {
+            f"{model.model}, batch {at_batch.batch}": _rates(at_batch)
+            for model in self.grid.rows()
+            for at_batch in (model.speed.speeds if model.speed else ())
+        }
         return found | {f"{each.model} failed": each.message for each in self.failures}
 
     def _tables(self) -> Sequence[str]:
@@ -65,12 +72,33 @@ class Evaluation(Result):
             for model in self.grid.rows()
             for each in model.scores or ()
         ]
-        tasks = [html.table(("model", "task", "metric", "value"), scores)] if scores else []
-        return [html.table(columns, self._rows()), *tasks]
+        tasks = [display.table(("model", "task", "metric", "value"), scores)] if scores else []
+        return [display.table(columns, self._rows()), *tasks, *_speeds(self.grid)]
+
+
+def _rates(at_batch: BatchSpeed) -> str:
+    compared = at_batch.versus()
+    rates = (
+        f"{phase} {at_batch.own.rate(phase):.4g} tokens/s"
+        + (f" ({compared[phase].speedup:.2f} × the baseline)" if compared else "")
+        for phase in PHASES
+    )
+    return ", ".join(rates)
+
+
+def _speeds(grid: Grid) -> Iterator[str]:
+    """Yield the table of speeds, with their conditions, if speed was measured."""
+    if made := speed_table(grid.rows()):
+        rows = (
+            (model, batch, phase, *(f"{n.text} {n.bounds}".strip() for n in numbers))
+            for model, batch, phase, numbers in made.rows
+        )
+        columns = ("model", "batch", "phase", *made.columns)
+        yield display.table(columns, rows, f"Speed: {', '.join(made.conditions)}")
 
 
 @dataclass(frozen=True, repr=False)
-class Audit(Result):
+class Audit(display.Result):
     """The findings of ``inspect``.
 
     Attributes:
@@ -98,4 +126,4 @@ class Audit(Result):
     def _tables(self) -> Sequence[str]:
         if not self.problems:
             return ()
-        return [html.table(["problem"], ([line] for line in self.problems[:_MAX_PROBLEMS]))]
+        return [display.table(["problem"], ([line] for line in self.problems[:_MAX_PROBLEMS]))]
