@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.allocation.budget import full_rank
-from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.allocation.plan import Plan, load_plan
+from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
+from hisvd_cli.modeling.checkpoints.record_schema import record_problem
 from hisvd_cli.modeling.layers.lowrank import Storage, factor_shapes, is_order
 from hisvd_cli.modeling.layers.quantized import SCALE, quantized_shapes, storage_with
 from hisvd_cli.modeling.sublayers import Sublayer
+from hisvd_cli.utils.errors import SourceError
 
 
 def part(document: object, name: str) -> dict[str, Any]:
@@ -230,6 +233,14 @@ def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     return problems
 
 
+def plan_file_problems(path: Path, rows: Iterable[Row]) -> list[str]:
+    """Compare the ranks on disk with those of a plan file, which may itself be damaged."""
+    try:
+        return plan_problems(load_plan(path), rows)
+    except SourceError as error:
+        return [error.message]
+
+
 def plan_problems(plan: Plan, rows: Iterable[Row]) -> list[str]:
     """Compare the ranks on disk with those of the plan."""
     found = {row.name: row for row in rows}
@@ -242,6 +253,17 @@ def plan_problems(plan: Plan, rows: Iterable[Row]) -> list[str]:
             have = "missing" if row is None else f"rank {row.rank}"
             problems.append(f"{planned.name}: {have}, but the plan has rank {planned.rank}.")
     return problems
+
+
+def provenance_problems(made: Mapping[str, Any]) -> list[str]:
+    """Find what is wrong with the record of how a checkpoint was made."""
+    if not made:
+        return [f"{PROVENANCE} is missing or empty: the provenance is unknown."]
+    if problem := record_problem(made):
+        return [f"{PROVENANCE} is damaged: {problem}."]
+    if not part(made, "model"):
+        return [f"{PROVENANCE} has no entry 'model': the provenance is unknown."]
+    return []
 
 
 def recovery_text(made: Mapping[str, Any]) -> str:

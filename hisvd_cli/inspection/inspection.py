@@ -14,7 +14,8 @@ from hisvd_cli.inspection.audit import (
     Layout,
     parameters_on_disk,
     part,
-    plan_problems,
+    plan_file_problems,
+    provenance_problems,
     provenance_table,
     rows_of,
     sublayer_shapes,
@@ -28,7 +29,6 @@ from hisvd_cli.modeling.checkpoints.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
-from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
 from hisvd_cli.modeling.skeleton import build_meta_model, decoder_blocks, tell_notes, tensor_names
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.modeling.sources.source import Source
@@ -162,12 +162,11 @@ def _audit_checkpoint(
     dtypes = {name: info.dtype for name, info in weights.infos.items()}
     rows = rows_of(sublayers, dtypes, layout)
     if (checkpoint.folder / PLAN_FILE).is_file():
-        problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
+        problems += plan_file_problems(checkpoint.folder / PLAN_FILE, rows)
     else:
         problems.append(f"{PLAN_FILE} is missing: ranks cannot be checked against the plan.")
-    made = checkpoint.provenance
-    if not part(made, "model"):
-        problems.append(f"{PROVENANCE} is missing or empty: the provenance is unknown.")
+    made = checkpoint.unchecked_provenance
+    problems += provenance_problems(made)
     if check_values:
         problems += _value_problems(weights, reporter)
     return Audit(

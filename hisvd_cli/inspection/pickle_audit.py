@@ -15,6 +15,7 @@ from hisvd_cli.inspection.audit import (
     Row,
     parameters_on_disk,
     plan_problems,
+    provenance_problems,
     provenance_table,
     rows_of,
     sublayer_shapes,
@@ -79,6 +80,7 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         for name in document["files"]
         if not is_unpacked(str(name))
     ]
+    problems += provenance_problems(provenance)
     if check_values:
         problems += value_problems(tensors.items())
     held = parameters_on_disk(sublayer_shapes(sublayers, layout, packed=False), shapes)
