@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hisvd_cli.modeling.layers.lowrank import LAYERS
-from tests.cli_helpers import as_json, fail, hisvd, succeed, text_file
+from tests.cli_helpers import as_json, fail, hisvd, succeed, text_file, untouched
 from tests.conftest import MakeModel
 from tests.models import edit_json
 
@@ -196,15 +196,22 @@ def test_a_rank_that_the_config_forgot(checkpoint: Path) -> None:
 
 def test_a_plan_that_disagrees(checkpoint: Path) -> None:
     plan = json.loads((checkpoint / "plan.json").read_text())
+    rows = [row for row in plan["sublayers"] if row["name"] != UP]
     row = next(row for row in plan["sublayers"] if row["name"] == UP)
-    rank = row["rank"]
-    row["rank"] += 1
-    plan["sublayers"].append({**row, "name": "model.layers.9.mlp.up_proj"})
-    (checkpoint / "plan.json").write_text(json.dumps(plan))
+    rows.append({**row, "name": "model.layers.9.mlp.up_proj"})
+    (checkpoint / "plan.json").write_text(json.dumps({**plan, "sublayers": rows}))
     assert problems_of(checkpoint) == [
-        f"{UP}: rank {rank}, but the plan has rank {rank + 1}.",
-        f"model.layers.9.mlp.up_proj: missing, but the plan has rank {rank + 1}.",
+        f"model.layers.9.mlp.up_proj: missing, but the plan has rank {row['rank']}.",
     ]
+
+
+def test_a_plan_that_disagrees_with_itself(checkpoint: Path) -> None:
+    plan = json.loads((checkpoint / "plan.json").read_text())
+    plan["kept_parameters"] += 1
+    (checkpoint / "plan.json").write_text(json.dumps(plan))
+    (problem,) = problems_of(checkpoint)
+    kept = plan["kept_parameters"]
+    assert f"kept_parameters is {kept}, but the ranks require {kept - 1}." in problem
 
 
 def test_records_that_are_missing(checkpoint: Path) -> None:
@@ -216,7 +223,58 @@ def test_records_that_are_missing(checkpoint: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("record", ["[]", "3", "{}", '{"model": 3, "calibration": {"data": []}}'])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model",), 5),
+        (("model", "name"), None),
+        (("calibration",), []),
+        (("calibration", "data", "samples"), "4"),
+        (("settings",), 7),
+        (("files", "README.md"), 5),
+        (("ratio",), "0.6"),
+        (("update",), 3),
+    ],
+)
+def test_a_record_of_wrong_types(
+    path: tuple[str, ...], value: object, made: Path, here: Path
+) -> None:
+    shutil.copytree(made / "checkpoint", here / "ck")
+    record = node = json.loads((here / "ck" / "hisvd.json").read_text())
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    (here / "ck" / "hisvd.json").write_text(json.dumps(record))
+    (problem,) = problems_of(here / "ck")
+    assert f"hisvd.json is damaged: {'.'.join(path)}: " in problem
+    convert = ("convert", "ck", "--output", "out")
+    evaluation = ("eval", "ck", "--dataset", text_file(here, 300), "--seqlen", 32, "--update-card")
+    for words in ((*convert, "--to", "dense"), (*convert, "--quantize", "int8"), evaluation):
+        assert f"{'.'.join(path)}: " in untouched(here, *words)[0]
+    document = torch.load(made / "one.pt", weights_only=True)
+    torch.save({**document, "provenance": record}, here / "one.pt")
+    (problem,) = problems_of(here / "one.pt")
+    assert f"{'.'.join(path)}: " in problem
+    assert (
+        f"{'.'.join(path)}: "
+        in untouched(here, "convert", "one.pt", "--to", "hf", "--output", "out")[0]
+    )
+
+
+def test_a_record_of_an_earlier_version(made: Path, here: Path) -> None:
+    """Without the entries that were added later, and with one that nobody knows."""
+    shutil.copytree(made / "checkpoint", here / "ck")
+    record = json.loads((here / "ck" / "hisvd.json").read_text())
+    for key in ("gradients", "files", "allocator", "budget_parameters"):
+        del record[key]
+    del record["model"]["parameters"], record["model"]["revision"]
+    (here / "ck" / "hisvd.json").write_text(json.dumps({**record, "added": [1]}))
+    assert problems_of(here / "ck") == []
+    succeed("convert", "ck", "--to", "dense", "--output", "dense")
+    succeed("convert", "ck", "--quantize", "int8", "--output", "int8")
+
+
+@pytest.mark.parametrize("record", ["[]", "3", "{}"])
 def test_a_record_that_is_none(record: str, checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "hisvd.json").write_text(record)
     assert problems_of(checkpoint) == ["hisvd.json is missing or empty: the provenance is unknown."]

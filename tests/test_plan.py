@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hisvd_cli import compress
 from hisvd_cli.allocation.plan import load_plan
 from hisvd_cli.modeling.sources.opening import open_source
 from hisvd_cli.pipelines.config.resolution import resolve
+from hisvd_cli.pipelines.planning.plan_files import open_plan
 from hisvd_cli.pipelines.planning.plans import make_plans
 from hisvd_cli.utils.errors import BudgetError, SourceError, UsageError
 from hisvd_cli.utils.progress import Silent
+from tests.cli_helpers import untouched
 from tests.workbench import Bench, bench, plan_at
 
 
@@ -87,6 +92,174 @@ def test_a_plan_edited_by_hand_is_checked(
     (tmp_path / "plan.json").write_text(json.dumps(document))
     with pytest.raises(SourceError, match="not a plan"):
         load_plan(tmp_path / "plan.json")
+
+
+Edit = Callable[[dict[str, Any]], None]
+NAME = "model.layers.1.mlp.up_proj"
+
+
+def row_of(document: dict[str, Any], name: str = NAME) -> dict[str, Any]:
+    found: dict[str, Any] = next(row for row in document["sublayers"] if row["name"] == name)
+    return found
+
+
+def edited(made: Bench, path: Path, edit: Edit) -> dict[str, Any]:
+    """Write a plan of the demo model, changed by ``edit``."""
+    document: dict[str, Any] = json.loads(json.dumps(plan_at(made, 0.6).document()))
+    edit(document)
+    path.write_text(json.dumps(document))
+    return document
+
+
+def counted(document: dict[str, Any]) -> None:
+    """Set all that follows from the ranks of a plan in pairs, counted here once more."""
+    for row in document["sublayers"]:
+        m, n = row["shape"]
+        row["dense"] = row["rank"] * (m + n) >= m * n
+        row["parameters"] = m * n if row["dense"] else row["rank"] * (m + n)
+    rows = document["sublayers"]
+    for each in document["clusters"]:
+        mine = [row for row in rows if row["cluster"] == each["cluster"]]
+        each["sublayers"] = len(mine)
+        each["kept_ratio"] = sum(r["parameters"] for r in mine) / sum(
+            prod(r["shape"]) for r in mine
+        )
+    kept, total = sum(r["parameters"] for r in rows), document["provenance"]["model"]["parameters"]
+    full = sum(prod(row["shape"]) for row in rows)
+    document |= {"kept_parameters": kept, "model_ratio": round((total - full + kept) / total, 6)}
+
+
+def raised(document: dict[str, Any]) -> None:
+    row_of(document)["rank"] += 2
+
+
+def without_a_row(document: dict[str, Any]) -> None:
+    document["sublayers"].remove(row_of(document))
+
+
+def twice(document: dict[str, Any]) -> None:
+    document["sublayers"].append(row_of(document))
+    counted(document)
+
+
+def test_a_changed_rank_must_be_followed_by_all_that_depends_on_it(
+    made: Bench, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    document = edited(made, path, raised)
+    row, before = row_of(document), document["kept_parameters"]
+    m, n = row["shape"]
+    with pytest.raises(SourceError) as caught:
+        load_plan(path)
+    rank = row["rank"]
+    told = f"rank {rank} of shape [{m}, {n}] in pair storage requires {rank * (m + n)}"
+    assert f"{NAME} has parameters {row['parameters']}, but {told}" in caught.value.message
+    kept = before + 2 * (m + n)
+    assert f"kept_parameters is {before}, but the ranks require {kept}" in caught.value.message
+    counted(document)
+    assert f"the ranks require {document['model_ratio']:.6f}" in caught.value.message
+    path.write_text(json.dumps(document))
+    assert open_plan(path, made[1]).kept_parameters == kept
+
+
+def test_a_plan_may_leave_layers_out_if_its_totals_do(made: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    document = edited(made, path, without_a_row)
+    with pytest.raises(SourceError, match="cluster up_proj has sublayers 6, but 5 are listed"):
+        load_plan(path)
+    counted(document)
+    path.write_text(json.dumps(document))
+    assert NAME not in open_plan(path, made[1]).ranks
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (twice, f"{NAME} is listed twice"),
+        (lambda d: row_of(d).update(full_rank=3), f"{NAME} has full_rank 3"),
+        (lambda d: row_of(d).update(dense=True), f"{NAME} has dense true"),
+        (lambda d: d.update(model_ratio=0.5), "model_ratio is 0.500000"),
+        (lambda d: d["clusters"].pop(), "clusters lists"),
+        (lambda d: d["clusters"][0].update(kept_ratio=0.1), "kept_ratio 0.100000"),
+    ],
+)
+def test_values_of_a_plan_that_disagree(made: Bench, tmp_path: Path, edit: Edit, told: str) -> None:
+    edited(made, tmp_path / "plan.json", edit)
+    with pytest.raises(SourceError, match="disagree") as caught:
+        load_plan(tmp_path / "plan.json")
+    assert told in caught.value.message
+
+
+def renamed(document: dict[str, Any]) -> None:
+    row_of(document)["name"] = "model.layers.1.mlp.upproj"
+
+
+def all_foreign(document: dict[str, Any]) -> None:
+    for i, row in enumerate(document["sublayers"]):
+        row["name"] = f"\x1b[31mlayer-{i}"
+
+
+def wider(document: dict[str, Any]) -> None:
+    row = row_of(document)
+    row["shape"] = [row["shape"][0], row["shape"][1] + 1]
+    row["full_rank"] = min(row["shape"])
+    counted(document)
+
+
+def moved(document: dict[str, Any]) -> None:
+    row_of(document)["layer"] = 0
+
+
+def of_another_type(document: dict[str, Any]) -> None:
+    row_of(document)["cluster"] = "gate_proj"
+    counted(document)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (renamed, f"no layer 'model.layers.1.mlp.upproj'. Did you mean '{NAME}'?"),
+        (all_foreign, "more rows do not fit"),
+        (wider, f"{NAME} has shape ["),
+        (moved, f"{NAME} has layer 0, not 1"),
+        (of_another_type, f"{NAME} has cluster gate_proj, not up_proj"),
+    ],
+)
+def test_rows_that_do_not_fit_the_model(made: Bench, here: Path, edit: Edit, told: str) -> None:
+    edited(made, here / "plan.json", edit)
+    words = ("compress", "--model", "demo", "--dtype", "float32", "--plan", "plan.json")
+    for more in ((), ("--dry-run",)):
+        message, _ = untouched(here, *words, *more, "--output", "made")
+        assert told in message
+        assert "\x1b" not in message
+    with pytest.raises(SourceError, match="does not fit demo"):
+        compress(here / "plan.json", output=here / "made", progress=False)
+
+
+def test_the_bytes_of_a_plan_follow_its_ranks(made: Bench, tmp_path: Path) -> None:
+    resolved, source, calibration = made
+    flags = {("model", "name"): "demo", ("plan", "bytes_ratio"): 0.3}
+    resolved = resolve(flags, environ={}, start=tmp_path)
+    plan = make_plans(resolved, source, calibration, Silent())[0]
+    document = json.loads(json.dumps(plan.document()))
+    row = next(row for row in document["sublayers"] if not row["dense"])
+    row["rank"] -= 1
+    row["bits"] = 16
+    counted(document)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document))
+    m, n = row["shape"]
+    size = row["rank"] * (m + n) * source.weights.infos[f"{row['name']}.weight"].nbytes // (m * n)
+    with pytest.raises(SourceError, match=f"rank {row['rank']} takes {size}"):
+        open_plan(path, source)
+    row["bytes"] = size
+    path.write_text(json.dumps(document))
+    stored = sum(row["bytes"] for row in document["sublayers"])
+    with pytest.raises(SourceError, match=f"bytes of the layers sum to {stored}"):
+        open_plan(path, source)
+    document["bytes"]["kept"] = stored
+    path.write_text(json.dumps(document))
+    assert open_plan(path, source).bytes
 
 
 def test_a_plan_from_weights_alone_says_so(tmp_path: Path) -> None:

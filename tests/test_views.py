@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hisvd_cli.allocation.plan import ClusterPlan, Plan, SublayerPlan
+from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.allocation.plans.rows import ClusterPlan, SublayerPlan
 from hisvd_cli.cli.views.charts import HeatMap, sparkline
 from hisvd_cli.cli.views.layout import duration_text, perplexity_text
 from hisvd_cli.cli.views.plans import comparison_view, plan_view

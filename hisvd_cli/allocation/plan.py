@@ -6,92 +6,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from hisvd_cli.allocation.budget import full_rank
 from hisvd_cli.allocation.byte_budget import BITS, FULL_BITS, bits_of
-from hisvd_cli.allocation.byte_frontier import Point
+from hisvd_cli.allocation.plans.consistency import InconsistentPlanError, check_consistency
+from hisvd_cli.allocation.plans.rows import BytePlan, ClusterPlan, SublayerPlan
 from hisvd_cli.modeling.layers.lowrank import LAYERS, Storage
-from hisvd_cli.modeling.layers.shapes import Shape, active_parameters, copies, is_stack, numel
+from hisvd_cli.modeling.layers.shapes import active_parameters, copies, is_stack, numel
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.files.json_files import json_text, read_json
 from hisvd_cli.utils.files.text_output import write_through
 
 FORMAT_VERSION = 1
 _LATER = {"bytes"}  # fields that plans of earlier versions do not have
-
-
-@dataclass(frozen=True)
-class SublayerPlan:
-    """The plan of one sublayer.
-
-    ``rank`` is the full rank if ``dense``. ``bits`` is 16 for the dtype of the model; ``bytes`` on
-    disk is None if the plan counts parameters. ``loss`` is Σ_{j>rank} σ_j² plus the loss of
-    rounding.
-    """
-
-    name: str
-    layer: int
-    cluster: str
-    shape: Shape
-    density: float | None
-    baseline_rank: int
-    rank: int
-    full_rank: int
-    dense: bool
-    parameters: int
-    loss: float
-    bits: int = 16
-    bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class BytePlan:
-    """The byte counts of a plan by bytes, including scales.
-
-    Attributes:
-        ratio: the requested bytes ratio.
-        budget: maximum bytes of the sublayers.
-        kept: bytes of the sublayers after compression.
-        full: bytes of the sublayers before compression.
-        model: bytes of the whole model before compression.
-        method: rounding method, nearest or gptq.
-        group_size: numbers that share a scale at 4 bits.
-        frontier: size and predicted loss of this and other layouts at several ratios.
-    """
-
-    ratio: float
-    budget: int
-    kept: int
-    full: int
-    model: int
-    method: Literal["nearest", "gptq"]
-    group_size: int
-    frontier: list[Point]
-
-    @property
-    def kept_ratio(self) -> float:
-        """Kept share of the bytes of the planned sublayers."""
-        return self.kept / self.full
-
-    @property
-    def model_ratio(self) -> float:
-        """Kept share of the bytes of the whole model."""
-        return (self.model - self.full + self.kept) / self.model
-
-
-@dataclass(frozen=True)
-class ClusterPlan:
-    """One sublayer type: count, mean density, tail share T_c, stage-2 factor, keep ratio."""
-
-    cluster: str
-    sublayers: int
-    density: float | None
-    tail_share: float
-    factor: float | None
-    kept_ratio: float
 
 
 @dataclass(frozen=True)
@@ -188,7 +118,11 @@ class Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan. Raises SourceError if there is no such file or it is not a plan."""
+    """Read a plan.
+
+    Raises:
+        SourceError: there is no such file, it is not a plan, or values in it disagree.
+    """
     try:
         document = read_json(path)
         if document["kind"] != "plan" or document["format_version"] != FORMAT_VERSION:
@@ -196,6 +130,11 @@ def load_plan(path: Path) -> Plan:
         return plan_from(document)
     except FileNotFoundError as error:
         raise SourceError(f"There is no file '{path}'.", "Check the path.") from error
+    except InconsistentPlanError as error:
+        raise SourceError(
+            f"The values in {path} disagree: {error}",
+            "Correct these values, or make the plan again with: hisvd plan --output plan.json",
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             f"{path} is not a plan that this version of hisvd can read.",
@@ -208,6 +147,7 @@ def plan_from(document: Mapping[str, Any]) -> Plan:
 
     Raises:
         ValueError: a value has a wrong type, or a rank does not fit its shape.
+        InconsistentPlanError: values disagree with each other.
         KeyError: a key is missing.
     """
     fields = Plan.__dataclass_fields__
@@ -223,6 +163,15 @@ def plan_from(document: Mapping[str, Any]) -> Plan:
     if plan.bytes is not None and min(plan.bytes.full, plan.bytes.model, plan.bytes.group_size) < 1:
         raise ValueError("bytes")
     _check_origin(plan.provenance)
+    check_consistency(
+        plan.sublayers,
+        plan.clusters,
+        plan.storage,
+        kept_parameters=plan.kept_parameters,
+        model_ratio=plan.model_ratio,
+        model_parameters=plan.model_parameters,
+        kept_bytes=plan.bytes.kept if plan.bytes else None,
+    )
     return plan
 
 

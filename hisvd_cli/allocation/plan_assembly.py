@@ -9,7 +9,8 @@ from typing import Any
 from hisvd_cli.allocation.budget import cost, full_rank, is_dense
 from hisvd_cli.allocation.byte_budget import Choice
 from hisvd_cli.allocation.methods import Allocation
-from hisvd_cli.allocation.plan import BytePlan, ClusterPlan, Plan, SublayerPlan
+from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.allocation.plans.rows import BytePlan, ClusterPlan, SublayerPlan
 from hisvd_cli.allocation.spectrum import Spectrum, mean_over_matrices, tail_share
 from hisvd_cli.modeling.layers.lowrank import Storage
 from hisvd_cli.modeling.layers.shapes import numel

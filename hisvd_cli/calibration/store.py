@@ -266,6 +266,22 @@ def open_calibration(folder: Path, source: Source | None = None) -> Calibration:
     return Calibration(folder, manifest, _open_gradients(folder, str(manifest["key"])))
 
 
+def recorded_calibration(folder: Path, manifest: dict[str, Any]) -> Calibration:
+    """Return the calibration, without statistics, whose manifest the record of a checkpoint has.
+
+    Raises:
+        SourceError: an entry is missing, or has a wrong type.
+    """
+    try:
+        _MANIFEST.validate_python(manifest, strict=True)
+    except ValueError as error:
+        raise SourceError(
+            f"The record of {folder} does not say how the model was calibrated.",
+            "Restore its hisvd.json, or compress the model again.",
+        ) from error
+    return Calibration(folder, manifest)
+
+
 def _open_gradients(folder: Path, key: str) -> dict[str, Any] | None:
     """Return the manifest of the gradients of calibration ``key``, or None."""
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hisvd_cli.calibration.text.datasets import NAMED
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE, content_hash, renew_record
+from hisvd_cli.modeling.checkpoints.record_schema import check_record
 from hisvd_cli.modeling.sources.companions import CARD
 from hisvd_cli.utils.errors import SourceError, reason
 from hisvd_cli.utils.escaping import markdown_text
@@ -72,6 +73,17 @@ def update_card(folder: Path, results: Sequence[CardResult]) -> None:
     renew_record(folder, CARD, before)
 
 
+def check_card(folder: Path) -> None:
+    """Check before any work that results can be added to the card of a checkpoint.
+
+    Raises:
+        SourceError: the folder has no card, or one without a name and no record, or one of them
+            is damaged.
+    """
+    if not _load_card(folder / CARD).data.model_name:
+        _model_name(folder)
+
+
 def _load_card(path: Path) -> ModelCard:
     import yaml  # comes with huggingface_hub, which reads the metadata with it
     from huggingface_hub import ModelCard
@@ -99,6 +111,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     path = folder / PROVENANCE
     try:
         record = read_json(path)
+        check_record(record, str(path))
         known = {key: record[key] for key in ("model", "ratio", "decomposer", "calibration")}
         return {**known, **{key: record.get(key) for key in ("update", "stages", "recovery")}}
     except (OSError, ValueError, KeyError, TypeError) as error:

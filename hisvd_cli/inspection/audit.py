@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.allocation.plan import Plan, load_plan
 from hisvd_cli.inspection.stored_sublayers import Row
+from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
+from hisvd_cli.modeling.checkpoints.record_schema import record_problem
 from hisvd_cli.modeling.layers.lowrank import is_order
 from hisvd_cli.modeling.layers.quantized import MATRICES, SCALE
 from hisvd_cli.modeling.layers.shapes import numel
+from hisvd_cli.utils.errors import SourceError
 
 
 def part(document: object, name: str) -> dict[str, Any]:
@@ -144,6 +147,14 @@ def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     return problems
 
 
+def plan_file_problems(path: Path, rows: Iterable[Row]) -> list[str]:
+    """Compare the ranks on disk with those of a plan file, which may itself be damaged."""
+    try:
+        return plan_problems(load_plan(path), rows)
+    except SourceError as error:
+        return [error.message]
+
+
 def _is_scale(name: str) -> bool:
     """Return whether a tensor holds the scales of a quantized one, float16 stored as integers."""
     return name.rpartition(".")[2] in {leaf + SCALE for leaf in MATRICES}
@@ -161,6 +172,17 @@ def plan_problems(plan: Plan, rows: Iterable[Row]) -> list[str]:
             have = "missing" if row is None else f"rank {row.rank}"
             problems.append(f"{planned.name}: {have}, but the plan has rank {planned.rank}.")
     return problems
+
+
+def provenance_problems(made: Mapping[str, Any]) -> list[str]:
+    """Find what is wrong with the record of how a checkpoint was made."""
+    if not made:
+        return [f"{PROVENANCE} is missing or empty: the provenance is unknown."]
+    if problem := record_problem(made):
+        return [f"{PROVENANCE} is damaged: {problem}."]
+    if not part(made, "model"):
+        return [f"{PROVENANCE} has no entry 'model': the provenance is unknown."]
+    return []
 
 
 def recovery_text(made: Mapping[str, Any]) -> str:

@@ -14,7 +14,6 @@ from hisvd_cli.inspection.audit import (
     Audit,
     parameters_on_disk,
     part,
-    plan_problems,
     provenance_table,
     tensor_problems,
     value_problems,
@@ -33,7 +32,6 @@ from hisvd_cli.modeling.checkpoints.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
-from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
 from hisvd_cli.modeling.layers.shapes import is_stack
 from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.sources.opening import open_source
@@ -182,7 +180,7 @@ def _audit_checkpoint(
     dtypes = {names[name]: info.dtype for name, info in weights.infos.items()}
     rows = rows_of(sublayers, dtypes, layout)
     problems += _record_problems(checkpoint, rows)
-    made = checkpoint.provenance
+    made = checkpoint.unchecked_provenance
     if check_values:
         problems += _value_problems(weights, reporter)
     held, total = parameters_on_disk(matrices, found), sum(map(prod, dense.values()))
@@ -234,12 +232,10 @@ def _record_problems(checkpoint: Checkpoint, rows: Iterable[Row]) -> list[str]:
     """Compare ranks on disk with the plan, and find records that are missing."""
     problems = []
     if (checkpoint.folder / PLAN_FILE).is_file():
-        problems += plan_problems(load_plan(checkpoint.folder / PLAN_FILE), rows)
+        problems += plan_file_problems(checkpoint.folder / PLAN_FILE, rows)
     else:
         problems.append(f"{PLAN_FILE} is missing: ranks cannot be checked against the plan.")
-    if not part(checkpoint.provenance, "model"):
-        problems.append(f"{PROVENANCE} is missing or empty: the provenance is unknown.")
-    return problems
+    return problems + provenance_problems(checkpoint.unchecked_provenance)
 
 
 def _value_problems(weights: Weights, reporter: Reporter) -> list[str]:

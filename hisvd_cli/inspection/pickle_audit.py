@@ -13,6 +13,7 @@ from hisvd_cli.inspection.audit import (
     Audit,
     parameters_on_disk,
     plan_problems,
+    provenance_problems,
     provenance_table,
     tensor_problems,
     value_problems,
@@ -76,6 +77,7 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
         for name in document["files"]
         if not is_unpacked(str(name))
     ]
+    problems += provenance_problems(provenance)
     if check_values:
         problems += value_problems(tensors.items())
     held = parameters_on_disk(sublayer_shapes(sublayers, layout, packed=False), shapes)

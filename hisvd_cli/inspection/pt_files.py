@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
+from hisvd_cli.modeling.checkpoints.record_schema import check_record
 from hisvd_cli.modeling.pickles.foreign import read_foreign
 from hisvd_cli.modeling.sources.companions import CARD, is_companion
 from hisvd_cli.modeling.sources.weights import check_plain
@@ -43,6 +44,7 @@ def load_pt(path: Path) -> dict[str, Any]:
     """
     document = open_pt(path)
     check_parts(path, document)
+    check_record(document["provenance"], f"The provenance in {path}")
     return document
 
 

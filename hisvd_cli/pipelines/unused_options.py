@@ -120,7 +120,7 @@ def _of_compress(key: str, chosen: _Chosen) -> str:
     return "" if settings.correction in able else f"`compress.correction` {_any_of(able)}"
 
 
-_CORRECTIONS = {
+_CORRECTIONS: dict[str, list[str]] = {
     "correction_samples": sorted(BY_GRADIENT),
     "correction_batches": ["pull-subspace"],
     "correction_alpha": ["alpha-blend"],

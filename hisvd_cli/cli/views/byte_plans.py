@@ -19,7 +19,8 @@ from hisvd_cli.pipelines.planning.tables import BYTE_COLUMNS, byte_rows
 
 if TYPE_CHECKING:
     from hisvd_cli.allocation.byte_frontier import Point
-    from hisvd_cli.allocation.plan import BytePlan, Plan, SublayerPlan
+    from hisvd_cli.allocation.plan import Plan
+    from hisvd_cli.allocation.plans.rows import BytePlan, SublayerPlan
 
 _VISIBLE = 5e-4
 """File sizes are shown if they exceed the budget by this share of the bytes of the model."""

@@ -14,6 +14,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint_config import (
     quantization_of,
 )
 from hisvd_cli.modeling.checkpoints.folder_record import PROVENANCE
+from hisvd_cli.modeling.checkpoints.record_schema import check_record
 from hisvd_cli.modeling.layers.lowrank import FACTORS, Storage
 from hisvd_cli.modeling.sources import adapter_input
 from hisvd_cli.modeling.sources.companions import is_own_file
@@ -102,6 +103,16 @@ class Checkpoint:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Content of ``hisvd.json``; empty if it is missing or not a JSON object.
+
+        Raises:
+            SourceError: see :attr:`unchecked_provenance`, or an entry has a wrong type.
+        """
+        check_record(self.unchecked_provenance, str(self.folder / PROVENANCE))
+        return self.unchecked_provenance
+
+    @cached_property
+    def unchecked_provenance(self) -> dict[str, Any]:
+        """:attr:`provenance`, whose entries may have wrong types.
 
         Raises:
             SourceError: the file is not valid JSON, or links to a file outside the folder.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hisvd_cli.calibration.store import Calibration, Sample
+from hisvd_cli.calibration.store import Calibration, Sample, recorded_calibration
 from hisvd_cli.compression.factorize import Compressed
 from hisvd_cli.compression.quantization import quantize, sublayers_of
 from hisvd_cli.compression.quantized_parts import Recipe, Text, factored_stacks
@@ -163,7 +163,7 @@ def _sample(
     manifest = checkpoint.provenance.get("calibration")
     if not manifest:
         return draw_sample(request_calibration(resolved, source), source, reporter)
-    made_from = Calibration(checkpoint.folder, manifest)
+    made_from = recorded_calibration(checkpoint.folder, manifest)
     if resolved.asked("calibration"):
         return other_sample(resolved, source, made_from, reporter)
     return calibration_sample(resolved, source, made_from, reporter)

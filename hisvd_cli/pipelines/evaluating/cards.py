@@ -8,9 +8,20 @@ from pathlib import Path
 from hisvd_cli.evaluation.grid import Evaluation, Grid
 from hisvd_cli.evaluation.perplexity import PerplexityResult
 from hisvd_cli.evaluation.zero_shot import Score
-from hisvd_cli.export.card_results import CardResult, update_card
+from hisvd_cli.export.card_results import CardResult, check_card, update_card
 from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
 from hisvd_cli.utils.files.fingerprints import expanded
+
+
+def check_cards(targets: Sequence[str]) -> None:
+    """Check before any work that the card of each checkpoint folder can be updated.
+
+    Raises:
+        SourceError: see :func:`check_card`.
+    """
+    for folder in map(expanded, filter(None, targets)):
+        if folder.is_dir() and is_checkpoint(folder):
+            check_card(folder)
 
 
 def update_cards(grid: Grid) -> list[Path]:

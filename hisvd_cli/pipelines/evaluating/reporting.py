@@ -10,7 +10,7 @@ from hisvd_cli.evaluation.report.content import Report
 from hisvd_cli.evaluation.report.page import check_libraries, render
 from hisvd_cli.evaluation.report_tables import check_report_path, write_reports
 from hisvd_cli.pipelines.config.resolved import Resolved
-from hisvd_cli.pipelines.evaluating.cards import update_cards
+from hisvd_cli.pipelines.evaluating.cards import check_cards, update_cards
 from hisvd_cli.pipelines.evaluating.evaluation import evaluate_models
 from hisvd_cli.pipelines.evaluating.model_facts import cached_spectra, model_facts
 from hisvd_cli.pipelines.output_names import output_name
@@ -67,6 +67,8 @@ def evaluate_into(
     """
     check_options(resolved, "evaluate")
     markdown, table, page = report_files(files)
+    if update_card:
+        check_cards(targets)
     grid = evaluate_models(resolved, targets, reporter, fresh)
     write_reports(grid, markdown, table)
     if page is not None:

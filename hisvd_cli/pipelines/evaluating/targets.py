@@ -50,7 +50,7 @@ def open_target(resolved: Resolved, target: str) -> Iterator[Source]:
 def is_demo(source: Source) -> bool:
     """Return whether a model is the demo model or was made from it."""
     if is_checkpoint(source.folder):
-        made_from = part(open_checkpoint(source.folder).provenance, "model")
+        made_from = part(open_checkpoint(source.folder).unchecked_provenance, "model")
         return bool(made_from.get("name") == DEMO)
     return source.name == DEMO
 
@@ -60,4 +60,4 @@ def calibration_of(source: Source) -> dict[str, Any]:
     dictionary."""
     if not is_checkpoint(source.folder):
         return {}
-    return part(open_checkpoint(source.folder).provenance, "calibration")
+    return part(open_checkpoint(source.folder).unchecked_provenance, "calibration")

@@ -9,7 +9,8 @@ from hisvd_cli.allocation.anatomy import Anatomy
 from hisvd_cli.allocation.budget import break_even, full_rank
 from hisvd_cli.allocation.byte_budget import BITS, Candidate, Choice, choices, spend, stored_bytes
 from hisvd_cli.allocation.byte_frontier import BUDGETS, frontier
-from hisvd_cli.allocation.plan import BytePlan, Plan
+from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.allocation.plans.rows import BytePlan
 from hisvd_cli.allocation.rounding_noise import Rounding
 from hisvd_cli.allocation.spectrum import Spectrum
 from hisvd_cli.modeling.layers.shapes import Shape, numel
@@ -165,9 +166,13 @@ def scope(ratio: float, settings: Settings, source: Source, anatomy: Anatomy) ->
     """Return the scope of a plan by bytes. Raises UsageError: a pattern matches nothing."""
     knobs = settings.plan
     sublayers = select(anatomy.sublayers, knobs.include, knobs.exclude)
-    stored = [source.weights.info(anatomy.names[f"{s.members[0]}.weight"]) for s in sublayers]
-    widths = [int(info.width) for info in stored]
+    widths = [weight_width(source, anatomy, s) for s in sublayers]
     return ByteScope(ratio, knobs, sublayers, widths, source.weights.total_bytes, settings.quantize)
+
+
+def weight_width(source: Source, anatomy: Anatomy, sublayer: Sublayer) -> int:
+    """Return the bytes per weight of a sublayer in the model."""
+    return int(source.weights.info(anatomy.names[f"{sublayer.members[0]}.weight"]).width)
 
 
 def choose(

@@ -11,6 +11,7 @@ from hisvd_cli.compression.factorize import check_plan
 from hisvd_cli.modeling.sources.source import Source
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.outputs import check_plan_output
+from hisvd_cli.pipelines.planning.plan_fit import check_fit
 from hisvd_cli.utils.errors import UsageError
 from hisvd_cli.utils.files.text_output import check_text_place, takes_text
 
@@ -19,11 +20,12 @@ def open_plan(path: Path, source: Source) -> Plan:
     """Read a plan made for ``source``.
 
     Raises:
-        SourceError: there is no plan.
+        SourceError: there is no plan, its values disagree, or a row does not fit the model.
         StaleArtifactError: it was made for another model.
     """
     plan = load_plan(path)
     check_plan(plan, source)
+    check_fit(plan, path, source)
     return plan
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hisvd_cli.allocation.byte_budget import BITS
-from hisvd_cli.allocation.plan import BytePlan, Plan
+from hisvd_cli.allocation.plan import Plan
+from hisvd_cli.allocation.plans.rows import BytePlan
 from hisvd_cli.modeling.layers.shapes import is_stack, numel, shape_text
 from hisvd_cli.utils.quantities import size_text
 

@@ -1,0 +1,1 @@
+"""The rows of a plan, and the checks that its values agree."""
