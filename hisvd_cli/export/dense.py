@@ -75,7 +75,7 @@ class _Dense:
     model: PreTrainedModel
 
     def names(self) -> tuple[list[str], list[str]]:
-        """Return the names on disk of unchanged tensors, and names in the model of replaced ones."""
+        """Return names on disk of unchanged tensors, and names in the model of replaced ones."""
         made = [name for name, stored in self._stored.items() if stored in self._replaced]
         return [name for name in self._stored if name not in set(made)], made
 
