@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_is_refused(
 ) -> None:
     folder = tiny_model("llama")
     calibration = calibrated(folder, tmp_path / "c")
-    monkeypatch.setattr(BlockWalk, "reverse", lambda _s, _i, part, _g: part * float("nan"))
+    monkeypatch.setattr(BlockWalk, "reverse", lambda _s, _i, _n, part, _g: part * float("nan"))
     monkeypatch.setattr(
         "hisvd_cli.calibration.gradient_collector.GradientCollector.means", _nan_means
     )

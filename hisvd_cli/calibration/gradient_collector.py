@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hisvd_cli.calibration.collector import Hook, hooked
+from hisvd_cli.calibration.gradient_sums import MeanSquare, WeightSum
 from hisvd_cli.calibration.routing import Hits, pool_stacks, routed, weighted
 from hisvd_cli.linalg.moments import AddUp, MomentSum, Side, add_up_count
 from hisvd_cli.modeling.structure.expert_linears import Routed
@@ -89,8 +90,11 @@ class GradientCollector(_ChunkCollector):
         def watch(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             x, rows = args[0].detach(), routed(module)
             self._add_input(name, module, x, output.detach())
+            # Experts that run on all tokens get zeros for those of other experts.
+            own = (x != 0).any(-1, keepdim=True) if name in self._hits and rows is None else None
 
             def add(gradient: Tensor) -> None:
+                gradient = gradient if own is None else gradient * own
                 self._squares[name].add(gradient)
                 narrow = gradient @ module.weight if side_of(module) == "input" else gradient
                 self._sums[name].add(narrow)
@@ -150,8 +154,10 @@ class GradientCollector(_ChunkCollector):
         halves = {f"{key}.half": total.mean() for key, total in self._halves.items()}
         means = {**found, **halves}
         hits = {name: each.tokens for name, each in self._hits.items()}
-        for end in ("output", "input", "half", "input.half"):
-            pool_stacks(means, self._stacks, hits, end)
+        widths = {name: min(linear.weight.shape) for name, linear in self._linears.items()}
+        for end in ("output", "input", "half", "square"):
+            pool_stacks(means, self._stacks, hits, end, widths)
+        pool_stacks(means, self._stacks, hits, "input.half")
         return means
 
     def _count_experts(self) -> None:
@@ -160,6 +166,7 @@ class GradientCollector(_ChunkCollector):
         for name, hits in self._hits.items():
             squares = hits.squares or 1.0
             self._sums[name].count_as(squares)
+            self._squares[name].count_as(squares * self._linears[name].out_features)
             self._halves[name].count_as(half * squares)
             self._halves[f"{name}.input"].count_as(self._even * self._seqlen)
 
@@ -181,66 +188,6 @@ def side_of(linear: nn.Linear) -> Side:
     """Return the side of a linear layer on which the moment of the gradient is smaller."""
     m, n = linear.weight.shape
     return "output" if m <= n else "input"
-
-
-class MeanSquare:
-    """Running mean of all squared entries."""
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._count = 0
-
-    def add(self, values: Tensor) -> None:
-        """Add entries of any shape."""
-        self._sum += float(values.float().square().sum())
-        self._count += values.numel()
-
-    def pool(self, add_up: AddUp) -> None:
-        """Add the sums of the other processes on the first process."""
-        total = torch.tensor(self._sum, dtype=torch.float64)
-        add_up(total)
-        self._sum = float(total)
-        self._count = add_up_count(self._count, add_up)
-
-    def mean(self) -> Tensor:
-        """Return the mean ``[]`` in float32."""
-        return torch.tensor(self._sum / max(self._count, 1), dtype=torch.float32)
-
-
-class WeightSum:
-    """Running sums over sequences of D = Σ_t g xᵀ ``[m, n]``, D Dᵀ and Dᵀ D, in float32.
-
-    Args:
-        linear: the layer.
-        device: where sums are kept.
-    """
-
-    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
-        m, n = linear.out_features, linear.in_features
-        self._mean = torch.zeros(m, n, device=device)
-        self._output = torch.zeros(m, m, device=device)
-        self._input = torch.zeros(n, n, device=device)
-        self._sequences = 0
-
-    def add(self, x: Tensor, gradient: Tensor) -> None:
-        """Add inputs ``[S, L, n]`` and gradients ``[S, L, m]`` at the outputs."""
-        for inputs, gradients in zip(x.float(), gradient.float(), strict=True):
-            whole = gradients.T @ inputs
-            self._mean += whole
-            self._output += whole @ whole.T
-            self._input += whole.T @ whole
-            self._sequences += 1
-
-    def pool(self, add_up: AddUp) -> None:
-        """Add the sums of the other processes on the first process."""
-        for total in (self._mean, self._output, self._input):
-            add_up(total)
-        self._sequences = add_up_count(self._sequences, add_up)
-
-    def means(self) -> dict[str, Tensor]:
-        """Return the means by field of ``WeightGradients``, in float32 on the CPU."""
-        sums = {"mean": self._mean, "output": self._output, "input": self._input}
-        return {part: (total / self._sequences).cpu() for part, total in sums.items()}
 
 
 class BatchGradients(_ChunkCollector):

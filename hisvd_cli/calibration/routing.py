@@ -66,32 +66,53 @@ def stacks_among(sublayers: Sequence[Sublayer]) -> dict[str, list[str]]:
     return {s.name: s.members for s in sublayers if len(s.shape) > 2}
 
 
-def pooled(means: Sequence[Tensor], hits: Sequence[int]) -> list[Tensor]:
+def pooled(
+    means: Sequence[Tensor], hits: Sequence[int], width: int, per_token: bool = False
+) -> list[Tensor]:
     """Return the moments of a stack's experts, those from few tokens replaced in part.
 
-    With R tokens for n inputs, the share ``max(0, 1 − R / 2n)`` of a moment is that of all experts
-    together, scaled to its own number of tokens (at least half a one).
+    With R tokens for a width of n, the share ``max(0, 1 − R / 2n)`` of a moment is that of all
+    experts together. Moments over all tokens of the text are scaled to the expert's own number of
+    tokens (at least half a one), and moments per token of the expert are averaged.
 
     Args:
-        means: moments ``[n, n]`` of the experts, over all tokens of the text.
+        means: moments of the experts.
         hits: number of tokens of each.
+        width: n.
+        per_token: whether moments are per token of the expert.
     """
-    total, count = torch.stack(list(means)).sum(0), sum(hits)
+    count = max(sum(hits), 1)
+    weights = [own / count if per_token else 1 / count for own in hits]
+    common = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
     found = []
     for mean, own in zip(means, hits, strict=True):
-        share = max(0.0, 1 - own / (_ENOUGH * len(mean)))
-        if share and count:
-            mean = (1 - share) * mean + share * max(own, 0.5) / count * total
+        share = max(0.0, 1 - own / (_ENOUGH * width))
+        if share and sum(hits):
+            mean = (1 - share) * mean + share * (1 if per_token else max(own, 0.5)) * common
         found.append(mean)
     return found
 
 
 def pool_stacks(
-    means: dict[str, Tensor], stacks: Mapping[str, Sequence[str]], hits: Mapping[str, int], end: str
+    means: dict[str, Tensor],
+    stacks: Mapping[str, Sequence[str]],
+    hits: Mapping[str, int],
+    end: str,
+    widths: Mapping[str, int] | None = None,
 ) -> None:
-    """Apply :func:`pooled` to the moments ``member.end`` of every stack, in place."""
+    """Apply :func:`pooled` to the moments ``member.end`` of every stack, in place.
+
+    Args:
+        means: the moments.
+        stacks: stack → its members.
+        hits: member → number of tokens.
+        end: which moments.
+        widths: member → width; for moments per token. By default, that of a moment over all tokens.
+    """
     for members in stacks.values():
         keys = [f"{member}.{end}" for member in members]
         if all(key in means for key in keys):
-            made = pooled([means[key] for key in keys], [hits[member] for member in members])
+            width = widths[members[0]] if widths else len(means[keys[0]])
+            counts = [hits[member] for member in members]
+            made = pooled([means[key] for key in keys], counts, width, widths is not None)
             means.update(zip(keys, made, strict=True))

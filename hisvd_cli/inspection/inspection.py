@@ -14,6 +14,8 @@ from hisvd_cli.inspection.audit import (
     Audit,
     parameters_on_disk,
     part,
+    plan_file_problems,
+    provenance_problems,
     provenance_table,
     tensor_problems,
     value_problems,

@@ -80,8 +80,8 @@ class Converted:
         return self.read(weights)[index]
 
     def missing_expert(self, count: int) -> str | None:
-        """Return the name on disk of an expert that is missing in a stack of ``count`` experts that
-        are stored separately; None if it is complete."""
+        """Return the name of a tensor that is missing on disk, in a stack of ``count`` experts that
+        are stored separately; None if the stack is complete."""
         for names in self.parts.values():
             if 1 < len(names) < count:
                 numbered = [_NUMBER.split(name) for name in names]
