@@ -117,8 +117,8 @@ def noted(
     y = F.linear(x, weight)
     y.requires_grad_() if not y.requires_grad else None
     y.retain_grad()
-    kept = (each.detach() for each in (weight, x, p, tokens))
-    seen.setdefault(name, []).append(Seen(*kept, y))
+    found = Seen(weight.detach(), x.detach(), p.detach(), tokens.detach(), y)
+    seen.setdefault(name, []).append(found)
     return y
 
 

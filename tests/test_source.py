@@ -275,17 +275,7 @@ def test_no_weights_on_the_hub(tiny_model: MakeModel, hub: FakeHub) -> None:
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "t5": {"model_type": "t5", "is_encoder_decoder": True},
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 30},
-    "mixtral": {
-        "model_type": "mixtral",
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 30,
-        "num_local_experts": 2,
-    },
+    "bert": {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 4},
     "unheard of": {"model_type": "never_heard_of"},
     "quantized": {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
 }

@@ -43,7 +43,7 @@ from hisvd_cli.modeling.checkpoints.checkpoint import Checkpoint
 from hisvd_cli.modeling.layers.shapes import Shape, matrix_of
 from hisvd_cli.modeling.sources.model_config import experts_per_token
 from hisvd_cli.modeling.structure.sublayers import Sublayer
-from hisvd_cli.pipelines.api.results import Plan as NotebookPlan
+from hisvd_cli.pipelines.api.plan_result import Plan as NotebookPlan
 from hisvd_cli.utils.errors import SourceError
 from hisvd_cli.utils.progress import Silent
 from tests import schemas
