@@ -266,3 +266,27 @@ def test_5_a_scale_that_cannot_be_used_is_refused_soon(
     edit_json(folder / "adapter_config.json", **said)
     message, _ = fail("plan", "--model", folder)
     assert "alpha" in message
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"r": "x"},
+        {"r": 0},
+        {"r": 2.5},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"q_proj(": 4}},
+        {"alpha_pattern": {"v_proj[": 4}},
+        {"alpha_pattern": ["q_proj"]},
+    ],
+)
+def test_settings_that_peft_refuses(
+    said: dict[str, Any], tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    base = tiny_model("llama_untied")
+    folder, _ = both(base, tmp_path, target_modules=["q_proj"])
+    edit_json(folder / "adapter_config.json", **said)
+    with pytest.raises(Exception):  # noqa: B017, PT011 - of many types
+        PeftModel.from_pretrained(load_dense(base), str(folder))
+    message, _ = fail("plan", "--model", folder)
+    assert "adapter_config.json has the invalid" in message

@@ -13,6 +13,8 @@ import pytest
 
 from hisvd_cli.utils.errors import OutputError, SourceError
 from hisvd_cli.utils.files.artifact import building, partial_path
+from hisvd_cli.utils.files.atomic import write_text
+from hisvd_cli.utils.files.cache import cache_root
 from tests.models import names
 
 
@@ -144,6 +146,31 @@ def test_errors_of_the_body_pass_and_those_of_the_disk_are_explained(tmp_path: P
     with pytest.raises(OutputError, match="No space left") as caught, building(tmp_path / "x", "k"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "Free some space" in caught.value.hint
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_the_hint_follows_the_cause(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    full, cache = code == errno.ENOSPC, cache_root()
+    for path, remedy in (
+        (
+            cache / "x" / "y.json",
+            f"Free some space in {cache}" if full else f"permissions of {cache}",
+        ),
+        (tmp_path / "y.json", "Free some space or" if full else f"permissions of {tmp_path}"),
+    ):
+        with pytest.raises(OutputError) as caught:
+            write_text(path, "text")
+        assert os.strerror(code) in caught.value.message
+        assert remedy in caught.value.hint
+        with pytest.raises(OutputError) as caught, building(path, "key"):
+            pass
+        assert remedy in caught.value.hint
 
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:

@@ -282,6 +282,28 @@ def test_a_record_that_is_none(record: str, checkpoint: Path, tmp_path: Path) ->
     succeed("eval", checkpoint, "--dataset", other, "--seqlen", 32)
 
 
+def test_surplus_tensors_of_one_file_are_named_as_those_of_a_folder(
+    made: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    more = {"stray": torch.ones(3), "model.layers.9.mlp.up_proj.weight": torch.ones(2, 2)}
+    path = checkpoint / "model.safetensors"
+    save_file({**load_file(path), **more}, path, {"format": "pt"})
+    document = torch.load(made / "one.pt", weights_only=True)
+    document["tensors"] |= more
+    torch.save(document, tmp_path / "one.pt")
+    expected = sorted(f"{name}: not part of the model." for name in more)
+    assert sorted(problems_of(checkpoint)) == expected
+    assert sorted(problems_of(tmp_path / "one.pt")) == expected
+
+
+def test_one_file_of_a_model_that_cannot_be_built(made: Path, tmp_path: Path) -> None:
+    document = torch.load(made / "one.pt", weights_only=True)
+    document["config"]["model_type"] = "nosuch"
+    torch.save(document, tmp_path / "one.pt")
+    (problem,) = problems_of(tmp_path / "one.pt")
+    assert "transformers cannot read the config" in problem
+
+
 def test_a_config_without_ranks(checkpoint: Path) -> None:
     for ranks in (None, [1], {UP: "many"}, {UP: 0}):
         quantization = {"quant_method": "hisvd", "format_version": 1, "ranks": ranks}

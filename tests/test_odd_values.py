@@ -23,7 +23,7 @@ from hisvd_cli.utils.files.artifact import building, partial_path
 from hisvd_cli.utils.files.fingerprints import cache_root, file_digest
 from hisvd_cli.utils.files.json_files import parse_json
 from hisvd_cli.utils.files.tensorfile import read_header
-from tests.cli_helpers import fail, hisvd, succeed, text_file, two_lines
+from tests.cli_helpers import as_json, fail, hisvd, perplexity, succeed, text_file, two_lines
 from tests.conftest import MakeModel
 from tests.models import edit_json
 
@@ -84,6 +84,7 @@ def test_lines_of_text_with_a_surrogate_deep_or_huge_values(
     path.write_text('{"text": "words"}\n{"text": ' + value + "}\n")
     message, _ = fail("calibrate", "--model", model, "--dataset", path)
     assert f"{path} is not valid JSON in line 2" in message
+    assert "sys." not in message
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,23 @@ def test_a_safetensors_header_that_is_odd(header: object, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ([], "it is not a JSON object"),
+        ({"a": []}, "a has no dtype, shape or data offsets"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "a has no dtype, shape or data offsets"),
+        ({"a": {**GOOD, "shape": 3}}, "a has no dtype, shape or data offsets"),
+    ],
+)
+def test_what_is_wrong_with_a_header_is_told_in_words(
+    header: object, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError) as caught:
+        read_header(write_header(tmp_path / "x.safetensors", header))
+    assert f"has no valid safetensors header: {told}." in caught.value.message
+
+
+@pytest.mark.parametrize(
     ("dtype", "told"), [("F6_E9", "have the dtype F6_E9"), (None, "have no tensors")]
 )
 def test_weights_of_an_odd_dtype_or_none(dtype: str | None, told: str, model: Path) -> None:
@@ -174,6 +192,17 @@ def test_weights_of_an_odd_dtype_or_none(dtype: str | None, told: str, model: Pa
     if not dtype:
         path.write_bytes(path.read_bytes()[:-8])
     assert told in fail("eval", model, "--dataset", "demo", "--seqlen", 16)[0]
+
+
+def test_an_empty_quantization_config_is_none(model: Path, tmp_path: Path) -> None:
+    text = text_file(tmp_path, 300)
+    before = perplexity(model, text, "off")
+    empty: list[object] = [{}, None]
+    for value in empty:
+        edit_json(model / "config.json", quantization_config=value)
+        assert as_json("inspect", model)["problems"] == []
+        for stream in ("off", "on"):
+            assert perplexity(model, text, stream) == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [[1], "int8", 3, True])

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+from rich.text import Text
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from hisvd_cli.cli.app import app
+from hisvd_cli.cli.options import option
 from hisvd_cli.pipelines.config.settings import SECTIONS, choices_of, flag_of, kind_of
 from tests.cli_helpers import as_json, environment, hisvd, succeed
 
@@ -48,6 +53,22 @@ def test_help_shows_every_flag_whole_at_80_columns(command: str) -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
     shown = set(re.findall(r"(?<![\w-])--[a-z-]+", text))
     assert shown >= {*flags_of(COMMANDS[command]), *COMMON}
+
+
+def test_no_help_text_loses_an_extra() -> None:
+    """Typer reads help as markup, in which the brackets of ``hisvd[eval]`` would be a style."""
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+    texts = [root.help, root.epilog]
+    for command in root.commands.values():
+        texts += [command.help, *(getattr(parameter, "help", "") for parameter in command.params)]
+    told = [text for text in texts if text]
+    assert len(told) > 100
+    for text in told:
+        assert Text.from_markup(text).plain == text.replace(r"\[", "[")
+    shown = succeed("eval", "--help", env={"COLUMNS": "300"}).stdout
+    assert "pip install 'hisvd[eval]'" in shown
+    assert option("--x", text="see [gguf]").help == r"see \[gguf]"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

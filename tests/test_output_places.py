@@ -27,6 +27,7 @@ from tests.cli_helpers import (
     hisvd,
     script,
     succeed,
+    two_lines,
     untouched,
 )
 from tests.models import names
@@ -382,7 +383,35 @@ def test_a_report_goes_through_a_pipe(here: Path) -> None:
     assert (here / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("words", [(*EVALUATE, "--csv"), ("plan", *QUICK, "--output")])
+WRITING = [(*EVALUATE, "--csv"), ("plan", *QUICK, "--output")]
+
+
+@pytest.mark.parametrize("words", WRITING)
+def test_a_pipe_that_nobody_reads_is_refused_before_the_work(
+    words: tuple[object, ...], here: Path
+) -> None:
+    os.mkfifo(here / "pipe")
+    done = script(*words, "pipe", cwd=here)
+    assert done.returncode == 1
+    assert "No process reads the named pipe pipe." in two_lines(done.stderr)[0]
+    assert "Evaluating" not in done.stderr
+
+
+def test_a_pipe_is_written_once_it_is_read(here: Path) -> None:
+    """A reader that starts a moment later is waited for, and gets a second text too."""
+    os.mkfifo(here / "pipe")
+    for text in ("one", "two"):
+        later = 'sleep 0.3; exec cat "$0"'
+        with subprocess.Popen(
+            ["sh", "-c", later, here / "pipe"], stdout=subprocess.PIPE, text=True
+        ) as reader:
+            text_output.check_text_place(here / "pipe", "`csv`")
+            text_output.check_text_place(here / "pipe", "`csv`")
+            text_output.write_through(here / "pipe", text)
+            assert reader.communicate(timeout=60)[0] == text
+
+
+@pytest.mark.parametrize("words", WRITING)
 def test_a_socket_is_refused_before_the_work(words: tuple[object, ...]) -> None:
     with socket.socket(socket.AF_UNIX) as taken:
         taken.bind("s")

@@ -58,6 +58,14 @@ def test_ratio_of_the_model_counts_what_stays(made: Bench, tmp_path: Path) -> No
         make_plans(resolved, source, calibration, Silent(), [0.01])
 
 
+@pytest.mark.parametrize("ratio", [1e-7, 1e-300])
+def test_a_ratio_of_sublayers_that_keeps_nothing(made: Bench, ratio: float) -> None:
+    with pytest.raises(BudgetError, match="minimum ranks take") as caught:
+        plan_at(made, ratio)
+    assert "whole model" not in caught.value.message
+    assert "ratio_of" not in caught.value.hint
+
+
 def test_floors_are_a_share_of_an_equal_allocation(made: Bench, tmp_path: Path) -> None:
     flags = {("model", "name"): "demo", ("plan", "min_rank_ratio"): 0.9}
     resolved = resolve(flags, environ={}, start=tmp_path)

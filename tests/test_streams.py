@@ -57,6 +57,17 @@ def test_a_closed_stream_loses_nothing(closed: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_bytes())["ratio"] == 0.6
 
 
+@POSIX
+@pytest.mark.parametrize(
+    "command", ["inspect demo", "eval demo --windows 1 --seqlen 16", "plan --model demo"]
+)
+def test_a_result_that_is_only_printed_is_not_lost(command: str, tmp_path: Path) -> None:
+    done = shell(f"'{SCRIPT}' {command} >&-", tmp_path)
+    assert done.returncode == 1
+    assert "stdout is closed" in two_lines(done.stderr.decode())[0]
+    assert b"Evaluating" not in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="asks Linux")
 @pytest.mark.parametrize("flag", ["", "--json", "--quiet"])

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from hisvd_cli.pipelines.evaluating import tasks as builder
 from tests import schemas
-from tests.cli_helpers import QUICK, as_json, environment, fail, succeed
+from tests.cli_helpers import QUICK, as_json, environment, fail, hisvd, succeed
 from tests.test_eval_grid import holds
 
 _ENDS = ("ran away", "was a big", "and it too")
@@ -140,6 +141,24 @@ def test_tasks_that_cannot_be_asked(compressed: Path, tmp_path: Path) -> None:
     assert "--task-path" in hint
     message, _ = fail(*command, "--tasks", "x", "--task-path", compressed / "absent", code=2)
     assert "is not a folder" in message
+
+
+def test_reading_the_list_of_tasks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the list is read, which takes lm-eval up to a minute."""
+
+    class TaskManager:
+        all_tasks = ("arc_easy",)
+
+        def __init__(self, include_path: str | None) -> None:
+            assert include_path is None
+            sys.stderr.write("now read\n")
+
+    monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", types.ModuleType("lm_eval.tasks"))
+    monkeypatch.setattr(sys.modules["lm_eval.tasks"], "TaskManager", TaskManager, raising=False)
+    shown = hisvd("eval", "demo", *_TEXT, "--tasks", "nosuch").stderr
+    assert "no task 'nosuch'" in shown
+    assert shown.index("Reading the list of tasks") < shown.index("now read")
 
 
 def test_lm_eval_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

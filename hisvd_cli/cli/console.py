@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from hisvd_cli.cli.streams import check_open
 from hisvd_cli.pipelines.config.mentions import in_flags
 from hisvd_cli.utils.errors import HisvdError
 from hisvd_cli.utils.escaping import printable
@@ -57,6 +58,15 @@ class Console(StderrReporter):
     def width(self) -> int:
         """Columns of the terminal on stdout."""
         return self._out.width
+
+    def needs_stdout(self, *elsewhere: object) -> None:
+        """Check, before any work, that stdout is open, unless the result also goes elsewhere.
+
+        Raises:
+            OutputError: stdout is closed, and nothing in ``elsewhere`` is set.
+        """
+        if not any(elsewhere):
+            check_open(self._stdout)
 
     def alone(self) -> AbstractContextManager[object]:
         """Redirect other output from stdout to stderr while the body runs."""

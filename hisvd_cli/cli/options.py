@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import typer
+from rich.markup import escape
 
 from hisvd_cli.cli.brief_help import show_all
 from hisvd_cli.cli.console import Console
@@ -68,9 +69,10 @@ class Run:
 
 
 def option(*flags: str, text: str, metavar: str = "", panel: str | None = None) -> Any:
-    """Return an option of a command; without a ``metavar`` it takes no value."""
+    """Return an option of a command; without a ``metavar`` it takes no value. Typer reads help as
+    markup, in which ``hisvd[eval]`` would lose its extra."""
     return typer.Option(
-        *flags, help=text, metavar=metavar, show_default=False, rich_help_panel=panel
+        *flags, help=escape(text), metavar=metavar, show_default=False, rich_help_panel=panel
     )
 
 
@@ -235,7 +237,7 @@ def _parameter(command: str, name: str, section: str, key: str) -> inspect.Param
             text = text.removesuffix(".") + " (repeatable)."
     annotation = typer.Option(
         flag,
-        help=text + _default_text(field.default),
+        help=escape(text + _default_text(field.default)),
         metavar=metavar_of(section, key) or _metavar(kind),
         show_default=False,
         rich_help_panel=panel_of(section, key) or _section_panel(section),

@@ -18,10 +18,12 @@ class _FaultTolerant(io.RawIOBase):
 
     Args:
         raw: the underlying stream.
+        was_closed: whether the stream was closed (``>&-``) when Python started.
     """
 
-    def __init__(self, raw: io.RawIOBase) -> None:
+    def __init__(self, raw: io.RawIOBase, was_closed: bool) -> None:
         self._raw = raw
+        self.was_closed = was_closed
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
@@ -73,11 +75,28 @@ def _fault_tolerant(stream: TextIO | None, number: int) -> TextIO:
     if not isinstance(raw, io.RawIOBase):  # replaced in this process, such as by a test
         return stream or io.StringIO()
     return io.TextIOWrapper(
-        io.BufferedWriter(_FaultTolerant(raw)),
+        io.BufferedWriter(_FaultTolerant(raw, stream is None)),
         encoding=stream.encoding if stream else "utf-8",
         errors="replace" if number == 1 else "backslashreplace",
         line_buffering=number == 2 or raw.isatty(),
     )
+
+
+def check_open(stream: TextIO) -> None:
+    """Check, before any work, that a result that is only printed is not lost.
+
+    Raises:
+        OutputError: stdout was closed when the process started.
+    """
+    if getattr(_raw(stream), "was_closed", False):
+        raise OutputError(
+            "stdout is closed, so that the result would be lost.",
+            "Redirect stdout to a file, or to /dev/null.",
+        )
+
+
+def _raw(stream: TextIO) -> object:
+    return getattr(getattr(stream, "buffer", None), "raw", None)
 
 
 def check_written() -> None:
@@ -88,7 +107,7 @@ def check_written() -> None:
     """
     stream = sys.stdout
     stream.flush()
-    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    raw = _raw(stream)
     failure = raw.failure if isinstance(raw, _FaultTolerant) else None
     if failure is not None and not isinstance(failure, BrokenPipeError):
         raise OutputError(

@@ -18,6 +18,7 @@ import torch
 
 from hisvd_cli.utils.errors import DataError, HisvdError, UsageError, reason
 from hisvd_cli.utils.files.fingerprints import digest
+from hisvd_cli.utils.progress import Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +82,11 @@ class NamedTask:
 
 
 def open_tasks(
-    names: Sequence[str], folder: Path | None, num_fewshot: int | None, limit: int | None
+    names: Sequence[str],
+    folder: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    reporter: Reporter,
 ) -> list[NamedTask]:
     """Load tasks and their data, before any model is loaded.
 
@@ -90,6 +95,7 @@ def open_tasks(
         folder: folder with additional tasks, which take precedence over those of lm-eval.
         num_fewshot: number of few-shot examples; None for the default of the task.
         limit: maximum number of questions per task.
+        reporter: receives progress.
 
     Raises:
         UsageError: lm-eval is not installed, a name is unknown, or the folder does not exist.
@@ -99,14 +105,15 @@ def open_tasks(
         raise UsageError(
             f"`eval.task_path={folder}` is not a folder.", "Give a folder with YAML files."
         )
-    manager = _manager(folder, names)
+    manager = _manager(folder, names, reporter)
     for name in names:
         if name not in manager.all_tasks:
             raise UsageError(f"lm-eval has no task '{name}'.", _nearest(name, manager.all_tasks))
     return [_load(manager, name, num_fewshot, limit) for name in names]
 
 
-def _manager(folder: Path | None, names: Sequence[str]) -> Any:
+def _manager(folder: Path | None, names: Sequence[str], reporter: Reporter) -> Any:
+    reporter.begin("Reading the list of tasks")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -115,7 +122,7 @@ def _manager(folder: Path | None, names: Sequence[str]) -> Any:
             "Run: pip install 'hisvd[eval]'",
         ) from error
     if folder is not None:
-        # Indexing the fourteen thousand tasks of lm-eval takes seconds.
+        # Indexing the fourteen thousand tasks of lm-eval takes up to a minute.
         own = TaskManager(include_path=str(folder), include_defaults=False)
         if set(names) <= set(own.all_subtasks):
             return own

@@ -80,7 +80,7 @@ def check_card(folder: Path) -> None:
         SourceError: the folder has no card, or one without a name and no record, or one of them
             is damaged.
     """
-    if not getattr(_load_card(folder / CARD).data, "model_name", None):
+    if not cast("ModelCardData", _load_card(folder / CARD).data).model_name:
         _model_name(folder)
 
 

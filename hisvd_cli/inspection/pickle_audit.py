@@ -20,6 +20,7 @@ from hisvd_cli.inspection.audit import (
 )
 from hisvd_cli.inspection.pt_files import check_parts, is_unpacked, open_pt
 from hisvd_cli.inspection.stored_sublayers import Layout, Row, rows_of, sublayer_shapes
+from hisvd_cli.inspection.surplus import surplus_problems
 from hisvd_cli.modeling.checkpoints.checkpoint import PLAN_FILE
 from hisvd_cli.modeling.checkpoints.checkpoint_config import quantization_of
 from hisvd_cli.modeling.pickles.foreign import ForeignCheckpoint, ForeignTensor, read_foreign
@@ -71,7 +72,8 @@ def _audit_own(target: str, path: Path, document: Mapping[str, Any], check_value
     sublayers = [Sublayer(s.name, s.layer, s.cluster, s.shape) for s in plan.sublayers]
     rows = rows_of(sublayers, dtypes, layout)
     expected = sublayer_shapes(sublayers, layout)
-    problems = tensor_problems(expected, shapes) + plan_problems(plan, rows)
+    problems = surplus_problems(document["config"], expected, shapes)
+    problems += tensor_problems(expected, shapes) + plan_problems(plan, rows)
     problems += [
         f"The file '{name}' does not belong to a checkpoint: 'hisvd convert' ignores it."
         for name in document["files"]

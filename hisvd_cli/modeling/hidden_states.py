@@ -63,7 +63,7 @@ class StatesHome:
             raise OutputError(
                 f"Cannot store {size / 1e9:.1f} GB of hidden states in {self._folder}: "
                 f"{reason(error)}",
-                write_hint(self._folder),
+                write_hint(self._folder, error),
             ) from error
         return torch.frombuffer(self._map, dtype=dtype).view(*shape)
 

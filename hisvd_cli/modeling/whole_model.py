@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hisvd_cli.modeling.checkpoints.checkpoint import is_checkpoint
-from hisvd_cli.modeling.sources.source import Source
+from hisvd_cli.modeling.sources.source import Source, read_config
 from hisvd_cli.modeling.sources.weights import open_weights
 from hisvd_cli.modeling.structure.naming import find_naming
 from hisvd_cli.modeling.structure.skeleton import auto_class, build_stored_model
@@ -42,7 +42,8 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype) -> Pre
         if source.weights.recipes:
             raise
         names = {}  # transformers may know these names
-    if not names or not (source.weights.recipes or _is_other(model, source, names)):
+    ours = source.weights.recipes or _has_empty_quantization(source)
+    if not names or not (ours or _is_other(model, source, names)):
         return load_model(source.folder, device, dtype, source.trust_remote_code)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, stored in names.items():
@@ -54,6 +55,12 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype) -> Pre
     nn.Module.to(model, device)  # buffers too
     model.eval()
     return model
+
+
+def _has_empty_quantization(source: Source) -> bool:
+    """Return whether config.json has quantization settings that are empty, at which transformers
+    fails."""
+    return "quantization_config" in read_config(source.folder) and not source.quantization
 
 
 def _is_other(model: PreTrainedModel, source: Source, names: Mapping[str, str]) -> bool:

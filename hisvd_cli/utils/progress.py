@@ -34,6 +34,10 @@ class Reporter(Protocol):
         """Open a stage of ``total`` steps; yields a function that counts one step."""
         ...
 
+    def begin(self, work: str) -> None:
+        """Report that slow work without steps begins."""
+        ...
+
     def note(self, message: str) -> None:
         """Report additional information."""
         ...
@@ -54,6 +58,9 @@ class Silent:
     def stage(self, label: str, total: int) -> Iterator[Callable[[], None]]:  # noqa: ARG002
         """Yield a function that does nothing."""
         yield lambda: None
+
+    def begin(self, work: str) -> None:
+        """Do nothing."""
 
     def note(self, message: str) -> None:
         """Do nothing."""
@@ -116,6 +123,11 @@ class StderrReporter:
     def worded(self, message: str) -> str:
         """Return a message as it is shown; subclasses replace the names of settings."""
         return message
+
+    def begin(self, work: str) -> None:
+        """Print that slow work begins, unless quiet."""
+        if not self.quiet:
+            self._tell(Text(f"{work} …", style="dim"))
 
     def note(self, message: str) -> None:
         """Print additional information, if verbose."""

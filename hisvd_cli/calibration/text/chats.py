@@ -21,8 +21,8 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "a
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
-    """Return whether a row contains a conversation."""
-    if isinstance(row.get("messages"), list) or isinstance(row.get("conversations"), list):
+    """Return whether a row contains a conversation, which may be malformed."""
+    if "messages" in row or "conversations" in row:
         return True
     return "prompt" in row and "completion" in row
 

@@ -262,12 +262,13 @@ def _join_rows(rows: Iterable[object], name: str) -> str:
     """Return the joined texts of rows, empty ones included. The column is that of the first row."""
     texts: list[str] = []
     column = None
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         known = row if isinstance(row, dict) else {}
         column = column or next((c for c in _TEXT_COLUMNS if c in known), None)
         if column is None:
             raise DataError(
-                f"'{name}' has no text column; it has {', '.join(map(str, known)) or 'none'}.",
+                f"Row {number} of '{name}' has no text column; it has "
+                f"{', '.join(map(str, known)) or 'none'}.",
                 f"Name the text column {' or '.join(_TEXT_COLUMNS)}, or give conversations in a "
                 "column messages.",
             )

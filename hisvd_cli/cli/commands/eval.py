@@ -53,6 +53,7 @@ def evaluate(
     from hisvd_cli.pipelines.evaluating.reporting import evaluate_into
 
     files = {"markdown": markdown, "csv": csv, "report": report}
+    run.console.needs_stdout(update_card, *files.values())
     models = targets or [run.settings.model.name]
     grid = evaluate_into(
         run.resolved, models, files, run.console, fresh=fresh, update_card=update_card

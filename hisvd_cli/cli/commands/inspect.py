@@ -37,6 +37,7 @@ def inspect(
     from hisvd_cli.cli.views.results import audit_view
     from hisvd_cli.inspection.inspection import audit
 
+    run.console.needs_stdout()
     model = run.settings.model
     found = audit(target, model.revision, model.trust_remote_code, check_values, run.console)
     run.console.show(audit_view(found, run.console.width, run.console.verbose))

@@ -50,6 +50,7 @@ def plan(
 
     hisvd plan --model demo --allocator hisvd --allocator uniform
     """
+    run.console.needs_stdout(output)
     if list_profiles:
         _list_profiles(run)
         return

@@ -30,6 +30,8 @@ _PREFIX = "base_model.model."
 _HALF = re.compile(r"\.(lora_[AB])\.(?:default\.)?weight$")
 _LARGEST_SCALE = 1e30
 _LONGEST_PATTERN, _MOST_REPEATS = 500, 4
+_PATTERN = r"(.*\.)?({})$"
+"""What PEFT makes of a pattern, for the whole name of a module."""
 _OTHER = re.compile(r"\.lora_|\.token_adapter\.")
 _HINT = (
     "Merge it with PEFT (merge_and_unload, then save_pretrained), or remove its files to use the "
@@ -91,12 +93,17 @@ def open_adapter(folder: Path) -> Adapter | None:
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Reject adapters that are more than low-rank updates of weights.
+    """Reject adapters that are more than low-rank updates of weights, or that PEFT rejects.
 
     Raises:
         UnsupportedModelError: the adapter is not supported.
+        SourceError: a rank or a pattern is invalid.
     """
     config = adapter.config
+    _patterns(adapter, "alpha_pattern")
+    for name, rank in {"r": config.get("r", 8), **_patterns(adapter, "rank_pattern")}.items():
+        if type(rank) is not int or rank < 1:
+            raise _invalid(adapter, f"rank {rank!r:.40} ({name:.40})")
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise _refusal(adapter, f"has the type {kind!s:.40}")
@@ -106,6 +113,21 @@ def check_adapter(adapter: Adapter) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGING_STARTS):
         raise _refusal(adapter, f"changes the base weights (init_lora_weights '{start:.40}')")
+
+
+def _patterns(adapter: Adapter, key: str) -> dict[str, Any]:
+    patterns = adapter.config.get(key) or {}
+    try:
+        for pattern in patterns:
+            re.compile(_PATTERN.format(pattern))
+        return dict(patterns)
+    except (TypeError, ValueError, re.error, OverflowError, RecursionError) as error:
+        raise _invalid(adapter, f"{key} {patterns!r:.80}") from error
+
+
+def _invalid(adapter: Adapter, what: str) -> SourceError:
+    path = adapter.folder / CONFIG
+    return SourceError(f"{path} has the invalid {what}.", "Download the adapter again.")
 
 
 def _refusal(adapter: Adapter, why: str) -> UnsupportedModelError:
@@ -213,15 +235,9 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
         stabilised = adapter.config.get("use_rslora")
         scale = float(alpha) / (math.sqrt(rank) if stabilised else rank)
     except (AttributeError, TypeError, ValueError, re.error, ArithmeticError) as error:
-        raise SourceError(
-            f"{adapter.folder / CONFIG} has no valid lora_alpha for {module}.",
-            "Download the adapter again.",
-        ) from error
+        raise _invalid(adapter, f"lora_alpha or alpha_pattern for {module}") from error
     if not abs(scale) < _LARGEST_SCALE:
-        raise SourceError(
-            f"{adapter.folder / CONFIG} has the invalid lora_alpha {alpha} for {module}.",
-            "Download the adapter again.",
-        )
+        raise _invalid(adapter, f"lora_alpha {alpha} for {module}")
     return scale
 
 
@@ -236,7 +252,7 @@ def _matches(pattern: str, module: str) -> bool:
         raise ValueError(f"the pattern {pattern[:_LONGEST_PATTERN]} repeats a group")
     if len(re.findall(r"[*+{]", repeats)) > _MOST_REPEATS:
         raise ValueError(f"the pattern {pattern} has too many repetitions")
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return re.match(_PATTERN.format(pattern), module) is not None
 
 
 def _stored_name(adapter: Adapter, wanted: str, weights: Weights) -> str:

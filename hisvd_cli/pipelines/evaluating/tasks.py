@@ -35,7 +35,7 @@ class TaskRunner:
         folder = expanded(wanted.task_path) if wanted.task_path else None
         names = list(dict.fromkeys(wanted.tasks))
         self._tasks: Sequence[NamedTask] = (
-            open_tasks(names, folder, wanted.num_fewshot, wanted.limit) if names else []
+            open_tasks(names, folder, wanted.num_fewshot, wanted.limit, reporter) if names else []
         )
         self._settings = resolved.settings
         self._reporter = reporter

@@ -118,7 +118,7 @@ def budget_of(
 ) -> Budget:
     """Return the parameter budget at a ratio. Raises BudgetError: it cannot be met."""
     parameters = size.budget(ratio, knobs.ratio_of)
-    if parameters <= 0:
+    if parameters <= 0 and knobs.ratio_of == "model":
         rest = (size.total - size.sublayers) / size.total
         raise BudgetError(
             f"Ratio {ratio:g} of the whole model cannot be met: {rest:.1%} of its parameters are "

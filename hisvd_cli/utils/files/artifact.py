@@ -73,7 +73,9 @@ def building(folder: Path, key: str) -> Iterator[Path]:
             f"Another hisvd run is writing {folder}.", "Wait for it or choose another folder."
         ) from error
     except OSError as error:
-        raise OutputError(f"Cannot write {folder}: {reason(error)}", write_hint(folder)) from error
+        raise OutputError(
+            f"Cannot write {folder}: {reason(error)}", write_hint(folder, error)
+        ) from error
 
 
 def _beside(folder: Path, kind: str) -> Path:

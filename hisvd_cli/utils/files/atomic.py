@@ -36,7 +36,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # safetensors creates files only the owner can read
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {reason(error)}", write_hint(path)) from error
+        raise OutputError(
+            f"Cannot write {path}: {reason(error)}", write_hint(path, error)
+        ) from error
     finally:
         with suppress(OSError):  # the path may not be accessible at all
             temporary.unlink()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from hisvd_cli.utils.errors import UsageError
 
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SPACE_HINT = (
     "Free some space or choose another folder; a rerun resumes after the last completed block."
 )
@@ -38,9 +40,18 @@ def cache_root() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "hisvd"
 
 
-def write_hint(path: Path) -> str:
-    """Return a hint for the case that ``path`` cannot be written."""
+def write_hint(path: Path, error: BaseException | None = None) -> str:
+    """Return a hint for the case that ``path`` cannot be written.
+
+    Args:
+        path: the file or folder.
+        error: why, if known; unless it is about permissions, the disk may be full.
+    """
     root = cache_root().absolute()
+    refused = isinstance(error, OSError) and error.errno in _REFUSED
     if path.absolute() == root or root in path.absolute().parents:
-        return f"Free some space in {root}, or set HISVD_CACHE to another folder."
+        remedy = "Check the permissions of" if refused else "Free some space in"
+        return f"{remedy} {root}, or set HISVD_CACHE to another folder."
+    if refused:
+        return f"Check the permissions of {path.absolute().parent}, or choose another folder."
     return _SPACE_HINT

@@ -64,13 +64,11 @@ def parse_json(data: str | bytes, strict: bool = True) -> Any:
             surrogate, which cannot be encoded.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
-    numbers: dict[str, Any] = {
-        "parse_constant": _refused,
-        "parse_float": _finite,
-        "parse_int": _integer,
-    }
+    numbers: dict[str, Any] = {"parse_int": _any_integer}
+    if strict:
+        numbers = {"parse_constant": _refused, "parse_float": _finite, "parse_int": _integer}
     try:
-        document = json.loads(text, **(numbers if strict else {}))
+        document = json.loads(text, **numbers)
         check_depth(document)
         if _SURROGATE.search(text):
             json.dumps(document, ensure_ascii=False).encode()
@@ -92,8 +90,15 @@ def _finite(text: str) -> float:
     return number
 
 
+def _any_integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:  # Python names a function of its own to change the limit
+        raise ValueError(f"a number has {len(text):,} digits") from error
+
+
 def _integer(text: str) -> int:
-    number = int(text)
+    number = _any_integer(text)
     if not -_MAX_INTEGER <= number < _MAX_INTEGER:
         raise ValueError("an integer needs more than 64 bits")
     return number

@@ -87,10 +87,11 @@ def parse_header(data: bytes, base: int) -> Header:
         base: offset of the tensor data in the file.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is invalid, or tensors overlap or leave
-            gaps.
+        ValueError: it is invalid, or tensors overlap or leave gaps.
     """
     entries = parse_json(data)
+    if not isinstance(entries, dict):
+        raise ValueError("it is not a JSON object")
     metadata = _metadata(entries.pop("__metadata__", {}))
     tensors = {name: _entry(name, entry, base) for name, entry in entries.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
@@ -110,8 +111,12 @@ def _metadata(document: object) -> dict[str, str]:
 
 def _entry(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
     """Return the parsed entry of one tensor. Raises ValueError if it is inconsistent."""
-    stored, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(stored, str) or not all(type(n) is int and n >= 0 for n in (*shape, start)):
+    try:
+        stored, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        sizes = (*shape, start)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} has no dtype, shape or data offsets") from error
+    if not isinstance(stored, str) or not all(type(n) is int and n >= 0 for n in sizes):
         raise ValueError(f"{name} has no valid dtype, shape or data offsets")
     if len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"{name} has {len(shape)} dimensions")

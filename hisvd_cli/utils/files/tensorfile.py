@@ -61,7 +61,7 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
         raise SourceError(f"{path} is not a complete safetensors file ({size} bytes).", _DAMAGED)
     try:
         header = parse_header(file.read(length), 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise SourceError(
             f"{path} has no valid safetensors header: {reason(error)}", _DAMAGED
         ) from error
@@ -159,7 +159,7 @@ def serializing(path: Path) -> Iterator[None]:
             raise
         system = error.__context__
         why = reason(system) if isinstance(system, OSError) else "incomplete write."
-        raise OutputError(f"Cannot write {path}: {why}", write_hint(path)) from error
+        raise OutputError(f"Cannot write {path}: {why}", write_hint(path, system)) from error
 
 
 def join_files(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
