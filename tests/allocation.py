@@ -69,12 +69,15 @@ def choices(
 ) -> dict[int, int]:
     """Return rank → parameters, of all truncated ranks and (as full rank) dense."""
     m, n = matrix_of(shape)
+    count = 1 if len(shape) == 2 else shape[0]
+    pivots = storage == "pivoted" and len(shape) == 2  # stacks are always plain pairs
     # Written out from the tensors: V′ and C, or U and V, and a number for the place of each row.
     sizes = {
-        r: r * n + (m - r) * r + m if storage == "pivoted" else r * n + m * r
-        for r in range(floor, min(shape), step)
+        r: r * n + (m - r) * r + m if pivots else r * n + m * r
+        for r in range(floor, min(m, n), step)
     }
-    return {**{r: size for r, size in sizes.items() if size < m * n}, min(shape): m * n}
+    factored = {r: count * size for r, size in sizes.items() if size < m * n}
+    return {**factored, min(m, n): count * m * n}
 
 
 def spent(ranks: Sequence[int], shapes: Sequence[Shape], storage: Storage = "pair") -> int:

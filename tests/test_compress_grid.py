@@ -127,7 +127,7 @@ def test_a_grid_of_wrong_things_starts_nothing(command: tuple[object, ...], here
     (here / "file").touch()
     assert "file is a file" in fail(*command, *GRID, "--output", "file")[0]
     assert "bset" in fail(*command, "--preset", "hisvd", "--preset", "bset", code=2)[0]
-    (here / "p.json").write_text("{}", encoding="utf-8")
+    succeed("plan", *command[1:], "--output", "p.json")
     (here / "hisvd.toml").write_text('[plan]\npreset = ["best", "hisvd"]\n', encoding="utf-8")
     message, _ = fail(*command, "--plan", "p.json", code=2)
     assert message == "Several presets are set, but --plan names one plan."

@@ -131,7 +131,9 @@ def test_states_leave_a_gpu_for_the_host_and_the_host_for_a_file() -> None:
 def test_a_bound_that_nothing_keeps_to_names_the_levers() -> None:
     with pytest.raises(MemoryLimitError) as caught:
         fit(work(), MemoryBounds(10**8, {}), calibration_peak)
-    assert re.search(r"takes 4\d\dMB of cpu memory, above `model.max_memory`", caught.value.message)
+    assert re.search(
+        r"takes 4\d\dMB of cpu memory, above `model.max_memory=cpu=100MB`", caught.value.message
+    )
     for lever in (
         "model.max_memory",
         "calibration.seqlen",
