@@ -12,7 +12,9 @@ from hisvd_cli.utils.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SUPPORTED = "Supported: llama, mistral, qwen2, qwen3, opt, gemma, phi and similar decoder models."
+SUPPORTED = (
+    "Supported: decoders of transformers, also with experts or with images as further input."
+)
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

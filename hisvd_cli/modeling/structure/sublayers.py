@@ -19,7 +19,7 @@ from hisvd_cli.modeling.structure.expert_linears import ExpertLinears
 from hisvd_cli.utils.errors import UnsupportedModelError, UsageError
 
 _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data_ptr))")
-_HINT = "Supported: decoders with torch.nn.Linear layers, such as llama, mistral, qwen and opt."
+_HINT = "Supported: decoders whose blocks have linear layers."
 
 
 @dataclass(frozen=True)
