@@ -47,6 +47,17 @@ def test_an_option_without_effect_is_an_error(words: str, here: Path) -> None:
     assert list(here.iterdir()) == []
 
 
+def test_a_plan_by_bytes_decides_the_rounding(here: Path) -> None:
+    assert here.is_dir()
+    for method in ("nearest", "gptq"):
+        how = ("--bytes-ratio", 0.4, "--quantize-method", method, "--output", f"{method}.json")
+        succeed("plan", *QUICK, *how)
+    given = ("--no-evaluate", "--dry-run", "--damping", 0.1)
+    assert as_json("compress", *QUICK, "--plan", "gptq.json", *given)["dry_run"] is True
+    wrong, _ = fail("compress", *QUICK, "--plan", "nearest.json", *given, code=2)
+    assert wrong == "--damping has no effect without --quantize-method gptq."
+
+
 def test_in_set_and_in_convert(here: Path) -> None:
     assert here.is_dir()
     wrong, _ = fail("compress", "--model", "demo", "--set", "recover.minutes=1", code=2)

@@ -12,7 +12,7 @@ from hisvd_cli.compression.methods import DECOMPOSERS
 from hisvd_cli.pipelines.config.commands import Key
 from hisvd_cli.pipelines.config.resolved import Resolved
 from hisvd_cli.pipelines.config.settings import SECTIONS, Settings, methods_of
-from hisvd_cli.pipelines.planning.byte_budgets import ALLOCATOR, bytes_ratio
+from hisvd_cli.pipelines.planning.byte_budgets import ALLOCATOR, bytes_ratio, rounded_by
 from hisvd_cli.pipelines.planning.methods import measures
 from hisvd_cli.utils.errors import UsageError
 
@@ -32,7 +32,7 @@ class _Chosen:
 
     Attributes:
         settings: the settings, of one preset and ratio.
-        allocators: the allocators; none if the plan is given.
+        allocators: the allocators.
         bits: bits of the quantization, or ``bytes`` if a plan chooses them.
         needs_bytes: whether the command quantizes for a bytes ratio only.
     """
@@ -61,7 +61,8 @@ def check_options(
     Raises:
         UsageError: an option has no effect.
     """
-    cells = [_chosen(cell, command, plan) for cell in resolved.cells()]
+    by_bytes = bytes_ratio(resolved) is not None if plan is None else plan.bytes is not None
+    cells = [_chosen(cell, command, plan, by_bytes) for cell in resolved.cells()]
     for section in _CHECKED[command]:
         if section == "plan" and plan is not None:
             continue  # any setting of it is an error of its own
@@ -81,9 +82,8 @@ def _unused(resolved: Resolved, section: str, key: str, needed: str) -> UsageErr
     )
 
 
-def _chosen(resolved: Resolved, command: str, plan: Plan | None) -> _Chosen:
-    settings = resolved.settings
-    by_bytes = bytes_ratio(resolved) is not None if plan is None else plan.bytes is not None
+def _chosen(resolved: Resolved, command: str, plan: Plan | None, by_bytes: bool) -> _Chosen:
+    settings = rounded_by(resolved, plan).settings if plan else resolved.settings
     allocators = [ALLOCATOR] if by_bytes else settings.plan.allocator
     bits: str = settings.quantize.bits
     if command == "convert" and not resolved.is_flag("quantize", "bits"):
